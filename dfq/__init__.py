@@ -1,0 +1,49 @@
+"""dfq: make a trained object detector small without its training data.
+
+    >>> import dfq
+    >>> dfq.synthesize("demo", out="set")            # labelled images out of the network itself
+    >>> run = dfq.quantize("w4a8", model="demo")     # a 4-bit network trained on them
+    >>> dfq.evaluate(run, "my-validation-set").AP
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .detectors import load_detector as load_detector
+    from .errors import UserError as UserError
+    from .recipe import Recipe as Recipe
+    from .recipe import load_recipe as load_recipe
+    from .run import load_run as load_run
+    from .verbs import evaluate as evaluate
+    from .verbs import inspect as inspect
+    from .verbs import quantize as quantize
+    from .verbs import synthesize as synthesize
+
+# Imported on first use: `dfq --help` need not wait seconds for torch and Ultralytics.
+_HOMES = {
+    "UserError": "errors",
+    "load_recipe": "recipe",
+    "Recipe": "recipe",
+    "load_detector": "detectors",
+    "load_run": "run",
+    "synthesize": "verbs",
+    "quantize": "verbs",
+    "evaluate": "verbs",
+    "inspect": "verbs",
+}
+__all__ = ["__version__", *sorted(_HOMES)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dfq' has no attribute '{name}'")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

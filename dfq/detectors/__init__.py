@@ -1,0 +1,214 @@
+"""Detectors of every family behind one protocol, and the one function that loads them."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import UserError
+from .base import Boundary, Detections, Detector, DistillationPair, Targets
+from .checkpoint import class_of, find_model, read_checkpoint, sha256_of
+
+if TYPE_CHECKING:
+    from .ultralytics import UltralyticsDetector
+    from .yolov5 import YOLOv5
+
+__all__ = [
+    "Boundary",
+    "Detections",
+    "Detector",
+    "DistillationPair",
+    "Targets",
+    "from_spec",
+    "load_detector",
+    "save_detector",
+]
+
+# Read by Ultralytics when it is first imported; it would otherwise log to standard output.
+os.environ.setdefault("YOLO_VERBOSE", "False")
+
+_METADATA_KEY = "dfq"
+_ACCEPTED = (
+    "a checkpoint (.pt, .pth), a model YAML (.yaml), a detector saved by dfq (.safetensors), "
+    "a published network (e.g. yolo11n, yolov8s, yolov5n) or demo"
+)
+
+
+def _families() -> tuple[type[YOLOv5], type[UltralyticsDetector]]:
+    # Here and not above: importing Ultralytics takes seconds.
+    from .ultralytics import UltralyticsDetector
+    from .yolov5 import YOLOv5
+
+    return (YOLOv5, UltralyticsDetector)
+
+
+def load_detector(model: str | Path, *, trust: bool = False, device: str = "cpu") -> Detector:
+    """Load a detector: unfused, in eval mode, its parameters frozen, float32.
+
+    Args:
+        model: the path of a checkpoint, of a model YAML (random weights) or of a file that
+            `save_detector` wrote; the name of a model YAML of Ultralytics ("yolo11n.yaml"); the
+            name of a published network ("yolo11s", "yolov5n.pt"), downloaded where need be; or
+            "demo", the small detector that comes with dfq.
+        trust: run what is in a checkpoint, for files whose author is trusted.
+        device: where to put it, e.g. "cpu" or "cuda:0".
+
+    Raises:
+        UserError: nothing by that name, no detector in it, no network, or no such device.
+    """
+    name = str(model)
+    detector = _load(name, trust)
+    detector.source = name
+    try:
+        return detector.to(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"cannot use the device {device}: {reason}") from error
+
+
+def from_spec(spec: dict[str, Any]) -> Detector:
+    """Rebuild the architecture that `Detector.spec` described, with random weights.
+
+    Raises:
+        UserError: the description is damaged or of an unknown family.
+    """
+    family = spec.get("family") if isinstance(spec, dict) else None
+    for known in _families():
+        if known.family == family:
+            return known.from_spec(spec)
+    families = ", ".join(known.family for known in _families())
+    raise UserError(f"the description is of the family {family!r}; known are {families}")
+
+
+def save_detector(
+    detector: Detector, path: str | Path, *, dtype: torch.dtype = torch.float32
+) -> None:
+    """Write a detector as one `.safetensors` file, which `load_detector` reads back.
+
+    The file appears whole or not at all.
+
+    Args:
+        detector: a detector with plain (not quantized) layers.
+        path: the file; its folder must exist.
+        dtype: of the floating tensors, float32 or float16. Tensors that float16 cannot hold
+            (BatchNorm variances above 65504) stay float32.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    path = Path(path)
+    if dtype not in (torch.float32, torch.float16):
+        raise ValueError(f"dtype must be float32 or float16, got {dtype}")
+    tensors = {
+        name: _stored(tensor, dtype) for name, tensor in detector.module.state_dict().items()
+    }
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, temporary, metadata={_METADATA_KEY: json.dumps(detector.spec())})
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    tensor = tensor.detach().cpu()
+    if tensor.is_floating_point():
+        cast = tensor.to(dtype)
+        tensor = cast if torch.isfinite(cast).all() else tensor.float()
+    # A copy: safetensors refuses tensors that share memory.
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _load(name: str, trust: bool) -> Detector:
+    path = Path(name).expanduser()
+    if path.is_file():
+        return _from_file(path, trust)
+    if name == "demo":
+        demo = Path(__file__).parents[1] / "demo" / "detector.safetensors"
+        if not demo.is_file():
+            raise UserError(f"this installation lacks the demo detector {demo}: install dfq again")
+        return _from_safetensors(demo)
+    if path.is_dir():
+        raise UserError(f"{name} is a folder: give the file of a detector in it")
+    if path.suffix in (".yaml", ".yml"):
+        return _from_yaml(name)
+
+    from .ultralytics_resolve import fetch, is_published
+
+    if is_published(name):
+        return _from_checkpoint(fetch(name), trust)
+    raise UserError(f"there is no detector {name}: give {_ACCEPTED}")
+
+
+def _from_file(path: Path, trust: bool) -> Detector:
+    suffix = path.suffix.lower()
+    if suffix in (".pt", ".pth"):
+        return _from_checkpoint(path, trust)
+    if suffix in (".yaml", ".yml"):
+        return _from_yaml(str(path))
+    if suffix == ".safetensors":
+        return _from_safetensors(path)
+    raise UserError(f"{path} is not a file that dfq reads: give {_ACCEPTED}")
+
+
+def _from_yaml(name: str) -> Detector:
+    from .ultralytics import UltralyticsDetector
+
+    return UltralyticsDetector.from_yaml(name)
+
+
+def _from_checkpoint(path: Path, trust: bool) -> Detector:
+    checkpoint = read_checkpoint(path, trust=trust)
+    for family in _families():
+        if family.matches(checkpoint):
+            return family.from_checkpoint(checkpoint)
+    what = class_of(find_model(checkpoint))
+    raise UserError(f"{path} holds a {what}, not a detector of YOLOv5 or Ultralytics")
+
+
+def _from_safetensors(path: Path) -> Detector:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, struct.error) as error:
+        raise UserError(f"{path} cannot be read: {error}; copy the file again") from error
+    if _METADATA_KEY not in metadata:
+        raise UserError(
+            f"{path} was not written by dfq (it holds tensors only): give the checkpoint (.pt)"
+        )
+    try:
+        spec = json.loads(metadata[_METADATA_KEY])
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: its description is not JSON") from error
+    detector = from_spec(spec)
+    _fill(detector, tensors, path)
+    detector.fingerprint = sha256_of(path)
+    return detector
+
+
+def _fill(detector: Detector, tensors: dict[str, Tensor], path: Path) -> None:
+    state = {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in tensors.items()
+    }
+    try:
+        missing, unknown = detector.module.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} does not fit the network it describes: {reason}") from error
+    wrong = [*(name for name in missing if not name.endswith("num_batches_tracked")), *unknown]
+    if wrong:
+        raise UserError(
+            f"{path} does not fit the network it describes: {wrong[0]} is missing or unknown"
+        )

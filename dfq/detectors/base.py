@@ -1,0 +1,238 @@
+"""The door every detector family comes through: `Detector`, `Targets`, `Detections`.
+
+Nothing outside `dfq.detectors` knows a family's name. The method (synthesis, distillation,
+reconstruction) needs only what is declared here; a new family is one new adapter.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Labels of a batch as one flat tensor.
+
+    Attributes:
+        data: float32 `(n, 6)`: image index in the batch, category index, and the box as
+            centre x, centre y, width, height, normalised to [0, 1] by the image's sides.
+    """
+
+    data: Tensor
+
+    def __post_init__(self) -> None:
+        if self.data.ndim != 2 or self.data.shape[1] != 6:
+            raise ValueError(f"targets must have shape (n, 6), got {tuple(self.data.shape)}")
+
+    def __len__(self) -> int:
+        return self.data.shape[0]
+
+    @classmethod
+    def empty(cls, device: torch.device | str = "cpu") -> Targets:
+        return cls(torch.zeros(0, 6, device=device))
+
+    @classmethod
+    def from_per_image(cls, labels: Sequence[Tensor]) -> Targets:
+        """Batch per-image labels `(n_i, 5)` (category, cx, cy, w, h) into one flat tensor."""
+        rows = [
+            torch.cat([label.new_full((len(label), 1), float(index)), label], dim=1)
+            for index, label in enumerate(labels)
+        ]
+        return cls(torch.cat(rows)) if rows else cls.empty()
+
+    def per_image(self, batch: int) -> list[Tensor]:
+        """The inverse of `from_per_image`: `batch` tensors `(n_i, 5)`."""
+        return [self.data[self.data[:, 0] == index, 1:] for index in range(batch)]
+
+    def to(self, device: torch.device | str) -> Targets:
+        return Targets(self.data.to(device))
+
+    def flip_horizontal(self, flipped: Tensor) -> Targets:
+        """Mirror the boxes of the images where the boolean tensor `flipped` `(batch,)` is true."""
+        data = self.data.clone()
+        mask = flipped[data[:, 0].long()]
+        data[:, 2] = torch.where(mask, 1.0 - data[:, 2], data[:, 2])
+        return Targets(data)
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What a detector found in one image.
+
+    Attributes:
+        boxes: float32 `(n, 4)`, x1 y1 x2 y2 in pixels of the image given to `detect`.
+        scores: float32 `(n,)` in [0, 1], descending.
+        labels: int64 `(n,)`, category indices into `Detector.names`.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        n = self.boxes.shape[0]
+        if self.boxes.shape != (n, 4) or self.scores.shape != (n,) or self.labels.shape != (n,):
+            raise ValueError(
+                f"detections disagree: boxes {tuple(self.boxes.shape)}, scores "
+                f"{tuple(self.scores.shape)}, labels {tuple(self.labels.shape)}"
+            )
+
+    def __len__(self) -> int:
+        return self.boxes.shape[0]
+
+
+@dataclass(frozen=True)
+class DistillationPair:
+    """One output of student and teacher, and what kind of distribution it is.
+
+    Attributes:
+        name: what it is, for logs ("class", "box", "objectness").
+        student, teacher: tensors of one shape.
+        kind: `bernoulli`: independent logits, one sigmoid each; `categorical`: logits of a softmax
+            over dimension `dim`; `value`: plain numbers, compared by squared distance.
+        dim: the dimension a categorical distribution runs over.
+        weight: broadcastable to `student` (for `categorical`: with `dim` of size 1), or None: how
+            much each place matters, e.g. the teacher's objectness for boxes.
+    """
+
+    name: str
+    student: Tensor
+    teacher: Tensor
+    kind: Literal["bernoulli", "categorical", "value"]
+    dim: int = -1
+    weight: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """Qualified module names of the layers a policy treats apart.
+
+    Attributes:
+        first: layers that see the image.
+        last: layers whose outputs are the raw predictions.
+    """
+
+    first: tuple[str, ...] = field(default=())
+    last: tuple[str, ...] = field(default=())
+
+
+class Detector(ABC):
+    """A trained detector of any family behind one protocol.
+
+    Attributes:
+        module: the network itself, in eval mode, parameters frozen unless a trainer thaws them.
+        names: category names, by index.
+        image_size: side in pixels the network was trained for.
+        stride: the largest stride; image sides must be multiples of it.
+        fingerprint: sha256 (hex) of the file it came from, or of its weights where there is none.
+        source: what the user named, for messages and manifests.
+    """
+
+    family: ClassVar[str]
+    module: nn.Module
+    names: list[str]
+    image_size: int
+    stride: int
+    fingerprint: str
+    source: str
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.names)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    def to(self, device: torch.device | str) -> Detector:
+        """Move the network in place; returns self."""
+        self.module.to(device)
+        return self
+
+    def twin(self) -> Detector:
+        """An independent copy: same family, same weights, its own module (to become a student)."""
+        return copy.deepcopy(self)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Map images `(n, 3, h, w)` in [0, 1], RGB, to what the network expects."""
+        return images
+
+    @abstractmethod
+    def raw(self, images: Tensor) -> Any:
+        """Predictions in the family's own structure for images `(n, 3, h, w)` in [0, 1].
+
+        Differentiable with respect to the images. Includes `normalize`.
+        """
+
+    @abstractmethod
+    def levels(self, raw: Any) -> list[Tensor]:
+        """The raw outputs as one tensor `(n, channels, ...)` a pyramid level (the paper's KL)."""
+
+    @abstractmethod
+    def task_loss(self, raw: Any, targets: Targets, image_shape: tuple[int, int]) -> dict[str, Tensor]:
+        """The family's own training loss on `raw` predictions.
+
+        Args:
+            raw: what `raw` returned for a batch.
+            targets: labels of that batch.
+            image_shape: height and width of the batch, pixels.
+
+        Returns:
+            Named scalar terms, each a mean over the batch (not multiplied by the batch size), with
+            the family's own gains applied; their sum is the loss.
+        """
+
+    @abstractmethod
+    def decode(
+        self,
+        raw: Any,
+        image_shape: tuple[int, int],
+        *,
+        score_threshold: float = 0.001,
+        iou_threshold: float = 0.6,
+        max_detections: int = 300,
+    ) -> list[Detections]:
+        """Raw predictions to detections, by the framework's own decoder and NMS."""
+
+    def detect(self, images: Tensor, **thresholds: Any) -> list[Detections]:
+        """Detections for images `(n, 3, h, w)` in [0, 1], one per image; see `decode`."""
+        with torch.no_grad():
+            raw = self.raw(images)
+            return self.decode(raw, (images.shape[2], images.shape[3]), **thresholds)
+
+    @abstractmethod
+    def distillation_pairs(self, student_raw: Any, teacher_raw: Any) -> list[DistillationPair]:
+        """What KL is taken over in this family: see `DistillationPair`."""
+
+    @abstractmethod
+    def feature_layers(self) -> list[str]:
+        """Qualified names of the modules whose outputs feature distillation aligns.
+
+        Each gives one tensor `(n, c, h, w)` or `(n, tokens, c)`.
+        """
+
+    @abstractmethod
+    def blocks(self) -> list[str]:
+        """Qualified names of the blocks that reconstruction walks, in execution order."""
+
+    @abstractmethod
+    def boundary_layers(self) -> Boundary:
+        """First and last conv/linear layers, kept in float or 8 bit by policy."""
+
+    @abstractmethod
+    def spec(self) -> dict[str, Any]:
+        """A JSON-serialisable description from which `dfq.detectors.from_spec` rebuilds the
+        architecture (random weights) without the original checkpoint. Holds at least `family`,
+        `names`, `image_size`, `stride`, `fingerprint`, `source`."""
+
+    @classmethod
+    @abstractmethod
+    def from_spec(cls, spec: dict[str, Any]) -> Detector:
+        """Rebuild what `spec` describes, with random weights, unfused, in eval mode."""

@@ -1,0 +1,343 @@
+"""The original YOLOv5 (checkpoints of its own repository, v5 to v7) as a `Detector`."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import batched_nms
+
+from ..errors import UserError
+from .base import Boundary, Detections, Detector, DistillationPair, Targets
+from .checkpoint import (
+    Checkpoint,
+    Inert,
+    attribute,
+    class_of,
+    find_model,
+    modules_of,
+    state_dict_of,
+)
+from .yolov5_loss import boxes_of, yolov5_loss
+from .yolov5_network import ACTIVATIONS, YOLOv5Network
+
+_MOST_CANDIDATES = 30_000
+
+
+class YOLOv5(Detector):
+    """YOLOv5 n/s/m/l/x, with three or more levels, BatchNorm unfused.
+
+    `raw` gives a list of logits `(n, anchors, h, w, 5 + classes)`, one a level: box (4),
+    objectness, classes. Images go in as they are, RGB in [0, 1].
+    """
+
+    family = "yolov5"
+    module: YOLOv5Network
+
+    def __init__(
+        self,
+        module: YOLOv5Network,
+        description: dict[str, Any],
+        *,
+        activation: str,
+        names: list[str],
+        image_size: int,
+        fingerprint: str,
+        source: str,
+    ) -> None:
+        self.module = module.eval().requires_grad_(False)
+        self.names = names
+        self.image_size = image_size
+        self.stride = max(module.detect.strides)
+        self.fingerprint = fingerprint
+        self.source = source
+        self._description = description
+        self._activation = activation
+
+    @classmethod
+    def matches(cls, checkpoint: Checkpoint) -> bool:
+        """Whether a checkpoint was written by the original YOLOv5 repository.
+
+        Raises:
+            UserError: the checkpoint holds no network.
+        """
+        return class_of(find_model(checkpoint)).startswith("models.")
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> YOLOv5:
+        """The detector in a checkpoint that `matches`.
+
+        Raises:
+            UserError: it is not a detection model, has been fused, or uses unsupported modules.
+        """
+        model = find_model(checkpoint)
+        head = _head_of(model, checkpoint)
+        description = attribute(model, "yaml")
+        if not isinstance(description, dict):
+            raise UserError(
+                f"{checkpoint.path} does not carry its architecture (model.yaml): "
+                "name a checkpoint written by YOLOv5 v5.0 or later"
+            )
+        names = _names(attribute(model, "names"), checkpoint)
+        description = _plain({**description, "nc": len(names)})
+        anchors = attribute(head, "anchors")
+        if not isinstance(anchors, Tensor) or anchors.ndim != 3:
+            raise UserError(f"{checkpoint.path} holds no anchors: it is damaged or no YOLOv5")
+        activation = _activation(model, checkpoint)
+        network = YOLOv5Network(description, anchors.float(), activation)
+        _load(network, model, checkpoint)
+        strides = [int(s) for s in attribute(head, "stride", network.detect.strides)]
+        if strides != network.detect.strides:
+            raise UserError(
+                f"{checkpoint.path} has strides {strides}, but its architecture gives "
+                f"{network.detect.strides}: it is damaged"
+            )
+        return cls(
+            network,
+            description,
+            activation=activation,
+            names=names,
+            image_size=_image_size(checkpoint.root, max(strides)),
+            fingerprint=checkpoint.sha256,
+            source=str(checkpoint.path),
+        )
+
+    @classmethod
+    def from_yaml(
+        cls,
+        description: dict[str, Any],
+        *,
+        names: list[str] | None = None,
+        image_size: int = 640,
+        activation: str = "SiLU",
+    ) -> YOLOv5:
+        """A detector with random weights from an architecture description."""
+        network = YOLOv5Network(description, activation=activation)
+        digest = hashlib.sha256()
+        for tensor in network.state_dict().values():
+            digest.update(tensor.numpy().tobytes())
+        return cls(
+            network,
+            _plain(description),
+            activation=activation,
+            names=names or [f"class{index}" for index in range(int(description["nc"]))],
+            image_size=image_size,
+            fingerprint=digest.hexdigest(),
+            source="description",
+        )
+
+    def spec(self) -> dict[str, Any]:
+        return {
+            "family": self.family,
+            "names": self.names,
+            "image_size": self.image_size,
+            "stride": self.stride,
+            "fingerprint": self.fingerprint,
+            "source": self.source,
+            "description": self._description,
+            "anchors": self.module.detect.anchors.tolist(),
+            "activation": self._activation,
+        }
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any]) -> YOLOv5:
+        anchors = torch.tensor(spec["anchors"], dtype=torch.float32)
+        return cls(
+            YOLOv5Network(spec["description"], anchors, spec["activation"]),
+            spec["description"],
+            activation=spec["activation"],
+            names=list(spec["names"]),
+            image_size=int(spec["image_size"]),
+            fingerprint=spec["fingerprint"],
+            source=spec["source"],
+        )
+
+    def raw(self, images: Tensor) -> list[Tensor]:
+        height, width = images.shape[2:]
+        if height % self.stride or width % self.stride:
+            raise ValueError(f"image sides {height} x {width} are no multiples of {self.stride}")
+        return self.module(self.normalize(images))
+
+    def levels(self, raw: list[Tensor]) -> list[Tensor]:
+        """`(n, anchors * (5 + classes), h, w)` a level, as the last convolutions give it."""
+        return [level.permute(0, 1, 4, 2, 3).flatten(1, 2) for level in raw]
+
+    def task_loss(
+        self, raw: list[Tensor], targets: Targets, image_shape: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        """See `yolov5_loss`: "box", "objectness" and "class"."""
+        return yolov5_loss(raw, targets.data, self.module.detect.anchors, image_shape)
+
+    def decode(
+        self,
+        raw: list[Tensor],
+        image_shape: tuple[int, int],
+        *,
+        score_threshold: float = 0.001,
+        iou_threshold: float = 0.6,
+        max_detections: int = 300,
+    ) -> list[Detections]:
+        """Detections by the original's decoder: every class of a prediction whose objectness times
+        class probability is above `score_threshold`, then NMS within each class. Boxes may reach
+        beyond the image, as the original's do before they are scaled back."""
+        with torch.no_grad():
+            predictions = torch.cat(
+                [self._decode_level(level, index) for index, level in enumerate(raw)], dim=1
+            ).float()
+            return [
+                _suppress(image, score_threshold, iou_threshold, max_detections)
+                for image in predictions
+            ]
+
+    def _decode_level(self, logits: Tensor, index: int) -> Tensor:
+        """`(n, anchors * h * w, 4 + classes)`: x1 y1 x2 y2 in pixels, and scores."""
+        n, _, height, width, outputs = logits.shape
+        stride = self.module.detect.strides[index]
+        anchors = self.module.detect.anchors[index].view(1, -1, 1, 1, 2)
+        rows, columns = torch.meshgrid(
+            torch.arange(height, device=logits.device),
+            torch.arange(width, device=logits.device),
+            indexing="ij",
+        )
+        centres, sizes = boxes_of(logits[..., :4], anchors)
+        centres = (centres + torch.stack([columns, rows], dim=-1)) * stride
+        half = sizes * (stride / 2)
+        scores = logits[..., 4:5].sigmoid() * logits[..., 5:].sigmoid()
+        decoded = torch.cat([centres - half, centres + half, scores], dim=-1)
+        return decoded.view(n, -1, outputs - 1)
+
+    def distillation_pairs(
+        self, student_raw: list[Tensor], teacher_raw: list[Tensor]
+    ) -> list[DistillationPair]:
+        """Classes and objectness as Bernoulli logits, boxes as their sigmoids, a level each.
+
+        Classes and boxes mean something only where there is an object, so they are weighted by
+        the teacher's objectness.
+        """
+        pairs = []
+        for student, teacher in zip(student_raw, teacher_raw, strict=True):
+            weight = teacher[..., 4:5].detach().sigmoid()
+            pairs += [
+                DistillationPair(
+                    "class", student[..., 5:], teacher[..., 5:], "bernoulli", weight=weight
+                ),
+                DistillationPair("objectness", student[..., 4:5], teacher[..., 4:5], "bernoulli"),
+                DistillationPair(
+                    "box",
+                    student[..., :4].sigmoid(),
+                    teacher[..., :4].sigmoid(),
+                    "value",
+                    weight=weight,
+                ),
+            ]
+        return pairs
+
+    def feature_layers(self) -> list[str]:
+        return self.blocks()[:-1]
+
+    def blocks(self) -> list[str]:
+        return [
+            f"model.{name}"
+            for name, layer in self.module.model.named_children()
+            if any(True for _ in layer.parameters())
+        ]
+
+    def boundary_layers(self) -> Boundary:
+        convolutions = [
+            name for name, layer in self.module.named_modules() if isinstance(layer, nn.Conv2d)
+        ]
+        return Boundary(
+            first=(convolutions[0],),
+            last=tuple(convolutions[-len(self.module.detect.m) :]),
+        )
+
+
+def _suppress(
+    predictions: Tensor, score_threshold: float, iou_threshold: float, max_detections: int
+) -> Detections:
+    """NMS within each class over the predictions of one image, `(n, 4 + classes)`."""
+    row, label = (predictions[:, 4:] > score_threshold).nonzero(as_tuple=True)
+    scores = predictions[row, 4 + label]
+    if len(scores) > _MOST_CANDIDATES:
+        scores, best = scores.topk(_MOST_CANDIDATES)
+        row, label = row[best], label[best]
+    boxes = predictions[row, :4]
+    kept = batched_nms(boxes, scores, label, iou_threshold)[:max_detections]
+    return Detections(boxes[kept], scores[kept], label[kept])
+
+
+def _head_of(model: Inert | nn.Module, checkpoint: Checkpoint) -> Inert | nn.Module:
+    kinds = {class_of(module).rpartition(".")[2]: module for _, module in modules_of(model)}
+    for kind, what in (("Classify", "classification"), ("Segment", "segmentation")):
+        if kind in kinds:
+            raise UserError(
+                f"{checkpoint.path} is a YOLOv5 {what} model: "
+                "of YOLOv5, only detection models are supported"
+            )
+    if "Detect" not in kinds:
+        raise UserError(f"{checkpoint.path} has no YOLOv5 detection head (Detect): unsupported")
+    return kinds["Detect"]
+
+
+def _activation(model: Inert | nn.Module, checkpoint: Checkpoint) -> str:
+    found = {
+        class_of(module).rpartition(".")[2]
+        for name, module in modules_of(model)
+        if name.endswith(".act")
+    }
+    if len(found) != 1 or not found <= ACTIVATIONS.keys():
+        raise UserError(
+            f"{checkpoint.path} uses the activations {', '.join(sorted(found)) or 'none'}: "
+            f"supported is one of {', '.join(ACTIVATIONS)}"
+        )
+    return found.pop()
+
+
+def _names(names: Any, checkpoint: Checkpoint) -> list[str]:
+    if isinstance(names, dict):
+        names = [names[key] for key in sorted(names)]
+    if not isinstance(names, (list, tuple)) or not names:
+        raise UserError(f"{checkpoint.path} holds no category names: it is damaged or no YOLOv5")
+    return [str(name) for name in names]
+
+
+def _image_size(root: Any, stride: int) -> int:
+    options = root.get("opt") if isinstance(root, dict) else None
+    size = options.get("imgsz") if isinstance(options, dict) else None
+    # Released checkpoints do not say; those with a fourth level were trained at 1280.
+    return size if isinstance(size, int) and size > 0 else 1280 if stride > 32 else 640
+
+
+def _plain(value: Any) -> Any:
+    """A description in types that JSON has."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
+
+
+def _load(network: YOLOv5Network, model: Inert | nn.Module, checkpoint: Checkpoint) -> None:
+    """Load weights strictly, and the BatchNorm constants, which are no weights."""
+    # v5.0 and v6.0 keep the anchors twice, the second time in pixels.
+    state = {k: v for k, v in state_dict_of(model).items() if not k.endswith(".anchor_grid")}
+    if not any(key.endswith(".running_mean") for key in state):
+        raise UserError(
+            f"{checkpoint.path} has its BatchNorm fused into the convolutions, so the statistics "
+            "that synthesis inverts are gone: name the checkpoint that the training wrote"
+        )
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise UserError(
+            f"the weights in {checkpoint.path} do not fit its architecture description ({first})"
+        ) from error
+    for name, module in modules_of(model):
+        if class_of(module).endswith(".BatchNorm2d"):
+            own = network.get_submodule(name)
+            assert isinstance(own, nn.BatchNorm2d)
+            own.eps = float(attribute(module, "eps", own.eps))
+            own.momentum = float(attribute(module, "momentum", own.momentum))

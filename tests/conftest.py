@@ -1,0 +1,27 @@
+"""Shared fixtures. The kit (real images and networks) is looked for once, here."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("YOLO_OFFLINE", "1")
+os.environ.setdefault("YOLO_VERBOSE", "False")
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def kit() -> Path:
+    """The folder of real images and networks: `$DFQ_KIT`, else `../shared/kit` beside the clone."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "kit"
+    folder = Path(os.environ.get("DFQ_KIT", default))
+    if not (folder / "SOURCES.md").is_file():
+        pytest.skip(f"the kit of real images and networks is not at {folder} (set DFQ_KIT)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def yolov5n(kit: Path) -> Path:
+    """A COCO-trained YOLOv5n v6 checkpoint."""
+    return kit / "weights" / "yolov5n-coco" / "yolov5n.pt"
