@@ -1,0 +1,1 @@
+"""Data at rest: calibration sets, and readers for real image sets."""

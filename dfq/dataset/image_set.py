@@ -1,0 +1,231 @@
+"""`ImageSet`: a real set of images with boxes, whatever format it was stored in."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from ..errors import UserError
+from .coco_categories import match_names
+
+IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp"})
+"""Name endings (lower case) by which files of a folder count as images."""
+
+_EXIF_ORIENTATION = 0x0112
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image and its boxes.
+
+    Attributes:
+        path: the image file.
+        width, height: pixels, of the image as it is meant to be seen (EXIF orientation applied).
+        boxes: float32 `(n, 4)`, x1 y1 x2 y2 in pixels, edges (a whole image is 0, 0, width,
+            height).
+        labels: int64 `(n,)`, indices into `ImageSet.names`.
+        ignore: bool `(n,)`; true for COCO's crowd regions and VOC's difficult objects, which count
+            neither as found nor as missed.
+        area: float32 `(n,)`, square pixels: of the mask where the set states it, else of the box.
+        image_id: unique in the set; COCO's own id where the set is COCO.
+    """
+
+    path: Path
+    width: int
+    height: int
+    boxes: np.ndarray
+    labels: np.ndarray
+    ignore: np.ndarray
+    area: np.ndarray
+    image_id: int
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images with boxes, in the order of the file that lists them.
+
+    Attributes:
+        source: what the user named, for messages.
+        names: category names, in the set's own order.
+        items: the images.
+        labelled: false for a bare folder of images.
+        dropped: boxes left out because a side was not positive or a number not finite, or
+            because a YOLO label file holds them twice.
+    """
+
+    source: Path
+    names: list[str]
+    items: list[Item]
+    labelled: bool = True
+    dropped: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.items:
+            raise UserError(f"{self.source}: the set holds no images")
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def load_image(self, index: int) -> np.ndarray:
+        """Read image `index`: uint8 `(height, width, 3)`, RGB, as large as its `Item` says.
+
+        The EXIF orientation is applied, as `cv2.imread` does, unless only the stored pixels have
+        the size that the annotations state (then the boxes were drawn on those).
+
+        Raises:
+            UserError: the file is no readable image, or has another size than its annotation says.
+        """
+        item = self.items[index]
+        image = _decode(item.path, cv2.IMREAD_COLOR)
+        if image.shape[:2] != (item.height, item.width):
+            stored = _decode(item.path, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+            if stored.shape[:2] != (item.height, item.width):
+                raise UserError(
+                    f"{item.path}: the image is {image.shape[1]} x {image.shape[0]} pixels, its "
+                    f"annotation says {item.width} x {item.height}; use the images the "
+                    "annotations were made for"
+                )
+            image = stored
+        return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+    def head(self, n: int) -> ImageSet:
+        """The first `n` images (all if there are fewer)."""
+        return replace(self, items=self.items[: _at_least_one(n)])
+
+    def subset(self, n: int, seed: int = 0) -> ImageSet:
+        """`n` images drawn without replacement (all if there are fewer), in the set's order."""
+        count = min(_at_least_one(n), len(self.items))
+        chosen = sorted(random.Random(seed).sample(range(len(self.items)), count))
+        return replace(self, items=[self.items[index] for index in chosen])
+
+    def category_mapping(self, model_names: Sequence[str]) -> list[int | None]:
+        """For each of `names`, the index of the model's category of that name, or None.
+
+        Matched by name, never by position alone: see `coco_categories.match_names`.
+
+        Raises:
+            UserError: not one name is shared.
+        """
+        return match_names(self.names, model_names, str(self.source))
+
+
+def _at_least_one(n: int) -> int:
+    if n < 1:
+        raise UserError(f"the number of images must be at least 1, got {n}")
+    return n
+
+
+def _decode(path: Path, flags: int) -> np.ndarray:
+    try:
+        # Not cv2.imread: it cannot open non-ASCII paths on Windows.
+        data = np.fromfile(path, dtype=np.uint8)
+        image = cv2.imdecode(data, flags) if data.size else None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except cv2.error:
+        image = None
+    if image is None:
+        raise UserError(f"{path}: is not an image that can be read")
+    return image
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height in pixels, EXIF orientation applied, from the file's header alone.
+
+    Raises:
+        UserError: the file is missing or no image.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        raise UserError(f"{path}: is not an image that can be read") from None
+    # Orientations 5 to 8 are the ones that turn the image on its side.
+    return (height, width) if orientation >= 5 else (width, height)
+
+
+def image_files(folder: Path) -> list[Path]:
+    """All image files under `folder`, by their endings, sorted by path."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and path.is_file()
+        and not path.name.startswith(".")
+    )
+
+
+def make_item(
+    path: Path,
+    size: tuple[int, int],
+    image_id: int,
+    boxes: Sequence[Sequence[float]],
+    labels: Sequence[int],
+    ignore: Sequence[bool] | None = None,
+    area: Sequence[float | None] | None = None,
+) -> tuple[Item, int]:
+    """An `Item` of the usable boxes, and how many boxes were not.
+
+    Args:
+        path: the image file.
+        size: its width and height, pixels.
+        image_id: unique in the set.
+        boxes: x1 y1 x2 y2 in pixels. Boxes with a number that is not finite or a side that is not
+            positive are left out.
+        labels, ignore, area: one a box; without `ignore` none is ignored; an area of None is the
+            box's.
+    """
+    corners = np.asarray(boxes, dtype=np.float32).reshape(-1, 4)
+    sides = corners[:, 2:] - corners[:, :2]
+    # Not `sides <= 0`: the comparison with NaN must drop the box.
+    keep = np.isfinite(corners).all(axis=1) & (sides > 0).all(axis=1)
+    given = np.array(
+        [np.nan if value is None else value for value in area or [None] * len(corners)], np.float32
+    )
+    areas = np.where(np.isfinite(given), given, sides.prod(axis=1)).astype(np.float32)
+    flags = np.zeros(len(corners), bool) if ignore is None else np.asarray(ignore, bool)
+    item = Item(
+        path=path,
+        width=size[0],
+        height=size[1],
+        boxes=corners[keep],
+        labels=np.asarray(labels, np.int64).reshape(-1)[keep],
+        ignore=flags.reshape(-1)[keep],
+        area=areas[keep],
+        image_id=image_id,
+    )
+    return item, int((~keep).sum())
+
+
+def require_images(where: Path, paths: Sequence[Path]) -> None:
+    """Raise a `UserError` that names the first of `paths` that is no file, and how many are not."""
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise UserError(
+            f"{where}: {len(missing)} of {len(paths)} images are missing, the first is {missing[0]}"
+        )
+
+
+def read_text(path: Path) -> str:
+    """A text file's content (UTF-8, with or without a byte-order mark).
+
+    Raises:
+        UserError: it is missing or not UTF-8 text.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not a text file in UTF-8") from None

@@ -1,0 +1,91 @@
+"""Opening a real image set of any of the usual formats: `open_set`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import UserError
+from .image_set import ImageSet, Item, image_files, image_size, make_item
+from .readers_coco import read_coco
+from .readers_voc import read_voc
+from .readers_yolo import read_yolo
+
+__all__ = ["ImageSet", "Item", "open_set"]
+
+
+def open_set(source: str | Path, split: str | None = None) -> ImageSet:
+    """Open a set of real images.
+
+    Args:
+        source: one of
+
+            - a folder with `annotations.json` (COCO instances format) and `images/`, or such a
+              `*.json` file: images are looked for beside it, in `images/`, and, for a file in a
+              folder `annotations/`, where COCO itself keeps them;
+            - a YOLO `data.yaml` as Ultralytics resolves it, or a folder that holds one;
+            - a Pascal VOC folder (`Annotations/`, `JPEGImages/`, `ImageSets/Main/*.txt`);
+            - a folder of bare images, searched with its subfolders: an unlabelled set.
+        split: which split of a YOLO (`val`, `train`, `test`) or VOC set (a list's name); by
+            default the first there is of `val`, `train` (YOLO) or `val`, `test`, `all`,
+            `trainval`, `train` (VOC).
+
+    Raises:
+        UserError: whatever is wrong with the set, in one line that names the file.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _open_file(path, split)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such file or folder")
+    if (path / "annotations.json").is_file():
+        return _without_split(path / "annotations.json", split)
+    if (path / "Annotations").is_dir() and (path / "JPEGImages").is_dir():
+        return read_voc(path, split)
+    for name in ("data.yaml", "data.yml"):
+        if (path / name).is_file():
+            return read_yolo(path / name, split)
+    _refuse_lost_labels(path)
+    return _read_bare(path)
+
+
+def _open_file(path: Path, split: str | None) -> ImageSet:
+    suffix = path.suffix.lower()
+    if suffix == ".json":
+        return _without_split(path, split)
+    if suffix in {".yaml", ".yml"}:
+        return read_yolo(path, split)
+    raise UserError(
+        f"{path}: not an image set; give a COCO .json, a YOLO data.yaml or a folder of images"
+    )
+
+
+def _without_split(path: Path, split: str | None) -> ImageSet:
+    if split is not None:
+        raise UserError(f"{path}: a COCO set has no split {split!r}; name the split's .json file")
+    return read_coco(path)
+
+
+def _refuse_lost_labels(folder: Path) -> None:
+    """Do not take a labelled set whose description is not found for a folder of bare images."""
+    described = [
+        *sorted(folder.glob("annotations/*.json")),
+        *sorted(folder.glob("*.json")),
+        *sorted(folder.glob("*.y*ml")),
+    ]
+    if described:
+        raise UserError(
+            f"{folder}: holds images and {described[0].relative_to(folder)}, but no "
+            "annotations.json or data.yaml; name the file that describes the set"
+        )
+    if (folder / "labels").is_dir():
+        raise UserError(f"{folder}: holds labels/ but no data.yaml that names the categories")
+
+
+def _read_bare(folder: Path) -> ImageSet:
+    files = image_files(folder)
+    if not files:
+        raise UserError(f"{folder}: holds no images and no annotations")
+    items = [
+        make_item(path, image_size(path), index, [], [])[0] for index, path in enumerate(files, 1)
+    ]
+    return ImageSet(folder, [], items, labelled=False)
