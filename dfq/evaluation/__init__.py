@@ -1,0 +1,1 @@
+"""Measuring detectors: COCO average precision on a labelled image set (`coco`)."""

@@ -1,0 +1,266 @@
+"""COCO average precision of a detector on a labelled image set.
+
+Matching and accumulation are pycocotools' (Lin et al., "Microsoft COCO", 2014; the official
+evaluation code). Only the categories that set and model share are measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from ..dataset.letterbox import LetterboxTransform, load_letterboxed
+from ..dataset.readers import ImageSet, open_set
+from ..detectors.base import Detections, Detector
+from ..errors import UserError
+from .bootstrap import bootstrap_ap
+from .matching import match, require_labels
+
+__all__ = ["Metrics", "bootstrap_ap", "evaluate", "predict", "score"]
+
+Progress = Callable[[int, int], object]
+"""Called with the number of images done and the number of images there are."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What COCO's evaluation says, as fractions in [0, 1]; NaN where nothing was there to find.
+
+    Attributes:
+        AP: average precision, mean over IoU 0.50 to 0.95 and over categories.
+        AP50, AP75: the same at one IoU.
+        AP_small, AP_medium, AP_large: AP of objects below 32², up to 96², and above, in square
+            pixels of the original image.
+        AR100: average recall with at most 100 detections an image and category.
+        images: number of images measured.
+        image_size: pixels of the long side the network saw, where known.
+        per_category: AP by the model's category name, of every category that is shared.
+        missing_categories: the set's categories that the model does not have; not measured.
+        seconds: wall time of reading and detecting (not of the matching), where known.
+        images_per_second: the same, as a rate.
+    """
+
+    AP: float
+    AP50: float
+    AP75: float
+    AP_small: float
+    AP_medium: float
+    AP_large: float
+    AR100: float
+    images: int
+    image_size: int | None = None
+    per_category: dict[str, float] = field(default_factory=dict)
+    missing_categories: tuple[str, ...] = ()
+    seconds: float | None = None
+    images_per_second: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON can hold them: NaN becomes None, the tuple a list."""
+        return {key: _plain(value) for key, value in asdict(self).items()}
+
+
+def evaluate(
+    detector: Detector,
+    data: ImageSet | str | Path,
+    *,
+    image_size: int | None = None,
+    batch_size: int = 16,
+    score_threshold: float = 0.001,
+    iou_threshold: float = 0.6,
+    rect: bool = False,
+    progress: Progress | None = None,
+    limit: int | None = None,
+) -> Metrics:
+    """Measure a detector, float or quantized, on a labelled set.
+
+    Args:
+        detector: any family's; its mode (train or eval) is restored afterwards.
+        data: the set, or what `open_set` takes.
+        image_size: pixels of the long side; the detector's own by default.
+        batch_size, score_threshold, iou_threshold, rect, progress: see `predict`.
+        limit: measure only the first so many images.
+
+    Raises:
+        UserError: the set is broken or unlabelled, shares no category with the model, or
+            `image_size` is no multiple of the detector's stride.
+    """
+    imageset = data if isinstance(data, ImageSet) else open_set(data)
+    if limit is not None:
+        imageset = imageset.head(limit)
+    # Found before the minutes of detection, not after.
+    require_labels(imageset)
+    imageset.category_mapping(detector.names)
+    size = detector.image_size if image_size is None else image_size
+    start = time.perf_counter()
+    detections = predict(
+        detector,
+        imageset,
+        image_size=size,
+        batch_size=batch_size,
+        score_threshold=score_threshold,
+        iou_threshold=iou_threshold,
+        rect=rect,
+        progress=progress,
+    )
+    seconds = time.perf_counter() - start
+    return replace(
+        score(imageset, detections, detector.names),
+        image_size=size,
+        seconds=seconds,
+        images_per_second=len(imageset) / seconds,
+    )
+
+
+def predict(
+    detector: Detector,
+    imageset: ImageSet,
+    *,
+    image_size: int | None = None,
+    batch_size: int = 16,
+    score_threshold: float = 0.001,
+    iou_threshold: float = 0.6,
+    rect: bool = False,
+    progress: Progress | None = None,
+) -> list[Detections]:
+    """Detections for every image of a set, in pixels of the original images, on the CPU.
+
+    Args:
+        detector: any family's.
+        imageset: the images; labels are not needed.
+        image_size: pixels of the long side; the detector's own by default.
+        batch_size: images at a time.
+        score_threshold: detections below are left out (AP wants this low).
+        iou_threshold: overlap above which non-maximum suppression drops the weaker box.
+        rect: pad a batch only to the next multiples of the stride instead of to a square.
+        progress: called after every batch.
+
+    Raises:
+        UserError: an image cannot be read, or `image_size` is no multiple of the stride.
+    """
+    size = detector.image_size if image_size is None else image_size
+    _check_size(size, detector.stride)
+    if batch_size < 1:
+        raise UserError(f"the batch size must be at least 1, got {batch_size}")
+    found: list[Detections] = []
+    with _eval_mode(detector.module):
+        for images, transforms in _batches(imageset, size, detector.stride, batch_size, rect):
+            # `detect` runs without gradients but not in inference mode: YOLO heads keep tensors
+            # (anchor grids) between calls, and inference tensors would break a later backward.
+            batch = detector.detect(
+                images.to(detector.device),
+                score_threshold=score_threshold,
+                iou_threshold=iou_threshold,
+            )
+            found += [
+                Detections(transform.undo(one.boxes.cpu()), one.scores.cpu(), one.labels.cpu())
+                for one, transform in zip(batch, transforms, strict=True)
+            ]
+            if progress is not None:
+                progress(len(found), len(imageset))
+    return found
+
+
+def score(imageset: ImageSet, detections: Sequence[Detections], names: Sequence[str]) -> Metrics:
+    """COCO's metrics of given detections.
+
+    Ignored objects (COCO crowds, VOC difficult) are matched as COCO's crowds: detections that lie
+    in them count neither as right nor as wrong.
+
+    Args:
+        imageset: a labelled set.
+        detections: one an image, in pixels of the original images.
+        names: what the detections' labels index; categories that the set lacks are left out.
+
+    Raises:
+        UserError: the set is unlabelled, or shares no category with `names`.
+    """
+    evaluator, categories = match(imageset, detections, names)
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluator.accumulate()
+    # precision: IoU threshold, recall threshold, category, area range, detection limit.
+    precision, recall = evaluator.eval["precision"][..., -1], evaluator.eval["recall"][..., -1]
+    iou = [round(float(value), 2) for value in evaluator.params.iouThrs]
+    areas = {label: index for index, label in enumerate(evaluator.params.areaRngLbl)}
+    everywhere = precision[..., areas["all"]]
+    mapping = imageset.category_mapping(names)
+    return Metrics(
+        AP=_mean(everywhere),
+        AP50=_mean(everywhere[iou.index(0.5)]),
+        AP75=_mean(everywhere[iou.index(0.75)]),
+        AP_small=_mean(precision[..., areas["small"]]),
+        AP_medium=_mean(precision[..., areas["medium"]]),
+        AP_large=_mean(precision[..., areas["large"]]),
+        AR100=_mean(recall[..., areas["all"]]),
+        images=len(imageset),
+        per_category={
+            names[category]: _mean(everywhere[:, :, index])
+            for index, category in enumerate(categories)
+        },
+        missing_categories=tuple(
+            name for name, index in zip(imageset.names, mapping, strict=True) if index is None
+        ),
+    )
+
+
+def _batches(
+    imageset: ImageSet, size: int, stride: int, batch_size: int, rect: bool
+) -> Iterator[tuple[Tensor, list[LetterboxTransform]]]:
+    """Letterboxed batches; the next one is read while the network works on this one."""
+    groups = [
+        range(start, min(start + batch_size, len(imageset)))
+        for start in range(0, len(imageset), batch_size)
+    ]
+    with ThreadPoolExecutor(max_workers=1) as reader:
+
+        def read(group: range) -> Any:
+            return reader.submit(load_letterboxed, imageset, group, size, stride, rect=rect)
+
+        coming = read(groups[0])
+        for following in [*groups[1:], None]:
+            images, _, transforms = coming.result()
+            if following is not None:
+                coming = read(following)
+            yield images, transforms
+
+
+@contextlib.contextmanager
+def _eval_mode(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside, every submodule's own mode (some may be frozen) afterwards."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def _check_size(size: int, stride: int) -> None:
+    if size < stride or size % stride:
+        below = max(size, 0) // stride * stride
+        nearest = f"{below} or {below + stride}" if below else f"{stride}"
+        raise UserError(f"image size {size} is no multiple of the stride {stride}; try {nearest}")
+
+
+def _mean(values: np.ndarray) -> float:
+    """The mean of what is defined: pycocotools writes -1 for a category without objects."""
+    defined = values[values > -1]
+    return float(defined.mean()) if defined.size else math.nan
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return list(value) if isinstance(value, tuple) else value
