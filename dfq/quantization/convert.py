@@ -1,0 +1,272 @@
+"""Put quantizers into a detector by policy, and list what is quantized and what is not."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..detectors.base import Detector
+from ..errors import UserError
+from .folding import fold_batchnorm
+from .layers import QUANTIZED_LAYERS, QuantConv2d, QuantLinear
+from .quantizers import Quantizer
+from .ranges import SEARCHES
+
+FLOAT_BITS = 32
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Which layers get which bits.
+
+    Attributes:
+        weight_bits, activation_bits: 2 to 8.
+        first_last_bits: of the layers that see the image and those that give the predictions:
+            8, "float", or "same" as the others.
+        weights: "per_channel" or "per_tensor".
+        activations: "asymmetric" (LSQ+) or "symmetric" (LSQ).
+        overrides: qualified layer name or wildcard -> "float" or a bit width for both; the first
+            match counts and wins over everything above.
+    """
+
+    weight_bits: int = 4
+    activation_bits: int = 8
+    first_last_bits: int | str = 8
+    weights: str = "per_channel"
+    activations: str = "asymmetric"
+    overrides: tuple[tuple[str, int | str], ...] = ()
+
+    def bits_for(self, name: str, boundary: bool) -> tuple[int, int] | None:
+        """(weight bits, activation bits) of a layer, or None where it stays in float."""
+        for pattern, bits in self.overrides:
+            if fnmatch.fnmatchcase(name, pattern):
+                return None if bits == "float" else (int(bits), int(bits))
+        if boundary and self.first_last_bits != "same":
+            if self.first_last_bits == "float":
+                return None
+            return int(self.first_last_bits), int(self.first_last_bits)
+        return self.weight_bits, self.activation_bits
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "overrides": [list(pair) for pair in self.overrides]}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Policy:
+        overrides = tuple((str(name), bits) for name, bits in data.get("overrides", ()))
+        return cls(**{**data, "overrides": overrides})
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """One conv or linear layer as `dfq inspect` lists it. `macs` is for one image."""
+
+    name: str
+    kind: str
+    weight_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    macs: int
+    weight_bits: int
+    activation_bits: int
+
+    @property
+    def quantized(self) -> bool:
+        return self.weight_bits < FLOAT_BITS and self.activation_bits < FLOAT_BITS
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "quantized": self.quantized}
+
+
+def _bits(layer: nn.Module) -> tuple[int, int]:
+    if isinstance(layer, QUANTIZED_LAYERS):
+        return layer.weight_quantizer.bits, layer.input_quantizer.bits
+    return FLOAT_BITS, FLOAT_BITS
+
+
+def describe(detector: Detector, image_size: int | None = None) -> list[LayerInfo]:
+    """Every conv and linear layer that computes predictions, in execution order.
+
+    Layers that `Detector.raw` does not run (a decoder's constant convolution, say) are not listed.
+    """
+    size = image_size or detector.image_size
+    rows: dict[str, LayerInfo] = {}
+    handles = []
+    for name, module in detector.module.named_modules():
+        if not isinstance(module, nn.Conv2d | nn.Linear):
+            continue
+
+        def after(layer: nn.Module, _inputs: object, output: Tensor, name: str = name) -> None:
+            weight = layer.weight
+            assert isinstance(weight, Tensor)
+            # Each output element costs one filter: all of the weight but its output axis.
+            macs = output[0].numel() * weight[0].numel()
+            before = rows[name].macs if name in rows else 0
+            rows[name] = LayerInfo(
+                name,
+                "linear" if isinstance(layer, nn.Linear) else "conv",
+                tuple(weight.shape),
+                tuple(output.shape[1:]),
+                macs + before,
+                *_bits(layer),
+            )
+
+        handles.append(module.register_forward_hook(after))
+    try:
+        with torch.no_grad():
+            detector.raw(torch.zeros(1, 3, size, size, device=detector.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(rows.values())
+
+
+def quantized_share(layers: Iterable[LayerInfo]) -> float:
+    """Share of the multiply-accumulates that run on quantized weights and inputs, in [0, 1]."""
+    layers = list(layers)
+    total = sum(layer.macs for layer in layers)
+    return sum(layer.macs for layer in layers if layer.quantized) / total if total else 0.0
+
+
+def bit_operations(layers: Iterable[LayerInfo]) -> int:
+    """BOPs of one image: weight bits * activation bits * MACs, summed over the layers."""
+    return sum(row.weight_bits * row.activation_bits * row.macs for row in layers)
+
+
+def fold(detector: Detector) -> Detector:
+    """Fold the BatchNorm layers of `detector` in place; returns it."""
+    side = detector.stride * 2
+    image = torch.zeros(1, 3, side, side, device=detector.device)
+    fold_batchnorm(detector.module, lambda: detector.raw(image))
+    return detector
+
+
+def insert_quantizers(detector: Detector, policy: Policy) -> Detector:
+    """Replace the layers of `detector` in place as `policy` says; scales are not set yet.
+
+    Raises:
+        UserError: where an override matches no layer.
+    """
+    boundary = detector.boundary_layers()
+    edge = {*boundary.first, *boundary.last}
+    layers = describe(detector, detector.stride * 2)
+    for pattern, _ in policy.overrides:
+        if not any(fnmatch.fnmatchcase(row.name, pattern) for row in layers):
+            raise UserError(
+                f"quantization.overrides: no layer is called '{pattern}' "
+                f"(for example '{layers[0].name}'; dfq inspect lists them all)"
+            )
+    for row in layers:
+        bits = policy.bits_for(row.name, row.name in edge)
+        if bits is None:
+            continue
+        layer = detector.module.get_submodule(row.name)
+        channels = row.weight_shape[0] if policy.weights == "per_channel" else 1
+        weights = Quantizer(bits[0], channels=channels)
+        inputs = Quantizer(bits[1], asymmetric=policy.activations == "asymmetric")
+        wrapped: nn.Module
+        if isinstance(layer, nn.Conv2d):
+            wrapped = QuantConv2d.wrap(layer, inputs, weights)
+        else:
+            assert isinstance(layer, nn.Linear)
+            wrapped = QuantLinear.wrap(layer, inputs, weights)
+        parent, _, leaf = row.name.rpartition(".")
+        setattr(detector.module.get_submodule(parent), leaf, wrapped.to(detector.device))
+    return detector
+
+
+def quantized_layers(module: nn.Module) -> Iterator[tuple[str, QuantConv2d | QuantLinear]]:
+    """(name, layer) of every quantized layer."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, QUANTIZED_LAYERS):
+            yield name, layer
+
+
+@contextmanager
+def float_mode(module: nn.Module) -> Iterator[None]:
+    """Within this context the quantizers let everything through."""
+    quantizers = [m for m in module.modules() if isinstance(m, Quantizer)]
+    before = [q.enabled for q in quantizers]
+    for quantizer in quantizers:
+        quantizer.enabled = False
+    try:
+        yield
+    finally:
+        for quantizer, enabled in zip(quantizers, before, strict=True):
+            quantizer.enabled = enabled
+
+
+class _Samples:
+    """Values that reached one quantizer: exact extremes, and an even sample of the rest."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.chunks: list[Tensor] = []
+
+    def add(self, x: Tensor) -> None:
+        flat = x.detach().reshape(-1).float()
+        low, high = flat.aminmax()
+        # A stride coprime to powers of two does not fall in step with channels or rows.
+        stride = max(1, flat.numel() // self.limit) | 1
+        self.chunks.append(torch.cat([flat[::stride], low[None], high[None]]))
+
+    def values(self, limit: int) -> Tensor:
+        everything = torch.cat(self.chunks)
+        low, high = everything.aminmax()
+        stride = max(1, everything.numel() // limit)
+        return torch.cat([everything[::stride], low[None], high[None]])
+
+
+@torch.no_grad()
+def calibrate(
+    detector: Detector,
+    batches: Iterable[Tensor],
+    *,
+    search: str = "mse",
+    samples: int = 16384,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Set every quantizer's initial scale: weights from themselves, inputs from calibration images.
+
+    Args:
+        detector: with quantizers inserted; they let everything through while this runs.
+        batches: images `(n, 3, h, w)` in [0, 1].
+        search: a key of `ranges.SEARCHES`; min-max sees every value, the others a sample.
+        samples: values of an activation the search works on.
+        progress: called with the number of images after each batch.
+
+    Raises:
+        UserError: if there is no image at all.
+    """
+    find = SEARCHES[search]
+    layers = list(quantized_layers(detector.module))
+    taken: dict[str, _Samples] = {name: _Samples(samples) for name, _ in layers}
+    handles = [
+        layer.input_quantizer.register_forward_pre_hook(
+            lambda _m, inputs, name=name: taken[name].add(inputs[0])
+        )
+        for name, layer in layers
+    ]
+    images = 0
+    try:
+        with float_mode(detector.module):
+            for batch in batches:
+                detector.raw(batch.to(detector.device))
+                images += len(batch)
+                if progress is not None:
+                    progress(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if images == 0:
+        raise UserError("calibration: the set has no images")
+    for name, layer in layers:
+        weights, inputs = layer.weight_quantizer, layer.input_quantizer
+        rows = layer.weight.detach().float().reshape(weights.channels, -1)
+        weights.initialise(*find(rows, weights.bits, asymmetric=weights.asymmetric))
+        values = taken[name].values(samples)[None].to(rows.device)
+        inputs.initialise(*find(values, inputs.bits, asymmetric=inputs.asymmetric))

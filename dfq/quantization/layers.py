@@ -1,0 +1,68 @@
+"""Quantized Conv2d and Linear: the float layer with a quantizer on its input and on its weight."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .quantizers import Quantizer
+
+
+class QuantConv2d(nn.Conv2d):
+    """A convolution whose input and weight are fake-quantized.
+
+    `input_quantizer` is per tensor; `weight_quantizer` per tensor or per output channel. The bias
+    stays in float: runtimes keep it in 32 bits.
+    """
+
+    input_quantizer: Quantizer
+    weight_quantizer: Quantizer
+
+    @classmethod
+    def wrap(cls, layer: nn.Conv2d, inputs: Quantizer, weights: Quantizer) -> QuantConv2d:
+        """Take over the parameters of a float convolution."""
+        quantized = cls.__new__(cls)
+        nn.Module.__init__(quantized)
+        quantized.__dict__.update(
+            {k: v for k, v in layer.__dict__.items() if not k.startswith("_")},
+            training=layer.training,
+        )
+        # nn.Conv2d keeps the padding of its non-zero padding modes under a private name.
+        quantized._reversed_padding_repeated_twice = layer._reversed_padding_repeated_twice
+        quantized.weight = layer.weight
+        quantized.register_parameter("bias", layer.bias)
+        quantized.input_quantizer = inputs
+        quantized.weight_quantizer = weights
+        return quantized
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight_quantizer(self.weight)
+        return self._conv_forward(self.input_quantizer(input), weight, self.bias)
+
+
+class QuantLinear(nn.Linear):
+    """A linear layer whose input and weight are fake-quantized; see `QuantConv2d`."""
+
+    input_quantizer: Quantizer
+    weight_quantizer: Quantizer
+
+    @classmethod
+    def wrap(cls, layer: nn.Linear, inputs: Quantizer, weights: Quantizer) -> QuantLinear:
+        """Take over the parameters of a float linear layer."""
+        quantized = cls.__new__(cls)
+        nn.Module.__init__(quantized)
+        quantized.in_features = layer.in_features
+        quantized.out_features = layer.out_features
+        quantized.training = layer.training
+        quantized.weight = layer.weight
+        quantized.register_parameter("bias", layer.bias)
+        quantized.input_quantizer = inputs
+        quantized.weight_quantizer = weights
+        return quantized
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight_quantizer(self.weight)
+        return F.linear(self.input_quantizer(input), weight, self.bias)
+
+
+QUANTIZED_LAYERS = (QuantConv2d, QuantLinear)

@@ -1,0 +1,92 @@
+"""Initial step sizes and zero points: min-max, LSQ's own rule, and a search for the least error.
+
+Every function takes values as `(channels, n)` and returns `(scale, zero_point)`, each `(channels,)`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .quantizers import grid
+
+Range = tuple[Tensor, Tensor]
+RangeSearch = Callable[..., Range]
+
+
+def _grid_from_bounds(low: Tensor, high: Tensor, bits: int, asymmetric: bool) -> Range:
+    """Step size and zero point of the grid that spans [low, high] (with zero always on it)."""
+    low, high = low.clamp_max(0), high.clamp_min(0)
+    qmin, qmax = grid(bits, signed=not asymmetric)
+    if asymmetric:
+        scale = (high - low) / (qmax - qmin)
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        return scale, torch.clamp(torch.round(-low / scale), qmin, qmax)
+    scale = torch.maximum(high / qmax, low / qmin)
+    return torch.where(scale > 0, scale, torch.ones_like(scale)), torch.zeros_like(scale)
+
+
+def minmax(values: Tensor, bits: int, *, asymmetric: bool) -> Range:
+    """The grid that spans every value: no clipping, and so the coarsest."""
+    low, high = values.aminmax(dim=1)
+    return _grid_from_bounds(low, high, bits, asymmetric)
+
+
+def percentile(values: Tensor, bits: int, *, asymmetric: bool, keep: float = 0.9999) -> Range:
+    """The grid that spans the middle `keep` share of the values."""
+    ordered = values.sort(dim=1).values
+    last = values.shape[1] - 1
+    cut = round((1 - keep) / 2 * last)
+    return _grid_from_bounds(ordered[:, cut], ordered[:, last - cut], bits, asymmetric)
+
+
+def lsq(values: Tensor, bits: int, *, asymmetric: bool) -> Range:
+    """LSQ's initial step 2 * mean|v| / sqrt(Q_p); LSQ+'s offset puts the minimum on the grid."""
+    qmin, qmax = grid(bits, signed=not asymmetric)
+    scale = 2 * values.abs().mean(dim=1) / math.sqrt(qmax)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    if not asymmetric:
+        return scale, torch.zeros_like(scale)
+    low = values.amin(dim=1).clamp_max(0)
+    return scale, torch.clamp(torch.round(-low / scale), qmin, qmax)
+
+
+def mse(values: Tensor, bits: int, *, asymmetric: bool, steps: int = 80) -> Range:
+    """The grid with the least mean squared rounding and clipping error on `values`.
+
+    Shrinks the upper bound (and, on an asymmetric grid, the lower one apart from it) from the full
+    range in `steps` steps and keeps the best of all pairs, per channel.
+    """
+    low, high = values.aminmax(dim=1)
+    low, high = low.clamp_max(0), high.clamp_min(0)
+    qmin, qmax = grid(bits, signed=not asymmetric)
+    best_error = torch.full_like(low, float("inf"))
+    best_scale, best_zero = _grid_from_bounds(low, high, bits, asymmetric)
+    # A lower bound that is a small part of the range (SiLU's -0.278) needs few candidates.
+    low_shares = [1.0, 0.8, 0.6, 0.4, 0.2, 0.0] if asymmetric else [1.0]
+    for low_share in low_shares:
+        for step in range(steps):
+            share = 1.0 - step / steps
+            factor = low_share if asymmetric else share
+            scale, zero = _grid_from_bounds(low * factor, high * share, bits, asymmetric)
+            column = scale[:, None]
+            rounded = torch.round(values / column)
+            rounded = torch.maximum(rounded, (qmin - zero)[:, None])
+            rounded = torch.minimum(rounded, (qmax - zero)[:, None])
+            error = (rounded * column - values).square_().mean(dim=1)
+            better = error < best_error
+            best_error = torch.where(better, error, best_error)
+            best_scale = torch.where(better, scale, best_scale)
+            best_zero = torch.where(better, zero, best_zero)
+    return best_scale, best_zero
+
+
+SEARCHES: dict[str, RangeSearch] = {
+    "minmax": minmax,
+    "percentile": percentile,
+    "lsq": lsq,
+    "mse": mse,
+}
