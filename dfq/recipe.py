@@ -1,0 +1,261 @@
+"""The recipe: one YAML file is one experiment, checked whole before any work starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .errors import UserError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
+
+
+class SynthesisWeights(_Section):
+    """Weights of the synthesis loss; every term is a mean, so they hold at any batch and size."""
+
+    task: float = Field(8.0, ge=0)
+    """The family's own training loss on the labels, mean over the batch."""
+    bn: float = Field(0.05, ge=0)
+    """BatchNorm statistics, summed over the layers."""
+    first_bn: float = Field(1.0, ge=0)
+    """The first BatchNorm once more: it fixes colours and contrast."""
+    tv: float = Field(6.0, ge=0)
+    """Total variation, root mean square over the pixels."""
+
+
+class LabelStage(_Section):
+    """The low-resolution stage in which the adaptive sampler finds boxes and categories."""
+
+    image_size: int = Field(160, ge=32)
+    iterations: int = Field(240, ge=1)
+    start: float = Field(0.33, ge=0, le=1)
+    """Share of the iterations after which labels are first updated."""
+    stop: float = Field(0.95, ge=0, le=1)
+    """Share of the iterations after which labels stay fixed."""
+    updates: int = Field(12, ge=1)
+    score_threshold: float = Field(0.2, gt=0, lt=1)
+    """Detections below this score do not count."""
+
+
+class Synthesis(_Section):
+    """Stage I: how images and labels are made."""
+
+    images: int = Field(512, ge=1)
+    image_size: int | None = Field(None, ge=32)
+    """Side in pixels; None: the size the detector was trained for."""
+    iterations: int = Field(200, ge=0)
+    """Of the image stage; 0 leaves the initial noise (a baseline)."""
+    batch_size: int = Field(32, ge=1)
+    """Images optimised together; BatchNorm statistics are matched over the batch."""
+    learning_rate: float = Field(0.1, gt=0)
+    labels: Literal["adaptive", "single", "multi", "tile", "none"] = "adaptive"
+    init: Literal["uniform", "gaussian"] = "uniform"
+    multires: float = Field(0.55, ge=0, lt=1)
+    """Share of the iterations spent at half the size before the images are enlarged; 0: none."""
+    flip: float = Field(0.5, ge=0, le=1)
+    """Probability that an image is mirrored, labels too, in an iteration."""
+    erase: float = Field(0.5, ge=0, le=1)
+    """Probability that a rectangle (2 to 20 % of the area) is blanked in an iteration."""
+    weights: SynthesisWeights = SynthesisWeights()
+    label_stage: LabelStage = LabelStage()
+
+
+class Quantization(_Section):
+    """What is quantized, and to how many bits."""
+
+    weight_bits: int = Field(4, ge=2, le=8)
+    activation_bits: int = Field(8, ge=2, le=8)
+    first_last_bits: Literal["float", "same", 8] = 8
+    """Of the layers that see the image and those that give the predictions."""
+    weights: Literal["per_channel", "per_tensor"] = "per_channel"
+    activations: Literal["asymmetric", "symmetric"] = "asymmetric"
+    ranges: Literal["mse", "minmax", "percentile", "lsq"] = "mse"
+    """How the initial scales are found."""
+    calibration_images: int = Field(64, ge=1)
+    """Images of the set the initial scales are found on."""
+    overrides: dict[str, Literal["float"] | int] = {}
+    """Layer name or wildcard -> "float" or a bit width; the first match wins."""
+
+    @field_validator("overrides")
+    @classmethod
+    def _bits(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name, bits in value.items():
+            if bits != "float" and not 2 <= bits <= 8:
+                raise ValueError(f"'{name}' asks for {bits} bits; 2 to 8, or 'float'")
+        return value
+
+
+class DistillationWeights(_Section):
+    """Weights of the training loss."""
+
+    kl: float = Field(1.0, ge=0)
+    """Divergence from the teacher's predictions."""
+    feature: float = Field(1.0, ge=0)
+    """Squared distance of the distilled layers, relative to the teacher's variance."""
+    task: float = Field(0.0, ge=0)
+    """The family's own training loss on the synthetic labels."""
+
+
+class Distillation(_Section):
+    """Stage II: how the low-bit network is trained."""
+
+    epochs: int = Field(30, ge=1)
+    batch_size: int = Field(16, ge=1)
+    lr: float = Field(1e-4, gt=0)
+    """Adam, weights and biases; cosine to zero."""
+    scale_lr: float = Field(1e-3, gt=0)
+    """Adam, logarithms of the step sizes and zero points; cosine to zero."""
+    warmup: float = Field(0.03, ge=0, lt=1)
+    """Share of the steps over which the rates rise from zero."""
+    weights: DistillationWeights = DistillationWeights()
+    kl_form: Literal["family", "flattened"] = "family"
+    """Over what is a distribution in the family, or the paper's softmax over a whole level."""
+    temperature: float = Field(1.0, gt=0)
+    """Of the KL; the paper's flattened form uses 4."""
+    clip: float = Field(10.0, gt=0)
+    """Largest norm of the gradient."""
+    ema: float = Field(0.998, ge=0, lt=1)
+    """Decay of the averaged weights; 0 switches them off."""
+    selection: Literal["ema", "last", "agreement"] = "ema"
+    """Which weights are kept; `agreement` takes those closest to the teacher on the set."""
+    flip: float = Field(0.5, ge=0, le=1)
+    zoom: float = Field(0.0, ge=0, lt=1)
+    """Images are enlarged or shrunk at random by up to this share, labels too."""
+    checkpoint_minutes: float = Field(1.0, ge=0)
+    """A checkpoint is written at the first epoch's end after so many minutes."""
+
+
+class Evaluation(_Section):
+    """A measurement once training is over; it never steers the training."""
+
+    data: str | None = None
+    image_size: int | None = Field(None, ge=32)
+    batch_size: int = Field(16, ge=1)
+
+
+class Recipe(_Section):
+    """One experiment."""
+
+    model: str | None = None
+    """Checkpoint, yaml or name of the detector; `--model` wins."""
+    method: Literal["qat", "ptq", "auto"] = "qat"
+    """`auto` trains, and falls back to the calibrated start where training made it worse."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    synthesis: Synthesis = Synthesis()
+    quantization: Quantization = Quantization()
+    distillation: Distillation = Distillation()
+    evaluation: Evaluation = Evaluation()
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _source(cls, value: Any) -> Any:
+        # A section `model: {source: yolo11s}` reads as `model: yolo11s`.
+        if isinstance(value, dict) and set(value) == {"source"}:
+            return value["source"]
+        return value
+
+    @model_validator(mode="after")
+    def _labels_for_task(self) -> Recipe:
+        if self.synthesis.labels == "none" and self.distillation.weights.task > 0:
+            raise ValueError(
+                "distillation.weights.task needs labels, and synthesis.labels is 'none'"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        """Every value, defaults included."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Recipes that come with the package, by name without suffix."""
+    here = Path(__file__).resolve().parent
+    # An installed package holds them inside; a checkout beside it.
+    for folder in (here / "recipes", here.parent / "recipes"):
+        found = {p.stem: p for p in sorted(folder.glob("*.yaml"))}
+        if found:
+            return found
+    return {}
+
+
+def find_recipe(name: str | Path) -> Path:
+    """A file of that name, else a shipped recipe (`w4a8` and `w4a8.yaml` alike)."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = shipped_recipes()
+    key = path.name.removesuffix(".yaml").removesuffix(".yml")
+    if str(path.parent) == "." and key in shipped:
+        return shipped[key]
+    raise UserError(f"recipe '{name}': no such file, and none is shipped under that name "
+                    f"(shipped: {', '.join(shipped)})")
+
+
+def load_recipe(
+    name: str | Path | None, overrides: Sequence[str] = (), **values: Any
+) -> Recipe:
+    """Read, override and validate a recipe.
+
+    Args:
+        name: file or shipped name; None starts from the defaults.
+        overrides: `section.key=value` texts; the value is read as YAML.
+        values: the same with `__` for the dot, from command-line options; None means not given.
+
+    Raises:
+        UserError: one line for each thing that is wrong, with the key's path.
+    """
+    data: Any = {}
+    origin = "recipe"
+    if name is not None:
+        path = find_recipe(name)
+        origin = str(path.name)
+        try:
+            data = yaml.safe_load(path.read_text()) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            line = " ".join(str(error).split())
+            raise UserError(f"{path}: not valid YAML: {line}") from None
+        if not isinstance(data, dict):
+            raise UserError(f"{path}: a recipe is a mapping of sections, not a {type(data).__name__}")
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UserError(f"--set {text}: write section.key=value")
+        try:
+            _assign(data, key, yaml.safe_load(value))
+        except yaml.YAMLError:
+            raise UserError(f"--set {text}: '{value}' is not a YAML value") from None
+    for key, given in values.items():
+        if given is not None:
+            _assign(data, key.replace("__", "."), given)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        lines = [f"{origin}: {_explain(problem)}" for problem in error.errors()]
+        raise UserError("\n".join(dict.fromkeys(lines))) from None
+
+
+def _assign(data: dict[str, Any], key: str, value: Any) -> None:
+    parts = key.split(".")
+    for depth, part in enumerate(parts[:-1]):
+        if data.get(part) is None:
+            data[part] = {}
+        if not isinstance(data[part], dict):
+            raise UserError(f"--set {key}: {'.'.join(parts[: depth + 1])} is no section")
+        data = data[part]
+    data[parts[-1]] = value
+
+
+def _explain(problem: Any) -> str:
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"{where}: unknown key"
+    message = problem["msg"].removeprefix("Value error, ")
+    got = problem.get("input")
+    shown = f", got {got!r}" if not isinstance(got, dict | list | BaseModel) else ""
+    return f"{where + ': ' if where else ''}{message[:1].lower()}{message[1:]}{shown}"

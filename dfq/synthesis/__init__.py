@@ -1,0 +1,1 @@
+"""Inversion of a frozen detector into images and labels."""

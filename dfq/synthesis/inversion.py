@@ -1,0 +1,245 @@
+"""The optimisation loop: noise in, images that a frozen detector takes for training data out."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from ..detectors.base import Detector, Targets
+from ..errors import UserError
+from ..recipe import Synthesis
+from .labels import STARTS, teacher_scores, update_adaptive, update_steps
+from .priors import total_variation
+from .statistics import BatchNormStatistics
+
+Report = Callable[[str, int, int, dict[str, float]], None]
+"""Called now and then with stage, iteration, iterations of the stage, and loss terms."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A finished batch: uint8 `(n, 3, s, s)` RGB, labels `(n_i, 5)` and the teacher's scores."""
+
+    images: Tensor
+    labels: list[Tensor]
+    scores: list[Tensor]
+
+
+def generator_for(seed: int, shard: int, stage: str) -> Generator:
+    """A generator that depends on these three alone, so any process can make any shard."""
+    stages = {"labels": 1, "images": 2, "augment": 3}
+    mixed = (seed * 1_000_003 + shard) * 8 + stages[stage]
+    return Generator().manual_seed(mixed)
+
+
+def initial_images(count: int, size: int, kind: str, generator: Generator) -> Tensor:
+    """Noise `(count, 3, size, size)` in [0, 1]: uniform, or Gaussian around the middle."""
+    if kind == "gaussian":
+        noise = torch.randn(count, 3, size, size, generator=generator)
+        return (0.5 + 0.25 * noise).clamp_(0, 1)
+    return torch.rand(count, 3, size, size, generator=generator)
+
+
+def random_erasing_mask(count: int, size: int, probability: float, generator: Generator) -> Tensor:
+    """1 to keep, 0 to blank: `(count, 1, size, size)`, one rectangle of 2 to 20 % of the area with
+    an aspect ratio of 0.3 to 3.3 in each image that draws one (Zhong et al., 2020)."""
+    draw = torch.rand(5, count, generator=generator)
+    area = 0.02 + 0.18 * draw[0]
+    aspect = torch.exp((2 * draw[1] - 1) * math.log(3.3))
+    height, width = (area * aspect).sqrt().clamp_max(1), (area / aspect).sqrt().clamp_max(1)
+    top, left = draw[2] * (1 - height), draw[3] * (1 - width)
+    height = torch.where(draw[4] < probability, height, torch.full_like(height, -1.0))
+    at = (torch.arange(size) + 0.5) / size
+    rows = (at >= top[:, None]) & (at < (top + height)[:, None])
+    columns = (at >= left[:, None]) & (at < (left + width)[:, None])
+    return (~(rows[:, :, None] & columns[:, None, :]))[:, None].float()
+
+
+class Inversion:
+    """Optimises batches of images for one frozen detector.
+
+    Args:
+        detector: the teacher, eval mode, parameters frozen, BatchNorm unfused.
+        settings: the `synthesis` section of a recipe.
+
+    Raises:
+        UserError: where the network has no BatchNorm and a BatchNorm term is asked for.
+    """
+
+    def __init__(self, detector: Detector, settings: Synthesis) -> None:
+        self.detector = detector
+        self.settings = settings
+        self.uses_bn = settings.weights.bn > 0 or settings.weights.first_bn > 0
+        self.statistics = BatchNormStatistics(detector.module) if self.uses_bn else None
+        self.image_size = settings.image_size or detector.image_size
+
+    @contextlib.contextmanager
+    def _watching(self) -> Iterator[None]:
+        if self.statistics is None:
+            yield
+        else:
+            with self.statistics:
+                yield
+
+    def _losses(self, images: Tensor, targets: Targets) -> dict[str, Tensor]:
+        weights = self.settings.weights
+        raw = self.detector.raw(images)
+        terms = {}
+        if self.statistics is not None:
+            distances = self.statistics.distances()
+            terms["bn"] = weights.bn * torch.stack(distances).sum()
+            terms["first_bn"] = weights.first_bn * distances[0]
+        if weights.task > 0 and self.settings.labels != "none":
+            size = images.shape[2]
+            task = self.detector.task_loss(raw, targets, (size, size))
+            terms["task"] = weights.task * torch.stack(list(task.values())).sum()
+        return terms
+
+    def optimise(
+        self,
+        images: Tensor,
+        labels: Sequence[Tensor],
+        iterations: int,
+        learning_rate: float,
+        generator: Generator,
+        *,
+        stage: str,
+        after: Callable[[int, Tensor], list[Tensor] | None] | None = None,
+        report: Report | None = None,
+    ) -> Tensor:
+        """Adam with cosine decay on the pixels, clamped to [0, 1] after each step.
+
+        Args:
+            images: the start `(n, 3, s, s)` in [0, 1].
+            labels: per image, fixed unless `after` returns new ones.
+            iterations, learning_rate: of this call; the rate falls to zero over it.
+            generator: draws flips and erased rectangles.
+            stage: its name, for `report`.
+            after: called after each iteration with its number and the images.
+
+        Raises:
+            UserError: where the loss stops being finite.
+        """
+        device = self.detector.device
+        pixels = images.to(device).clone().requires_grad_()
+        optimizer = torch.optim.Adam([pixels], lr=learning_rate, betas=(0.9, 0.999), fused=True)
+        targets = Targets.from_per_image(labels).to(device)
+        count, size = images.shape[0], images.shape[2]
+        weights, settings = self.settings.weights, self.settings
+        every = max(1, iterations // 20)
+        with self._watching():
+            for step in range(iterations):
+                rate = learning_rate * 0.5 * (1 + math.cos(math.pi * step / iterations))
+                optimizer.param_groups[0]["lr"] = rate
+                view, seen = pixels, targets
+                if settings.flip > 0:
+                    flipped = torch.rand(count, generator=generator) < settings.flip
+                    flipped = flipped.to(device, non_blocking=True)
+                    view = torch.where(flipped[:, None, None, None], view.flip(3), view)
+                    seen = targets.flip_horizontal(flipped)
+                if settings.erase > 0:
+                    mask = random_erasing_mask(count, size, settings.erase, generator)
+                    view = view * mask.to(device, non_blocking=True)
+                terms = self._losses(view, seen)
+                if weights.tv > 0:
+                    # The norm over the square root of the pixels: a weight for any size and batch.
+                    terms["tv"] = weights.tv * total_variation(pixels) / math.sqrt(pixels.numel())
+                loss = torch.stack(list(terms.values())).sum()
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                with torch.no_grad():
+                    pixels.clamp_(0, 1)
+                if step % every == 0 or step == iterations - 1:
+                    values = {name: float(term.detach()) for name, term in terms.items()}
+                    if not math.isfinite(sum(values.values())):
+                        raise UserError(
+                            f"synthesis: the loss is not finite at iteration {step} of stage "
+                            f"'{stage}' ({values}); lower synthesis.learning_rate"
+                        )
+                    if report is not None:
+                        report(stage, step + 1, iterations, values)
+                if after is not None:
+                    changed = after(step, pixels.detach())
+                    if changed is not None:
+                        targets = Targets.from_per_image(changed).to(device)
+        return pixels.detach()
+
+    def label_stage(
+        self, count: int, generator: Generator, augment: Generator, report: Report | None = None
+    ) -> list[Tensor]:
+        """Labels for `count` images; for adaptive ones by optimising at low resolution and letting
+        the detector correct them along the way. The images are thrown away."""
+        settings, stage = self.settings, self.settings.label_stage
+        labels = STARTS[settings.labels](generator, count, self.detector.num_classes)
+        if settings.labels != "adaptive":
+            return labels
+        updates = update_steps(
+            stage.iterations, start=stage.start, stop=stage.stop, updates=stage.updates
+        )
+        current = labels
+
+        def after(step: int, images: Tensor) -> list[Tensor] | None:
+            nonlocal current
+            if step not in updates:
+                return None
+            found = self.detector.detect(
+                images, score_threshold=stage.score_threshold, iou_threshold=0.6
+            )
+            current = update_adaptive(current, found, stage.image_size)
+            return current
+
+        noise = initial_images(count, stage.image_size, settings.init, generator)
+        self.optimise(
+            noise, labels, stage.iterations, settings.learning_rate, augment,
+            stage="labels", after=after, report=report,
+        )
+        return current
+
+    def image_stage(
+        self,
+        labels: Sequence[Tensor],
+        generator: Generator,
+        augment: Generator,
+        report: Report | None = None,
+    ) -> Tensor:
+        """Images `(n, 3, s, s)` in [0, 1] for fixed labels, from fresh noise at full size or, with
+        `multires`, at half the size first."""
+        settings = self.settings
+        count, size, rate = len(labels), self.image_size, settings.learning_rate
+        coarse = round(settings.multires * settings.iterations)
+        # Half the size, to the next multiple of the stride.
+        stride = self.detector.stride
+        small = max(stride, -(-size // (2 * stride)) * stride)
+        if coarse == 0 or small == size:
+            images = initial_images(count, size, settings.init, generator)
+            coarse = 0
+        else:
+            images = initial_images(count, small, settings.init, generator)
+            images = self.optimise(
+                images, labels, coarse, rate, augment, stage="small", report=report
+            )
+            images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
+            rate = rate / 2
+        if settings.iterations - coarse == 0:
+            return images
+        return self.optimise(
+            images, labels, settings.iterations - coarse, rate, augment, stage="full", report=report
+        )
+
+    def batch(self, count: int, seed: int, shard: int, report: Report | None = None) -> Batch:
+        """Make shard `shard` of `count` images: both stages, 8-bit images, the teacher's scores."""
+        augment = generator_for(seed, shard, "augment")
+        labels = self.label_stage(count, generator_for(seed, shard, "labels"), augment, report)
+        images = self.image_stage(labels, generator_for(seed, shard, "images"), augment, report)
+        stored = (images * 255).round_().clamp_(0, 255).to(torch.uint8)
+        found = self.detector.detect(stored.float() / 255, score_threshold=0.01, iou_threshold=0.6)
+        scores = teacher_scores(labels, found, self.image_size)
+        return Batch(stored.cpu(), list(labels), scores)

@@ -1,0 +1,150 @@
+"""Labels for synthetic images: the starts, and the adaptive sampler that corrects them.
+
+Labels of one image are float32 `(n, 5)`: category, cx, cy, w, h, normalised to [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Generator, Tensor
+from torchvision.ops import box_iou
+
+from ..detectors.base import Detections
+
+Start = Callable[[Generator, int, int], list[Tensor]]
+
+
+def _boxes(generator: Generator, count: int, smallest: float, largest: float) -> Tensor:
+    """`count` boxes (cx, cy, w, h) inside the image, sides uniform in [smallest, largest]."""
+    sides = torch.rand(count, 2, generator=generator) * (largest - smallest) + smallest
+    centres = torch.rand(count, 2, generator=generator) * (1 - sides) + sides / 2
+    return torch.cat([centres, sides], dim=1)
+
+
+def _categories(generator: Generator, count: int, classes: int) -> Tensor:
+    return torch.randint(classes, (count, 1), generator=generator).float()
+
+
+def single(generator: Generator, images: int, classes: int) -> list[Tensor]:
+    """One object an image: category uniform, sides uniform in [0.2, 0.8] (the paper's start)."""
+    rows = torch.cat(
+        [_categories(generator, images, classes), _boxes(generator, images, 0.2, 0.8)], dim=1
+    )
+    return list(rows.split(1))
+
+
+def multi(generator: Generator, images: int, classes: int) -> list[Tensor]:
+    """One to six random objects an image, overlaps as they fall (the *multi-sample* baseline)."""
+    counts = torch.randint(1, 7, (images,), generator=generator).tolist()
+    return [
+        torch.cat([_categories(generator, n, classes), _boxes(generator, n, 0.2, 0.8)], dim=1)
+        for n in counts
+    ]
+
+
+def tile(generator: Generator, images: int, classes: int) -> list[Tensor]:
+    """A grid of 2 x 2 or 3 x 3 objects an image, categories uniform (the *tile* baseline)."""
+    result = []
+    for _ in range(images):
+        side = int(torch.randint(2, 4, (1,), generator=generator))
+        corner = torch.arange(side).float() / side + 0.5 / side
+        centres = torch.cartesian_prod(corner, corner)
+        sides = torch.full_like(centres, 0.9 / side)
+        rows = [_categories(generator, side * side, classes), centres, sides]
+        result.append(torch.cat(rows, dim=1))
+    return result
+
+
+def none(generator: Generator, images: int, classes: int) -> list[Tensor]:
+    """No labels at all: task-agnostic synthesis."""
+    return [torch.zeros(0, 5) for _ in range(images)]
+
+
+STARTS: dict[str, Start] = {
+    "adaptive": single,
+    "single": single,
+    "multi": multi,
+    "tile": tile,
+    "none": none,
+}
+
+
+def to_corners(boxes: Tensor) -> Tensor:
+    """(cx, cy, w, h) to (x1, y1, x2, y2)."""
+    return torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], dim=1)
+
+
+def update_adaptive(
+    labels: Sequence[Tensor],
+    detections: Sequence[Detections],
+    size: int,
+    *,
+    iou: float = 0.35,
+    smallest_area: float = 0.01,
+    largest_area: float = 0.85,
+) -> list[Tensor]:
+    """One update of the adaptive box-and-category sampler (ICCV 2025, sec. 3.2).
+
+    Adds each detection that overlaps no label of its image by `iou` or more and whose area lies in
+    (`smallest_area`, `largest_area`) of the image; removes each label that no detection overlaps by
+    `iou`, but keeps in every image at least the one with the highest overlap. Detections are taken
+    in order of score and each addition counts as a label for the next, so that one object found
+    under two categories is added once.
+
+    Args:
+        labels: per image `(n, 5)`.
+        detections: of the present images, boxes in pixels.
+        size: side of the images, pixels.
+    """
+    updated = []
+    for label, found in zip(labels, detections, strict=True):
+        boxes = (found.boxes.float().cpu() / size).clamp(0, 1)
+        overlap = box_iou(to_corners(label[:, 1:]), boxes)
+        if len(label):
+            best = overlap.amax(dim=1) if len(found) else torch.zeros(len(label))
+            keep = best >= iou
+            keep[best.argmax()] = True
+            kept = label[keep]
+        else:
+            kept = label
+        rows = [kept]
+        present = to_corners(kept[:, 1:])
+        area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+        for index in range(len(found)):
+            box = boxes[index : index + 1]
+            if not smallest_area < float(area[index]) < largest_area:
+                continue
+            if len(present) and float(box_iou(present, box).max()) >= iou:
+                continue
+            centre, sides = (box[:, :2] + box[:, 2:]) / 2, box[:, 2:] - box[:, :2]
+            category = found.labels[index : index + 1, None].float().cpu()
+            rows.append(torch.cat([category, centre, sides], dim=1))
+            present = torch.cat([present, box])
+        updated.append(torch.cat(rows))
+    return updated
+
+
+def teacher_scores(
+    labels: Sequence[Tensor], detections: Sequence[Detections], size: int, *, iou: float = 0.5
+) -> list[Tensor]:
+    """How sure the teacher is of each label: the best score among its detections of the same
+    category that overlap the label by `iou`; 0 where there is none. `(n,)` per image."""
+    result = []
+    for label, found in zip(labels, detections, strict=True):
+        if not len(label) or not len(found):
+            result.append(torch.zeros(len(label)))
+            continue
+        overlap = box_iou(to_corners(label[:, 1:]), found.boxes.float().cpu() / size)
+        same = label[:, :1].long() == found.labels.cpu()[None]
+        score = torch.where((overlap >= iou) & same, found.scores.float().cpu()[None], 0.0)
+        result.append(score.amax(dim=1))
+    return result
+
+
+def update_steps(iterations: int, *, start: float, stop: float, updates: int) -> set[int]:
+    """Iterations after which labels are updated: `updates` of them, evenly spread over the shares
+    `start` to `stop` of the run."""
+    spread = torch.linspace(start * iterations, stop * iterations, updates)
+    return {min(int(step), iterations - 1) for step in spread}
