@@ -1,0 +1,1 @@
+"""Training the low-bit network with the original as its teacher."""
