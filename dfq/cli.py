@@ -1,0 +1,237 @@
+"""The command line: parse, call a verb, print. A user's mistake is one line and exit code 2."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from . import __version__
+from .errors import UserError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_DISK = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EACCES: "permission denied",
+    errno.EROFS: "the file system is read-only",
+    errno.EPERM: "permission denied",
+    errno.ENOTDIR: "a file is where a folder should be",
+}
+
+
+def _fail(message: str) -> None:
+    for line in message.splitlines():
+        click.echo(f"error: {line}", err=True)
+    sys.exit(2)
+
+
+def _mendable(command: F) -> F:
+    """Turn what the user can mend into one line and exit code 2; leave bugs their traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except UserError as error:
+            _fail(str(error))
+        except OSError as error:
+            if error.errno not in _DISK:
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            _fail(f"{where}{_DISK[error.errno]}; what is finished is kept, run the command again")
+        except RuntimeError as error:
+            # torch reports a full disk and a full device as plain RuntimeErrors.
+            text = str(error).splitlines()[0] if str(error) else ""
+            if "No space left" in text or "PytorchStreamWriter failed" in text:
+                _fail("the disk is full; what is finished is kept, run the command again")
+            if "out of memory" in text:
+                _fail(f"out of memory ({text}); lower the batch size or the image size")
+            raise
+        except KeyboardInterrupt:
+            click.echo("stopped; the same command goes on from here", err=True)
+            sys.exit(130)
+
+    return wrapped  # type: ignore[return-value]
+
+
+def _common(command: F) -> F:
+    """`--device` and `--trust`."""
+    command = click.option(
+        "--trust", is_flag=True, help="Run what is in the checkpoint: only if you trust its author."
+    )(command)
+    return click.option(
+        "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:0, ..."
+    )(command)
+
+
+def _settings(command: F) -> F:
+    """`--seed` and `--set`."""
+    command = click.option(
+        "--set", "overrides", multiple=True, metavar="KEY=VALUE",
+        help="Override a value of the recipe, e.g. distillation.epochs=10.",
+    )(command)
+    return click.option("--seed", type=int, help="Fixes the result.")(command)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def cli() -> None:
+    """Make a trained object detector small without its training data.
+
+    A SET is a folder with annotations.json and images/ (COCO; also what dfq writes), a COCO
+    .json beside its images, a YOLO data.yaml, or a Pascal VOC folder.
+    """
+
+
+@cli.command()
+@click.option("--model", required=True, help="Checkpoint, yaml, published name (yolo11s) or demo.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder; default: the cache.")
+@click.option("--images", type=int, help="How many.")
+@click.option("--image-size", type=int, help="Side in pixels; default: the model's.")
+@click.option("--iterations", type=int, help="Of the image stage.")
+@click.option("--batch-size", type=int, help="Images optimised together.")
+@click.option("--recipe", help="File or shipped recipe whose synthesis section is used.")
+@_settings
+@_common
+@_mendable
+def synthesize(
+    model: str, out: Path | None, images: int | None, image_size: int | None,
+    iterations: int | None, batch_size: int | None, recipe: str | None, seed: int | None,
+    overrides: tuple[str, ...], device: str, trust: bool,
+) -> None:
+    """Make labelled images out of the detector itself."""
+    from .progress import Live
+    from .recipe import load_recipe
+    from .verbs import synthesize as verb
+
+    settings = load_recipe(
+        recipe, overrides, seed=seed, synthesis__images=images, synthesis__image_size=image_size,
+        synthesis__iterations=iterations, synthesis__batch_size=batch_size,
+    )
+    made = verb(model, settings, out=out, device=device, trust=trust, progress=Live())
+    objects = sum(len(label) for label in made.labels)
+    click.echo(f"{len(made)} images, {objects} objects: {made.root}")
+
+
+@cli.command()
+@click.option("--recipe", required=True, help="File or shipped recipe (w4a8).")
+@click.option("--model", help="The float detector; default: the recipe's.")
+@click.option("--data", help="A SET to train on; default: the synthetic one, made if need be.")
+@click.option("--out", type=click.Path(path_type=Path), help="Run folder.")
+@_settings
+@_common
+@_mendable
+def qat(
+    recipe: str, model: str | None, data: str | None, out: Path | None, seed: int | None,
+    overrides: tuple[str, ...], device: str, trust: bool,
+) -> None:
+    """Train the low-bit detector on its synthetic images."""
+    from .progress import Live
+    from .recipe import find_recipe, load_recipe
+    from .verbs import quantize
+
+    settings = load_recipe(recipe, overrides, seed=seed)
+    folder = quantize(
+        settings, model=model, data=data, out=out, name=find_recipe(recipe).stem, device=device,
+        trust=trust, progress=Live(),
+    )
+    metrics = json.loads((folder / "metrics.json").read_text())
+    share = metrics["quantized_share_of_macs"]
+    click.echo(f"{metrics['selected']}; {share:.1%} of the MACs quantized")
+    for name, value in metrics.get("evaluation", {}).items():
+        if name != "data":
+            click.echo(f"{name}: AP {value['AP']:.3f}  AP50 {value['AP50']:.3f}")
+    click.echo(str(folder))
+
+
+@cli.command("eval")
+@click.option("--model", required=True, help="A detector or a run folder.")
+@click.option("--data", required=True, help="A labelled SET.")
+@click.option("--image-size", type=int, help="Side in pixels; default: the model's.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the result here.")
+@_common
+@_mendable
+def evaluate(
+    model: str, data: str, image_size: int | None, json_file: Path | None, device: str, trust: bool
+) -> None:
+    """Measure COCO AP."""
+    from .dataset.calibration import write_json
+    from .progress import Live
+    from .verbs import evaluate as verb
+
+    found = verb(
+        model, data, image_size=image_size, device=device, trust=trust, progress=Live()
+    ).to_dict()
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(json_file, found)
+    keys = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100")
+    for key in keys:
+        click.echo(f"{key:<10} {'none' if found[key] is None else format(found[key], '.4f')}")
+    click.echo(f"{found['images']} images at {found['image_size']} px")
+    if found["missing_categories"]:
+        click.echo(f"not measured, unknown to the model: {', '.join(found['missing_categories'])}")
+
+
+@cli.command()
+@click.option("--model", required=True, help="A detector or a run folder.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the result here.")
+@click.option("--trust", is_flag=True, help="Run what is in the checkpoint.")
+@_mendable
+def inspect(model: str, json_file: Path | None, trust: bool) -> None:
+    """List every layer: shape, MACs, bits."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from .dataset.calibration import write_json
+    from .verbs import inspect as verb
+
+    found = verb(model, trust=trust)
+    table = Table(title=f"{found.source} ({found.family}, {found.image_size} px)")
+    for column in ("layer", "kind", "weight", "output", "MACs (M)", "weight bits", "act. bits"):
+        table.add_column(column, justify="left" if column in ("layer", "kind") else "right")
+    for layer in found.layers:
+        bits = [str(b) if b < 32 else "float" for b in (layer.weight_bits, layer.activation_bits)]
+        shapes = ["x".join(map(str, s)) for s in (layer.weight_shape, layer.output_shape)]
+        table.add_row(layer.name, layer.kind, *shapes, f"{layer.macs / 1e6:.2f}", *bits)
+    # Wide enough for every column when the output is a file or a pipe.
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(table)
+    total = sum(layer.macs for layer in found.layers)
+    quantized = sum(layer.quantized for layer in found.layers)
+    console.print(
+        f"{quantized} of {len(found.layers)} layers quantized: {found.quantized_share:.1%} of "
+        f"{total / 1e6:.1f} M MACs",
+        highlight=False,
+    )
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(json_file, found.to_dict())
+
+
+@cli.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("demo-run"), show_default=True)
+@_mendable
+def demo(out: Path) -> None:
+    """The whole flow in minutes, on the small detector that comes with dfq."""
+    from .demo.flow import run_demo
+    from .progress import Live
+
+    run_demo(out, Live())
+
+
+def main() -> None:
+    """Entry point of `dfq`."""
+    cli()
+
+
+if __name__ == "__main__":
+    main()

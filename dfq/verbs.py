@@ -1,0 +1,390 @@
+"""The verbs of the package, as functions: what the command line calls, and what you can."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import torch
+from torch import Tensor
+
+from .dataset.calibration import CalibrationSet
+from .dataset.letterbox import load_letterboxed
+from .dataset.readers import ImageSet, open_set
+from .detectors import load_detector
+from .detectors.base import Detector, Targets
+from .distillation.trainer import LabelledImages, Outcome, Trainer
+from .errors import UserError
+from .evaluation.coco import Metrics
+from .evaluation.coco import evaluate as evaluate_detector
+from .progress import Progress, Silent
+from .quantization.convert import (
+    LayerInfo,
+    Policy,
+    bit_operations,
+    calibrate,
+    describe,
+    fold,
+    insert_quantizers,
+    quantized_share,
+)
+from .recipe import Recipe, load_recipe
+from .run import Run, is_run, load_run, next_folder, versions
+from .synthesis.produce import set_name, synthesize_set
+
+
+def cache_folder() -> Path:
+    """Where sets go without `--out`: `$DFQ_HOME`, else the platform's cache folder."""
+    home = os.environ.get("DFQ_HOME")
+    return Path(home) if home else Path(platformdirs.user_cache_dir("dfq"))
+
+
+def pick_device(device: str) -> str:
+    """Resolve "auto" and check that the device is there.
+
+    Raises:
+        UserError: where it is not.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(
+            f"--device {device}: there is no such device here; try --device cpu or auto"
+        ) from None
+    return device
+
+
+def load_model(source: str | Path, *, trust: bool = False, device: str = "cpu") -> Detector:
+    """A float detector, or the quantized one of a run folder."""
+    if is_run(Path(source)):
+        return load_run(source, device=device)
+    return load_detector(source, trust=trust, device=device)
+
+
+def _float_model(source: str | Path | None, *, trust: bool, device: str) -> Detector:
+    if source is None:
+        raise UserError("which model? give --model, or `model:` in the recipe")
+    if is_run(Path(source)):
+        raise UserError(f"{source}: is a quantized run; give the float detector it was made from")
+    return load_detector(source, trust=trust, device=device)
+
+
+def _as_recipe(recipe: Recipe | str | Path | None) -> Recipe:
+    return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+
+
+def synthesize(
+    model: str | Path | Detector,
+    recipe: Recipe | str | Path | None = None,
+    *,
+    out: str | Path | None = None,
+    device: str = "auto",
+    trust: bool = False,
+    progress: Progress | None = None,
+) -> CalibrationSet:
+    """Make the calibration set of a detector, or find the one that is already there.
+
+    Args:
+        model: checkpoint, yaml, published name, "demo", or a loaded detector.
+        recipe: whose `synthesis` section and `seed` count; None: the defaults.
+        out: folder; None: the cache, under a name made from what determines the set.
+        device: "auto", "cpu", "cuda:0", ...
+        trust: run what is in the checkpoint.
+        progress: told how far it is.
+
+    Raises:
+        UserError: for anything the user can mend.
+    """
+    settings = _as_recipe(recipe)
+    progress = progress or Silent()
+    target = pick_device(device)
+    if isinstance(model, Detector):
+        detector = model.to(target)
+    else:
+        detector = _float_model(model, trust=trust, device=target)
+    synthesis = settings.synthesis
+    folder = Path(out) if out else cache_folder() / set_name(detector, synthesis, settings.seed)
+    with progress.task("synthesis", synthesis.images, "images") as task:
+        return synthesize_set(
+            detector,
+            synthesis,
+            settings.seed,
+            folder,
+            report=task.detail,
+            shard_done=task.update,
+        )
+
+
+class LetterboxedImages:
+    """A real image set in the shape the trainer takes: letterboxed squares, labels by name."""
+
+    def __init__(self, images: ImageSet, detector: Detector, size: int) -> None:
+        self.images, self.size, self.stride = images, size, detector.stride
+        # An unlabelled set has no names to match.
+        self.mapping = images.category_mapping(detector.names) if images.labelled else None
+        self._labels: list[Tensor] = []
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def load(self, indices: list[int]) -> Tensor:
+        pixels, targets, _ = load_letterboxed(
+            self.images, indices, self.size, self.stride, mapping=self.mapping
+        )
+        if indices == list(range(len(self))):
+            self._labels = targets.per_image(len(indices))
+        return (pixels * 255).round().to(torch.uint8)
+
+    def targets(self, indices: list[int]) -> Targets:
+        if not self._labels:
+            self.load(list(range(len(self))))
+        return Targets.from_per_image([self._labels[i] for i in indices])
+
+
+def open_training_data(source: str | Path, detector: Detector, size: int | None) -> LabelledImages:
+    """A calibration set of this very detector, or any real set letterboxed to `size`.
+
+    Raises:
+        UserError: where the set is unfinished, empty, broken, or made from another checkpoint.
+    """
+    path = Path(source)
+    if not CalibrationSet.is_one(path):
+        return LetterboxedImages(open_set(path), detector, size or detector.image_size)
+    found = CalibrationSet.open(path)
+    made_from = found.manifest["determinants"]["checkpoint"]
+    if made_from != detector.fingerprint:
+        raise UserError(
+            f"{path}: this set was made from another checkpoint (sha256 {made_from[:12]}..., the "
+            f"model's is {detector.fingerprint[:12]}...); make one with dfq synthesize"
+        )
+    return found
+
+
+def _policy(recipe: Recipe) -> Policy:
+    section = recipe.quantization
+    return Policy(
+        weight_bits=section.weight_bits,
+        activation_bits=section.activation_bits,
+        first_last_bits=section.first_last_bits,
+        weights=section.weights,
+        activations=section.activations,
+        overrides=tuple(section.overrides.items()),
+    )
+
+
+def _quantized(teacher: Detector, recipe: Recipe, data: LabelledImages | None) -> Detector:
+    """A twin of the folded `teacher` with quantizers, calibrated on `data` unless that is None."""
+    student = insert_quantizers(teacher.twin(), _policy(recipe))
+    if data is not None:
+        count = min(recipe.quantization.calibration_images, len(data))
+        pixels = data.load(list(range(len(data))))[:count]
+        batches = (batch.float() / 255 for batch in pixels.split(8))
+        calibrate(student, batches, search=recipe.quantization.ranges)
+    return student
+
+
+def _train(
+    teacher: Detector, recipe: Recipe, data: LabelledImages, run: Run, progress: Progress
+) -> tuple[Detector, Outcome | None, str]:
+    """The student that `recipe.method` leads to, how training ended, and why it is this one."""
+    if recipe.method == "ptq":
+        return _quantized(teacher, recipe, data), None, "ptq"
+    resuming = (run.folder / "checkpoint.pt").is_file()
+    # A resumed student gets its scales from the checkpoint: calibrating would be for nothing.
+    student = _quantized(teacher, recipe, None if resuming else data)
+    run.log("training resumed" if resuming else "training started")
+    trainer = Trainer(
+        student, teacher, data, recipe.distillation, seed=recipe.seed, folder=run.folder
+    )
+    try:
+        with progress.task("training", recipe.distillation.epochs, "epochs") as task:
+
+            def report(done: int, total: int, terms: dict[str, float]) -> None:
+                shown = "  ".join(f"{name} {value:.4g}" for name, value in terms.items())
+                run.log(f"epoch {done}/{total}  {shown}")
+                task.detail("qat", done, total, terms)
+                task.update(done, total)
+
+            outcome = trainer.train(report)
+    except UserError as error:
+        run.log(str(error))
+        if recipe.method != "auto":
+            raise
+        return _quantized(teacher, recipe, data), None, "ptq: training diverged"
+    if recipe.method == "auto" and outcome.agreement[outcome.selected] > outcome.agreement["start"]:
+        return _quantized(teacher, recipe, data), outcome, "ptq: training agreed less with the teacher"
+    return student, outcome, f"qat: {outcome.selected} weights"
+
+
+def quantize(
+    recipe: Recipe | str | Path,
+    *,
+    model: str | Path | None = None,
+    data: str | Path | None = None,
+    out: str | Path | None = None,
+    name: str | None = None,
+    device: str = "auto",
+    trust: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Make a low-bit detector: find or make its calibration set, calibrate, train, save.
+
+    Args:
+        recipe: the experiment.
+        model: the float detector; None: the recipe's.
+        data: a calibration set or any real one; None: the cache's, made first if it is not there.
+        out: run folder; None: `runs/<recipe>-<model>-<n>`.
+        name: of the recipe, for that folder.
+        device, trust, progress: as for `synthesize`.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        UserError: for anything the user can mend.
+    """
+    settings = _as_recipe(recipe)
+    progress = progress or Silent()
+    stem = name or (Path(recipe).stem if not isinstance(recipe, Recipe) else "recipe")
+    target = pick_device(device)
+    source = model if model is not None else settings.model
+    detector = _float_model(source, trust=trust, device=target)
+    settings = settings.model_copy(update={"model": str(source)})
+    evaluation = settings.evaluation
+    # Opened now, so that a mistake in its path shows before the hours of training.
+    measured_on = open_set(evaluation.data) if evaluation.data else None
+    if data is None:
+        calibration: LabelledImages = synthesize(
+            detector, settings, device=device, progress=progress
+        )
+    else:
+        calibration = open_training_data(data, detector, settings.synthesis.image_size)
+    unlabelled = isinstance(calibration, LetterboxedImages) and not calibration.images.labelled
+    if unlabelled and settings.distillation.weights.task > 0:
+        raise UserError(
+            f"{data}: has no labels for the task loss; "
+            "use a labelled set or --set distillation.weights.task=0"
+        )
+    identity = {
+        "checkpoint": detector.fingerprint,
+        "recipe": settings.model_dump(mode="json", exclude={"evaluation", "model"}),
+        "data": _data_identity(calibration, data),
+    }
+    folder = Path(out) if out else next_folder(
+        Path("runs"), f"{stem}-{Path(detector.source).stem}", identity
+    )
+    run = Run(folder, identity)
+    if run.finished:
+        return folder
+    (folder / "recipe.yaml").write_text(settings.to_yaml())
+    run.log(f"model {detector.source}, {len(calibration)} images from {data or 'synthesis'}")
+    teacher = fold(detector)
+    student, outcome, selected = _train(teacher, settings, calibration, run, progress)
+    layers = describe(student)
+    metrics: dict[str, Any] = {
+        "method": settings.method,
+        "selected": selected,
+        "weight_bits": settings.quantization.weight_bits,
+        "activation_bits": settings.quantization.activation_bits,
+        "quantized_share_of_macs": quantized_share(layers),
+        "bit_operations": bit_operations(layers),
+        "images": len(calibration),
+    }
+    if outcome is not None:
+        metrics["teacher_divergence"] = outcome.agreement
+        metrics["history"] = outcome.history
+    if measured_on is not None:
+        metrics["evaluation"] = _measure(teacher, student, measured_on, settings, progress)
+    run.finish(student, _policy(settings), metrics, {"versions": versions()})
+    run.log(f"finished: {selected}")
+    return folder
+
+
+def _data_identity(calibration: LabelledImages, source: str | Path | None) -> Any:
+    if isinstance(calibration, CalibrationSet):
+        return calibration.manifest["annotations_sha256"], [
+            shard["sha256"] for shard in calibration.manifest["shards"]
+        ]
+    return str(source), len(calibration)
+
+
+def _measure(
+    teacher: Detector, student: Detector, data: ImageSet, recipe: Recipe, progress: Progress
+) -> dict[str, Any]:
+    """AP of float and quantized network; never looked at by the training."""
+    result: dict[str, Any] = {"data": recipe.evaluation.data}
+    for name, detector in (("float", teacher), ("quantized", student)):
+        with progress.task(f"evaluation ({name})", len(data), "images") as task:
+            found = evaluate_detector(
+                detector,
+                data,
+                image_size=recipe.evaluation.image_size,
+                batch_size=recipe.evaluation.batch_size,
+                progress=task.update,
+            ).to_dict()
+        # Times would make two runs of one seed differ.
+        result[name] = {k: v for k, v in found.items() if not k.endswith(("seconds", "second"))}
+    return result
+
+
+def evaluate(
+    model: str | Path | Detector,
+    data: str | Path,
+    *,
+    image_size: int | None = None,
+    device: str = "auto",
+    trust: bool = False,
+    progress: Progress | None = None,
+) -> Metrics:
+    """COCO AP of a float detector or a run on a labelled set; fractions in [0, 1].
+
+    Raises:
+        UserError: for anything the user can mend.
+    """
+    images = open_set(data)
+    target = pick_device(device)
+    if isinstance(model, Detector):
+        detector = model.to(target)
+    else:
+        detector = load_model(model, trust=trust, device=target)
+    progress = progress or Silent()
+    with progress.task("evaluation", len(images), "images") as task:
+        return evaluate_detector(detector, images, image_size=image_size, progress=task.update)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `dfq inspect` shows: every layer, and the sums over them."""
+
+    source: str
+    family: str
+    image_size: int
+    layers: Sequence[LayerInfo]
+
+    @property
+    def quantized_share(self) -> float:
+        """Share of the multiply-accumulates that are quantized, in [0, 1]."""
+        return quantized_share(self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.source,
+            "family": self.family,
+            "image_size": self.image_size,
+            "macs": sum(layer.macs for layer in self.layers),
+            "bit_operations": bit_operations(self.layers),
+            "quantized_share_of_macs": self.quantized_share,
+            "layers": [layer.to_dict() for layer in self.layers],
+        }
+
+
+def inspect(model: str | Path | Detector, *, trust: bool = False) -> Inspection:
+    """Every conv and linear layer of a detector or a run: shape, MACs, bits."""
+    detector = model if isinstance(model, Detector) else load_model(model, trust=trust)
+    return Inspection(detector.source, detector.family, detector.image_size, describe(detector))
