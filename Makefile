@@ -28,3 +28,20 @@ demo: env
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+
+# Heavy runs on real data, written up in docs/RESULTS.md; KIT is the folder of images and networks.
+KIT ?= ../shared/kit
+BENCH ?= runs/bench
+
+.PHONY: bench-zero-shot bench-demo bench-synthesis
+
+bench-zero-shot: env
+	$(BIN)/python tools/bench_zero_shot.py --model $(KIT)/weights/yolov5n-coco/yolov5n.pt \
+	  --train $(KIT)/coco-train --val $(KIT)/coco-val --out $(BENCH)/zero-shot
+
+bench-demo: env
+	$(BIN)/python tools/train_demo_detector.py --evaluate 200
+
+bench-synthesis: env
+	$(BIN)/python tools/bench_synthesis.py --model $(KIT)/weights/yolov5n-coco/yolov5n.pt
+	$(BIN)/python tools/bench_synthesis.py --model yolo11n.yaml

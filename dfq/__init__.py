@@ -1,9 +1,9 @@
 """dfq: make a trained object detector small without its training data.
 
-    >>> import dfq
-    >>> dfq.synthesize("demo", out="set")            # labelled images out of the network itself
-    >>> run = dfq.quantize("w4a8", model="demo")     # a 4-bit network trained on them
-    >>> dfq.evaluate(run, "my-validation-set").AP
+>>> import dfq
+>>> dfq.synthesize("demo", out="set")            # labelled images out of the network itself
+>>> run = dfq.quantize("w4a8", model="demo")     # a 4-bit network trained on them
+>>> dfq.evaluate(run, "my-validation-set").AP
 """
 
 from __future__ import annotations

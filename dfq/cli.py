@@ -75,7 +75,10 @@ def _common(command: F) -> F:
 def _settings(command: F) -> F:
     """`--seed` and `--set`."""
     command = click.option(
-        "--set", "overrides", multiple=True, metavar="KEY=VALUE",
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="KEY=VALUE",
         help="Override a value of the recipe, e.g. distillation.epochs=10.",
     )(command)
     return click.option("--seed", type=int, help="Fixes the result.")(command)
@@ -103,9 +106,17 @@ def cli() -> None:
 @_common
 @_mendable
 def synthesize(
-    model: str, out: Path | None, images: int | None, image_size: int | None,
-    iterations: int | None, batch_size: int | None, recipe: str | None, seed: int | None,
-    overrides: tuple[str, ...], device: str, trust: bool,
+    model: str,
+    out: Path | None,
+    images: int | None,
+    image_size: int | None,
+    iterations: int | None,
+    batch_size: int | None,
+    recipe: str | None,
+    seed: int | None,
+    overrides: tuple[str, ...],
+    device: str,
+    trust: bool,
 ) -> None:
     """Make labelled images out of the detector itself."""
     from .progress import Live
@@ -113,8 +124,13 @@ def synthesize(
     from .verbs import synthesize as verb
 
     settings = load_recipe(
-        recipe, overrides, seed=seed, synthesis__images=images, synthesis__image_size=image_size,
-        synthesis__iterations=iterations, synthesis__batch_size=batch_size,
+        recipe,
+        overrides,
+        seed=seed,
+        synthesis__images=images,
+        synthesis__image_size=image_size,
+        synthesis__iterations=iterations,
+        synthesis__batch_size=batch_size,
     )
     made = verb(model, settings, out=out, device=device, trust=trust, progress=Live())
     objects = sum(len(label) for label in made.labels)
@@ -130,8 +146,14 @@ def synthesize(
 @_common
 @_mendable
 def qat(
-    recipe: str, model: str | None, data: str | None, out: Path | None, seed: int | None,
-    overrides: tuple[str, ...], device: str, trust: bool,
+    recipe: str,
+    model: str | None,
+    data: str | None,
+    out: Path | None,
+    seed: int | None,
+    overrides: tuple[str, ...],
+    device: str,
+    trust: bool,
 ) -> None:
     """Train the low-bit detector on its synthetic images."""
     from .progress import Live
@@ -140,8 +162,14 @@ def qat(
 
     settings = load_recipe(recipe, overrides, seed=seed)
     folder = quantize(
-        settings, model=model, data=data, out=out, name=find_recipe(recipe).stem, device=device,
-        trust=trust, progress=Live(),
+        settings,
+        model=model,
+        data=data,
+        out=out,
+        name=find_recipe(recipe).stem,
+        device=device,
+        trust=trust,
+        progress=Live(),
     )
     metrics = json.loads((folder / "metrics.json").read_text())
     share = metrics["quantized_share_of_macs"]

@@ -46,7 +46,7 @@ class Silent:
 
 
 class _Rate:
-    """Units per second since the first report: what was already done at the start is not counted."""
+    """Units per second since the first report; what was done before it is not counted."""
 
     def __init__(self) -> None:
         self.started = time.monotonic()

@@ -166,6 +166,9 @@ class Recipe(_Section):
             raise ValueError(
                 "distillation.weights.task needs labels, and synthesis.labels is 'none'"
             )
+        weights = self.distillation.weights
+        if self.method != "ptq" and not (weights.kl > 0 or weights.feature > 0 or weights.task > 0):
+            raise ValueError("distillation.weights: all are 0; set one above 0, or method: ptq")
         return self
 
     def to_yaml(self) -> str:
@@ -193,13 +196,13 @@ def find_recipe(name: str | Path) -> Path:
     key = path.name.removesuffix(".yaml").removesuffix(".yml")
     if str(path.parent) == "." and key in shipped:
         return shipped[key]
-    raise UserError(f"recipe '{name}': no such file, and none is shipped under that name "
-                    f"(shipped: {', '.join(shipped)})")
+    raise UserError(
+        f"recipe '{name}': no such file, and none is shipped under that name "
+        f"(shipped: {', '.join(shipped)})"
+    )
 
 
-def load_recipe(
-    name: str | Path | None, overrides: Sequence[str] = (), **values: Any
-) -> Recipe:
+def load_recipe(name: str | Path | None, overrides: Sequence[str] = (), **values: Any) -> Recipe:
     """Read, override and validate a recipe.
 
     Args:
@@ -221,7 +224,9 @@ def load_recipe(
             line = " ".join(str(error).split())
             raise UserError(f"{path}: not valid YAML: {line}") from None
         if not isinstance(data, dict):
-            raise UserError(f"{path}: a recipe is a mapping of sections, not a {type(data).__name__}")
+            raise UserError(
+                f"{path}: a recipe is a mapping of sections, not a {type(data).__name__}"
+            )
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key:

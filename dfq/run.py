@@ -48,10 +48,13 @@ class Run:
         if folder.exists():
             if not folder.is_dir():
                 raise UserError(f"{folder}: a file is in the way of the run folder")
-            if any(folder.iterdir()):
+            # A process killed at its very start leaves the temporary state.
+            if any(path.name != ".state.json.tmp" for path in folder.iterdir()):
                 self._check()
         folder.mkdir(parents=True, exist_ok=True)
-        if not self.finished and not self._state.exists():
+        if self.finished:
+            self._tidy()
+        elif not self._state.exists():
             write_json(self._state, identity)
 
     @property
@@ -64,9 +67,7 @@ class Run:
             raise UserError(f"{self.folder}: not empty and no run; choose another --out")
         if found != self.identity:
             keys = sorted(
-                key
-                for key in {*found, *self.identity}
-                if found.get(key) != self.identity.get(key)
+                key for key in {*found, *self.identity} if found.get(key) != self.identity.get(key)
             )
             raise UserError(
                 f"{self.folder}: holds a run with another {', '.join(keys)}; choose another --out"
@@ -103,6 +104,10 @@ class Run:
             "model_sha256": hashlib.sha256(data).hexdigest(),
         }
         write_json(self.folder / "manifest.json", manifest)
+        self._tidy()
+
+    def _tidy(self) -> None:
+        # Also what a process killed right after writing the manifest left behind.
         for name in ("state.json", "checkpoint.pt", "checkpoint.tmp"):
             (self.folder / name).unlink(missing_ok=True)
 
@@ -111,14 +116,15 @@ def identity_of(folder: Path) -> dict[str, Any] | None:
     """The identity of the run in a folder, finished or not; None where there is no run."""
     if (folder / "manifest.json").is_file():
         manifest = read_json(folder / "manifest.json")
-        return manifest.get("identity") if manifest.get("kind") == KIND else None
+        ours = isinstance(manifest, dict) and manifest.get("kind") == KIND
+        return manifest.get("identity") if ours else None
     if (folder / "state.json").is_file():
         return read_json(folder / "state.json")
     return None
 
 
 def next_folder(parent: Path, stem: str, identity: dict[str, Any]) -> Path:
-    """`parent/stem-<n>`: an unfinished run of this identity if there is one, else a fresh number."""
+    """`parent/stem-<n>`: an unfinished run of this identity if there is one, else a new number."""
     number = 1
     while (folder := parent / f"{stem}-{number}").exists():
         unfinished = not (folder / "manifest.json").is_file()
@@ -144,7 +150,9 @@ def load_run(folder: str | Path, *, device: str = "cpu") -> Detector:
     """
     folder = Path(folder)
     if not (folder / "manifest.json").is_file():
-        raise UserError(f"{folder}: this run is unfinished; run the same command again to finish it")
+        raise UserError(
+            f"{folder}: this run is unfinished; run the same command again to finish it"
+        )
     manifest = read_json(folder / "manifest.json")
     if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
         raise UserError(f"{folder}: holds no quantized model (manifest.json is of something else)")
@@ -161,8 +169,6 @@ def load_run(folder: str | Path, *, device: str = "cpu") -> Detector:
         raise UserError(f"{weights}: damaged or does not fit its manifest ({reason})") from None
     detector.source = str(folder)
     return detector.to(device)
-
-
 
 
 def versions() -> dict[str, str]:

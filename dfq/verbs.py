@@ -12,7 +12,7 @@ import platformdirs
 import torch
 from torch import Tensor
 
-from .dataset.calibration import CalibrationSet
+from .dataset.calibration import CalibrationSet, write_atomic
 from .dataset.letterbox import load_letterboxed
 from .dataset.readers import ImageSet, open_set
 from .detectors import load_detector
@@ -21,6 +21,7 @@ from .distillation.trainer import LabelledImages, Outcome, Trainer
 from .errors import UserError
 from .evaluation.coco import Metrics
 from .evaluation.coco import evaluate as evaluate_detector
+from .evaluation.matching import require_labels
 from .progress import Progress, Silent
 from .quantization.convert import (
     LayerInfo,
@@ -34,7 +35,7 @@ from .quantization.convert import (
 )
 from .recipe import Recipe, load_recipe
 from .run import Run, is_run, load_run, next_folder, versions
-from .synthesis.produce import set_name, synthesize_set
+from .synthesis.produce import check_size, set_name, synthesize_set
 
 
 def cache_folder() -> Path:
@@ -155,6 +156,7 @@ def open_training_data(source: str | Path, detector: Detector, size: int | None)
     """
     path = Path(source)
     if not CalibrationSet.is_one(path):
+        check_size("synthesis.image_size", size or detector.image_size, detector)
         return LetterboxedImages(open_set(path), detector, size or detector.image_size)
     found = CalibrationSet.open(path)
     made_from = found.manifest["determinants"]["checkpoint"]
@@ -183,7 +185,7 @@ def _quantized(teacher: Detector, recipe: Recipe, data: LabelledImages | None) -
     student = insert_quantizers(teacher.twin(), _policy(recipe))
     if data is not None:
         count = min(recipe.quantization.calibration_images, len(data))
-        pixels = data.load(list(range(len(data))))[:count]
+        pixels = data.load(list(range(count)))
         batches = (batch.float() / 255 for batch in pixels.split(8))
         calibrate(student, batches, search=recipe.quantization.ranges)
     return student
@@ -217,8 +219,10 @@ def _train(
         if recipe.method != "auto":
             raise
         return _quantized(teacher, recipe, data), None, "ptq: training diverged"
-    if recipe.method == "auto" and outcome.agreement[outcome.selected] > outcome.agreement["start"]:
-        return _quantized(teacher, recipe, data), outcome, "ptq: training agreed less with the teacher"
+    worse = outcome.agreement[outcome.selected] > outcome.agreement["start"]
+    if recipe.method == "auto" and worse:
+        reason = "ptq: training ended further from the teacher than it began"
+        return _quantized(teacher, recipe, data), outcome, reason
     return student, outcome, f"qat: {outcome.selected} weights"
 
 
@@ -257,8 +261,15 @@ def quantize(
     detector = _float_model(source, trust=trust, device=target)
     settings = settings.model_copy(update={"model": str(source)})
     evaluation = settings.evaluation
-    # Opened now, so that a mistake in its path shows before the hours of training.
+    # Tried now, so that a mistake shows before the hours of training and before a file is written.
     measured_on = open_set(evaluation.data) if evaluation.data else None
+    if measured_on is not None:
+        require_labels(measured_on)
+        measured_on.category_mapping(detector.names)
+        size = evaluation.image_size or detector.image_size
+        check_size("evaluation.image_size", size, detector)
+    teacher = fold(detector.twin())
+    insert_quantizers(teacher.twin(), _policy(settings))
     if data is None:
         calibration: LabelledImages = synthesize(
             detector, settings, device=device, progress=progress
@@ -276,15 +287,16 @@ def quantize(
         "recipe": settings.model_dump(mode="json", exclude={"evaluation", "model"}),
         "data": _data_identity(calibration, data),
     }
-    folder = Path(out) if out else next_folder(
-        Path("runs"), f"{stem}-{Path(detector.source).stem}", identity
+    folder = (
+        Path(out)
+        if out
+        else next_folder(Path("runs"), f"{stem}-{Path(detector.source).stem}", identity)
     )
     run = Run(folder, identity)
     if run.finished:
         return folder
-    (folder / "recipe.yaml").write_text(settings.to_yaml())
+    write_atomic(folder / "recipe.yaml", settings.to_yaml().encode())
     run.log(f"model {detector.source}, {len(calibration)} images from {data or 'synthesis'}")
-    teacher = fold(detector)
     student, outcome, selected = _train(teacher, settings, calibration, run, progress)
     layers = describe(student)
     metrics: dict[str, Any] = {
@@ -306,12 +318,12 @@ def quantize(
     return folder
 
 
-def _data_identity(calibration: LabelledImages, source: str | Path | None) -> Any:
+def _data_identity(calibration: LabelledImages, source: str | Path | None) -> list[Any]:
+    # Lists, not tuples: it is compared with what JSON gives back.
     if isinstance(calibration, CalibrationSet):
-        return calibration.manifest["annotations_sha256"], [
-            shard["sha256"] for shard in calibration.manifest["shards"]
-        ]
-    return str(source), len(calibration)
+        shards = [shard["sha256"] for shard in calibration.manifest["shards"]]
+        return [calibration.manifest["annotations_sha256"], shards]
+    return [str(source), len(calibration)]
 
 
 def _measure(

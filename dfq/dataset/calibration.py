@@ -60,7 +60,9 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
     except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: broken or truncated JSON ({error}); restore or delete it") from None
+        raise UserError(
+            f"{path}: broken or truncated JSON ({error}); restore or delete it"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,10 @@ class CalibrationSet:
     @classmethod
     def is_one(cls, root: Path) -> bool:
         """Whether the folder was written by this tool (complete or not)."""
-        return (root / "manifest.json").is_file() or (root / "shards").is_dir()
+        if (root / "shards" / "identity.json").is_file():
+            return True
+        manifest = root / "manifest.json"
+        return manifest.is_file() and _is_set_manifest(read_json(manifest))
 
     @classmethod
     def open(cls, root: str | Path) -> CalibrationSet:
@@ -101,16 +106,30 @@ class CalibrationSet:
         root = Path(root)
         if not (root / "manifest.json").is_file():
             if (root / "shards").is_dir():
-                done = len(list((root / "shards").glob("*.json")))
+                done = len(list((root / "shards").glob("[0-9]*.json")))
                 raise UserError(
                     f"{root}: this set is unfinished ({done} shards so far); run the same "
                     f"'dfq synthesize' command again to finish it"
                 )
             raise UserError(f"{root}: no calibration set here (no manifest.json)")
         manifest = read_json(root / "manifest.json")
+        if not _is_set_manifest(manifest):
+            raise UserError(f"{root}: no calibration set here (manifest.json is of something else)")
         document = read_json(root / "annotations.json")
+        try:
+            return cls._parse(root, manifest, document)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{root / 'annotations.json'}: not as dfq wrote it ({type(error).__name__}: "
+                f"{error}); restore it or make the set again"
+            ) from None
+
+    @classmethod
+    def _parse(cls, root: Path, manifest: dict[str, Any], document: Any) -> CalibrationSet:
         categories = sorted(document["categories"], key=lambda c: c["id"])
-        by_image: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in document["images"]}
+        by_image: dict[int, list[dict[str, Any]]] = {
+            image["id"]: [] for image in document["images"]
+        }
         for annotation in document["annotations"]:
             by_image[annotation["image_id"]].append(annotation)
         files, labels, scores = [], [], []
@@ -150,9 +169,13 @@ class CalibrationSet:
                 except UserError as error:
                     problems.append(str(error))
             if digest.hexdigest() != shard["sha256"]:
-                problems.append(f"shard {shard['index']}: its images are not those it was made with")
+                problems.append(
+                    f"shard {shard['index']}: its images are not those it was made with"
+                )
         for name, label in zip(self.files, self.labels, strict=True):
-            corners = torch.cat([label[:, 1:3] - label[:, 3:] / 2, label[:, 1:3] + label[:, 3:] / 2])
+            corners = torch.cat(
+                [label[:, 1:3] - label[:, 3:] / 2, label[:, 1:3] + label[:, 3:] / 2]
+            )
             if len(label) and (corners.min() < -1e-3 or corners.max() > 1 + 1e-3):
                 problems.append(f"{name}: a box leaves the image")
             if len(label) and not 0 <= int(label[:, 0].min()) <= int(label[:, 0].max()) < len(
@@ -166,12 +189,25 @@ class CalibrationSet:
         return problems
 
 
+def _is_set_manifest(manifest: Any) -> bool:
+    return isinstance(manifest, dict) and {"determinants", "shards"} <= manifest.keys()
+
+
 def _read_png(path: Path) -> Tensor:
     data = np.fromfile(path, dtype=np.uint8) if path.is_file() else np.zeros(0, np.uint8)
     image = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
     if image is None:
         raise UserError(f"{path}: missing or not a readable image; make the set again")
     return torch.from_numpy(cv2.cvtColor(image, cv2.COLOR_BGR2RGB)).permute(2, 0, 1).contiguous()
+
+
+def _is_bare(root: Path) -> bool:
+    """Whether a folder holds nothing, or only what a writer killed at its very start leaves."""
+    own = {".lock", ".identity.json.tmp"}
+    return all(
+        path.name in own or (path.is_dir() and path.name in ("images", "shards"))
+        for path in root.rglob("*")
+    )
 
 
 class CalibrationWriter:
@@ -193,11 +229,19 @@ class CalibrationWriter:
     ) -> None:
         self.root, self.determinants, self.names, self.shards = root, determinants, names, shards
         identity = root / "shards" / "identity.json"
-        if (root / "manifest.json").exists():
-            self._check(read_json(root / "manifest.json")["determinants"])
+        if root.exists() and not root.is_dir():
+            raise UserError(
+                f"{root}: a file is in the way of the set's folder; choose another --out"
+            )
+        if self.complete:
+            manifest = read_json(root / "manifest.json")
+            if not _is_set_manifest(manifest):
+                raise UserError(f"{root}: holds something else; choose another --out")
+            self._check(manifest["determinants"])
+            self._tidy()
         elif identity.exists():
             self._check(read_json(identity))
-        elif root.exists() and any(p.name != ".lock" for p in root.iterdir()):
+        elif root.exists() and not _is_bare(root):
             raise UserError(f"{root}: not empty and no calibration set; choose another --out")
         if not self.complete:
             (root / "images").mkdir(parents=True, exist_ok=True)
@@ -219,6 +263,11 @@ class CalibrationWriter:
     def complete(self) -> bool:
         """Whether the set is finished: nothing is left to do."""
         return (self.root / "manifest.json").is_file()
+
+    def _tidy(self) -> None:
+        # Also what a process killed right after writing the manifest left behind.
+        shutil.rmtree(self.root / "shards", ignore_errors=True)
+        (self.root / ".lock").unlink(missing_ok=True)
 
     def _record(self, index: int) -> Path:
         return self.root / "shards" / f"{index:06d}.json"
@@ -243,11 +292,17 @@ class CalibrationWriter:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"{self.root}: another process is making this set") from None
-            yield
-        (self.root / ".lock").unlink(missing_ok=True)
+            try:
+                yield
+            finally:
+                (self.root / ".lock").unlink(missing_ok=True)
 
     def append(
-        self, index: int, first_image: int, images: Tensor, labels: Sequence[Tensor],
+        self,
+        index: int,
+        first_image: int,
+        images: Tensor,
+        labels: Sequence[Tensor],
         scores: Sequence[Tensor],
     ) -> None:
         """Commit shard `index`.
@@ -318,5 +373,5 @@ class CalibrationWriter:
             "shards": [record["shard"] for record in records],
         }
         write_json(self.root / "manifest.json", manifest)
-        shutil.rmtree(self.root / "shards")
+        self._tidy()
         return CalibrationSet.open(self.root)

@@ -176,7 +176,9 @@ class Detector(ABC):
         """The raw outputs as one tensor `(n, channels, ...)` a pyramid level (the paper's KL)."""
 
     @abstractmethod
-    def task_loss(self, raw: Any, targets: Targets, image_shape: tuple[int, int]) -> dict[str, Tensor]:
+    def task_loss(
+        self, raw: Any, targets: Targets, image_shape: tuple[int, int]
+    ) -> dict[str, Tensor]:
         """The family's own training loss on `raw` predictions.
 
         Args:

@@ -53,7 +53,8 @@ class Outcome:
 
 def _parameter_groups(student: nn.Module, settings: Distillation) -> list[dict[str, Any]]:
     """Weights at `lr`; step sizes and zero points, which live on scales of their own, apart."""
-    scales, others = [], []
+    scales: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     owned = {
         id(p): p for m in student.modules() if isinstance(m, Quantizer) for p in m.parameters()
     }
@@ -111,6 +112,9 @@ class Trainer:
         folder: Path,
     ) -> None:
         self.student, self.teacher, self.data = student, teacher, data
+        # Convolutions on a CPU and tensor cores both want the channels last.
+        for detector in (student, teacher):
+            detector.module.to(memory_format=torch.channels_last)
         self.settings, self.seed = settings, seed
         self.checkpoint = folder / "checkpoint.pt"
         self.batch_size = min(settings.batch_size, len(data))
@@ -167,9 +171,7 @@ class Trainer:
         device = self.student.device
         images = self.images[indices].to(device, non_blocking=True).float() / 255
         targets = self.data.targets(indices).to(device)
-        return augment(
-            images, targets, generator, flip=self.settings.flip, zoom=self.settings.zoom
-        )
+        return augment(images, targets, generator, flip=self.settings.flip, zoom=self.settings.zoom)
 
     @torch.no_grad()
     def divergence(self) -> float:
@@ -223,7 +225,7 @@ class Trainer:
         """Run what is left of the epochs, choose the weights, and leave them in the student.
 
         Raises:
-            UserError: where the loss stops being finite; the last checkpoint is kept.
+            UserError: where the loss or a weight stops being finite; the last checkpoint is kept.
         """
         settings = self.settings
         first, history, start = self._resume()
@@ -271,10 +273,14 @@ class Trainer:
             for name, term in {**terms, "loss": loss}.items():
                 sums[name] = sums.get(name, torch.zeros_like(term)) + term.detach()
         means = {name: float(total) / self.steps for name, total in sums.items()}
-        if not all(math.isfinite(value) for value in means.values()):
-            shown = ", ".join(f"{name} {value:.4g}" for name, value in means.items())
+        # What the last step broke is not in a loss yet, but would be in the checkpoint.
+        with torch.no_grad():
+            norms = torch.stack(torch._foreach_norm(self.average.parameters))
+        shown = {**means, "largest weight norm": float(norms.max())}
+        if not all(math.isfinite(value) for value in shown.values()):
+            values = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
             raise UserError(
-                f"training diverged in epoch {epoch + 1} ({shown}); the last good checkpoint is "
+                f"training diverged in epoch {epoch + 1} ({values}); the last good checkpoint is "
                 f"{self.checkpoint}; lower distillation.lr, or use method: auto"
             )
         return means

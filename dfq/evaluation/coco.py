@@ -141,7 +141,8 @@ def predict(
         batch_size: images at a time.
         score_threshold: detections below are left out (AP wants this low).
         iou_threshold: overlap above which non-maximum suppression drops the weaker box.
-        rect: pad a batch only to the next multiples of the stride instead of to a square.
+        rect: pad a batch only to the next multiples of the stride instead of to a square. Faster,
+            but AP then depends on how images are batched: figures to compare are of squares.
         progress: called after every batch.
 
     Raises:

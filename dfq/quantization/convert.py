@@ -145,6 +145,15 @@ def fold(detector: Detector) -> Detector:
     return detector
 
 
+def _replace(module: nn.Module, layer: nn.Module, wrapped: nn.Module) -> None:
+    """Put `wrapped` wherever `layer` is: heads that share a layer hold it under several names."""
+    for parent in list(module.modules()):
+        # Not named_children(): it passes over the second name.
+        for leaf, child in list(parent._modules.items()):
+            if child is layer:
+                setattr(parent, leaf, wrapped)
+
+
 def insert_quantizers(detector: Detector, policy: Policy) -> Detector:
     """Replace the layers of `detector` in place as `policy` says; scales are not set yet.
 
@@ -174,8 +183,8 @@ def insert_quantizers(detector: Detector, policy: Policy) -> Detector:
         else:
             assert isinstance(layer, nn.Linear)
             wrapped = QuantLinear.wrap(layer, inputs, weights)
-        parent, _, leaf = row.name.rpartition(".")
-        setattr(detector.module.get_submodule(parent), leaf, wrapped.to(detector.device))
+        wrapped.train(layer.training).to(detector.device)
+        _replace(detector.module, layer, wrapped)
     return detector
 
 

@@ -1,6 +1,6 @@
 """Initial step sizes and zero points: min-max, LSQ's own rule, and a search for the least error.
 
-Every function takes values as `(channels, n)` and returns `(scale, zero_point)`, each `(channels,)`.
+Every function takes values `(channels, n)` and returns `(scale, zero_point)`, `(channels,)` each.
 """
 
 from __future__ import annotations

@@ -47,19 +47,29 @@ def check(detector: Detector, settings: Synthesis) -> None:
     """Refuse what cannot work before any work starts.
 
     Raises:
-        UserError: for an image size that is no multiple of the stride.
+        UserError: for an image size that is no multiple of the stride, or a loss without terms.
     """
+    check_size("synthesis.image_size", settings.image_size or detector.image_size, detector)
+    adaptive = settings.labels == "adaptive"
+    if adaptive:
+        check_size("synthesis.label_stage.image_size", settings.label_stage.image_size, detector)
+    weights = settings.weights
+    labelled = weights.task > 0 and settings.labels != "none"
+    optimises = settings.iterations > 0 or adaptive
+    if optimises and not (weights.bn > 0 or weights.first_bn > 0 or weights.tv > 0 or labelled):
+        raise UserError(
+            "synthesis.weights: every term that applies has weight 0, so there is nothing to "
+            "optimise; set one above 0, or synthesis.iterations=0 with labels that are not adaptive"
+        )
+
+
+def check_size(key: str, size: int, detector: Detector) -> None:
+    """Raise a `UserError` where the side set under `key` is no multiple of the model's stride."""
     stride = detector.stride
-    sizes = {"synthesis.image_size": settings.image_size or detector.image_size}
-    if settings.labels == "adaptive":
-        sizes["synthesis.label_stage.image_size"] = settings.label_stage.image_size
-    for key, size in sizes.items():
-        if size % stride:
-            lower, upper = size // stride * stride, (size // stride + 1) * stride
-            near = f"{lower} or {upper}" if lower else f"{upper}"
-            raise UserError(
-                f"{key}: {size} is no multiple of the model's stride {stride}; try {near}"
-            )
+    if size % stride:
+        lower, upper = size // stride * stride, (size // stride + 1) * stride
+        near = f"{lower} or {upper}" if lower else f"{upper}"
+        raise UserError(f"{key}: {size} is no multiple of the model's stride {stride}; try {near}")
 
 
 def synthesize_set(

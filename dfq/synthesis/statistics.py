@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import UserError
+from ..quantization.folding import FoldedBatchNorm
 
 
 class _Moments(torch.autograd.Function):
@@ -25,7 +26,7 @@ class _Moments(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         values = x.float()
         dims = (0, *range(2, x.ndim))
         count = x.numel() // x.shape[1]
@@ -36,7 +37,7 @@ class _Moments(torch.autograd.Function):
         return x.view_as(x), mean, var.clamp_min_(0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, grad_mean: Tensor, grad_var: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, grad_mean: Tensor, grad_var: Tensor) -> Tensor:
         x, mean = ctx.saved_tensors
         shape = (1, -1, *([1] * (x.ndim - 2)))
         slope = (2.0 / ctx.count) * grad_var
@@ -45,8 +46,25 @@ class _Moments(torch.autograd.Function):
         return result.add_(offset.view(shape).to(x.dtype))
 
 
+def _differences(
+    layer: _BatchNorm | FoldedBatchNorm, mean: Tensor, var: Tensor
+) -> tuple[Tensor, Tensor]:
+    """mu(x) - mu_l and var(x) - var_l of the layer whose input has `mean` and `var`."""
+    if isinstance(layer, FoldedBatchNorm):
+        # y = factor * (x - mean_l) + shift. A channel whose gamma has died says nothing about x.
+        alive = layer.factor.abs() > 1e-3 * layer.factor.abs().median()
+        inverse = torch.where(alive, 1 / layer.factor, 0.0)
+        return (mean - layer.shift) * inverse, var * inverse.square() - layer.var * alive
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    return mean - layer.running_mean, var - layer.running_var
+
+
 class BatchNormStatistics:
     """Watches the inputs of every BatchNorm of a frozen network; a context manager.
+
+    A folded BatchNorm counts like any other: the statistics of what went into it follow from those
+    of what the folded convolution gives, and a network without BatchNorm layers runs faster.
 
     Args:
         module: the network, in eval mode.
@@ -56,15 +74,16 @@ class BatchNormStatistics:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.layers: dict[str, _BatchNorm] = {
+        self.layers: dict[str, _BatchNorm | FoldedBatchNorm] = {
             name: child
             for name, child in module.named_modules()
-            if isinstance(child, _BatchNorm) and child.running_mean is not None
+            if isinstance(child, FoldedBatchNorm)
+            or (isinstance(child, _BatchNorm) and child.running_mean is not None)
         }
         if not self.layers:
             raise UserError(
-                "the model has no BatchNorm statistics to match: it has no BatchNorm layer, or they "
-                "were fused away; use an unfused checkpoint, or --set synthesis.weights.bn=0 "
+                "the model has no BatchNorm statistics to match: it has no BatchNorm layer, or "
+                "they were fused away; use an unfused checkpoint, or --set synthesis.weights.bn=0 "
                 "--set synthesis.weights.first_bn=0"
             )
         self._seen: dict[str, tuple[Tensor, Tensor]] = {}
@@ -92,12 +111,7 @@ class BatchNormStatistics:
         order the layers ran."""
         result = []
         for name, (mean, var) in self._seen.items():
-            layer = self.layers[name]
-            assert layer.running_mean is not None
-            assert layer.running_var is not None
-            result.append(
-                torch.linalg.vector_norm(mean - layer.running_mean)
-                + torch.linalg.vector_norm(var - layer.running_var)
-            )
+            to_mean, to_var = _differences(self.layers[name], mean, var)
+            result.append(torch.linalg.vector_norm(to_mean) + torch.linalg.vector_norm(to_var))
         self._seen.clear()
         return result

@@ -1,0 +1,368 @@
+"""Training brings the student closer, survives interruption bit by bit, and fails with one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_detector import blobs, stacked, tiny_detector
+from torch import Tensor, nn
+
+from dfq.detectors.base import Detector, Targets
+from dfq.distillation.trainer import Trainer, _Average
+from dfq.errors import UserError
+from dfq.quantization.convert import Policy, calibrate, fold, insert_quantizers
+from dfq.quantization.quantizers import Quantizer
+from dfq.recipe import Distillation, DistillationWeights
+
+
+class Blobs:
+    """A calibration set of smooth images with one box each."""
+
+    def __init__(self, count: int = 18) -> None:
+        self.images = (blobs(count, seed=7) * 255).round().to(torch.uint8)
+        generator = torch.Generator().manual_seed(8)
+        self.boxes = 0.3 + 0.3 * torch.rand(count, 4, generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def load(self, indices: list[int]) -> Tensor:
+        return self.images[indices]
+
+    def targets(self, indices: list[int]) -> Targets:
+        rows = [torch.cat([torch.zeros(1, 1), self.boxes[i][None]], dim=1) for i in indices]
+        return Targets.from_per_image(rows)
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Detector:
+    return fold(tiny_detector())
+
+
+@pytest.fixture(scope="module")
+def data() -> Blobs:
+    return Blobs()
+
+
+def settings(**changes: Any) -> Distillation:
+    """Batches of 7 of 18 images: the last of an epoch is smaller."""
+    chosen: dict[str, Any] = {
+        "epochs": 3,
+        "batch_size": 7,
+        "lr": 2e-3,
+        "scale_lr": 5e-3,
+        "ema": 0.5,
+        "zoom": 0.2,
+        "checkpoint_minutes": 0,
+        **changes,
+    }
+    return Distillation(**chosen)
+
+
+def student_of(teacher: Detector, data: Blobs, *, calibrated: bool = True) -> Detector:
+    student = insert_quantizers(teacher.twin(), Policy(weight_bits=3, activation_bits=6))
+    if calibrated:
+        pixels = data.load(list(range(len(data)))).float() / 255
+        calibrate(student, pixels.split(8), samples=1024)
+    return student
+
+
+def trainer(
+    teacher: Detector, data: Blobs, folder: Path, *, calibrated: bool = True, **changes: Any
+) -> Trainer:
+    student = student_of(teacher, data, calibrated=calibrated)
+    return Trainer(student, teacher, data, settings(**changes), seed=11, folder=folder)
+
+
+def state(detector: Detector) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in detector.module.state_dict().items()}
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not different
+
+
+# ---- what training does
+
+
+@pytest.mark.parametrize("form", ["family", "flattened"])
+def test_training_brings_the_student_closer(
+    teacher: Detector, data: Blobs, tmp_path: Path, form: str
+) -> None:
+    weights = DistillationWeights(kl=100.0 if form == "flattened" else 1.0)
+    changes: dict[str, Any] = {"epochs": 8, "lr": 1e-3, "zoom": 0.0}
+    run = trainer(teacher, data, tmp_path, kl_form=form, weights=weights, **changes)
+    before = state(teacher)
+    start = run.divergence()
+    outcome = run.train()
+    assert outcome.agreement["start"] == start
+    assert outcome.agreement["last"] < 0.75 * start
+    assert outcome.agreement["ema"] < 0.75 * start
+    assert run.divergence() == outcome.agreement[outcome.selected]
+    assert len(outcome.history) == 8
+    assert all(set(terms) == {"kl", "feature", "loss"} for terms in outcome.history)
+    first, last = outcome.history[0]["loss"], outcome.history[-1]["loss"]
+    assert last < 0.8 * first
+    assert_same(state(teacher), before)
+
+
+def test_every_parameter_learns_and_the_teacher_gets_no_gradient(
+    teacher: Detector, data: Blobs, tmp_path: Path
+) -> None:
+    thawed = teacher.twin()
+    thawed.module.requires_grad_(True)
+    weights = DistillationWeights(kl=1, feature=1, task=1)
+    run = trainer(thawed, data, tmp_path, epochs=1, selection="last", weights=weights)
+    before = state(run.student)
+    outcome = run.train()
+    assert set(outcome.history[0]) == {"kl", "feature", "task", "loss"}
+    assert all(parameter.grad is None for parameter in thawed.module.parameters())
+    after = state(run.student)
+    still = {name for name in before if torch.equal(before[name], after[name])}
+    frozen = {name for name in before if name.endswith((".initialised", ".anchors"))}
+    # The zero point of a symmetric grid is no parameter.
+    frozen |= {name for name in before if name.endswith("weight_quantizer.zero_point")}
+    # Nothing reaches below an image that does not clip: its zero point stays where it is.
+    assert still - frozen <= {n for n in before if n.endswith("input_quantizer.zero_point")}
+    assert frozen <= still
+    assert not any(m.training for m in run.student.module.modules())
+
+
+@pytest.mark.parametrize(
+    ("weights", "terms"),
+    [
+        ({"kl": 1, "feature": 0, "task": 0}, {"kl"}),
+        ({"kl": 0, "feature": 1, "task": 0}, {"feature"}),
+        ({"kl": 0, "feature": 0, "task": 2}, {"task"}),
+    ],
+)
+def test_terms_of_weight_zero_are_not_computed(
+    teacher: Detector, data: Blobs, tmp_path: Path, weights: dict[str, float], terms: set[str]
+) -> None:
+    run = trainer(teacher, data, tmp_path, epochs=1, weights=DistillationWeights(**weights))
+    (means,) = run.train().history
+    assert set(means) == terms | {"loss"}
+    assert means["loss"] == pytest.approx(means[next(iter(terms))])
+
+
+def test_weights_multiply_their_terms(teacher: Detector, data: Blobs, tmp_path: Path) -> None:
+    """With rates too small to matter, an epoch's means are those of the start."""
+    histories = []
+    for index, factor in enumerate((1.0, 3.0)):
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        weights = DistillationWeights(kl=factor, feature=2 * factor, task=factor)
+        run = trainer(teacher, data, folder, epochs=1, lr=1e-12, scale_lr=1e-12, weights=weights)
+        histories.append(run.train().history[0])
+    one, three = histories
+    for name in one:
+        assert three[name] == pytest.approx(3 * one[name], rel=1e-3)
+    assert one["loss"] == pytest.approx(one["kl"] + one["feature"] + one["task"], rel=1e-5)
+
+
+def test_rate_rises_then_falls_to_zero(teacher: Detector, data: Blobs, tmp_path: Path) -> None:
+    run = trainer(teacher, data, tmp_path, epochs=10, warmup=0.2)
+    rates = [run._rate(step) for step in range(30)]
+    assert rates[:6] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1])
+    assert rates[6] == 1
+    assert rates[18] == pytest.approx(0.5)
+    assert rates[6:] == sorted(rates[6:], reverse=True)
+    assert 0 < rates[-1] < 0.02
+    groups = {group["peak"]: group["params"] for group in run.optimizer.param_groups}
+    scales = [m for m in run.student.module.modules() if isinstance(m, Quantizer)]
+    expected = sum(2 if m.asymmetric else 1 for m in scales)
+    assert len(groups[5e-3]) == expected
+    assert len(groups[2e-3]) == 2 * 18  # weight and bias
+
+
+# ---- interruption
+
+
+class Interrupt(Exception):
+    """Stands for a killed process."""
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_an_interrupted_training_ends_the_same(
+    teacher: Detector, data: Blobs, tmp_path: Path, after: int
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    broken.mkdir()
+    unbroken = trainer(teacher, data, whole)
+    expected = unbroken.train()
+
+    def stop(done: int, total: int, terms: dict[str, float]) -> None:
+        assert total == 3
+        if done == after:
+            raise Interrupt
+
+    with pytest.raises(Interrupt):
+        trainer(teacher, data, broken).train(stop)
+    torch.manual_seed(99)  # nothing may hang on the global generator
+    # As a resumed run has it: scales come from the checkpoint alone.
+    resumed = trainer(teacher, data, broken, calibrated=False)
+    done: list[int] = []
+    outcome = resumed.train(lambda epoch, _total, _terms: done.append(epoch))
+    assert done == list(range(after + 1, 4))
+    assert outcome == expected
+    assert_same(state(resumed.student), state(unbroken.student))
+    shadows = zip(resumed.average.shadow, unbroken.average.shadow, strict=True)
+    assert all(torch.equal(a, b) for a, b in shadows)
+
+
+def test_epochs_since_the_last_checkpoint_are_done_again(
+    teacher: Detector, data: Blobs, tmp_path: Path
+) -> None:
+    def stop(done: int, _total: int, _terms: dict[str, float]) -> None:
+        if done == 2:
+            raise Interrupt
+
+    with pytest.raises(Interrupt):
+        trainer(teacher, data, tmp_path, checkpoint_minutes=60).train(stop)
+    done: list[int] = []
+    resumed = trainer(teacher, data, tmp_path, calibrated=False)
+    resumed.train(lambda epoch, _total, _terms: done.append(epoch))
+    assert done == [1, 2, 3]
+    (tmp_path / "unbroken").mkdir()
+    unbroken = trainer(teacher, data, tmp_path / "unbroken")
+    unbroken.train()
+    assert_same(state(resumed.student), state(unbroken.student))
+
+
+def test_the_seed_counts(teacher: Detector, data: Blobs, tmp_path: Path) -> None:
+    students = []
+    for seed in (1, 2):
+        (tmp_path / str(seed)).mkdir()
+        student = student_of(teacher, data)
+        run = Trainer(
+            student, teacher, data, settings(epochs=1), seed=seed, folder=tmp_path / str(seed)
+        )
+        run.train()
+        students.append(stacked(student.raw(blobs(1))))
+    assert not torch.equal(*students)
+
+
+def test_a_damaged_checkpoint_is_one_clear_line(
+    teacher: Detector, data: Blobs, tmp_path: Path
+) -> None:
+    (tmp_path / "checkpoint.pt").write_bytes(b"PK\x03\x04 half a file")
+    with pytest.raises(UserError, match=r"checkpoint\.pt: cannot be read") as raised:
+        trainer(teacher, data, tmp_path).train()
+    assert "\n" not in str(raised.value)
+
+
+# ---- divergence
+
+
+def saved(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def sound(checkpoint: dict[str, Any]) -> bool:
+    tensors = [*checkpoint["student"].values(), *checkpoint["shadow"]]
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def test_a_huge_rate_ends_in_one_line_and_a_sound_checkpoint(
+    teacher: Detector, data: Blobs, tmp_path: Path
+) -> None:
+    run = trainer(teacher, data, tmp_path, lr=1e30)
+    with pytest.raises(UserError, match=r"diverged in epoch 1 .*lower distillation\.lr") as raised:
+        run.train()
+    assert "\n" not in str(raised.value)
+    checkpoint = saved(tmp_path)
+    assert checkpoint["epoch"] == 0
+    assert sound(checkpoint)
+
+
+def test_a_weight_poisoned_later_keeps_the_epochs_before(
+    teacher: Detector, data: Blobs, tmp_path: Path
+) -> None:
+    run = trainer(teacher, data, tmp_path)
+
+    def poison(done: int, _total: int, _terms: dict[str, float]) -> None:
+        if done == 2:
+            next(run.student.module.parameters()).data[0] = float("nan")
+
+    with pytest.raises(UserError, match="diverged in epoch 3"):
+        run.train(poison)
+    checkpoint = saved(tmp_path)
+    assert checkpoint["epoch"] == len(checkpoint["history"]) == 2
+    assert sound(checkpoint)
+
+
+def test_what_the_last_step_breaks_is_not_saved(
+    teacher: Detector, data: Blobs, tmp_path: Path
+) -> None:
+    """The loss of that epoch is finite: it was computed before the step."""
+    run = trainer(teacher, data, tmp_path, batch_size=len(data))
+    calls: list[int] = []
+
+    def break_second(gradient: Tensor) -> Tensor:
+        calls.append(1)
+        return gradient * (float("nan") if len(calls) == 2 else 1)
+
+    next(run.student.module.parameters()).register_hook(break_second)
+    with pytest.raises(UserError, match="diverged in epoch 2"):
+        run.train()
+    checkpoint = saved(tmp_path)
+    assert checkpoint["epoch"] == 1
+    assert sound(checkpoint)
+
+
+# ---- averaged weights, and which are chosen
+
+
+def test_average_is_the_recurrence_written_out() -> None:
+    layer = nn.Linear(3, 2)
+    layer.bias.requires_grad_(False)
+    average = _Average(layer, 0.6)
+    shadow = [float(value) for value in layer.weight.detach().flatten()]
+    generator = torch.Generator().manual_seed(0)
+    for step in range(12):
+        with torch.no_grad():
+            layer.weight.copy_(torch.randn(2, 3, generator=generator))
+        average.update(step)
+        decay = min(0.6, (1 + step) / (10 + step))
+        now = [float(value) for value in layer.weight.detach().flatten()]
+        shadow = [decay * s + (1 - decay) * n for s, n in zip(shadow, now, strict=True)]
+    assert len(average.shadow) == 1
+    assert average.shadow[0].flatten().tolist() == pytest.approx(shadow, abs=1e-6)
+    kept, bias = layer.weight.detach().clone(), layer.bias.clone()
+    average.swap()
+    assert layer.weight.flatten().tolist() == pytest.approx(shadow, abs=1e-6)
+    assert torch.equal(average.shadow[0], kept)
+    average.swap()
+    assert torch.equal(layer.weight, kept)
+    assert torch.equal(layer.bias, bias)
+
+
+def test_selection(teacher: Detector, data: Blobs, tmp_path: Path) -> None:
+    outcomes, students = {}, {}
+    for selection in ("last", "ema", "agreement"):
+        folder = tmp_path / selection
+        folder.mkdir()
+        run = trainer(teacher, data, folder, epochs=1, ema=0.9, selection=selection)
+        outcomes[selection] = run.train()
+        students[selection] = state(run.student)
+        assert run.divergence() == outcomes[selection].agreement[outcomes[selection].selected]
+    assert outcomes["last"].agreement == outcomes["ema"].agreement
+    assert [outcomes[name].selected for name in ("last", "ema")] == ["last", "ema"]
+    agreement = outcomes["agreement"].agreement
+    best = "ema" if agreement["ema"] <= agreement["last"] else "last"
+    assert outcomes["agreement"].selected == best
+    assert_same(students["agreement"], students[best])
+    other = students["last" if best == "ema" else "ema"]
+    assert any(not torch.equal(other[name], students[best][name]) for name in other)
+
+
+def test_no_average_no_choice(teacher: Detector, data: Blobs, tmp_path: Path) -> None:
+    outcome = trainer(teacher, data, tmp_path, epochs=1, ema=0, selection="ema").train()
+    assert outcome.selected == "last"
+    assert set(outcome.agreement) == {"start", "last"}

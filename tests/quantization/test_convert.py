@@ -1,0 +1,333 @@
+"""The policy, where quantizers go, what `describe` counts, and what calibration leaves behind."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tiny_detector import SIDE, blobs, stacked, tiny_detector
+from torch import Tensor, nn
+
+from dfq.detectors.base import Boundary
+from dfq.detectors.yolov5 import YOLOv5
+from dfq.errors import UserError
+from dfq.quantization.convert import (
+    LayerInfo,
+    Policy,
+    bit_operations,
+    calibrate,
+    describe,
+    float_mode,
+    fold,
+    insert_quantizers,
+    quantized_layers,
+    quantized_share,
+)
+from dfq.quantization.layers import QUANTIZED_LAYERS
+from dfq.quantization.quantizers import Quantizer
+from dfq.quantization.ranges import SEARCHES
+
+FIRST = "model.0.conv"
+LAST = ("model.9.m.0", "model.9.m.1")
+
+
+@pytest.fixture
+def detector() -> YOLOv5:
+    return fold(tiny_detector())  # type: ignore[return-value]
+
+
+def bits(detector: YOLOv5) -> dict[str, tuple[int, int]]:
+    return {row.name: (row.weight_bits, row.activation_bits) for row in describe(detector)}
+
+
+# ---- policy
+
+
+@pytest.mark.parametrize(
+    ("first_last", "expected"), [(8, (8, 8)), ("float", (32, 32)), ("same", (3, 5))]
+)
+def test_first_and_last_layers(
+    detector: YOLOv5, first_last: int | str, expected: tuple[int, int]
+) -> None:
+    insert_quantizers(
+        detector, Policy(weight_bits=3, activation_bits=5, first_last_bits=first_last)
+    )
+    found = bits(detector)
+    assert len(found) == 18
+    for name, pair in found.items():
+        assert pair == (expected if name in (FIRST, *LAST) else (3, 5)), name
+    assert isinstance(detector.module.get_submodule(FIRST), QUANTIZED_LAYERS) == (expected[0] < 32)
+
+
+@pytest.mark.parametrize("weights", ["per_channel", "per_tensor"])
+@pytest.mark.parametrize("activations", ["asymmetric", "symmetric"])
+def test_kind_of_quantizers(detector: YOLOv5, weights: str, activations: str) -> None:
+    insert_quantizers(detector, Policy(weights=weights, activations=activations))
+    for _, layer in quantized_layers(detector.module):
+        assert layer.weight_quantizer.channels == (
+            layer.weight.shape[0] if weights == "per_channel" else 1
+        )
+        assert layer.input_quantizer.channels == 1
+        assert not layer.weight_quantizer.asymmetric
+        assert layer.input_quantizer.asymmetric == (activations == "asymmetric")
+
+
+def test_the_first_override_that_matches_wins(detector: YOLOv5) -> None:
+    overrides = (("model.3.cv1.conv", 6), ("model.3.*", "float"), (FIRST, 2), ("*.cv1.conv", 5))
+    insert_quantizers(detector, Policy(weight_bits=4, activation_bits=8, overrides=overrides))
+    found = bits(detector)
+    assert found["model.3.cv1.conv"] == (6, 6)
+    assert found["model.3.cv2.conv"] == found["model.3.m.0.cv1.conv"] == (32, 32)
+    assert found["model.8.cv1.conv"] == found["model.5.cv1.conv"] == (5, 5)
+    assert found[FIRST] == (2, 2)
+    assert found[LAST[0]] == (8, 8)
+    assert found["model.2.conv"] == (4, 8)
+
+
+def test_an_override_of_no_layer_is_the_users_mistake(detector: YOLOv5) -> None:
+    policy = Policy(overrides=(("model.0.conv", 8), ("backbone.*", "float")))
+    with pytest.raises(UserError, match=r"no layer is called 'backbone\.\*'") as raised:
+        insert_quantizers(detector, policy)
+    assert "\n" not in str(raised.value)
+    assert not list(quantized_layers(detector.module))
+
+
+def test_policy_survives_json() -> None:
+    policy = Policy(2, 6, "float", "per_tensor", "symmetric", (("a.*", "float"), ("b", 5)))
+    assert Policy.from_dict(json.loads(json.dumps(policy.to_dict()))) == policy
+
+
+class Shared(nn.Module):
+    """One convolution under two names, as heads share theirs between levels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.levels = nn.ModuleList([nn.Sequential(nn.Conv2d(4, 4, 1)) for _ in range(2)])
+        self.levels[1][0] = self.levels[0][0]
+        self.token = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        first, second = self.levels[0](x), self.levels[1](x[..., ::2, ::2])
+        pooled = torch.stack([first.mean((2, 3)), second.mean((2, 3))], dim=1)
+        return self.token(pooled)
+
+
+class SharedDetector(YOLOv5):
+    """The few parts of the protocol that conversion asks for."""
+
+    def __init__(self) -> None:
+        self.module = Shared().eval()
+        self.names, self.image_size, self.stride = ["a"], 16, 8
+
+    def raw(self, images: Tensor) -> list[Tensor]:
+        return [self.module(images)]
+
+    def boundary_layers(self) -> Boundary:
+        return Boundary(("stem",), ("token",))
+
+
+def test_a_shared_layer_is_quantized_under_all_its_names() -> None:
+    detector = SharedDetector()
+    insert_quantizers(detector, Policy())
+    levels = detector.module.levels
+    assert isinstance(levels[0][0], QUANTIZED_LAYERS)
+    assert levels[1][0] is levels[0][0]
+
+
+def test_macs_of_linear_and_shared_layers() -> None:
+    rows = {row.name: row for row in describe(SharedDetector())}
+    assert list(rows) == ["stem", "levels.0.0", "token"]
+    assert rows["stem"].macs == 14 * 14 * 4 * 3 * 3 * 3
+    # Both calls count: 14 x 14 and 7 x 7 places.
+    assert rows["levels.0.0"].macs == (14 * 14 + 7 * 7) * 4 * 4
+    assert rows["token"].macs == 2 * 4 * 5
+    assert rows["token"].kind == "linear"
+    assert rows["token"].output_shape == (2, 5)
+
+
+# ---- describe
+
+
+def test_macs_by_hand(detector: YOLOv5) -> None:
+    """(output side)^2 * outputs * inputs * kernel^2 of each layer, from the description."""
+    half = SIDE // 2
+    expected = {
+        "model.0.conv": half**2 * 8 * 3 * 9,
+        "model.1.conv": (half // 2) ** 2 * 16 * 8 * 9,
+        "model.2.conv": (half // 4) ** 2 * 16 * 16 * 9,
+        "model.4.conv": (half // 8) ** 2 * 32 * 16 * 9,
+        "model.5.cv1.conv": (half // 8) ** 2 * 32 * 16,
+        "model.5.cv2.conv": (half // 8) ** 2 * 64 * 32,
+        "model.9.m.0": (half // 4) ** 2 * 16 * 16,
+        "model.9.m.1": (half // 8) ** 2 * 32 * 16,
+    }
+    for block, inputs in (("model.3", 16), ("model.8", 48)):
+        places = (half // 4) ** 2
+        expected |= {
+            f"{block}.cv1.conv": places * inputs * 8,
+            f"{block}.cv2.conv": places * inputs * 8,
+            f"{block}.m.0.cv1.conv": places * 8 * 8,
+            f"{block}.m.0.cv2.conv": places * 8 * 8 * 9,
+            f"{block}.cv3.conv": places * 16 * 16,
+        }
+    rows = describe(detector)
+    assert {row.name: row.macs for row in rows} == expected
+    assert rows[0].name == FIRST
+    assert {rows[-1].name, rows[-2].name} == set(LAST)
+    assert rows[0].weight_shape == (8, 3, 3, 3)
+    assert rows[0].output_shape == (8, half, half)
+    twice = describe(detector, 2 * SIDE)
+    assert [row.macs for row in twice] == [4 * row.macs for row in rows]
+    assert not any(
+        module._forward_hooks or module._forward_pre_hooks for module in detector.module.modules()
+    )
+
+
+def row(name: str, macs: int, weights: int, activations: int) -> LayerInfo:
+    return LayerInfo(name, "conv", (1,), (1,), macs, weights, activations)
+
+
+def test_share_and_bit_operations_by_hand() -> None:
+    rows = [row("a", 100, 4, 8), row("b", 50, 32, 32), row("c", 50, 8, 8)]
+    assert quantized_share(rows) == 150 / 200
+    assert bit_operations(rows) == 100 * 4 * 8 + 50 * 32 * 32 + 50 * 8 * 8
+    assert quantized_share([]) == 0
+    assert [r.to_dict()["quantized"] for r in rows] == [True, False, True]
+
+
+def test_share_of_a_detector(detector: YOLOv5) -> None:
+    assert quantized_share(describe(detector)) == 0
+    insert_quantizers(detector, Policy(first_last_bits="float"))
+    rows = {r.name: r for r in describe(detector)}
+    edge = sum(rows[name].macs for name in (FIRST, *LAST))
+    total = sum(r.macs for r in rows.values())
+    assert quantized_share(rows.values()) == pytest.approx(1 - edge / total)
+
+
+# ---- calibration
+
+
+def quantized(source: YOLOv5, policy: Policy, images: Tensor, **options: object) -> YOLOv5:
+    student = insert_quantizers(source.twin(), policy)
+    calibrate(student, images.split(4), **{"samples": 4096, **options})
+    return student  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("search", sorted(SEARCHES))
+def test_calibration_initialises_everything(detector: YOLOv5, search: str) -> None:
+    progress: list[int] = []
+    student = insert_quantizers(detector.twin(), Policy())
+    quantizers = [m for m in student.module.modules() if isinstance(m, Quantizer)]
+    assert len(quantizers) == 2 * 18
+    assert not any(q.initialised for q in quantizers)
+    calibrate(student, blobs(10).split(4), search=search, progress=progress.append)
+    assert progress == [4, 8, 10]
+    assert all(q.initialised and q.enabled for q in quantizers)
+    assert all(q.scale.isfinite().all() and (q.scale != 1).all() for q in quantizers)
+    assert not any(m._forward_pre_hooks for m in student.module.modules())
+    assert stacked(student.raw(blobs(2))).isfinite().all()
+
+
+def test_minmax_sees_every_value_and_in_float(detector: YOLOv5) -> None:
+    """Whatever the sample: one extreme pixel of one image decides the first layer's range, and
+    layers further on are calibrated on the float network's activations."""
+    images = blobs(6)
+    images[4, 1, 13, 17] = 7.5
+    student = quantized(
+        detector, Policy(first_last_bits="same"), images, search="minmax", samples=64
+    )
+    quantizer = student.module.get_submodule(f"{FIRST}.input_quantizer")
+    assert isinstance(quantizer, Quantizer)
+    assert quantizer.scale.tolist() == pytest.approx([7.5 / 255])
+
+    seen: list[Tensor] = []
+    layer = detector.module.get_submodule("model.2.conv")
+    handle = layer.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0]))
+    detector.raw(images)
+    handle.remove()
+    after = student.module.get_submodule("model.2.conv.input_quantizer")
+    assert isinstance(after, Quantizer)
+    want = (seen[0].max() - seen[0].min().clamp_max(0)) / 255
+    torch.testing.assert_close(after.scale[0], want)
+
+
+def test_calibration_needs_an_image(detector: YOLOv5) -> None:
+    insert_quantizers(detector, Policy())
+    with pytest.raises(UserError, match="no images"):
+        calibrate(detector, [])
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """Of what the predictions say beyond their mean over the images."""
+    return float((got - want).norm() / (want - want.mean(0)).norm())
+
+
+def rounding_noise(source: YOLOv5, student: YOLOv5, images: Tensor) -> Tensor:
+    """Predictions of the float network with uniform noise in the place of every rounding: as wide
+    as the student's steps, on weights and on inputs, drawn independently."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(x: Tensor, scale: Tensor) -> Tensor:
+        shape = (-1, *([1] * (x.ndim - 1)))
+        return (torch.rand(x.shape, generator=generator) - 0.5) * scale.detach().view(shape)
+
+    noisy = source.twin()
+    for name, layer in quantized_layers(student.module):
+        twin = noisy.module.get_submodule(name)
+        twin.weight.data += noise(layer.weight, layer.weight_quantizer.scale)
+
+        def before(
+            _m: nn.Module, inputs: tuple[Tensor, ...], scale: Tensor = layer.input_quantizer.scale
+        ) -> Tensor:
+            return inputs[0] + noise(inputs[0], scale)
+
+        twin.register_forward_pre_hook(before)
+    return stacked(noisy.raw(images))
+
+
+def test_eight_bits_lose_what_rounding_alone_explains(detector: YOLOv5) -> None:
+    """A wrong range, zero point or layer would show as much more than the noise of its steps."""
+    images = blobs(12, seed=5)
+    want = stacked(detector.raw(images))
+    student = quantized(detector, Policy(8, 8), images)
+    error = relative_error(stacked(student.raw(images)), want)
+    explained = relative_error(rounding_noise(detector, student, images), want)
+    assert 0.4 * explained < error < 1.3 * explained
+    assert error < 0.2
+
+
+@pytest.mark.parametrize("weights", ["per_channel", "per_tensor"])
+def test_more_bits_are_closer_to_float(detector: YOLOv5, weights: str) -> None:
+    images = blobs(12, seed=5)
+    want = stacked(detector.raw(images))
+    errors = {
+        bits: relative_error(
+            stacked(quantized(detector, Policy(bits, 8, weights=weights), images).raw(images)), want
+        )
+        for bits in (2, 4, 8)
+    }
+    assert errors[8] < 0.5 * errors[4]
+    assert errors[4] < 0.9 * errors[2]
+
+
+def test_float_mode_is_bit_equal_and_ends(detector: YOLOv5) -> None:
+    images = blobs(2)
+    want = stacked(detector.raw(images))
+    student = quantized(detector, Policy(), images)
+    switched_off = student.module.get_submodule(f"{FIRST}.input_quantizer")
+    switched_off.enabled = False
+
+    def interrupted() -> None:
+        with float_mode(student.module):
+            assert torch.equal(stacked(student.raw(images)), want)
+            raise RuntimeError("on the way")
+
+    with pytest.raises(RuntimeError, match="on the way"):
+        interrupted()
+    states = [m.enabled for m in student.module.modules() if isinstance(m, Quantizer)]
+    assert states.count(False) == 1
+    assert not switched_off.enabled
+    assert not torch.equal(stacked(student.raw(images)), want)

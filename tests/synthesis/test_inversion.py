@@ -1,0 +1,354 @@
+"""The optimisation loop on a tiny detector."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_detector import tiny_detector
+from torch import Generator, Tensor, nn
+
+from dfq.detectors.base import Detector, Targets
+from dfq.errors import UserError
+from dfq.recipe import LabelStage, Synthesis, SynthesisWeights
+from dfq.synthesis.inversion import (
+    Inversion,
+    generator_for,
+    initial_images,
+    random_erasing_mask,
+)
+from dfq.synthesis.priors import total_variation
+from dfq.synthesis.statistics import BatchNormStatistics
+
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def detector() -> Detector:
+    detector = tiny_detector()
+    detector.module.requires_grad_(False)
+    return detector
+
+
+def settings(**changes: Any) -> Synthesis:
+    defaults: dict[str, Any] = {
+        "images": 4,
+        "image_size": SIZE,
+        "iterations": 4,
+        "batch_size": 2,
+        "multires": 0.0,
+        "label_stage": LabelStage(image_size=32, iterations=4, updates=2),
+    }
+    return Synthesis(**{**defaults, **changes})
+
+
+def test_erasing_mask() -> None:
+    size, count = 160, 600
+    mask = random_erasing_mask(count, size, 0.3, Generator().manual_seed(0))
+    assert mask.shape == (count, 1, size, size)
+    assert set(mask.unique().tolist()) == {0.0, 1.0}
+    erased = (1 - mask).flatten(1).sum(1)
+    drawn = erased > 0
+    # 600 draws at 0.3: three standard deviations are 0.056.
+    assert float(drawn.float().mean()) == pytest.approx(0.3, abs=0.06)
+    areas, aspects = [], []
+    for image in mask[drawn, 0]:
+        rows, columns = (image == 0).any(1), (image == 0).any(0)
+        height, width = int(rows.sum()), int(columns.sum())
+        # One solid rectangle: as many blanked pixels as its bounding box has.
+        box = image[rows][:, columns]
+        assert not box.any()
+        assert int((image == 0).sum()) == height * width
+        areas.append(height * width / size**2)
+        aspects.append(height / width)
+    # A pixel's rounding on each side of a rectangle widens the limits a little.
+    assert 0.015 < min(areas) < 0.04
+    assert 0.17 < max(areas) < 0.215
+    assert 1 / 3.6 < min(aspects) < 0.5
+    assert 2 < max(aspects) < 3.6
+
+
+@pytest.mark.parametrize(("probability", "share"), [(0.0, 0.0), (1.0, 1.0)])
+def test_erasing_probability_limits(probability: float, share: float) -> None:
+    mask = random_erasing_mask(50, 64, probability, Generator().manual_seed(1))
+    assert float((mask.flatten(1).min(1).values == 0).float().mean()) == share
+
+
+def test_generators_are_independent() -> None:
+    draws = {
+        (seed, shard, stage): tuple(
+            torch.randint(2**31, (4,), generator=generator_for(seed, shard, stage)).tolist()
+        )
+        for seed in (0, 1, 2)
+        for shard in (0, 1, 500)
+        for stage in ("labels", "images", "augment")
+    }
+    assert len(set(draws.values())) == len(draws)
+    again = torch.randint(2**31, (4,), generator=generator_for(1, 500, "images"))
+    assert tuple(again.tolist()) == draws[1, 500, "images"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "deviation"),
+    # Uniform on [0, 1]: 1 / sqrt(12). Gaussian of 0.25, of which 5 % are cut: a little below.
+    [("uniform", 12**-0.5), ("gaussian", 0.24)],
+)
+def test_initial_images(kind: str, deviation: float) -> None:
+    images = initial_images(3, 64, kind, Generator().manual_seed(0))
+    assert images.shape == (3, 3, 64, 64)
+    assert images.min() >= 0
+    assert images.max() <= 1
+    assert float(images.mean()) == pytest.approx(0.5, abs=0.01)
+    assert float(images.std()) == pytest.approx(deviation, abs=0.01)
+
+
+def test_total_variation() -> None:
+    assert float(total_variation(torch.full((2, 3, 5, 5), 0.3))) == 0
+    # A vertical edge of height 1 in a 4 x 4 image: 4 horizontal differences of 1, none vertical,
+    # 3 along each diagonal.
+    edge = torch.zeros(1, 1, 4, 4)
+    edge[..., 2:] = 1
+    assert float(total_variation(edge)) == pytest.approx(2 + 0 + 2 * 3**0.5)
+
+
+def record(losses: list[dict[str, float]]) -> Any:
+    return lambda stage, step, steps, values: losses.append({"step": step, **values})
+
+
+@pytest.mark.parametrize("term", ["bn", "first_bn", "task", "tv"])
+def test_each_term_falls_and_pixels_stay_in_range(detector: Detector, term: str) -> None:
+    weights = SynthesisWeights(**{"bn": 0, "first_bn": 0, "task": 0, "tv": 0, term: 2.0})
+    inversion = Inversion(detector, settings(flip=0.0, erase=0.0, weights=weights))
+    labels = [torch.tensor([[1.0, 0.5, 0.5, 0.4, 0.5]])] * 2
+    start = initial_images(2, SIZE, "uniform", Generator().manual_seed(0))
+    losses: list[dict[str, float]] = []
+    seen: list[tuple[float, float]] = []
+
+    def after(_step: int, images: Tensor) -> None:
+        seen.append((float(images.min()), float(images.max())))
+
+    images = inversion.optimise(
+        start, labels, 40, 0.1, Generator(), stage="full", after=after, report=record(losses)
+    )
+    first, last = losses[0], losses[-1]
+    assert first["step"] == 1
+    assert last["step"] == 40
+    assert last[term] < 0.8 * first[term]
+    assert len(seen) == 40
+    assert all(low >= 0 and high <= 1 for low, high in seen)
+    assert images.shape == start.shape
+    assert not images.requires_grad
+    assert not any(p.grad is not None for p in detector.module.parameters())
+
+
+def test_the_loss_is_the_weighted_sum(detector: Detector) -> None:
+    weights = SynthesisWeights(task=3.0, bn=0.25, first_bn=2.0, tv=0.0)
+    inversion = Inversion(detector, settings(weights=weights))
+    images = torch.rand(2, 3, SIZE, SIZE, generator=Generator().manual_seed(0))
+    targets = Targets.from_per_image([torch.tensor([[0.0, 0.5, 0.5, 0.4, 0.4]])] * 2)
+    with inversion._watching():
+        terms = inversion._losses(images, targets)
+    # The definition, on the detector as it was given.
+    with BatchNormStatistics(detector.module) as statistics:
+        detector.raw(images)
+        distances = statistics.distances()
+    task = detector.task_loss(detector.raw(images), targets, (SIZE, SIZE))
+    expected = {
+        "bn": 0.25 * torch.stack(distances).sum(),
+        "first_bn": 2.0 * distances[0],
+        "task": 3.0 * torch.stack(list(task.values())).sum(),
+    }
+    torch.testing.assert_close(terms, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_flips_keep_labels_with_their_objects(
+    detector: Detector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What the network is shown must be the image and its labels, or both mirrored.
+    inversion = Inversion(detector, settings(flip=0.5, erase=0.0))
+    labels = [
+        torch.tensor([[1.0, 0.2, 0.3, 0.1, 0.2]]),
+        torch.tensor([[0.0, 0.7, 0.4, 0.3, 0.3], [2.0, 0.1, 0.9, 0.1, 0.1]]),
+        torch.tensor([[2.0, 0.6, 0.5, 0.2, 0.2]]),
+    ]
+    start = initial_images(3, SIZE, "uniform", Generator().manual_seed(0))
+    current = start
+    mirrored: list[list[bool]] = []
+    plain = inversion._losses
+
+    def spy(view: Tensor, targets: Targets) -> dict[str, Tensor]:
+        row = []
+        for image, original, label, seen in zip(
+            view, current, labels, targets.per_image(3), strict=True
+        ):
+            expected = label.clone()
+            row.append(not torch.equal(image, original))
+            if row[-1]:
+                assert torch.equal(image, original.flip(2))
+                expected[:, 1] = 1 - expected[:, 1]
+            torch.testing.assert_close(seen, expected)
+        mirrored.append(row)
+        return plain(view, targets)
+
+    def after(_step: int, images: Tensor) -> None:
+        nonlocal current
+        current = images.clone()
+
+    monkeypatch.setattr(inversion, "_losses", spy)
+    inversion.optimise(start, labels, 20, 0.05, Generator().manual_seed(0), stage="x", after=after)
+    drawn = torch.tensor(mirrored)
+    assert drawn.shape == (20, 3)
+    assert drawn.any(0).all()
+    assert not drawn.all(0).any()
+    # Each image draws for itself.
+    assert any(len(set(row)) == 2 for row in mirrored)
+
+
+def test_labels_may_change_on_the_way(detector: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
+    inversion = Inversion(detector, settings(flip=0.0, erase=0.0))
+    old, new = (torch.tensor([[c, 0.5, 0.5, 0.4, 0.4]]) for c in (0.0, 2.0))
+    seen = []
+    plain = inversion._losses
+
+    def spy(view: Tensor, targets: Targets) -> dict[str, Tensor]:
+        seen.append(float(targets.data[0, 1]))
+        return plain(view, targets)
+
+    monkeypatch.setattr(inversion, "_losses", spy)
+    inversion.optimise(
+        torch.rand(1, 3, SIZE, SIZE), [old], 4, 0.1, Generator(), stage="x",
+        after=lambda step, _: [new] if step == 1 else None,
+    )  # fmt: skip
+    assert seen == [0, 0, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("multires", "iterations", "expected"),
+    [
+        (0.0, 5, [("full", 64, 5)]),
+        (0.6, 5, [("small", 32, 3), ("full", 64, 2)]),
+        (0.9, 5, [("small", 32, 4), ("full", 64, 1)]),
+        (0.5, 0, []),
+    ],
+)
+def test_stages_of_the_image(
+    detector: Detector,
+    monkeypatch: pytest.MonkeyPatch,
+    multires: float,
+    iterations: int,
+    expected: list[tuple[str, int, int]],
+) -> None:
+    inversion = Inversion(detector, settings(multires=multires, iterations=iterations))
+    stages = []
+    plain = inversion.optimise
+
+    def spy(images: Tensor, labels: Any, steps: int, *rest: Any, **more: Any) -> Tensor:
+        stages.append((more["stage"], images.shape[2], steps))
+        return plain(images, labels, steps, *rest, **more)
+
+    monkeypatch.setattr(inversion, "optimise", spy)
+    labels = [torch.tensor([[1.0, 0.5, 0.5, 0.4, 0.5]])] * 2
+    images = inversion.image_stage(labels, Generator().manual_seed(0), Generator())
+    assert stages == expected
+    assert images.shape == (2, 3, SIZE, SIZE)
+    assert images.min() >= 0
+    assert images.max() <= 1
+
+
+def test_half_the_size_is_rounded_up_to_the_stride(
+    detector: Detector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 80 px at a stride of 16: half is 40, the next multiple 48.
+    sides: list[int] = []
+    inversion = Inversion(detector, settings(image_size=80, multires=0.5, iterations=2))
+    plain = inversion.detector.raw
+
+    def raw(images: Tensor) -> Any:
+        sides.append(images.shape[2])
+        return plain(images)
+
+    monkeypatch.setattr(inversion.detector, "raw", raw)
+    labels = [torch.tensor([[1.0, 0.5, 0.5, 0.4, 0.5]])]
+    inversion.image_stage(labels, Generator().manual_seed(0), Generator())
+    assert sides == [48, 80]
+
+
+@pytest.mark.parametrize("kind", ["adaptive", "single", "multi", "tile", "none"])
+def test_a_batch_is_fixed_by_seed_and_shard(detector: Detector, kind: str) -> None:
+    chosen = settings(labels=kind, multires=0.5)
+    first, again = (Inversion(detector, chosen).batch(2, 7, 3) for _ in range(2))
+    assert first.images.dtype == torch.uint8
+    assert first.images.shape == (2, 3, SIZE, SIZE)
+    assert torch.equal(first.images, again.images)
+    for ours, theirs in zip(first.labels, again.labels, strict=True):
+        assert torch.equal(ours, theirs)
+    for scores, labels in zip(first.scores, first.labels, strict=True):
+        assert scores.shape == (len(labels),)
+        assert not len(scores) or (scores.min() >= 0 and scores.max() <= 1)
+    other_shard = Inversion(detector, chosen).batch(2, 7, 4)
+    other_seed = Inversion(detector, chosen).batch(2, 8, 3)
+    assert not torch.equal(first.images, other_shard.images)
+    assert not torch.equal(first.images, other_seed.images)
+
+
+def test_adaptive_labels_come_from_detections(
+    detector: Detector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dfq.detectors.base import Detections
+
+    box = torch.tensor([[2.0, 2.0, 14.0, 12.0]])
+    calls: list[dict[str, float]] = []
+
+    def detect(images: Tensor, **thresholds: float) -> list[Detections]:
+        calls.append(thresholds)
+        return [Detections(box, torch.tensor([0.8]), torch.tensor([2])) for _ in images]
+
+    stage = LabelStage(image_size=32, iterations=6, updates=3, score_threshold=0.35)
+    inversion = Inversion(detector, settings(label_stage=stage))
+    monkeypatch.setattr(inversion.detector, "detect", detect)
+    labels = inversion.label_stage(2, generator_for(0, 0, "labels"), generator_for(0, 0, "augment"))
+    assert len(calls) == 3
+    assert all(c["score_threshold"] == 0.35 for c in calls)
+    for rows in labels:
+        # The detection in fractions of 32 px, besides the one label that always stays.
+        torch.testing.assert_close(rows[-1], torch.tensor([2, 8 / 32, 7 / 32, 12 / 32, 10 / 32]))
+        assert len(rows) <= 2
+
+
+def without_batchnorm() -> Detector:
+    detector = tiny_detector()
+    for parent in list(detector.module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(parent, name, nn.Identity())
+    detector.module.requires_grad_(False)
+    return detector
+
+
+def test_the_detector_is_left_as_it_is(detector: Detector) -> None:
+    before = {name: tensor.clone() for name, tensor in detector.module.state_dict().items()}
+    Inversion(detector, settings()).batch(2, 0, 0)
+    after = detector.module.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert any(isinstance(m, nn.BatchNorm2d) for m in detector.module.modules())
+
+
+def test_without_batchnorm() -> None:
+    detector = without_batchnorm()
+    with pytest.raises(UserError, match="no BatchNorm statistics"):
+        Inversion(detector, settings())
+    # The other terms do without.
+    weights = SynthesisWeights(bn=0, first_bn=0)
+    batch = Inversion(detector, settings(weights=weights)).batch(1, 0, 0)
+    assert batch.images.shape == (1, 3, SIZE, SIZE)
+
+
+def test_a_loss_that_is_not_finite_is_reported(
+    detector: Detector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inversion = Inversion(detector, settings())
+    monkeypatch.setattr(inversion, "_losses", lambda view, _: {"bn": (view * float("nan")).sum()})
+    with pytest.raises(UserError, match=r"not finite at iteration 0 .*synthesis\.learning_rate"):
+        inversion.batch(2, 0, 0)

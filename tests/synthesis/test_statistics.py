@@ -1,0 +1,159 @@
+"""The BatchNorm loss against its definition, computed plainly with hooks and `torch.var_mean`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_detector import tiny_detector
+from torch import Tensor, nn
+
+from dfq.errors import UserError
+from dfq.quantization.convert import fold
+from dfq.quantization.folding import fold_batchnorm
+from dfq.synthesis.statistics import BatchNormStatistics
+
+
+def reference(network: nn.Module, images: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Distances in running order, and the network's output, by plain autograd."""
+    distances: list[Tensor] = []
+
+    def watch(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        dims = [d for d in range(inputs[0].ndim) if d != 1]
+        var, mean = torch.var_mean(inputs[0], dims, correction=0)
+        distances.append(
+            (mean - layer.running_mean).square().sum().sqrt()
+            + (var - layer.running_var).square().sum().sqrt()
+        )
+
+    norms = [m for m in network.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
+    handles = [m.register_forward_pre_hook(watch) for m in norms]
+    output = network(images)
+    for handle in handles:
+        handle.remove()
+    return distances, output
+
+
+def small_network() -> nn.Module:
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.SiLU(),
+        nn.Conv2d(6, 4, 3, stride=2),
+        nn.BatchNorm2d(4),
+        nn.Flatten(),
+        nn.LazyLinear(5),
+        nn.BatchNorm1d(5),
+    )
+    network(torch.rand(8, 3, 9, 9))
+    return network.eval().requires_grad_(False)
+
+
+def test_distances_equal_the_definition() -> None:
+    network, images = small_network(), torch.rand(4, 3, 9, 9)
+    expected, output = reference(network, images)
+    with BatchNormStatistics(network) as statistics:
+        assert torch.equal(network(images), output), "watching must not change the output"
+        found = statistics.distances()
+    assert len(found) == 3
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_equals_plain_autograd() -> None:
+    # A term of the network's own output is added: its gradient joins that of the statistics.
+    network, start = small_network(), torch.rand(4, 3, 9, 9)
+    weights = (0.3, 2.0, 0.7)
+    plain = start.clone().requires_grad_()
+    distances, output = reference(network, plain)
+    loss = sum(w * d for w, d in zip(weights, distances, strict=True)) + output.square().sum()
+    (expected,) = torch.autograd.grad(loss, plain)
+
+    fused = start.clone().requires_grad_()
+    with BatchNormStatistics(network) as statistics:
+        output = network(fused)
+        found = statistics.distances()
+        loss = sum(w * d for w, d in zip(weights, found, strict=True)) + output.square().sum()
+        (gradient,) = torch.autograd.grad(loss, fused)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_detector_s_layers_in_running_order() -> None:
+    detector, images = tiny_detector(), torch.rand(2, 3, 64, 64)
+    wrapped = nn.Module()
+    wrapped.inner = detector.module
+    wrapped.forward = detector.raw  # type: ignore[method-assign]
+    expected, _ = reference(wrapped, images)
+    with BatchNormStatistics(detector.module) as statistics:
+        detector.raw(images)
+        found = statistics.distances()
+    count = sum(isinstance(m, nn.BatchNorm2d) for m in detector.module.modules())
+    assert len(found) == len(expected) == count
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_folded_network_gives_the_same_distances_and_gradients() -> None:
+    detector, images = tiny_detector(), torch.rand(2, 3, 64, 64)
+    results = []
+    for network in (detector, fold(detector.twin())):
+        pixels = images.clone().requires_grad_()
+        with BatchNormStatistics(network.module) as statistics:
+            network.raw(pixels)
+            distances = torch.stack(statistics.distances())
+        (gradient,) = torch.autograd.grad(distances.sum(), pixels)
+        results.append((distances.detach(), gradient))
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in network.module.modules())
+    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-4)
+
+
+def test_a_folded_channel_that_died_does_not_count() -> None:
+    # gamma = 0: what leaves the BatchNorm says nothing about what went in.
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    norm = network[1]
+    norm.running_mean.copy_(torch.randn(4))
+    norm.weight.data.copy_(torch.tensor([1.0, 0.0, 0.5, -2.0]))
+    images = torch.rand(2, 3, 8, 8)
+    var, mean = torch.var_mean(network[0](images), (0, 2, 3), correction=0)
+    alive = [0, 2, 3]
+    expected = (mean - norm.running_mean)[alive].norm() + (var - norm.running_var)[alive].norm()
+    fold_batchnorm(network, lambda: network(images))
+    with BatchNormStatistics(network) as statistics:
+        network(images)
+        (distance,) = statistics.distances()
+    torch.testing.assert_close(distance, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_is_left_behind() -> None:
+    network, images = small_network(), torch.rand(2, 3, 9, 9)
+    statistics = BatchNormStatistics(network)
+    with statistics:
+        network(images)
+    assert not any(m._forward_pre_hooks for m in network.modules())
+    network(images)
+    assert statistics.distances() == []
+
+
+def test_statistics_are_zero_for_what_the_layer_was_fed() -> None:
+    network = nn.Sequential(nn.BatchNorm2d(3, momentum=1.0))
+    images = torch.rand(5, 3, 8, 8)
+    network.train()(images)
+    # Training stores the unbiased variance, the loss compares the biased one.
+    n = 5 * 8 * 8
+    network[0].running_var *= (n - 1) / n
+    with BatchNormStatistics(network.eval()) as statistics:
+        network(images)
+        (distance,) = statistics.distances()
+    assert float(distance) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)),
+        nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)),
+    ],
+    ids=["no BatchNorm", "no running statistics"],
+)
+def test_without_statistics_it_is_refused(network: nn.Module) -> None:
+    with pytest.raises(UserError, match="no BatchNorm statistics") as refused:
+        BatchNormStatistics(network)
+    assert "\n" not in str(refused.value)

@@ -1,0 +1,99 @@
+"""Time the synthesis loop against the floor: one forward and one input-gradient backward.
+
+    python tools/bench_synthesis.py --model yolov5n.pt --size 160 --size 320
+    python tools/bench_synthesis.py --model yolo11n.yaml
+
+The bare loop runs the same frozen, unfused network on the same batch and takes the gradient of the
+sum of its outputs with respect to the images; nothing can invert a network with less. The real loop
+is the product's own: all losses, flips, erasing, clamping, Adam, logging. Rounds of both alternate in
+one process, so that a noisy machine slows both; the ratio is that of the medians.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import click
+import torch
+from torch import Generator, Tensor
+
+from dfq.detectors import load_detector
+from dfq.detectors.base import Detector
+from dfq.recipe import load_recipe
+from dfq.synthesis.inversion import Inversion, initial_images
+from dfq.synthesis.labels import single
+
+
+def bare_loop(detector: Detector, images: Tensor) -> Callable[[int], None]:
+    """`iterations` times forward and input-gradient backward."""
+
+    def run(iterations: int) -> None:
+        for _ in range(iterations):
+            pixels = images.clone().requires_grad_()
+            levels = detector.levels(detector.raw(pixels))
+            torch.autograd.backward(levels, [torch.ones_like(level) for level in levels])
+
+    return run
+
+
+def real_loop(inversion: Inversion, images: Tensor, labels: list[Tensor]) -> Callable[[int], None]:
+    """The product's optimisation loop, with a report as often as it makes one."""
+
+    def run(iterations: int) -> None:
+        inversion.optimise(
+            images, labels, iterations, 0.1, Generator().manual_seed(0),
+            stage="bench", report=lambda *_: None,
+        )
+
+    return run
+
+
+@click.command(help=__doc__)
+@click.option("--model", required=True)
+@click.option("--size", "sizes", type=int, multiple=True, default=(160, 320), show_default=True)
+@click.option("--batch-size", default=16, show_default=True)
+@click.option("--iterations", default=8, show_default=True, help="A round.")
+@click.option("--rounds", default=7, show_default=True)
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--threads", type=int, help="Of torch on a CPU.")
+def main(
+    model: str, sizes: tuple[int, ...], batch_size: int, iterations: int, rounds: int, device: str,
+    threads: int | None,
+) -> None:
+    if threads:
+        torch.set_num_threads(threads)
+    detector = load_detector(model, device=device)
+    print("| model | px | batch | bare, ms/iteration | real, ms/iteration | ratio |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for size in sizes:
+        settings = load_recipe(None, [f"synthesis.image_size={size}"]).synthesis
+        generator = Generator().manual_seed(0)
+        images = initial_images(batch_size, size, "uniform", generator).to(device)
+        labels = single(generator, batch_size, detector.num_classes)
+        loops = [
+            bare_loop(detector, images),
+            real_loop(Inversion(detector, settings), images, labels),
+        ]
+        times: list[list[float]] = [[], []]
+        for number in range(rounds + 1):
+            for loop, spent in zip(loops, times, strict=True):
+                if device != "cpu":
+                    torch.cuda.synchronize()
+                started = time.perf_counter()
+                loop(iterations)
+                if device != "cpu":
+                    torch.cuda.synchronize()
+                if number:  # the first round warms up
+                    spent.append((time.perf_counter() - started) / iterations * 1e3)
+        bare, real = (statistics.median(spent) for spent in times)
+        print(
+            f"| {model.rsplit('/', 1)[-1]} | {size} | {batch_size} | {bare:.0f} | {real:.0f} | "
+            f"{real / bare:.2f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

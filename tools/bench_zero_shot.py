@@ -1,0 +1,114 @@
+"""Float, min-max baselines and zero-shot QAT of one detector, measured on real images.
+
+    python tools/bench_zero_shot.py --model yolov5n.pt --train coco-train --val coco-val --out bench
+
+Everything it makes stays in the output folder: an interrupted bench goes on where it was. Prints a
+Markdown table with bootstrap intervals over the validation images; the training never sees them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+import torch
+
+from dfq.dataset.calibration import CalibrationSet
+from dfq.dataset.readers import open_set
+from dfq.detectors.base import Detector
+from dfq.evaluation.coco import bootstrap_ap, predict, score
+from dfq.progress import Live
+from dfq.recipe import load_recipe
+from dfq.verbs import load_model, quantize, synthesize
+
+BASELINES = [
+    ("min-max, noise images", "noise", ["quantization.ranges=minmax"]),
+    ("min-max, 64 real images", "real", ["quantization.ranges=minmax"]),
+    ("least squares, 64 synthetic images", "synthetic", []),
+]
+
+
+@click.command(help=__doc__)
+@click.option("--model", required=True, help="The float detector.")
+@click.option("--train", required=True, help="Real images of the min-max baseline.")
+@click.option("--val", required=True, help="Labelled images the networks are measured on.")
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+@click.option("--images", default=96, show_default=True, help="Synthetic images.")
+@click.option("--size", default=320, show_default=True, help="Side in pixels, everywhere.")
+@click.option("--widths", default="w8a8,w4a8", show_default=True, help="Recipes, by commas.")
+@click.option("--set", "overrides", multiple=True, help="Override a value of the recipes.")
+def main(
+    model: str,
+    train: str,
+    val: str,
+    out: Path,
+    images: int,
+    size: int,
+    widths: str,
+    overrides: Sequence[str],
+) -> None:
+    live = Live()
+    common = [f"synthesis.image_size={size}", f"synthesis.images={images}", *overrides]
+    started = time.perf_counter()
+    synthetic = synthesize(model, load_recipe("w4a8", common), out=out / "synthetic", progress=live)
+    minutes = (time.perf_counter() - started) / 60
+    noise_recipe = load_recipe(
+        None,
+        [*common, "synthesis.images=64", "synthesis.iterations=0", "synthesis.labels=none"],
+    )
+    noise = synthesize(model, noise_recipe, out=out / "noise", progress=live)
+    sources: dict[str, str | CalibrationSet] = {
+        "noise": noise,
+        "real": train,
+        "synthetic": synthetic,
+    }
+    rows = [("float", "", Path(model) if Path(model).exists() else model, 0.0)]
+    for width in widths.split(","):
+        for label, source, settings in BASELINES:
+            data = sources[source]
+            recipe = load_recipe(width, [*common, "method=ptq", *settings])
+            folder = out / f"{width}-{source}"
+            path = data.root if isinstance(data, CalibrationSet) else data
+            run = quantize(recipe, model=model, data=path, out=folder, progress=live)
+            rows.append((width.upper(), label, run, 0.0))
+        started = time.perf_counter()
+        run = quantize(
+            load_recipe(width, common),
+            model=model,
+            data=synthetic.root,
+            out=out / f"{width}-qat",
+            progress=live,
+        )
+        spent = (time.perf_counter() - started) / 60
+        rows.append((width.upper(), f"zero-shot QAT, {images} synthetic images", run, spent))
+    print_table(rows, val, size, minutes)
+
+
+def print_table(rows: list, val: str, size: int, minutes: float) -> None:
+    """Measure every row and print the table."""
+    data = open_set(val)
+    print(
+        f"\n{len(data)} images at {size} px, {torch.get_num_threads()} thread(s); "
+        f"synthesis {minutes:.1f} min (0 when it was there already)\n"
+    )
+    print("| bits | data and method | AP | 95 % interval | AP50 | AP kept | training, min |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    reference = None
+    for bits, label, source, spent in rows:
+        detector: Detector = load_model(source)
+        found = predict(detector, data, image_size=size)
+        metrics = score(data, found, detector.names)
+        low, high = bootstrap_ap(data, found, detector.names)
+        reference = reference or metrics.AP
+        print(
+            f"| {bits or 'float'} | {label} | {metrics.AP:.3f} | {low:.3f} to {high:.3f} | "
+            f"{metrics.AP50:.3f} | {metrics.AP / reference:.1%} | "
+            f"{f'{spent:.1f}' if spent else ''} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
