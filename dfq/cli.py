@@ -26,6 +26,9 @@ _DISK = {
     errno.ENOTDIR: "a file is where a folder should be",
 }
 
+# How torch's own file writer puts it, which knows no errno.
+_TORCH_DISK = ("No space left", "PytorchStreamWriter failed", "inline_container", "iostream error")
+
 
 def _fail(message: str) -> None:
     for line in message.splitlines():
@@ -50,7 +53,7 @@ def _mendable(command: F) -> F:
         except RuntimeError as error:
             # torch reports a full disk and a full device as plain RuntimeErrors.
             text = str(error).splitlines()[0] if str(error) else ""
-            if "No space left" in text or "PytorchStreamWriter failed" in text:
+            if any(sign in text for sign in _TORCH_DISK):
                 _fail("the disk is full; what is finished is kept, run the command again")
             if "out of memory" in text:
                 _fail(f"out of memory ({text}); lower the batch size or the image size")
@@ -60,6 +63,17 @@ def _mendable(command: F) -> F:
             sys.exit(130)
 
     return wrapped  # type: ignore[return-value]
+
+
+def _check_json(path: Path | None) -> None:
+    """Refuse a file that cannot be written before the work, not after it."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise UserError(f"--json {path}: is a folder; name a file")
+    for parent in path.parents:
+        if parent.exists() and not parent.is_dir():
+            raise UserError(f"--json {path}: {parent} is a file, not a folder")
 
 
 def _common(command: F) -> F:
@@ -195,6 +209,7 @@ def evaluate(
     from .progress import Live
     from .verbs import evaluate as verb
 
+    _check_json(json_file)
     found = verb(
         model, data, image_size=image_size, device=device, trust=trust, progress=Live()
     ).to_dict()
@@ -222,6 +237,7 @@ def inspect(model: str, json_file: Path | None, trust: bool) -> None:
     from .dataset.calibration import write_json
     from .verbs import inspect as verb
 
+    _check_json(json_file)
     found = verb(model, trust=trust)
     table = Table(title=f"{found.source} ({found.family}, {found.image_size} px)")
     for column in ("layer", "kind", "weight", "output", "MACs (M)", "weight bits", "act. bits"):

@@ -10,3 +10,7 @@ class UserError(Exception):
     prints it without a traceback and exits with code 2; callers of the Python functions catch it
     like any other exception.
     """
+
+
+class DivergedError(UserError):
+    """Training whose loss stopped being finite; `method: auto` falls back on the start."""

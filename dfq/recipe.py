@@ -17,16 +17,16 @@ class _Section(BaseModel):
 
 
 class SynthesisWeights(_Section):
-    """Weights of the synthesis loss; every term is a mean, so they hold at any batch and size."""
+    """Weights of the synthesis loss; what they mean, `synthesis.balance` says."""
 
-    task: float = Field(8.0, ge=0)
-    """The family's own training loss on the labels, mean over the batch."""
-    bn: float = Field(0.05, ge=0)
+    task: float = Field(1.0, ge=0)
+    """The family's own training loss on the labels."""
+    bn: float = Field(1.0, ge=0)
     """BatchNorm statistics, summed over the layers."""
-    first_bn: float = Field(1.0, ge=0)
-    """The first BatchNorm once more: it fixes colours and contrast."""
-    tv: float = Field(6.0, ge=0)
-    """Total variation, root mean square over the pixels."""
+    first_bn: float = Field(5.0, ge=0)
+    """How often more the first BatchNorm counts in that sum: it fixes colours and contrast."""
+    tv: float = Field(0.2, ge=0)
+    """Total variation, relative to the gradient of the others."""
 
 
 class LabelStage(_Section):
@@ -62,6 +62,11 @@ class Synthesis(_Section):
     """Probability that an image is mirrored, labels too, in an iteration."""
     erase: float = Field(0.5, ge=0, le=1)
     """Probability that a rectangle (2 to 20 % of the area) is blanked in an iteration."""
+    balance: Literal["gradient", "loss"] = "gradient"
+    """Weights are shares of the gradient, which hold for every network, batch and image size; or
+    factors of the losses (the paper's), to be found anew for each."""
+    bn_form: Literal["relative", "absolute"] = "relative"
+    """BatchNorm distances in units of each channel's spread, or as they are (the paper's)."""
     weights: SynthesisWeights = SynthesisWeights()
     label_stage: LabelStage = LabelStage()
 
@@ -100,6 +105,12 @@ class DistillationWeights(_Section):
     """Squared distance of the distilled layers, relative to the teacher's variance."""
     task: float = Field(0.0, ge=0)
     """The family's own training loss on the synthetic labels."""
+
+    @model_validator(mode="after")
+    def _something(self) -> DistillationWeights:
+        if not (self.kl or self.feature or self.task):
+            raise ValueError("all three are 0: there is nothing to train on")
+        return self
 
 
 class Distillation(_Section):

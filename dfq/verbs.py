@@ -18,7 +18,7 @@ from .dataset.readers import ImageSet, open_set
 from .detectors import load_detector
 from .detectors.base import Detector, Targets
 from .distillation.trainer import LabelledImages, Outcome, Trainer
-from .errors import UserError
+from .errors import DivergedError, UserError
 from .evaluation.coco import Metrics
 from .evaluation.coco import evaluate as evaluate_detector
 from .evaluation.matching import require_labels
@@ -53,7 +53,8 @@ def pick_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, device=device)
+        # Read back, which "meta" cannot.
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError):
         raise UserError(
             f"--device {device}: there is no such device here; try --device cpu or auto"
@@ -214,7 +215,7 @@ def _train(
                 task.update(done, total)
 
             outcome = trainer.train(report)
-    except UserError as error:
+    except DivergedError as error:
         run.log(str(error))
         if recipe.method != "auto":
             raise
@@ -298,6 +299,8 @@ def quantize(
     write_atomic(folder / "recipe.yaml", settings.to_yaml().encode())
     run.log(f"model {detector.source}, {len(calibration)} images from {data or 'synthesis'}")
     student, outcome, selected = _train(teacher, settings, calibration, run, progress)
+    # As it will be loaded: another memory layout sums in another order.
+    student.module.to(memory_format=torch.contiguous_format)
     layers = describe(student)
     metrics: dict[str, Any] = {
         "method": settings.method,

@@ -9,6 +9,10 @@ os.environ.setdefault("YOLO_OFFLINE", "1")
 os.environ.setdefault("YOLO_VERBOSE", "False")
 
 import pytest
+import torch
+
+# Small networks on shared cores: threads that wait for each other take most of the time.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """Time our fake quantization against PyTorch's learnable kernels and against a plain ReLU.
 
-    python tools/bench_fake_quantize.py --threads 1 --repeat 15
+    python tools/bench_fake_quantize.py --threads 1 --repeat 40
 
 Forward and backward of an activation (per tensor, asymmetric, 8 bit) and of a weight (per channel,
 symmetric, 4 bit). Everything runs interleaved in one process, so that a busy machine slows all of
@@ -85,7 +85,7 @@ def _synchronize(device: str) -> None:
 @click.option("--batch", default=8, show_default=True, help="Images of the activation.")
 @click.option("--side", default=80, show_default=True, help="Its height and width.")
 @click.option("--width", default=64, show_default=True, help="Its channels.")
-@click.option("--repeat", default=15, show_default=True, help="Passes of each candidate.")
+@click.option("--repeat", default=40, show_default=True, help="Passes of each candidate.")
 @click.option("--threads", default=1, show_default=True, help="CPU threads.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 def main(batch: int, side: int, width: int, repeat: int, threads: int, device: str) -> None:

@@ -5,8 +5,8 @@
 
 The bare loop runs the same frozen, unfused network on the same batch and takes the gradient of the
 sum of its outputs with respect to the images; nothing can invert a network with less. The real loop
-is the product's own: all losses, flips, erasing, clamping, Adam, logging. Rounds of both alternate in
-one process, so that a noisy machine slows both; the ratio is that of the medians.
+is the product's own: all losses, flips, erasing, clamping, Adam, logging. Rounds of both alternate
+in one process, so that a noisy machine slows both; the ratio is that of the medians.
 """
 
 from __future__ import annotations
@@ -43,8 +43,13 @@ def real_loop(inversion: Inversion, images: Tensor, labels: list[Tensor]) -> Cal
 
     def run(iterations: int) -> None:
         inversion.optimise(
-            images, labels, iterations, 0.1, Generator().manual_seed(0),
-            stage="bench", report=lambda *_: None,
+            images,
+            labels,
+            iterations,
+            0.1,
+            Generator().manual_seed(0),
+            stage="bench",
+            report=lambda *_: None,
         )
 
     return run
@@ -59,7 +64,12 @@ def real_loop(inversion: Inversion, images: Tensor, labels: list[Tensor]) -> Cal
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--threads", type=int, help="Of torch on a CPU.")
 def main(
-    model: str, sizes: tuple[int, ...], batch_size: int, iterations: int, rounds: int, device: str,
+    model: str,
+    sizes: tuple[int, ...],
+    batch_size: int,
+    iterations: int,
+    rounds: int,
+    device: str,
     threads: int | None,
 ) -> None:
     if threads:

@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from ..detectors.base import Detector, Targets
-from ..errors import UserError
+from ..errors import DivergedError, UserError
 from ..quantization.quantizers import Quantizer
 from ..recipe import Distillation
 from .augment import augment
@@ -40,7 +40,7 @@ class Outcome:
     """How the training ended.
 
     Attributes:
-        selected: "ema", "last" or "start": which weights the student now has.
+        selected: "ema" or "last": which weights the student now has.
         agreement: divergence from the teacher on the set (lower is closer) at the calibrated start
             and of each candidate; no real image is looked at.
         history: mean loss terms by epoch.
@@ -279,7 +279,7 @@ class Trainer:
         shown = {**means, "largest weight norm": float(norms.max())}
         if not all(math.isfinite(value) for value in shown.values()):
             values = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
-            raise UserError(
+            raise DivergedError(
                 f"training diverged in epoch {epoch + 1} ({values}); the last good checkpoint is "
                 f"{self.checkpoint}; lower distillation.lr, or use method: auto"
             )

@@ -15,8 +15,8 @@ from ..detectors.base import Detector, Targets
 from ..errors import UserError
 from ..quantization.convert import fold
 from ..recipe import Synthesis
+from .balance import COMBINATIONS
 from .labels import STARTS, teacher_scores, update_adaptive, update_steps
-from .priors import total_variation
 from .statistics import BatchNormStatistics
 
 Report = Callable[[str, int, int, dict[str, float]], None]
@@ -91,17 +91,18 @@ class Inversion:
                 yield
 
     def _losses(self, images: Tensor, targets: Targets) -> dict[str, Tensor]:
+        """The terms that come from the network, scalars: "bn", "first_bn" and "task"."""
         weights = self.settings.weights
         raw = self.detector.raw(images)
         terms = {}
         if self.statistics is not None:
-            distances = self.statistics.distances()
-            terms["bn"] = weights.bn * torch.stack(distances).sum()
-            terms["first_bn"] = weights.first_bn * distances[0]
+            distances = self.statistics.distances(relative=self.settings.bn_form == "relative")
+            terms["bn"] = torch.stack(distances).sum()
+            terms["first_bn"] = distances[0]
         if weights.task > 0 and self.settings.labels != "none":
             size = images.shape[2]
             task = self.detector.task_loss(raw, targets, (size, size))
-            terms["task"] = weights.task * torch.stack(list(task.values())).sum()
+            terms["task"] = torch.stack(list(task.values())).sum()
         return terms
 
     def optimise(
@@ -134,7 +135,8 @@ class Inversion:
         optimizer = torch.optim.Adam([pixels], lr=learning_rate, betas=(0.9, 0.999), fused=True)
         targets = Targets.from_per_image(labels).to(device)
         count, size = images.shape[0], images.shape[2]
-        weights, settings = self.settings.weights, self.settings
+        settings = self.settings
+        combine = COMBINATIONS[settings.balance](settings.weights)
         every = max(1, iterations // 20)
         with self._watching():
             for step in range(iterations):
@@ -150,12 +152,7 @@ class Inversion:
                     mask = random_erasing_mask(count, size, settings.erase, generator)
                     view = view * mask.to(device, non_blocking=True)
                 terms = self._losses(view, seen)
-                if weights.tv > 0:
-                    # The norm over the square root of the pixels: a weight for any size and batch.
-                    terms["tv"] = weights.tv * total_variation(pixels) / math.sqrt(pixels.numel())
-                loss = torch.stack(list(terms.values())).sum()
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                pixels.grad, terms["tv"] = combine(terms, view, pixels, step)
                 optimizer.step()
                 with torch.no_grad():
                     pixels.clamp_(0, 1)

@@ -8,6 +8,7 @@ at its input (DeepInversion, Yin et al. 2020; the first layer also has a weight 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -106,12 +107,25 @@ class BatchNormStatistics:
         self._handles.clear()
         self._seen.clear()
 
-    def distances(self) -> list[Tensor]:
+    def distances(self, *, relative: bool = False) -> list[Tensor]:
         """Of the last forward pass: ||mu - mu_l||_2 + ||var - var_l||_2 of each layer, in the
-        order the layers ran."""
+        order the layers ran.
+
+        Args:
+            relative: in units of each channel's own standard deviation and variance, root mean
+                square over the channels, so that no layer counts for more because its values are
+                larger or its channels more.
+        """
         result = []
         for name, (mean, var) in self._seen.items():
-            to_mean, to_var = _differences(self.layers[name], mean, var)
+            layer = self.layers[name]
+            to_mean, to_var = _differences(layer, mean, var)
+            if relative:
+                stored = layer.var if isinstance(layer, FoldedBatchNorm) else layer.running_var
+                assert stored is not None
+                spread = stored + 1e-5
+                root = math.sqrt(len(spread))
+                to_mean, to_var = to_mean * spread.rsqrt() / root, to_var / spread / root
             result.append(torch.linalg.vector_norm(to_mean) + torch.linalg.vector_norm(to_var))
         self._seen.clear()
         return result

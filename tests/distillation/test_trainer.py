@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from dfq.errors import UserError
 from dfq.quantization.convert import Policy, calibrate, fold, insert_quantizers
 from dfq.quantization.quantizers import Quantizer
 from dfq.recipe import Distillation, DistillationWeights
+
+POLICY = Policy(weight_bits=3, activation_bits=6)
 
 
 class Blobs:
@@ -62,18 +65,24 @@ def settings(**changes: Any) -> Distillation:
     return Distillation(**chosen)
 
 
-def student_of(teacher: Detector, data: Blobs, *, calibrated: bool = True) -> Detector:
-    student = insert_quantizers(teacher.twin(), Policy(weight_bits=3, activation_bits=6))
-    if calibrated:
-        pixels = data.load(list(range(len(data)))).float() / 255
-        calibrate(student, pixels.split(8), samples=1024)
+@functools.cache
+def calibrated_student() -> Detector:
+    """Never trained itself: only its twins are."""
+    student = insert_quantizers(fold(tiny_detector()), POLICY)
+    calibrate(student, (Blobs().images.float() / 255).split(8), samples=1024)
     return student
+
+
+def student_of(teacher: Detector, *, calibrated: bool = True) -> Detector:
+    if calibrated:
+        return calibrated_student().twin()
+    return insert_quantizers(teacher.twin(), POLICY)
 
 
 def trainer(
     teacher: Detector, data: Blobs, folder: Path, *, calibrated: bool = True, **changes: Any
 ) -> Trainer:
-    student = student_of(teacher, data, calibrated=calibrated)
+    student = student_of(teacher, calibrated=calibrated)
     return Trainer(student, teacher, data, settings(**changes), seed=11, folder=folder)
 
 
@@ -239,7 +248,7 @@ def test_the_seed_counts(teacher: Detector, data: Blobs, tmp_path: Path) -> None
     students = []
     for seed in (1, 2):
         (tmp_path / str(seed)).mkdir()
-        student = student_of(teacher, data)
+        student = student_of(teacher)
         run = Trainer(
             student, teacher, data, settings(epochs=1), seed=seed, folder=tmp_path / str(seed)
         )

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import RECIPE, command, contents
+from harness import RECIPE, command, contents
 from PIL import Image
 from tiny_detector import blobs
 

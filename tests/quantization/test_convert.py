@@ -212,7 +212,7 @@ def test_share_of_a_detector(detector: YOLOv5) -> None:
 
 def quantized(source: YOLOv5, policy: Policy, images: Tensor, **options: object) -> YOLOv5:
     student = insert_quantizers(source.twin(), policy)
-    calibrate(student, images.split(4), **{"samples": 4096, **options})
+    calibrate(student, images.split(4), **{"samples": 1024, **options})
     return student  # type: ignore[return-value]
 
 

@@ -81,15 +81,16 @@ CASES = {
     # IoU 0.2 with A, none with B: A is the best of the unfound ones.
     "the best overlap stays": (label(B, A), found((0, 30, 10, 60, 40)), None),
     # IoU of [0, 30] and [s, s + 30] (same height) is (30 - s) / (30 + s).
+    # B is there besides, or the label would stay as the only one.
     "overlap just above 0.35 keeps and adds nothing": (
-        label((1, 0, 0, 30, 30)),
-        found((1, 14.4, 0, 44.4, 30)),
-        label((1, 0, 0, 30, 30)),
+        label(B, (1, 0, 0, 30, 30)),
+        found(B, (1, 14.4, 0, 44.4, 30)),
+        label(B, (1, 0, 0, 30, 30)),
     ),
-    "overlap just below 0.35 adds": (
-        label((1, 0, 0, 30, 30)),
-        found((1, 14.5, 0, 44.5, 30)),
-        label((1, 0, 0, 30, 30), (1, 14.5, 0, 44.5, 30)),
+    "overlap just below 0.35 removes and adds": (
+        label(B, (1, 0, 0, 30, 30)),
+        found(B, (1, 14.5, 0, 44.5, 30)),
+        label(B, (1, 14.5, 0, 44.5, 30)),
     ),
     "too small (under 1 %)": (label(A), found(A, (2, 60, 60, 69, 71)), label(A)),
     "just large enough": (

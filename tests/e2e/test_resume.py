@@ -1,0 +1,180 @@
+"""Killed at any moment, the same command ends in the same bytes as an unbroken one."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from harness import RECIPE, command, contents
+
+# Enough work for a kill to fall into it: a shard every tenth of a second or so.
+SYNTHESIS = [
+    "--set", "synthesis.images=6", "--set", "synthesis.batch_size=1",
+    "--set", "synthesis.iterations=20",
+]  # fmt: skip
+TRAINING = ["--set", "distillation.epochs=14"]
+
+# One process imports torch once; each command is a fork of it, with its own id to kill.
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["dfq.verbs", "dfq.detectors.yolov5"])
+
+
+def _main(words: list[str], environment: dict[str, str], threads: int) -> None:
+    from dfq.cli import cli
+
+    # Otherwise it has that of the test which started the process it was forked from.
+    os.environ.update(environment)
+    torch.set_num_threads(threads)
+    # Nobody reads it, and the tests' own output stays clean.
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    cli(words)
+
+
+def start(words: list[str]) -> multiprocessing.process.BaseProcess:
+    process = _FORKS.Process(target=_main, args=(words, dict(os.environ), torch.get_num_threads()))
+    process.start()
+    return process
+
+
+def wait_for(condition: Callable[[], bool], process: multiprocessing.process.BaseProcess) -> None:
+    until = time.monotonic() + 60
+    while not condition():
+        assert process.is_alive(), "the process ended before it was to be killed"
+        assert time.monotonic() < until, "the process got nowhere"
+        time.sleep(0.002)
+
+
+def kill_and_resume(
+    words: list[str], folder: Path, progress: Callable[[], object], kills: int, seed: int
+) -> int:
+    """Kill the command `kills` times, each at a random moment after it got further, then let it
+    end. Returns how often it was killed mid-work."""
+    draw = random.Random(seed)
+    mid_work = 0
+    for _ in range(kills):
+        before = progress()
+        process = start(words)
+        wait_for(lambda: progress() != before, process)  # noqa: B023
+        time.sleep(draw.uniform(0, 0.12))
+        process.kill()
+        process.join(30)
+        mid_work += process.exitcode == -signal.SIGKILL and not (folder / "manifest.json").exists()
+    process = start(words)
+    process.join(120)
+    assert process.exitcode == 0
+    return mid_work
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What an unbroken `dfq synthesize` with SYNTHESIS makes."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "tiny.yaml").write_text(RECIPE)
+    recipe, out = folder / "tiny.yaml", folder / "set"
+    words = ("--model", model, "--recipe", recipe, *SYNTHESIS)
+    result = command("synthesize", *words, "--out", out)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def test_synthesize_killed_again_and_again(place: Path, model: Path, whole: Path) -> None:
+    words = ["synthesize", "--model", str(model), "--recipe", "tiny.yaml", *SYNTHESIS]
+    folder = place / "set"
+
+    def shards() -> int:
+        return len(list((folder / "shards").glob("0*.json")))
+
+    killed = kill_and_resume([*words, "--out", "set"], folder, shards, kills=4, seed=0)
+    assert killed >= 3
+    assert contents(folder) == contents(whole)
+
+
+def test_qat_killed_again_and_again(place: Path, model: Path, made: Path) -> None:
+    words = [
+        "qat", "--recipe", "tiny.yaml", "--model", str(model), "--data", str(made), *TRAINING,
+    ]  # fmt: skip
+    whole = command(*words, "--out", "whole")
+    assert whole.exit_code == 0, whole.output
+    folder = place / "run"
+
+    def checkpoint() -> int:
+        path = folder / "checkpoint.pt"
+        return path.stat().st_mtime_ns if path.exists() else 0
+
+    killed = kill_and_resume([*words, "--out", "run"], folder, checkpoint, kills=5, seed=1)
+    assert killed >= 3
+    assert contents(folder) == contents(place / "whole")
+    log = (folder / "log.txt").read_text()
+    assert log.count("training started") == 1
+    assert log.count("training resumed") == 5
+
+
+def test_qat_killed_while_it_makes_its_set(place: Path, model: Path, whole: Path) -> None:
+    # No --data, no --out: set and run are found again by what determines them.
+    words = ["qat", "--recipe", "tiny.yaml", "--model", str(model), *SYNTHESIS]
+    process = start(words)
+    wait_for(lambda: bool(list((place / "home").glob("*/shards/0*.json"))), process)
+    process.kill()
+    process.join(30)
+    (made,) = (place / "home").iterdir()
+    assert not (made / "manifest.json").exists()
+    assert not (place / "runs").exists()
+
+    process = start(words)
+    wait_for(lambda: (place / "runs" / "tiny-tiny-1" / "checkpoint.pt").exists(), process)
+    process.kill()
+    process.join(30)
+    assert not (place / "runs" / "tiny-tiny-1" / "manifest.json").exists()
+
+    assert command(*words).exit_code == 0
+    assert [p.name for p in (place / "runs").iterdir()] == ["tiny-tiny-1"]
+    assert list((place / "home").iterdir()) == [made]
+    assert contents(made) == contents(whole)
+    resumed = contents(place / "runs")
+    (place / "runs").rename(place / "resumed")
+    assert command(*words).exit_code == 0
+    assert contents(place / "runs") == resumed
+
+
+def test_python_m_dfq_killed(place: Path, model: Path, whole: Path) -> None:
+    """The same with the real command in a process of its own."""
+    words = ["synthesize", "--model", str(model), "--recipe", "tiny.yaml", *SYNTHESIS]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    shell = [sys.executable, "-m", "dfq", *words, "--out", "set"]
+    with subprocess.Popen(
+        shell, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        until = time.monotonic() + 120
+        while not list((place / "set" / "shards").glob("0*.json")):
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert not (place / "set" / "manifest.json").exists()
+    assert command(*words, "--out", "set").exit_code == 0
+    assert contents(place / "set") == contents(whole)
+
+
+def test_two_at_once(place: Path, model: Path) -> None:
+    words = ["synthesize", "--model", str(model), "--recipe", "tiny.yaml", *SYNTHESIS]
+    process = start([*words, "--out", "set"])
+    wait_for(lambda: bool(list((place / "set" / "shards").glob("0*.json"))), process)
+    second = command(*words, "--out", "set")
+    assert second.exit_code == 2
+    assert second.stderr.startswith("error: ")
+    assert "another process is making this set" in second.stderr
+    process.join(120)
+    assert process.exitcode == 0
+    assert command(*words, "--out", "set").exit_code == 0
