@@ -2,78 +2,16 @@
 
 from __future__ import annotations
 
-import errno
-import functools
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
 
 import click
 
 from . import __version__
+from .cli_common import F, check_output, mendable
+from .cli_data import data
 from .errors import UserError
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-_DISK = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EACCES: "permission denied",
-    errno.EROFS: "the file system is read-only",
-    errno.EPERM: "permission denied",
-    errno.ENOTDIR: "a file is where a folder should be",
-}
-
-# How torch's own file writer puts it, which knows no errno.
-_TORCH_DISK = ("No space left", "PytorchStreamWriter failed", "inline_container", "iostream error")
-
-
-def _fail(message: str) -> None:
-    for line in message.splitlines():
-        click.echo(f"error: {line}", err=True)
-    sys.exit(2)
-
-
-def _mendable(command: F) -> F:
-    """Turn what the user can mend into one line and exit code 2; leave bugs their traceback."""
-
-    @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return command(*args, **kwargs)
-        except UserError as error:
-            _fail(str(error))
-        except OSError as error:
-            if error.errno not in _DISK:
-                raise
-            where = f"{error.filename}: " if error.filename else ""
-            _fail(f"{where}{_DISK[error.errno]}; what is finished is kept, run the command again")
-        except RuntimeError as error:
-            # torch reports a full disk and a full device as plain RuntimeErrors.
-            text = str(error).splitlines()[0] if str(error) else ""
-            if any(sign in text for sign in _TORCH_DISK):
-                _fail("the disk is full; what is finished is kept, run the command again")
-            if "out of memory" in text:
-                _fail(f"out of memory ({text}); lower the batch size or the image size")
-            raise
-        except KeyboardInterrupt:
-            click.echo("stopped; the same command goes on from here", err=True)
-            sys.exit(130)
-
-    return wrapped  # type: ignore[return-value]
-
-
-def _check_json(path: Path | None) -> None:
-    """Refuse a file that cannot be written before the work, not after it."""
-    if path is None:
-        return
-    if path.is_dir():
-        raise UserError(f"--json {path}: is a folder; name a file")
-    for parent in path.parents:
-        if parent.exists() and not parent.is_dir():
-            raise UserError(f"--json {path}: {parent} is a file, not a folder")
 
 
 def _common(command: F) -> F:
@@ -115,10 +53,16 @@ def cli() -> None:
 @click.option("--image-size", type=int, help="Side in pixels; default: the model's.")
 @click.option("--iterations", type=int, help="Of the image stage.")
 @click.option("--batch-size", type=int, help="Images optimised together.")
+@click.option("--labels", help="adaptive, single, multi, tile, none, or real:SET to take a SET's.")
+@click.option(
+    "--init",
+    type=click.Choice(["uniform", "gaussian", "noise"]),
+    help="What images start from; noise: uniform, and left as it is, without labels.",
+)
 @click.option("--recipe", help="File or shipped recipe whose synthesis section is used.")
 @_settings
 @_common
-@_mendable
+@mendable
 def synthesize(
     model: str,
     out: Path | None,
@@ -126,6 +70,8 @@ def synthesize(
     image_size: int | None,
     iterations: int | None,
     batch_size: int | None,
+    labels: str | None,
+    init: str | None,
     recipe: str | None,
     seed: int | None,
     overrides: tuple[str, ...],
@@ -137,6 +83,12 @@ def synthesize(
     from .recipe import load_recipe
     from .verbs import synthesize as verb
 
+    if init == "noise":
+        given = {text.partition("=")[0] for text in overrides}
+        if iterations or "synthesis.iterations" in given:
+            raise UserError("--init noise stays as it is: leave the iterations out")
+        iterations, init = 0, "uniform"
+        labels = labels or (None if "synthesis.labels" in given else "none")
     settings = load_recipe(
         recipe,
         overrides,
@@ -145,6 +97,8 @@ def synthesize(
         synthesis__image_size=image_size,
         synthesis__iterations=iterations,
         synthesis__batch_size=batch_size,
+        synthesis__labels=labels,
+        synthesis__init=init,
     )
     made = verb(model, settings, out=out, device=device, trust=trust, progress=Live())
     objects = sum(len(label) for label in made.labels)
@@ -158,7 +112,7 @@ def synthesize(
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder.")
 @_settings
 @_common
-@_mendable
+@mendable
 def qat(
     recipe: str,
     model: str | None,
@@ -200,7 +154,7 @@ def qat(
 @click.option("--image-size", type=int, help="Side in pixels; default: the model's.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the result here.")
 @_common
-@_mendable
+@mendable
 def evaluate(
     model: str, data: str, image_size: int | None, json_file: Path | None, device: str, trust: bool
 ) -> None:
@@ -209,7 +163,7 @@ def evaluate(
     from .progress import Live
     from .verbs import evaluate as verb
 
-    _check_json(json_file)
+    check_output(json_file)
     found = verb(
         model, data, image_size=image_size, device=device, trust=trust, progress=Live()
     ).to_dict()
@@ -228,7 +182,7 @@ def evaluate(
 @click.option("--model", required=True, help="A detector or a run folder.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the result here.")
 @click.option("--trust", is_flag=True, help="Run what is in the checkpoint.")
-@_mendable
+@mendable
 def inspect(model: str, json_file: Path | None, trust: bool) -> None:
     """List every layer: shape, MACs, bits."""
     from rich.console import Console
@@ -237,7 +191,7 @@ def inspect(model: str, json_file: Path | None, trust: bool) -> None:
     from .dataset.calibration import write_json
     from .verbs import inspect as verb
 
-    _check_json(json_file)
+    check_output(json_file)
     found = verb(model, trust=trust)
     table = Table(title=f"{found.source} ({found.family}, {found.image_size} px)")
     for column in ("layer", "kind", "weight", "output", "MACs (M)", "weight bits", "act. bits"):
@@ -263,13 +217,16 @@ def inspect(model: str, json_file: Path | None, trust: bool) -> None:
 
 @cli.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("demo-run"), show_default=True)
-@_mendable
+@mendable
 def demo(out: Path) -> None:
     """The whole flow in minutes, on the small detector that comes with dfq."""
     from .demo.flow import run_demo
     from .progress import Live
 
     run_demo(out, Live())
+
+
+cli.add_command(data)
 
 
 def main() -> None:

@@ -11,6 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from .errors import UserError
 
+LABELS = ("adaptive", "single", "multi", "tile", "none")
+"""What `synthesis.labels` can be, besides `real:SET`."""
+REAL_LABELS = "real:"
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
@@ -54,7 +58,8 @@ class Synthesis(_Section):
     batch_size: int = Field(32, ge=1)
     """Images optimised together; BatchNorm statistics are matched over the batch."""
     learning_rate: float = Field(0.1, gt=0)
-    labels: Literal["adaptive", "single", "multi", "tile", "none"] = "adaptive"
+    labels: str = "adaptive"
+    """adaptive, single, multi, tile, none; or real:SET, which takes the labels of a real set."""
     init: Literal["uniform", "gaussian"] = "uniform"
     multires: float = Field(0.55, ge=0, lt=1)
     """Share of the iterations spent at half the size before the images are enlarged; 0: none."""
@@ -69,6 +74,16 @@ class Synthesis(_Section):
     """BatchNorm distances in units of each channel's spread, or as they are (the paper's)."""
     weights: SynthesisWeights = SynthesisWeights()
     label_stage: LabelStage = LabelStage()
+
+    @field_validator("labels")
+    @classmethod
+    def _known_labels(cls, value: str) -> str:
+        # Whether the set is there shows when it is opened: a recipe outlives it.
+        real = value.startswith(REAL_LABELS) and value != REAL_LABELS
+        if value not in LABELS and not real:
+            known = ", ".join(f"'{name}'" for name in LABELS)
+            raise ValueError(f"should be {known} or '{REAL_LABELS}SET'")
+        return value
 
 
 class Quantization(_Section):
@@ -138,6 +153,10 @@ class Distillation(_Section):
     flip: float = Field(0.5, ge=0, le=1)
     zoom: float = Field(0.0, ge=0, lt=1)
     """Images are enlarged or shrunk at random by up to this share, labels too."""
+    mosaic: float = Field(0.0, ge=0, le=1)
+    """Probability that a batch is made into mosaics of four images at half their size."""
+    colour: float = Field(0.0, ge=0, lt=1)
+    """Channels are scaled and shifted at random by up to this share."""
     checkpoint_minutes: float = Field(1.0, ge=0)
     """A checkpoint is written at the first epoch's end after so many minutes."""
 

@@ -216,7 +216,7 @@ def test_each_mistake_has_its_line(tmp_path: Path) -> None:
         ),
         (
             [f"distillation.weights.{name}=0" for name in ("kl", "feature", "task")],
-            r"distillation\.weights: all are 0",
+            r"distillation\.weights: all three are 0",
         ),
     ],
 )

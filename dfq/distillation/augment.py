@@ -9,6 +9,43 @@ from torch import Generator, Tensor
 from ..detectors.base import Targets
 
 
+def mosaic(images: Tensor, targets: Targets, generator: Generator) -> tuple[Tensor, Targets]:
+    """Each image becomes four of the batch at half their size, in the corners of a square.
+
+    Objects come out half as large and in new company: a small set then shows the network more.
+
+    Args:
+        images: `(n, 3, h, w)`, h and w even.
+        targets: their labels.
+        generator: draws which four, the image itself always among them.
+    """
+    count = len(images)
+    small = F.interpolate(images, scale_factor=0.5, mode="bilinear", antialias=True)
+    orders = [torch.arange(count)]
+    orders += [torch.randperm(count, generator=generator) for _ in range(3)]
+    quarters = [small[order.to(images.device)] for order in orders]
+    tiled = torch.cat([torch.cat(quarters[:2], dim=3), torch.cat(quarters[2:], dim=3)], dim=2)
+    rows = []
+    for place, order in enumerate(orders):
+        # Image order[i] goes into mosaic i: an image's labels move to where it went.
+        went_to = torch.empty_like(order)
+        went_to[order] = torch.arange(count)
+        data = targets.data.clone()
+        data[:, 0] = went_to.to(data.device)[data[:, 0].long()].to(data.dtype)
+        data[:, 2:] = data[:, 2:] / 2
+        data[:, 2] += 0.5 * (place % 2)
+        data[:, 3] += 0.5 * (place // 2)
+        rows.append(data)
+    return tiled, Targets(torch.cat(rows))
+
+
+def jitter_colours(images: Tensor, strength: float, generator: Generator) -> Tensor:
+    """Scale and shift each channel of each image by up to `strength` and a half of it."""
+    draw = 2 * torch.rand(2, len(images), 3, 1, 1, generator=generator) - 1
+    gain, shift = (1 + strength * draw[0]).to(images.device), (strength / 2 * draw[1])
+    return (images * gain + shift.to(images.device)).clamp(0, 1)
+
+
 def augment(
     images: Tensor, targets: Targets, generator: Generator, *, flip: float, zoom: float
 ) -> tuple[Tensor, Targets]:

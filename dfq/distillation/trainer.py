@@ -17,7 +17,7 @@ from ..detectors.base import Detector, Targets
 from ..errors import DivergedError, UserError
 from ..quantization.quantizers import Quantizer
 from ..recipe import Distillation
-from .augment import augment
+from .augment import augment, jitter_colours, mosaic
 from .losses import FeatureTaps, distillation_terms, feature_distance
 
 Report = Callable[[int, int, dict[str, float]], None]
@@ -171,7 +171,14 @@ class Trainer:
         device = self.student.device
         images = self.images[indices].to(device, non_blocking=True).float() / 255
         targets = self.data.targets(indices).to(device)
-        return augment(images, targets, generator, flip=self.settings.flip, zoom=self.settings.zoom)
+        settings = self.settings
+        # Drawn even where it cannot happen, so that a setting does not shift all other draws.
+        four = bool(torch.rand(1, generator=generator) < settings.mosaic)
+        if four and len(images) > 1:
+            images, targets = mosaic(images, targets, generator)
+        if settings.colour > 0:
+            images = jitter_colours(images, settings.colour, generator)
+        return augment(images, targets, generator, flip=settings.flip, zoom=settings.zoom)
 
     @torch.no_grad()
     def divergence(self) -> float:

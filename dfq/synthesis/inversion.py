@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..quantization.convert import fold
 from ..recipe import Synthesis
 from .balance import COMBINATIONS
-from .labels import STARTS, teacher_scores, update_adaptive, update_steps
+from .labels import label_start, teacher_scores, update_adaptive, update_steps
 from .statistics import BatchNormStatistics
 
 Report = Callable[[str, int, int, dict[str, float]], None]
@@ -70,7 +70,8 @@ class Inversion:
         settings: the `synthesis` section of a recipe.
 
     Raises:
-        UserError: where the network has no BatchNorm and a BatchNorm term is asked for.
+        UserError: where the network has no BatchNorm and a BatchNorm term is asked for, or the set
+            that labels are to be taken from cannot be used.
     """
 
     def __init__(self, detector: Detector, settings: Synthesis) -> None:
@@ -81,6 +82,7 @@ class Inversion:
         self.uses_bn = settings.weights.bn > 0 or settings.weights.first_bn > 0
         self.statistics = BatchNormStatistics(self.detector.module) if self.uses_bn else None
         self.image_size = settings.image_size or detector.image_size
+        self.start_labels = label_start(settings.labels, detector.names)
 
     @contextlib.contextmanager
     def _watching(self) -> Iterator[None]:
@@ -152,7 +154,9 @@ class Inversion:
                     mask = random_erasing_mask(count, size, settings.erase, generator)
                     view = view * mask.to(device, non_blocking=True)
                 terms = self._losses(view, seen)
-                pixels.grad, terms["tv"] = combine(terms, view, pixels, step)
+                gradient, terms["tv"] = combine(terms, view, pixels, step)
+                # The fused optimizer pairs numbers by their place in memory, whatever the strides.
+                pixels.grad = gradient.contiguous(memory_format=torch.channels_last)
                 optimizer.step()
                 with torch.no_grad():
                     pixels.clamp_(0, 1)
@@ -177,7 +181,7 @@ class Inversion:
         """Labels for `count` images; for adaptive ones by optimising at low resolution and letting
         the detector correct them along the way. The images are thrown away."""
         settings, stage = self.settings, self.settings.label_stage
-        labels = STARTS[settings.labels](generator, count, self.detector.num_classes)
+        labels = self.start_labels(generator, count, self.detector.num_classes)
         if settings.labels != "adaptive":
             return labels
         updates = update_steps(

@@ -5,13 +5,19 @@ Labels of one image are float32 `(n, 5)`: category, cx, cy, w, h, normalised to 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 from torchvision.ops import box_iou
 
+from ..dataset.image_set import ImageSet, Item
+from ..dataset.readers import open_set
 from ..detectors.base import Detections
+from ..errors import UserError
+from ..recipe import REAL_LABELS, Synthesis
 
 Start = Callable[[Generator, int, int], list[Tensor]]
 
@@ -69,6 +75,98 @@ STARTS: dict[str, Start] = {
     "tile": tile,
     "none": none,
 }
+
+
+class RealLabels:
+    """Labels taken from the images of a real set, as a detector sees them: letterboxed.
+
+    Images without an object that the detector has a category for are left out, as are crowd
+    regions and difficult objects. A batch takes each image once before it takes one twice.
+
+    Args:
+        images: a labelled set.
+        names: the detector's categories; the set's are matched with them by name.
+
+    Raises:
+        UserError: where the set has no object of the detector's categories.
+    """
+
+    def __init__(self, images: ImageSet, names: Sequence[str]) -> None:
+        mapping = images.category_mapping(names)
+        every = (_letterboxed(item, mapping) for item in images.items)
+        self.labels = [label for label in every if len(label)]
+        if not self.labels:
+            raise UserError(
+                f"{images.source}: has no object of the model's categories to take labels from"
+            )
+
+    def __call__(self, generator: Generator, images: int, classes: int) -> list[Tensor]:
+        rounds = -(-images // len(self.labels))
+        orders = [torch.randperm(len(self.labels), generator=generator) for _ in range(rounds)]
+        return [self.labels[i].clone() for i in torch.cat(orders)[:images].tolist()]
+
+
+def _letterboxed(item: Item, mapping: Sequence[int | None]) -> Tensor:
+    """Labels `(n, 5)` of one image on the square canvas whose side is the image's long one."""
+    sides = np.array([item.width, item.height], np.float64)
+    canvas = sides.max()
+    corners = item.boxes.astype(np.float64).reshape(-1, 2, 2)
+    # Annotations reach past the image's edge now and then.
+    corners = (corners.clip(0, sides) + (canvas - sides) / 2) / canvas
+    extent = corners[:, 1] - corners[:, 0]
+    usable = ~item.ignore & (extent > 0).all(axis=1)
+    rows = [
+        [float(category), *corners[i].mean(axis=0), *extent[i]]
+        for i, label in enumerate(item.labels)
+        if usable[i] and (category := mapping[int(label)]) is not None
+    ]
+    return torch.tensor(rows, dtype=torch.float32).reshape(-1, 5)
+
+
+def _open_source(labels: str) -> ImageSet | None:
+    """The set that `real:SET` names; None for the built-in starts."""
+    if not labels.startswith(REAL_LABELS):
+        return None
+    try:
+        images = open_set(labels.removeprefix(REAL_LABELS))
+    except UserError as error:
+        raise UserError(f"synthesis.labels: {error}") from None
+    if not images.labelled:
+        raise UserError(f"synthesis.labels: {images.source}: the set has no labels")
+    return images
+
+
+def label_start(labels: str, names: Sequence[str]) -> Start:
+    """Where the labels of a `synthesis.labels` setting come from.
+
+    Args:
+        labels: a key of `STARTS`, or `real:SET`.
+        names: the detector's categories.
+
+    Raises:
+        UserError: where the real set cannot be opened, or has no labels for this detector.
+    """
+    images = _open_source(labels)
+    return STARTS[labels] if images is None else RealLabels(images, names)
+
+
+def label_source_identity(settings: Synthesis) -> str | None:
+    """The sha256 of all that a real set adds to what determines a synthetic one, hexadecimal: its
+    categories and, in order, every image's size and boxes; not where it lies, nor its pixels. None
+    for labels that come from no set.
+
+    Raises:
+        UserError: where the set cannot be opened or has no labels.
+    """
+    images = _open_source(settings.labels)
+    if images is None:
+        return None
+    digest = hashlib.sha256(repr(list(images.names)).encode())
+    for item in images.items:
+        digest.update(repr((item.width, item.height, len(item.boxes))).encode())
+        for values, kind in ((item.boxes, "<f4"), (item.labels, "<i8"), (item.ignore, "<u1")):
+            digest.update(np.ascontiguousarray(values, dtype=kind).tobytes())
+    return digest.hexdigest()
 
 
 def to_corners(boxes: Tensor) -> Tensor:

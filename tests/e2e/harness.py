@@ -43,3 +43,12 @@ def has_one_error(result: Result) -> str:
     assert "Traceback" not in result.output
     assert result.stdout == ""
     return lines[0]
+
+
+def has_one_error_after_output(result: Result) -> str:
+    """As `has_one_error`, where results and progress may have been shown before."""
+    assert result.exit_code == 2, result.output
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, result.stderr
+    assert "Traceback" not in result.output
+    return errors[0]

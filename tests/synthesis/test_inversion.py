@@ -116,10 +116,13 @@ def record(losses: list[dict[str, float]]) -> Any:
     return lambda stage, step, steps, values: losses.append({"step": step, **values})
 
 
+@pytest.mark.parametrize("balance", ["gradient", "loss"])
 @pytest.mark.parametrize("term", ["bn", "first_bn", "task", "tv"])
-def test_each_term_falls_and_pixels_stay_in_range(detector: Detector, term: str) -> None:
+def test_each_term_falls_and_pixels_stay_in_range(
+    detector: Detector, term: str, balance: str
+) -> None:
     weights = SynthesisWeights(**{"bn": 0, "first_bn": 0, "task": 0, "tv": 0, term: 2.0})
-    inversion = Inversion(detector, settings(flip=0.0, erase=0.0, weights=weights))
+    inversion = Inversion(detector, settings(flip=0.0, erase=0.0, weights=weights, balance=balance))
     labels = [torch.tensor([[1.0, 0.5, 0.5, 0.4, 0.5]])] * 2
     start = initial_images(2, SIZE, "uniform", Generator().manual_seed(0))
     losses: list[dict[str, float]] = []
@@ -142,9 +145,9 @@ def test_each_term_falls_and_pixels_stay_in_range(detector: Detector, term: str)
     assert not any(p.grad is not None for p in detector.module.parameters())
 
 
-def test_the_loss_is_the_weighted_sum(detector: Detector) -> None:
-    weights = SynthesisWeights(task=3.0, bn=0.25, first_bn=2.0, tv=0.0)
-    inversion = Inversion(detector, settings(weights=weights))
+@pytest.mark.parametrize("form", ["absolute", "relative"])
+def test_terms_are_those_of_the_network(detector: Detector, form: str) -> None:
+    inversion = Inversion(detector, settings(bn_form=form))
     images = torch.rand(2, 3, SIZE, SIZE, generator=Generator().manual_seed(0))
     targets = Targets.from_per_image([torch.tensor([[0.0, 0.5, 0.5, 0.4, 0.4]])] * 2)
     with inversion._watching():
@@ -152,12 +155,12 @@ def test_the_loss_is_the_weighted_sum(detector: Detector) -> None:
     # The definition, on the detector as it was given.
     with BatchNormStatistics(detector.module) as statistics:
         detector.raw(images)
-        distances = statistics.distances()
+        distances = statistics.distances(relative=form == "relative")
     task = detector.task_loss(detector.raw(images), targets, (SIZE, SIZE))
     expected = {
-        "bn": 0.25 * torch.stack(distances).sum(),
-        "first_bn": 2.0 * distances[0],
-        "task": 3.0 * torch.stack(list(task.values())).sum(),
+        "bn": torch.stack(distances).sum(),
+        "first_bn": distances[0],
+        "task": torch.stack(list(task.values())).sum(),
     }
     torch.testing.assert_close(terms, expected, rtol=1e-4, atol=1e-5)
 
@@ -349,6 +352,6 @@ def test_a_loss_that_is_not_finite_is_reported(
     detector: Detector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inversion = Inversion(detector, settings())
-    monkeypatch.setattr(inversion, "_losses", lambda view, _: {"bn": (view * float("nan")).sum()})
+    monkeypatch.setattr(inversion, "_losses", lambda view, _: {"task": (view * float("nan")).sum()})
     with pytest.raises(UserError, match=r"not finite at iteration 0 .*synthesis\.learning_rate"):
         inversion.batch(2, 0, 0)

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Generator, Tensor
 
+from dfq.dataset.image_set import ImageSet, make_item
 from dfq.detectors.base import Detections
-from dfq.synthesis.labels import STARTS, teacher_scores, update_adaptive, update_steps
+from dfq.errors import UserError
+from dfq.recipe import LABELS, Synthesis
+from dfq.synthesis.labels import (
+    STARTS,
+    RealLabels,
+    label_source_identity,
+    label_start,
+    teacher_scores,
+    update_adaptive,
+    update_steps,
+)
 
 SIZE = 100
 CLASSES = 7
@@ -164,3 +180,125 @@ def test_update_steps(
     iterations: int, start: float, stop: float, updates: int, expected: set[int]
 ) -> None:
     assert update_steps(iterations, start=start, stop=stop, updates=updates) == expected
+
+
+def real(*images: list[tuple[float, ...]], size: tuple[int, int] = (80, 40)) -> ImageSet:
+    """Images of (category, x1, y1, x2, y2) each, in pixels; categories "x", "dog", "cat"."""
+    items = [
+        make_item(Path(f"{i}.png"), size, i, [r[1:] for r in rows], [int(r[0]) for r in rows])[0]
+        for i, rows in enumerate(images)
+    ]
+    return ImageSet(Path("real"), ["x", "dog", "cat"], items)
+
+
+def draw(start: RealLabels, count: int, seed: int = 0) -> list[Tensor]:
+    return start(Generator().manual_seed(seed), count, 2)
+
+
+def test_real_labels_are_letterboxed_and_matched_by_name() -> None:
+    # 80 x 40 on a square of 80: a border of 20 above and below. "x" is unknown to the detector.
+    rows = [(2, 0, 0, 40, 20), (0, 10, 10, 20, 20), (1, 40, 10, 90, 50)]
+    (found,) = draw(RealLabels(real(rows), ["cat", "dog"]), 1)
+    assert found.dtype == torch.float32
+    expected = [
+        [0, 20 / 80, 30 / 80, 40 / 80, 20 / 80],
+        # Cut at the image: 40 to 80, 10 to 40.
+        [1, 60 / 80, 45 / 80, 40 / 80, 30 / 80],
+    ]
+    torch.testing.assert_close(found, torch.tensor(expected))
+
+
+def test_real_labels_agree_with_the_letterbox_of_the_images(kit: Path) -> None:
+    from dfq.dataset.coco_categories import COCO_NAMES
+    from dfq.dataset.letterbox import load_letterboxed
+    from dfq.dataset.readers import open_set
+
+    images = open_set(kit / "coco-val").head(6)
+    mapping = images.category_mapping(COCO_NAMES)
+    _, targets, _ = load_letterboxed(images, range(6), 640, 32, mapping=mapping)
+    expected = [label for label in targets.per_image(6) if len(label)]
+    # Sides are rounded to whole pixels there.
+    for ours, theirs in zip(RealLabels(images, COCO_NAMES).labels, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1.5 / 640, rtol=0)
+
+
+def test_real_labels_leave_out_what_is_no_object() -> None:
+    crowd, _ = make_item(
+        Path("a.png"), (10, 10), 1, [(0, 0, 5, 5), (2, 2, 9, 9)], [1, 1], [True, False]
+    )
+    images = ImageSet(
+        Path("real"), ["x", "dog", "cat"], [crowd, *real([], [(0, 1, 1, 5, 5)]).items]
+    )
+    start = RealLabels(images, ["dog"])
+    assert [len(label) for label in start.labels] == [1]
+    torch.testing.assert_close(start.labels[0][0, 3:], torch.tensor([0.7, 0.7]))
+
+
+def test_real_labels_are_drawn_without_replacement_while_they_last() -> None:
+    start = RealLabels(real(*[[(1, 0, 0, 4 * i, 4 * i)] for i in range(1, 6)]), ["dog"])
+    sides = [round(float(label[0, 3]) * 20) for label in draw(start, 13)]
+    assert sorted(sides[:5]) == sorted(sides[5:10]) == [1, 2, 3, 4, 5]
+    assert len(set(sides[10:])) == 3
+    again = [round(float(label[0, 3]) * 20) for label in draw(start, 13)]
+    other = [round(float(label[0, 3]) * 20) for label in draw(start, 13, seed=1)]
+    assert again == sides != other
+
+
+def test_drawn_labels_are_copies() -> None:
+    start = RealLabels(real([(1, 0, 0, 8, 8)]), ["dog"])
+    first, second = draw(start, 2)
+    first.zero_()
+    assert float(second.sum()) > 0
+    assert float(start.labels[0].sum()) > 0
+
+
+def test_real_labels_without_a_use() -> None:
+    with pytest.raises(UserError, match="no category name is shared"):
+        RealLabels(real([(1, 0, 0, 8, 8)]), ["bird"])
+    with pytest.raises(UserError, match="no object of the model's categories"):
+        RealLabels(real([(1, 0, 0, 8, 8)]), ["cat"])
+
+
+def stored(folder: Path, box: tuple[int, ...] = (8, 8, 30, 24), shade: int = 0) -> str:
+    """A COCO set of one image, as a value of `synthesis.labels`."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((48, 64, 3), shade, np.uint8)).save(folder / "images" / "0.png")
+    document = {
+        "images": [{"id": 0, "file_name": "0.png", "width": 64, "height": 48}],
+        "annotations": [
+            {"id": 1, "image_id": 0, "category_id": 1, "iscrowd": 0, "bbox": box, "area": 1}
+        ],
+        "categories": [{"id": 1, "name": "dog"}],
+    }
+    (folder / "annotations.json").write_text(json.dumps(document))
+    return f"real:{folder}"
+
+
+def test_label_start(tmp_path: Path) -> None:
+    assert all(label_start(kind, ["dog"]) is STARTS[kind] for kind in LABELS)
+    assert set(STARTS) == set(LABELS)
+    start = label_start(stored(tmp_path / "set"), ["cat", "dog"])
+    (found,) = start(Generator(), 1, 2)
+    expected = [[1, 23 / 64, 28 / 64, 30 / 64, 24 / 64]]
+    torch.testing.assert_close(found, torch.tensor(expected))
+    with pytest.raises(UserError, match=r"synthesis\.labels: .*nothing: no such file or folder"):
+        label_start(f"real:{tmp_path / 'nothing'}", ["dog"])
+
+
+def test_the_identity_is_that_of_the_labels(tmp_path: Path) -> None:
+    def identity(labels: str) -> str | None:
+        return label_source_identity(Synthesis(labels=labels))
+
+    assert all(identity(kind) is None for kind in LABELS)
+    first = identity(stored(tmp_path / "a"))
+    assert first is not None
+    assert len(first) == 64
+    # Neither where the set lies nor what its images show matters; the boxes do.
+    assert identity(stored(tmp_path / "b", shade=200)) == first
+    assert identity(stored(tmp_path / "a", box=(8, 8, 30, 25))) != first
+
+
+@pytest.mark.parametrize("labels", ["", "real", "real:", "Single", "dir/set"])
+def test_labels_that_are_none(labels: str) -> None:
+    with pytest.raises(ValueError, match=r"should be 'adaptive', .*'none' or 'real:SET'"):
+        Synthesis(labels=labels)

@@ -59,6 +59,26 @@ def test_distances_equal_the_definition() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_relative_distances_are_in_units_of_each_channel() -> None:
+    network, images = small_network(), torch.rand(4, 3, 9, 9)
+    seen: list[Tensor] = []
+    norms = [m for m in network if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
+    handles = [m.register_forward_pre_hook(lambda _, x: seen.append(x[0])) for m in norms]
+    network(images)
+    for handle in handles:
+        handle.remove()
+    expected = []
+    for norm, x in zip(norms, seen, strict=True):
+        var, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1], correction=0)
+        spread = norm.running_var + 1e-5
+        to_mean, to_var = (mean - norm.running_mean) / spread.sqrt(), var / spread - 1
+        expected.append(to_mean.square().mean().sqrt() + to_var.square().mean().sqrt())
+    with BatchNormStatistics(network) as statistics:
+        network(images)
+        found = statistics.distances(relative=True)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
 def test_gradient_equals_plain_autograd() -> None:
     # A term of the network's own output is added: its gradient joins that of the statistics.
     network, start = small_network(), torch.rand(4, 3, 9, 9)

@@ -1,0 +1,74 @@
+"""What every command has in common: what a user can mend becomes one line and exit code 2."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from .errors import UserError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_DISK = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EACCES: "permission denied",
+    errno.EROFS: "the file system is read-only",
+    errno.EPERM: "permission denied",
+    errno.ENOTDIR: "a file is where a folder should be",
+}
+
+# How torch's own file writer puts it, which knows no errno.
+_TORCH_DISK = ("No space left", "PytorchStreamWriter failed", "inline_container", "iostream error")
+
+
+def _fail(message: str) -> None:
+    for line in message.splitlines():
+        click.echo(f"error: {line}", err=True)
+    sys.exit(2)
+
+
+def mendable(command: F) -> F:
+    """Turn what the user can mend into one line and exit code 2; leave bugs their traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except UserError as error:
+            _fail(str(error))
+        except OSError as error:
+            if error.errno not in _DISK:
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            _fail(f"{where}{_DISK[error.errno]}; what is finished is kept, run the command again")
+        except RuntimeError as error:
+            # torch reports a full disk and a full device as plain RuntimeErrors.
+            text = str(error).splitlines()[0] if str(error) else ""
+            if any(sign in text for sign in _TORCH_DISK):
+                _fail("the disk is full; what is finished is kept, run the command again")
+            if "out of memory" in text:
+                _fail(f"out of memory ({text}); lower the batch size or the image size")
+            raise
+        except KeyboardInterrupt:
+            click.echo("stopped; the same command goes on from here", err=True)
+            sys.exit(130)
+
+    return wrapped  # type: ignore[return-value]
+
+
+def check_output(path: Path | None, option: str = "--json") -> None:
+    """Refuse a file that cannot be written before the work, not after it."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise UserError(f"{option} {path}: is a folder; name a file")
+    for parent in path.parents:
+        if parent.exists() and not parent.is_dir():
+            raise UserError(f"{option} {path}: {parent} is a file, not a folder")

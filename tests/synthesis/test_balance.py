@@ -1,0 +1,104 @@
+"""How the terms of the loss become one gradient."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from dfq.recipe import SynthesisWeights
+from dfq.synthesis.balance import MEASURE_EVERY, GradientShares, LossWeights
+from dfq.synthesis.priors import total_variation
+
+SHAPE = (2, 3, 6, 6)
+
+
+def weights(**given: float) -> SynthesisWeights:
+    return SynthesisWeights(**{"bn": 0, "first_bn": 0, "task": 0, "tv": 0, **given})
+
+
+def problem(**directions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Images, and terms with the given (constant) gradients."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.rand(SHAPE, generator=generator).requires_grad_()
+    return pixels, {name: (pixels * way).sum() for name, way in directions.items()}
+
+
+def only(index: int, size: float) -> Tensor:
+    """A gradient at one pixel of each image."""
+    way = torch.zeros(SHAPE)
+    way.view(2, -1)[:, index] = size
+    return way
+
+
+def test_loss_weights_are_the_plain_sum() -> None:
+    pixels, terms = problem(bn=only(0, 1), first_bn=only(1, 1), task=only(2, 1))
+    chosen = weights(bn=2, first_bn=3, task=5, tv=0.5)
+    gradient, logged = LossWeights(chosen)(terms, pixels, pixels, 0)
+    smoothness = total_variation(pixels)
+    expected = only(0, 2) + only(1, 3) + only(2, 5)
+    expected = expected + 0.5 * torch.autograd.grad(smoothness, pixels)[0]
+    torch.testing.assert_close(gradient, expected)
+    torch.testing.assert_close(logged, smoothness.detach())
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_shares_do_not_depend_on_the_size_of_a_loss(scale: float) -> None:
+    # BatchNorm and the task pull at different pixels, so that their parts can be told apart.
+    pixels, terms = problem(bn=only(0, 7), first_bn=only(0, 1), task=only(5, scale))
+    gradient, _ = GradientShares(weights(bn=2, first_bn=3, task=0.5))(terms, pixels, pixels, 0)
+    # Unit norm over the batch times the weight; the batch has two images.
+    torch.testing.assert_close(gradient, only(0, 2 / math.sqrt(2)) + only(5, 0.5 / math.sqrt(2)))
+
+
+def test_the_first_layer_counts_within_the_batchnorm_part() -> None:
+    pixels, terms = problem(bn=only(0, 4), first_bn=only(1, 1), task=only(5, 1))
+    gradient, _ = GradientShares(weights(bn=1, first_bn=3, task=1))(terms, pixels, pixels, 0)
+    # 4 and 3 of a vector of norm 5, an image.
+    expected = only(0, 4 / 5) + only(1, 3 / 5) + only(5, 1)
+    torch.testing.assert_close(gradient, expected / math.sqrt(2))
+
+
+def test_without_bn_the_first_layer_stands_alone() -> None:
+    pixels, terms = problem(bn=only(0, 4), first_bn=only(1, 1), task=only(5, 1))
+    gradient, _ = GradientShares(weights(first_bn=3, task=1))(terms, pixels, pixels, 0)
+    torch.testing.assert_close(gradient, (only(1, 1) + only(5, 1)) / math.sqrt(2))
+
+
+def test_total_variation_gets_its_share_of_each_image() -> None:
+    directions = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    directions[1] *= 100
+    pixels, terms = problem(task=directions)
+    plain, _ = GradientShares(weights(task=1))(terms, pixels, pixels, 0)
+    pixels, terms = problem(task=directions)
+    smooth, _ = GradientShares(weights(task=1, tv=0.2))(terms, pixels, pixels, 0)
+    part = smooth - plain
+    for image in range(2):
+        assert float(part[image].norm() / plain[image].norm()) == pytest.approx(0.2, rel=1e-4)
+    # Against it the image's own variation falls.
+    before = total_variation(pixels.detach())
+    assert total_variation(pixels.detach() - 1e-4 * part) < before
+
+
+def test_alone_total_variation_is_a_gradient_too() -> None:
+    pixels, _ = problem()
+    gradient, _ = GradientShares(weights(tv=1))({}, pixels, pixels, 0)
+    (expected,) = torch.autograd.grad(total_variation(pixels), pixels)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_norms_are_measured_now_and_then() -> None:
+    shares = GradientShares(weights(bn=1, task=1))
+    sizes = []
+    for step in range(MEASURE_EVERY + 1):
+        # The task's gradient is tenfold after the first step.
+        size = 1.0 if step == 0 else 10.0
+        pixels, terms = problem(bn=only(0, 1), first_bn=only(0, 0), task=only(5, size))
+        gradient, _ = shares(terms, pixels, pixels, step)
+        sizes.append(float(gradient[0].reshape(-1)[5]) * math.sqrt(2))
+    assert sizes[0] == pytest.approx(1)
+    assert sizes[1:MEASURE_EVERY] == pytest.approx([10] * (MEASURE_EVERY - 1))
+    # Half of the old norm and half of the new: 10 / 5.5.
+    assert sizes[-1] == pytest.approx(10 / 5.5)
