@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .dataset.summary import Summary
 
 TOP = 20
-"""Categories that are listed one by one."""
+"""Categories, and numbers of objects, that are listed one by one."""
 
 _BAR = 40
 """Characters of the longest bar."""
@@ -107,7 +107,10 @@ def _tables(summary: Summary, title: str) -> list[Table]:
     tables = [_overview(summary, title)]
     if summary.objects:
         tables.append(_quantiles(summary))
-    per_image = [(str(count), images) for count, images in summary.per_image.items()]
+    per_image = [(str(n), images) for n, images in summary.per_image.items() if n <= TOP]
+    crowded = sum(images for n, images in summary.per_image.items() if n > TOP)
+    if crowded:
+        per_image.append((f"more than {TOP}", crowded))
     tables.append(_histogram("objects in an image", "images", per_image))
     top, others, objects = summary.top(TOP)
     if top:

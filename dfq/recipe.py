@@ -133,7 +133,7 @@ class Distillation(_Section):
 
     epochs: int = Field(30, ge=1)
     batch_size: int = Field(16, ge=1)
-    lr: float = Field(1e-4, gt=0)
+    lr: float = Field(3e-4, gt=0)
     """Adam, weights and biases; cosine to zero."""
     scale_lr: float = Field(1e-3, gt=0)
     """Adam, logarithms of the step sizes and zero points; cosine to zero."""

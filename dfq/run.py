@@ -108,7 +108,7 @@ class Run:
 
     def _tidy(self) -> None:
         # Also what a process killed right after writing the manifest left behind.
-        for name in ("state.json", "checkpoint.pt", "checkpoint.tmp"):
+        for name in ("state.json", "checkpoint.pt", ".checkpoint.pt.tmp"):
             (self.folder / name).unlink(missing_ok=True)
 
 

@@ -147,7 +147,8 @@ def image_size(path: Path) -> tuple[int, int]:
             orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    # ImportError: Ultralytics replaces Image.open by one that looks for a plug-in package.
+    except (OSError, ValueError, SyntaxError, ImportError, Image.DecompressionBombError):
         raise UserError(f"{path}: is not an image that can be read") from None
     # Orientations 5 to 8 are the ones that turn the image on its side.
     return (height, width) if orientation >= 5 else (width, height)

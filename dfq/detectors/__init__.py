@@ -34,6 +34,8 @@ __all__ = [
 
 # Read by Ultralytics when it is first imported; it would otherwise log to standard output.
 os.environ.setdefault("YOLO_VERBOSE", "False")
+# Installing packages behind the user's back is not for a library to do.
+os.environ.setdefault("YOLO_AUTOINSTALL", "false")
 
 _METADATA_KEY = "dfq"
 _ACCEPTED = (

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Generator, Tensor, nn
 
+from ..dataset.calibration import write_atomic
 from ..detectors.base import Detector, Targets
 from ..errors import DivergedError, UserError
 from ..quantization.quantizers import Quantizer
@@ -208,25 +209,25 @@ class Trainer:
         }
 
     def _save(self, state: dict[str, Any]) -> None:
-        temporary = self.checkpoint.with_suffix(".tmp")
-        torch.save(state, temporary)
-        os.replace(temporary, self.checkpoint)
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_atomic(self.checkpoint, buffer.getvalue())
 
     def _resume(self) -> tuple[int, list[dict[str, float]], float | None]:
         if not self.checkpoint.is_file():
             return 0, [], None
         try:
             state = torch.load(self.checkpoint, map_location=self.student.device, weights_only=True)
+            self.student.module.load_state_dict(state["student"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            for average, saved in zip(self.average.shadow, state["shadow"], strict=True):
+                average.copy_(saved)
+            return state["epoch"], state["history"], state["start"]
         except Exception as error:
             raise UserError(
                 f"{self.checkpoint}: cannot be read ({type(error).__name__}); delete it to start "
                 f"the training over"
             ) from None
-        self.student.module.load_state_dict(state["student"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for average, saved in zip(self.average.shadow, state["shadow"], strict=True):
-            average.copy_(saved)
-        return state["epoch"], state["history"], state["start"]
 
     def train(self, report: Report | None = None) -> Outcome:
         """Run what is left of the epochs, choose the weights, and leave them in the student.

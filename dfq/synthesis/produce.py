@@ -16,6 +16,7 @@ from ..detectors.base import Detector
 from ..errors import UserError
 from ..recipe import Synthesis
 from .inversion import Inversion, Report
+from .labels import label_source_identity
 
 # Raised when a change of the code changes the images: older sets are then not mistaken for new.
 ALGORITHM = 1
@@ -25,6 +26,10 @@ def determinants(detector: Detector, settings: Synthesis, seed: int) -> dict[str
     """All that decides what is in a set, JSON-able; equal determinants mean an equal set."""
     values = settings.model_dump(mode="json")
     values["image_size"] = settings.image_size or detector.image_size
+    identity = label_source_identity(settings)
+    if identity is not None:
+        # What the labels are counts, not where they lie.
+        values["labels"] = f"real:{identity}"
     return {
         "algorithm": ALGORITHM,
         "checkpoint": detector.fingerprint,

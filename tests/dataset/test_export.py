@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from dfq.dataset import export
@@ -45,6 +46,8 @@ def sorted_rows(rows: Tensor) -> Tensor:
 def test_ultralytics_reads_it(
     data: CalibrationSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Ultralytics replaces it for the whole process; other tests are to see Pillow's own.
+    monkeypatch.setattr(Image, "open", Image.open)
     from ultralytics.data.dataset import YOLODataset
     from ultralytics.data.utils import check_det_dataset
 

@@ -221,7 +221,7 @@ def test_a_full_disk_for_the_checkpoint(
     plain = Trainer._save
 
     def save(self: Trainer, state: dict[str, Any]) -> None:
-        temporary = self.checkpoint.with_suffix(".tmp")
+        temporary = self.checkpoint.with_name(".checkpoint.pt.tmp")
         temporary.unlink(missing_ok=True)
         temporary.symlink_to("/dev/full")
         plain(self, state)

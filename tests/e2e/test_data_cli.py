@@ -8,10 +8,11 @@ from pathlib import Path
 
 import cv2
 import pytest
+import torch
 from harness import command, contents, has_one_error
 from test_cli import real_set
 
-from dfq.dataset.calibration import CalibrationSet
+from dfq.dataset.calibration import CalibrationSet, CalibrationWriter
 from dfq.dataset.readers import open_set
 
 
@@ -51,6 +52,24 @@ def test_show_refuses_before_it_reads(
     made: Path, place: Path, words: list[str], message: str
 ) -> None:
     assert message in has_one_error(command("data", "show", made, *words))
+
+
+def test_show_sums_up_what_is_rare(place: Path) -> None:
+    names = [f"kind{i}" for i in range(30)]
+    writer = CalibrationWriter(place / "set", {}, names, 1)
+    every = torch.tensor([[float(i), 0.5, 0.5, 0.5, 0.5] for i in range(25)])
+    labels = [every, every[:20], torch.zeros(0, 5)]
+    scores = [torch.zeros(len(label)) for label in labels]
+    writer.append(0, 0, torch.zeros(3, 3, 32, 32, dtype=torch.uint8), labels, scores)
+    writer.finish({})
+    lines = command("data", "show", "set").stdout.splitlines()
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines]
+    rows = {row[0]: row[1] for row in cells if len(row) > 1}
+    assert (rows["more than 20"], rows["20"], rows["0"]) == ("1", "1", "1")
+    # Twenty categories occur twice; the five that occur once are summed up.
+    assert rows["kind0"] == "2"
+    assert rows["(5 others)"] == "5"
+    assert "kind20" not in rows
 
 
 def test_verify(made: Path) -> None:
