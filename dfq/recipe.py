@@ -137,6 +137,8 @@ class Distillation(_Section):
     """Adam, weights and biases; cosine to zero."""
     scale_lr: float = Field(1e-3, gt=0)
     """Adam, logarithms of the step sizes and zero points; cosine to zero."""
+    drift: float = Field(0.5, ge=0)
+    """Weights stay within so many quantization steps of the float ones; 0: no bound."""
     warmup: float = Field(0.03, ge=0, lt=1)
     """Share of the steps over which the rates rise from zero."""
     weights: DistillationWeights = DistillationWeights()

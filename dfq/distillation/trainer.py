@@ -16,6 +16,7 @@ from torch import Generator, Tensor, nn
 from ..dataset.calibration import write_atomic
 from ..detectors.base import Detector, Targets
 from ..errors import DivergedError, UserError
+from ..quantization.convert import quantized_layers
 from ..quantization.quantizers import Quantizer
 from ..recipe import Distillation
 from .augment import augment, jitter_colours, mosaic
@@ -66,6 +67,50 @@ def _parameter_groups(student: nn.Module, settings: Distillation) -> list[dict[s
         {"params": others, "lr": settings.lr, "peak": settings.lr},
         {"params": scales, "lr": settings.scale_lr, "peak": settings.scale_lr},
     ]
+
+
+class _Leash:
+    """Keeps each quantized weight within so many of its quantization steps of the float weight.
+
+    A set of a few hundred synthetic images cannot say how the weights of a good network should
+    move, only how they should be rounded: half a step is enough to choose between the two nearest
+    levels (the space AdaRound searches), and what is bounded in steps tightens with the bit width
+    by itself. Without a bound, training fits the set and drifts from what real images need.
+
+    Args:
+        module: the calibrated student, its weights still the float ones.
+        steps: the bound, in steps of the calibrated grid; 0 for none.
+    """
+
+    def __init__(self, module: nn.Module, steps: float) -> None:
+        self.weights: list[nn.Parameter] = []
+        self.low: list[Tensor] = []
+        self.high: list[Tensor] = []
+        if steps == 0:
+            return
+        for _, layer in quantized_layers(module):
+            weight = layer.weight.detach()
+            scale = layer.weight_quantizer.scale.detach()
+            reach = steps * scale.view(-1, *([1] * (weight.ndim - 1)))
+            self.weights.append(layer.weight)
+            self.low.append(weight - reach)
+            self.high.append(weight + reach)
+
+    @torch.no_grad()
+    def pull(self) -> None:
+        """Put what went too far back on the bound."""
+        for weight, low, high in zip(self.weights, self.low, self.high, strict=True):
+            torch.clamp(weight, low, high, out=weight)
+
+    def state(self) -> list[Tensor]:
+        """The bounds, for a checkpoint."""
+        return [*self.low, *self.high]
+
+    @torch.no_grad()
+    def restore(self, state: list[Tensor]) -> None:
+        """Take the bounds from a checkpoint: the student it came with is no longer float."""
+        for bound, saved in zip(self.state(), state, strict=True):
+            bound.copy_(saved)
 
 
 class _Average:
@@ -132,6 +177,7 @@ class Trainer:
             _parameter_groups(student.module, settings), fused=True, betas=(0.9, 0.999)
         )
         self.average = _Average(student.module, settings.ema)
+        self.leash = _Leash(student.module, settings.drift)
         names = student.feature_layers() if settings.weights.feature > 0 else []
         self._names = names
 
@@ -205,6 +251,7 @@ class Trainer:
             "start": start,
             "student": self.student.module.state_dict(),
             "shadow": self.average.shadow,
+            "leash": self.leash.state(),
             "optimizer": self.optimizer.state_dict(),
         }
 
@@ -222,6 +269,7 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             for average, saved in zip(self.average.shadow, state["shadow"], strict=True):
                 average.copy_(saved)
+            self.leash.restore(state["leash"])
             return state["epoch"], state["history"], state["start"]
         except Exception as error:
             raise UserError(
@@ -277,6 +325,7 @@ class Trainer:
                 self.average.parameters, self.settings.clip, error_if_nonfinite=False
             )
             self.optimizer.step()
+            self.leash.pull()
             self.average.update(step)
             for name, term in {**terms, "loss": loss}.items():
                 sums[name] = sums.get(name, torch.zeros_like(term)) + term.detach()

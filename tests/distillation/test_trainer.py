@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from dfq.detectors.base import Detector, Targets
 from dfq.distillation.trainer import Trainer, _Average
 from dfq.errors import UserError
-from dfq.quantization.convert import Policy, calibrate, fold, insert_quantizers
+from dfq.quantization.convert import (
+    Policy,
+    calibrate,
+    fold,
+    insert_quantizers,
+    quantized_layers,
+)
 from dfq.quantization.quantizers import Quantizer
 from dfq.recipe import Distillation, DistillationWeights
 
@@ -375,3 +381,36 @@ def test_no_average_no_choice(teacher: Detector, data: Blobs, tmp_path: Path) ->
     outcome = trainer(teacher, data, tmp_path, epochs=1, ema=0, selection="ema").train()
     assert outcome.selected == "last"
     assert set(outcome.agreement) == {"start", "last"}
+
+
+# ---- the leash
+
+
+def test_weights_stay_within_their_steps(teacher: Detector, data: Blobs, tmp_path: Path) -> None:
+    run = trainer(teacher, data, tmp_path, lr=0.05, drift=0.5, epochs=2)
+    start = {name: layer.weight.clone() for name, layer in quantized_layers(run.student.module)}
+    steps = {
+        name: layer.weight_quantizer.scale.detach().clone()
+        for name, layer in quantized_layers(run.student.module)
+    }
+    run.train()
+    reached = []
+    for name, layer in quantized_layers(run.student.module):
+        moved = (layer.weight - start[name]).abs() / steps[name].view(-1, 1, 1, 1)
+        assert moved.max() <= 0.5 + 1e-4, name
+        reached.append(float(moved.max()))
+    # With this rate the bound is what stops them.
+    assert max(reached) > 0.499
+
+
+def test_without_a_leash_weights_go_further(teacher: Detector, data: Blobs, tmp_path: Path) -> None:
+    run = trainer(teacher, data, tmp_path, lr=0.05, drift=0.0, epochs=2)
+    layers = dict(quantized_layers(run.student.module))
+    start = {name: layer.weight.clone() for name, layer in layers.items()}
+    steps = {name: layer.weight_quantizer.scale.detach().clone() for name, layer in layers.items()}
+    run.train()
+    furthest = max(
+        float(((layer.weight - start[name]).abs() / steps[name].view(-1, 1, 1, 1)).max())
+        for name, layer in layers.items()
+    )
+    assert furthest > 1
