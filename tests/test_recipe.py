@@ -257,3 +257,10 @@ def test_every_command_has_help() -> None:
             for option in context.command.params:
                 assert isinstance(option, click.Option)
                 assert option.help or option.name == "out", f"{name} --{option.name}"
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w6a6", "w5a5", "w4a8", "w4a4", "w3a8"])
+def test_shipped_recipes_hold_the_defaults(name: str) -> None:
+    # `dfq synthesize` without a recipe must make the set that `dfq qat --recipe` looks for.
+    shipped = load_recipe(name).model_dump(exclude={"quantization"})
+    assert shipped == load_recipe(None).model_dump(exclude={"quantization"})
