@@ -38,11 +38,21 @@ def run_demo(out: Path, progress: Progress) -> dict[str, Any]:
     )
     synthesize("demo", noise, out=out / "noise", progress=progress)
 
-    naive = load_recipe("demo", ["method=ptq", "quantization.ranges=minmax"])
+    per_channel = load_recipe("demo", ["method=ptq", "quantization.ranges=minmax"])
+    naive = load_recipe(
+        "demo", ["method=ptq", "quantization.ranges=minmax", "quantization.weights=per_tensor"]
+    )
     models: dict[str, str | Path] = {
         "float": "demo",
         "naive W4A8 (min-max, noise)": quantize(
             naive, model="demo", data=out / "noise", out=out / "naive", progress=progress
+        ),
+        "the same, a scale per channel": quantize(
+            per_channel,
+            model="demo",
+            data=out / "noise",
+            out=out / "per-channel",
+            progress=progress,
         ),
         "zero-shot QAT W4A8": quantize(
             "demo", model="demo", data=made.root, out=out / "zero-shot", progress=progress
