@@ -60,6 +60,14 @@ def cli() -> None:
     help="What images start from; noise: uniform, and left as it is, without labels.",
 )
 @click.option("--recipe", help="File or shipped recipe whose synthesis section is used.")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Processes on this machine's CPU cores; default: as many as are worth starting.",
+)
+@click.option(
+    "--tensorboard", type=click.Path(path_type=Path), help="Folder for the curves of the loss."
+)
 @_settings
 @_common
 @mendable
@@ -73,12 +81,18 @@ def synthesize(
     labels: str | None,
     init: str | None,
     recipe: str | None,
+    workers: int | None,
+    tensorboard: Path | None,
     seed: int | None,
     overrides: tuple[str, ...],
     device: str,
     trust: bool,
 ) -> None:
-    """Make labelled images out of the detector itself."""
+    """Make labelled images out of the detector itself.
+
+    On several GPUs or nodes: torchrun --nproc-per-node=GPUS -m dfq synthesize ...
+    """
+    from .distributed import leads
     from .progress import Live
     from .recipe import load_recipe
     from .verbs import synthesize as verb
@@ -100,7 +114,18 @@ def synthesize(
         synthesis__labels=labels,
         synthesis__init=init,
     )
-    made = verb(model, settings, out=out, device=device, trust=trust, progress=Live())
+    made = verb(
+        model,
+        settings,
+        out=out,
+        device=device,
+        trust=trust,
+        progress=Live(),
+        workers=workers,
+        tensorboard=tensorboard,
+    )
+    if not leads():
+        return
     objects = sum(len(label) for label in made.labels)
     click.echo(f"{len(made)} images, {objects} objects: {made.root}")
 

@@ -1,59 +1,233 @@
-"""Several processes on one job, as `torchrun` starts them: who am I, and are we all there."""
+"""Several processes on one job: as `torchrun` starts them, on any number of nodes and GPUs.
+
+They keep in touch through the key-value store that every `torch.distributed` job has, not through a
+process group: all they exchange is who is there, and Ultralytics takes any group it finds for its
+own training.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import datetime
+import itertools
 import os
+import pickle
 import signal
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-# Shards take as long as they take; a process that died is noticed by torchrun, not by a time-out.
-_PATIENCE = datetime.timedelta(days=7)
+from .errors import UserError
+
+BEAT_SECONDS = 2.0
+"""How often each process shows that it lives."""
+
+SILENCE_SECONDS = 120.0
+"""After so long without a sign of life, a process counts as dead."""
+
+_POLL_SECONDS = 0.05
+
+_STOPPED = "what is finished is kept; start the same command again to go on"
+
+# Tells jobs of one process apart; all processes have the same ones in the same order.
+_JOBS = itertools.count()
 
 
-@dataclass(frozen=True)
 class World:
-    """This process among its siblings.
+    """This process among its siblings; without arguments, one that is alone.
 
-    Attributes:
+    Args:
         rank: 0 .. size - 1 over all nodes; 0 leads.
         size: how many processes there are.
         local_rank: its number on this node: the GPU it takes.
+        store: through which they keep in touch; needed where there are several.
     """
 
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
+    def __init__(
+        self, rank: int = 0, size: int = 1, local_rank: int = 0, store: dist.Store | None = None
+    ) -> None:
+        self.rank, self.size, self.local_rank = rank, size, local_rank
+        self._store = store
+        self._turn = 0
+        self._look_at = 0.0
+        self._sign = b""
+        self._sign_at: float | None = None
 
     @property
     def leads(self) -> bool:
         return self.rank == 0
 
-    def barrier(self) -> None:
-        """Wait for every process."""
-        if self.size > 1:
-            dist.barrier()
+    def barrier(self, meanwhile: Callable[[], None] | None = None) -> None:
+        """Wait for every process, however long it takes.
+
+        Args:
+            meanwhile: called now and then while waiting.
+
+        Raises:
+            UserError: where one of the others died or failed.
+        """
+        if self._store is None:
+            return
+        store, key = self._store, self._next("arrived")
+        with _siblings_may_die():
+            store.add(key, 1)
+            self._wait(lambda: store.add(key, 0) >= self.size, meanwhile)
 
     def share(self, value: Any) -> Any:
-        """The leading process's `value`, for all."""
-        if self.size == 1:
+        """The leading process's `value` (picklable), for all.
+
+        Raises:
+            UserError: where one of the others died or failed.
+        """
+        if self._store is None:
             return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+        store, key = self._store, self._next("value")
+        with _siblings_may_die():
+            if self.leads:
+                store.set(key, pickle.dumps(value))
+                return value
+            self._wait(lambda: store.check([key]))
+            return pickle.loads(store.get(key))
+
+    @contextlib.contextmanager
+    def leader_first(self) -> Iterator[None]:
+        """The leading process runs the block, then the others do: what needs a download or makes a
+        folder happens once, and a mistake that would meet all is told once.
+
+        Raises:
+            SystemExit: with code 2 on the others, where the leading process failed.
+        """
+        if self.size == 1:
+            yield
+        elif not self.leads:
+            if not self.share(None):
+                self._acknowledge()
+                raise SystemExit(2)
+            yield
+        else:
+            try:
+                yield
+            except BaseException:
+                self.share(False)
+                self._acknowledge()
+                raise
+            self.share(True)
+
+    def _acknowledge(self) -> None:
+        """Let the others read that it failed before the leading process, and with it perhaps the
+        store, is gone."""
+        assert self._store is not None
+        store, until = self._store, time.monotonic() + BEAT_SECONDS
+        with contextlib.suppress(RuntimeError):
+            read = store.add("read", 1)
+            while self.leads and read < self.size and time.monotonic() < until:
+                time.sleep(_POLL_SECONDS)
+                read = store.add("read", 0)
+
+    def leave(self) -> None:
+        """Wait until all are through; the leading process, which may host the store, goes last."""
+        if self._store is None:
+            return
+        self.barrier()
+        store, key = self._store, self._next("left")
+        with _siblings_may_die():
+            store.add(key, 1)
+            if self.leads:
+                self._wait(lambda: store.add(key, 0) >= self.size)
+
+    def _next(self, what: str) -> str:
+        self._turn += 1
+        return f"{self._turn}/{what}"
+
+    def _wait(
+        self, condition: Callable[[], bool], meanwhile: Callable[[], None] | None = None
+    ) -> None:
+        # Asked again and again: a wait inside the library would keep signals from being noticed.
+        while not condition():
+            self._check_siblings()
+            if meanwhile is not None:
+                meanwhile()
+            time.sleep(_POLL_SECONDS)
+
+    def _check_siblings(self) -> None:
+        assert self._store is not None
+        if self._store.check(["failed"]):
+            raise UserError(f"another process of this run failed; {_STOPPED}")
+        # Each watches the next one, so that many processes do not flood the store; where one died,
+        # the one that watches it fails, which all see.
+        now = time.monotonic()
+        if now < self._look_at:
+            return
+        self._look_at = now + BEAT_SECONDS
+        rank = (self.rank + 1) % self.size
+        sign = self._store.get(_alive(rank)) if self._store.check([_alive(rank)]) else b""
+        if sign != self._sign or self._sign_at is None:
+            self._sign, self._sign_at = sign, now
+        elif now - self._sign_at > SILENCE_SECONDS:
+            raise UserError(f"process {rank} of this run died; {_STOPPED}")
 
 
-def world_from_environment() -> World:
-    """What torchrun says of this process; alone where it was not started by it."""
+def _alive(rank: int) -> str:
+    return f"alive-{rank}"
+
+
+@contextlib.contextmanager
+def _siblings_may_die() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        # What the store says of a closed connection, in many words.
+        raise UserError(f"the leading process of this run died; {_STOPPED}") from error
+
+
+@contextlib.contextmanager
+def gathered() -> Iterator[World]:
+    """The processes that torchrun started, for the time of the block; alone where it did not.
+
+    Raises:
+        UserError: at the end of the block or in a wait within it, where one of the others died.
+    """
     get = os.environ.get
-    return World(int(get("RANK", 0)), int(get("WORLD_SIZE", 1)), int(get("LOCAL_RANK", 0)))
+    size = int(get("WORLD_SIZE", 1))
+    if size == 1:
+        yield World()
+        return
+    with told_when_stopped():
+        end_with_parent(os.getppid())
+        shared, rank, _ = next(dist.rendezvous("env://"))
+        # torchrun can start all anew after a failure; they must not read what was left then.
+        attempt = get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"dfq-{attempt}-{next(_JOBS)}", shared)
+        world = World(rank, size, int(get("LOCAL_RANK", 0)), store)
+        ended = threading.Event()
+        threading.Thread(target=_beat, args=(store, rank, ended), daemon=True).start()
+        try:
+            yield world
+            world.leave()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):
+                store.set("failed", str(rank))
+            raise
+        finally:
+            ended.set()
+
+
+def _beat(store: dist.Store, rank: int, ended: threading.Event) -> None:
+    # Without the store the wait that comes next says so.
+    with contextlib.suppress(RuntimeError):
+        for beat in itertools.count():
+            store.set(_alive(rank), str(beat))
+            if ended.wait(BEAT_SECONDS):
+                return
+
+
+def leads() -> bool:
+    """Whether this process is alone or the leading one."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def device_for(world: World, device: str) -> str:
@@ -64,29 +238,70 @@ def device_for(world: World, device: str) -> str:
 
 
 @contextlib.contextmanager
-def process_group(world: World) -> Iterator[None]:
-    """Join the siblings; nothing where there are none.
-
-    The group only carries barriers and small objects, so gloo serves with GPUs as well.
-    """
-    if world.size == 1:
+def told_when_stopped() -> Iterator[None]:
+    """Within the block, a SIGTERM ends the process with a line that says so: it is how torchrun
+    ends all others when one process dies."""
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
+    # Not in a Python handler: it would have to wait for the end of a long backward pass.
+    receive, send = os.pipe()
+    os.set_blocking(send, False)
 
-    def stopped(*_: object) -> None:
-        # torchrun ends every process when one dies; say so instead of a stack of its own.
+    def listen() -> None:
+        with os.fdopen(receive, "rb", buffering=0) as pipe:
+            while number := pipe.read(1):
+                if number[0] == signal.SIGTERM:
+                    break
+            else:
+                return
         print(
-            "error: another process of this run stopped, so this one does too; what is finished is "
-            "kept, start the same command again",
+            "error: told to stop, as another process of this run died or the run was cancelled; "
+            f"{_STOPPED}",
             file=sys.stderr,
             flush=True,
         )
         os._exit(2)
 
-    before = signal.signal(signal.SIGTERM, stopped)
-    dist.init_process_group("gloo", timeout=_PATIENCE)
+    threading.Thread(target=listen, name="stop watch", daemon=True).start()
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    wakeup = signal.set_wakeup_fd(send, warn_on_full_buffer=False)
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        signal.set_wakeup_fd(wakeup)
         signal.signal(signal.SIGTERM, before)
+        os.close(send)
+
+
+def end_with_parent(parent: int) -> None:
+    """End this process within a second of its parent: nobody is left to read what it does.
+
+    Args:
+        parent: process id, taken while it was alive.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(2)
+
+    threading.Thread(target=watch, name="parent watch", daemon=True).start()
+
+
+@contextlib.contextmanager
+def one_thread(device: torch.device) -> Iterator[None]:
+    """Within the block, torch computes on one thread if `device` is the CPU.
+
+    Sums are split over threads, so their last bits depend on how many there are; what is computed
+    within does not depend on the machine's cores, nor on how torchrun sets them.
+    """
+    if device.type != "cpu":
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from .dataset.readers import ImageSet, open_set
 from .detectors import load_detector
 from .detectors.base import Detector, Targets
 from .distillation.trainer import LabelledImages, Outcome, Trainer
+from .distributed import device_for, gathered
 from .errors import DivergedError, UserError
 from .evaluation.coco import Metrics
 from .evaluation.coco import evaluate as evaluate_detector
@@ -36,6 +38,7 @@ from .quantization.convert import (
 from .recipe import Recipe, load_recipe
 from .run import Run, is_run, load_run, next_folder, versions
 from .synthesis.produce import check_size, set_name, synthesize_set
+from .tensorboard import Curves
 
 
 def cache_folder() -> Path:
@@ -89,8 +92,12 @@ def synthesize(
     device: str = "auto",
     trust: bool = False,
     progress: Progress | None = None,
+    workers: int | None = None,
+    tensorboard: str | Path | None = None,
 ) -> CalibrationSet:
     """Make the calibration set of a detector, or find the one that is already there.
+
+    Started in several processes by torchrun, it shares the work out among them.
 
     Args:
         model: checkpoint, yaml, published name, "demo", or a loaded detector.
@@ -99,27 +106,47 @@ def synthesize(
         device: "auto", "cpu", "cuda:0", ...
         trust: run what is in the checkpoint.
         progress: told how far it is.
+        workers: processes on this machine's CPU cores; None: as many as are worth starting. The set
+            is the same whatever it is.
+        tensorboard: a folder for the curves of the loss; None: none are written.
 
     Raises:
         UserError: for anything the user can mend.
     """
     settings = _as_recipe(recipe)
-    progress = progress or Silent()
-    target = pick_device(device)
-    if isinstance(model, Detector):
-        detector = model.to(target)
-    else:
-        detector = _float_model(model, trust=trust, device=target)
-    synthesis = settings.synthesis
-    folder = Path(out) if out else cache_folder() / set_name(detector, synthesis, settings.seed)
-    with progress.task("synthesis", synthesis.images, "images") as task:
+    with contextlib.ExitStack() as stack:
+        world = stack.enter_context(gathered())
+        progress = (progress if world.leads else None) or Silent()
+        with world.leader_first():
+            target = pick_device(device_for(world, device))
+            if target.startswith("cuda:") and world.size > 1:
+                # Otherwise all processes take memory on the first one as well.
+                torch.cuda.set_device(target)
+            if isinstance(model, Detector):
+                detector = model.to(target)
+            else:
+                detector = _float_model(model, trust=trust, device=target)
+            curves = Curves(Path(tensorboard)) if tensorboard else None
+        if curves is not None:
+            stack.callback(curves.close)
+        synthesis = settings.synthesis
+        folder = Path(out) if out else cache_folder() / set_name(detector, synthesis, settings.seed)
+        task = stack.enter_context(progress.task("synthesis", synthesis.images, "images"))
+
+        def report(shard: int, stage: str, step: int, steps: int, values: dict[str, float]) -> None:
+            task.detail(stage, step, steps, values)
+            if curves is not None:
+                curves.add(f"shard-{shard:06d}", stage, step, values)
+
         return synthesize_set(
             detector,
             synthesis,
             settings.seed,
             folder,
-            report=task.detail,
+            report=report,
             shard_done=task.update,
+            workers=workers,
+            world=world,
         )
 
 
@@ -256,6 +283,11 @@ def quantize(
     """
     settings = _as_recipe(recipe)
     progress = progress or Silent()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "dfq qat trains in one process: make the set with torchrun and dfq synthesize, then "
+            "start dfq qat without torchrun"
+        )
     stem = name or (Path(recipe).stem if not isinstance(recipe, Recipe) else "recipe")
     target = pick_device(device)
     source = model if model is not None else settings.model

@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -246,7 +246,9 @@ class CalibrationWriter:
         if not self.complete:
             (root / "images").mkdir(parents=True, exist_ok=True)
             (root / "shards").mkdir(exist_ok=True)
-            write_json(identity, determinants)
+            # Left alone where it is: other processes of the same run may be reading it.
+            if not identity.exists():
+                write_json(identity, determinants)
 
     def _check(self, found: dict[str, Any]) -> None:
         if found == self.determinants:
@@ -284,6 +286,10 @@ class CalibrationWriter:
                 absent.append(index)
         return absent
 
+    def recorded(self, index: int) -> bool:
+        """Whether shard `index` is committed, by whichever process; quick to ask."""
+        return self._record(index).is_file()
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Keep a second process from writing the same set at the same time."""
@@ -319,7 +325,8 @@ class CalibrationWriter:
         for offset, (image, label, score) in enumerate(zip(images, labels, scores, strict=True)):
             number = first_image + offset
             name = f"{number:08d}.png"
-            pixels = cv2.cvtColor(image.permute(1, 2, 0).contiguous().numpy(), cv2.COLOR_RGB2BGR)
+            # By NumPy alone, in one thread: torch may be busy in another one of this process.
+            pixels = np.ascontiguousarray(image.numpy().transpose(1, 2, 0)[:, :, ::-1])
             encoded = cv2.imencode(".png", pixels)[1].tobytes()
             digest.update(encoded)
             write_atomic(self.root / "images" / name, encoded)
@@ -350,8 +357,16 @@ class CalibrationWriter:
             self._record(index), {"shard": record, "images": entries, "annotations": annotations}
         )
 
-    def finish(self, extra: dict[str, Any]) -> CalibrationSet:
-        """Merge the shards' records and mark the set complete; `extra` joins the manifest."""
+    def finish(
+        self, extra: dict[str, Any], before: Callable[[CalibrationSet], None] | None = None
+    ) -> CalibrationSet:
+        """Merge the shards' records and mark the set complete.
+
+        Args:
+            extra: joins the manifest.
+            before: called with the merged set before it counts as complete, to add what belongs to
+                it; again if the process dies meanwhile.
+        """
         if self.complete:
             return CalibrationSet.open(self.root)
         records = [read_json(self._record(index)) for index in range(self.shards)]
@@ -372,6 +387,8 @@ class CalibrationWriter:
             "annotations_sha256": digest,
             "shards": [record["shard"] for record in records],
         }
+        if before is not None:
+            before(CalibrationSet._parse(self.root, manifest, document))
         write_json(self.root / "manifest.json", manifest)
         self._tidy()
         return CalibrationSet.open(self.root)

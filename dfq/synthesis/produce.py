@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import pickle
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,14 +15,24 @@ import torch
 
 from .. import __version__
 from ..dataset.calibration import CalibrationSet, CalibrationWriter
+from ..dataset.preview import write_preview
 from ..detectors.base import Detector
+from ..distributed import World, one_thread
 from ..errors import UserError
 from ..recipe import Synthesis
-from .inversion import Inversion, Report
+from .inversion import Inversion
 from .labels import label_source_identity
+from .shards import Plan, ShardMaker, ShardReport, make_shards
+from .workers import Workers, worker_count
 
 # Raised when a change of the code changes the images: older sets are then not mistaken for new.
 ALGORITHM = 1
+
+PREVIEW = "preview.png"
+"""A grid of the first images with their labels, beside `images/`."""
+
+FOLDER_SECONDS = 30.0
+"""How long the folder of the leading process may take to show on another node."""
 
 
 def determinants(detector: Detector, settings: Synthesis, seed: int) -> dict[str, Any]:
@@ -83,44 +96,129 @@ def synthesize_set(
     seed: int,
     out: Path,
     *,
-    report: Report | None = None,
+    report: ShardReport | None = None,
     shard_done: Callable[[int, int], None] | None = None,
+    workers: int | None = None,
+    world: World | None = None,
 ) -> CalibrationSet:
     """Make the calibration set of `detector` in folder `out`, or finish one that was interrupted.
 
-    The result does not depend on how often it was interrupted: every shard draws from generators
-    seeded by (seed, shard) alone.
+    The result does not depend on how often it was interrupted, nor on how many processes made it:
+    every shard draws from generators seeded by (seed, shard) alone and, on a CPU, is computed on
+    one thread.
 
     Args:
         detector: frozen, unfused.
         settings: the `synthesis` section of a recipe.
         seed: fixes the set.
-        out: the folder; a complete set of the same determinants is returned as it is.
-        report: progress within a shard.
-        shard_done: called with (images done, images in all), also once at the start.
+        out: the folder; a complete set of the same determinants is returned as it is. With several
+            processes, one folder that all of them see.
+        report: progress within a shard, of this process and its workers.
+        shard_done: called with (images done, images in all), also once at the start; in the leading
+            process only.
+        workers: processes to start on the cores of this machine; None: as many as are worth it, see
+            `workers.worker_count`.
+        world: the processes that were started together, each of which calls this; None: alone.
 
     Raises:
-        UserError: for settings that cannot work, or a folder that holds something else.
+        UserError: for settings that cannot work, a folder that holds something else, or a process
+            of the run that died.
+        OSError: where the folder cannot be written.
     """
     check(detector, settings)
-    inversion = Inversion(detector, settings)
-    total = settings.images
-    firsts = list(range(0, total, settings.batch_size))
+    world = world or World()
+    plan = Plan(seed, settings.images, settings.batch_size)
+    if world.size > 1 and workers is not None and workers > 1:
+        raise UserError("workers: torchrun has started the processes already; leave --workers out")
     wanted = determinants(detector, settings, seed)
-    writer = CalibrationWriter(out, wanted, detector.names, len(firsts))
-    if writer.complete:
-        return CalibrationSet.open(out)
-    with writer.lock():
-        missing = writer.missing()
-        done = total - sum(min(settings.batch_size, total - firsts[i]) for i in missing)
-        if shard_done is not None:
-            shard_done(done, total)
-        for index in missing:
-            count = min(settings.batch_size, total - firsts[index])
-            batch = inversion.batch(count, seed, index, report)
-            writer.append(index, firsts[index], batch.images, batch.labels, batch.scores)
-            done += count
-            if shard_done is not None:
-                shard_done(done, total)
-        versions = {"dfq": __version__, "torch": torch.__version__}
-        return writer.finish({"model": detector.source, "versions": versions})
+    with contextlib.ExitStack() as stack:
+        threads = torch.get_num_threads()
+        stack.enter_context(one_thread(detector.device))
+        with world.leader_first():
+            # First of all, for it refuses networks and labels that it cannot work with.
+            inversion = Inversion(detector, settings)
+            if not world.leads:
+                _await_folder(out)
+            writer = CalibrationWriter(out, wanted, detector.names, plan.shards)
+            if world.leads and not writer.complete:
+                stack.enter_context(writer.lock())
+        missing = world.share(writer.missing())
+        progress = _Progress(writer, plan, missing, shard_done if world.leads else None)
+        if missing:
+            mine = missing[world.rank :: world.size]
+            count = 1
+            if world.size == 1:
+                count = worker_count(workers, threads, inversion.detector, settings, plan, missing)
+            make = _maker(inversion, detector, settings, plan, writer, count)
+            make(mine, report or (lambda *_: None), lambda _: progress())
+            world.barrier(progress)
+            progress()
+        with world.leader_first():
+            if not world.leads:
+                return CalibrationSet.open(out)
+            versions = {"dfq": __version__, "torch": torch.__version__}
+            return writer.finish(
+                {"model": detector.source, "versions": versions},
+                lambda made: write_preview(made, out / PREVIEW),
+            )
+
+
+class _Progress:
+    """Tells how many images are done, whoever made them."""
+
+    def __init__(
+        self,
+        writer: CalibrationWriter,
+        plan: Plan,
+        missing: list[int],
+        tell: Callable[[int, int], None] | None,
+    ) -> None:
+        self.writer, self.plan, self.tell = writer, plan, tell
+        self.waiting = set(missing)
+        self.told = -1
+        if not writer.complete:
+            self._tell()
+
+    def __call__(self) -> None:
+        """Tell it, where it changed."""
+        self.waiting = {index for index in self.waiting if not self.writer.recorded(index)}
+        self._tell()
+
+    def _tell(self) -> None:
+        done = self.plan.images - sum(self.plan.count(index) for index in self.waiting)
+        if self.tell is not None and done != self.told:
+            self.told = done
+            self.tell(done, self.plan.images)
+
+
+def _maker(
+    inversion: Inversion,
+    detector: Detector,
+    settings: Synthesis,
+    plan: Plan,
+    writer: CalibrationWriter,
+    count: int,
+) -> ShardMaker:
+    if count > 1:
+        # A detector that cannot be sent to another process is not worth failing for.
+        with contextlib.suppress(pickle.PicklingError, TypeError, AttributeError):
+            return Workers(detector, settings, plan, writer, count)
+    return lambda missing, report, written: make_shards(
+        inversion, writer, plan, missing, report, written
+    )
+
+
+def _await_folder(out: Path) -> None:
+    """Wait for what the leading process has just made to show; network file systems take a while.
+
+    Raises:
+        UserError: where it does not.
+    """
+    until = time.monotonic() + FOLDER_SECONDS
+    while not CalibrationSet.is_one(out):
+        if time.monotonic() > until:
+            raise UserError(
+                f"{out}: the leading process made this folder, and it does not show here; give an "
+                "--out that every node sees"
+            )
+        time.sleep(0.1)

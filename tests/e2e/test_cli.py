@@ -23,8 +23,8 @@ from dfq.recipe import load_recipe
 from dfq.synthesis.inversion import Inversion
 
 OPTIONS = {
-    "synthesize": "model out images image_size iterations batch_size labels init recipe seed "
-    "overrides device trust",
+    "synthesize": "model out images image_size iterations batch_size labels init recipe "
+    "workers tensorboard seed overrides device trust",
     "qat": "recipe model data out overrides seed device trust",
     "eval": "model data image_size json_file device trust",
     "inspect": "model json_file trust",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import start, wait_for
 from harness import RECIPE, command, contents
 
 # Enough work for a kill to fall into it: a shard every tenth of a second or so.
@@ -22,37 +22,6 @@ SYNTHESIS = [
     "--set", "synthesis.iterations=20",
 ]  # fmt: skip
 TRAINING = ["--set", "distillation.epochs=14"]
-
-# One process imports torch once; each command is a fork of it, with its own id to kill.
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["dfq.verbs", "dfq.detectors.yolov5"])
-
-
-def _main(words: list[str], environment: dict[str, str], threads: int) -> None:
-    from dfq.cli import cli
-
-    # Otherwise it has that of the test which started the process it was forked from.
-    os.environ.update(environment)
-    torch.set_num_threads(threads)
-    # Nobody reads it, and the tests' own output stays clean.
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1)
-    os.dup2(null, 2)
-    cli(words)
-
-
-def start(words: list[str]) -> multiprocessing.process.BaseProcess:
-    process = _FORKS.Process(target=_main, args=(words, dict(os.environ), torch.get_num_threads()))
-    process.start()
-    return process
-
-
-def wait_for(condition: Callable[[], bool], process: multiprocessing.process.BaseProcess) -> None:
-    until = time.monotonic() + 60
-    while not condition():
-        assert process.is_alive(), "the process ended before it was to be killed"
-        assert time.monotonic() < until, "the process got nowhere"
-        time.sleep(0.002)
 
 
 def kill_and_resume(

@@ -59,7 +59,7 @@ def test_a_whole_set(detector: Detector, tmp_path: Path) -> None:
     assert made.manifest["determinants"]["checkpoint"] == detector.fingerprint
     assert made.manifest["model"] == "weights/tiny.pt"
     names = {p.name for p in (tmp_path / "set").iterdir()}
-    assert names == {"images", "annotations.json", "manifest.json"}
+    assert names == {"images", "annotations.json", "manifest.json", "preview.png"}
 
 
 def test_a_finished_set_is_not_made_again(

@@ -1,0 +1,74 @@
+"""One worker process: `python -m dfq.synthesis.worker FILE_DESCRIPTOR PARENT_ID`.
+
+Started by `workers.Workers`. It asks for a shard, makes it, and asks for the next; everything it
+has to say goes through its connection.
+"""
+
+from __future__ import annotations
+
+import pickle
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+
+
+def main(connection: Connection, parent: int) -> None:
+    """Work until there are no more shards, or the parent ends."""
+    # Ctrl-C reaches the whole group; the parent ends its workers itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Before the slow imports, for the parent waits until it is read.
+    job = connection.recv_bytes()
+
+    from ..distributed import end_with_parent
+    from .workers import send
+
+    end_with_parent(parent)
+    try:
+        _work(connection, job)
+    except Exception as error:
+        failure: Exception = error
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            failure = RuntimeError(f"{type(error).__name__}: {error}")
+        send(connection, "failed", failure, traceback.format_exc())
+        return
+    send(connection, "finished")
+
+
+def _work(connection: Connection, job: bytes) -> None:
+    from ..dataset.calibration import CalibrationWriter
+    from ..distributed import one_thread
+    from .inversion import Inversion
+    from .shards import make_shards
+    from .workers import send
+
+    detector, settings, plan, root, determinants = pickle.loads(job)
+
+    def dealt() -> Iterator[int]:
+        while True:
+            send(connection, "next")
+            index = connection.recv()
+            if index is None:
+                return
+            yield index
+
+    with one_thread(detector.device):
+        make_shards(
+            Inversion(detector, settings),
+            CalibrationWriter(root, determinants, detector.names, plan.shards),
+            plan,
+            dealt(),
+            lambda *values: send(connection, "report", *values),
+            lambda index: send(connection, "written", index),
+        )
+
+
+if __name__ == "__main__":
+    try:
+        main(Connection(int(sys.argv[1])), int(sys.argv[2]))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        # The parent is gone: nobody is left to tell.
+        sys.exit(2)

@@ -1,0 +1,206 @@
+"""Many processes make the same set as one, file for file, whichever of them die on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from forks import start, wait_for
+from harness import RECIPE, command, contents
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+# Twelve shards, the last one smaller, with enough work for a kill to fall into it.
+SYNTHESIS = [
+    "--set", "synthesis.images=23", "--set", "synthesis.iterations=20",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process makes."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "tiny.yaml").write_text(RECIPE)
+    recipe, out = folder / "tiny.yaml", folder / "set"
+    result = command("synthesize", "--model", model, "--recipe", recipe, *SYNTHESIS, "--out", out)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def words_for(model: Path, *more: str) -> list[str]:
+    return [
+        "synthesize", "--model", str(model), "--recipe", "tiny.yaml", *SYNTHESIS, "--out", "set",
+        *more,
+    ]  # fmt: skip
+
+
+def records(folder: Path) -> int:
+    return len(list((folder / "shards").glob("0*.json")))
+
+
+def launch(words: list[str], size: int, place: Path) -> list[multiprocessing.process.BaseProcess]:
+    """The processes that torchrun would start; what each prints goes to `rank-N.txt`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size)}
+    return [
+        start(words, place / f"rank-{rank}.txt", RANK=str(rank), LOCAL_RANK=str(rank), **together)
+        for rank in range(size)
+    ]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_same_set_from_several_processes(
+    place: Path, model: Path, whole: Path, size: int
+) -> None:
+    processes = launch(words_for(model), size, place)
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * size
+    assert contents(place / "set") == contents(whole)
+    assert "23 images" in (place / "rank-0.txt").read_text()
+    assert all((place / f"rank-{rank}.txt").read_text() == "" for rank in range(1, size))
+
+
+def test_a_mistake_is_told_once(place: Path, model: Path) -> None:
+    processes = launch(words_for(place / "absent.pt"), 2, place)
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [2, 2]
+    assert (place / "rank-0.txt").read_text().count("error: ") == 1
+    assert "absent.pt" in (place / "rank-0.txt").read_text()
+    assert (place / "rank-1.txt").read_text() == ""
+
+
+def test_workers_on_top_of_several_processes_are_refused(place: Path, model: Path) -> None:
+    processes = launch(words_for(model, "--workers", "2"), 2, place)
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [2, 2]
+    assert "leave --workers out" in (place / "rank-0.txt").read_text()
+    assert not (place / "set").exists()
+
+
+def test_the_leading_process_dies(place: Path, model: Path, whole: Path) -> None:
+    """Nobody stops the others here, as torchrun would: they find out when they wait for it."""
+    first, second = launch(words_for(model), 2, place)
+    wait_for(lambda: records(place / "set") > 0, first)
+    first.kill()
+    first.join(30)
+    second.join(60)
+    assert second.exitcode == 2
+    printed = (place / "rank-1.txt").read_text()
+    assert re.fullmatch(r"error: the leading process of this run died; [^\n]*\n", printed)
+    assert not (place / "set" / "manifest.json").exists()
+    assert command(*words_for(model)).exit_code == 0
+    assert contents(place / "set") == contents(whole)
+
+
+def until(condition: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
+    end = time.monotonic() + 120
+    while not condition():
+        if process is not None:
+            assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_torchrun_and_one_of_its_processes_dies(place: Path, model: Path, whole: Path) -> None:
+    torchrun = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+        "-m", "dfq", *words_for(model),
+    ]  # fmt: skip
+    with subprocess.Popen(
+        torchrun, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        until(lambda: records(place / "set") > 0, process)
+        ranks = psutil.Process(process.pid).children()
+        (second,) = (rank for rank in ranks if rank.environ()["RANK"] == "1")
+        second.kill()
+        errors = process.communicate(timeout=60)[1]
+    assert process.returncode != 0
+    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, errors
+    assert "another process of this run died" in lines[0]
+    assert not any(rank.is_running() for rank in ranks)
+    assert 0 < records(place / "set") < 12
+    assert not (place / "set" / "manifest.json").exists()
+
+    again = subprocess.run(torchrun, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("23 images") == 1
+    assert contents(place / "set") == contents(whole)
+
+
+def test_workers_whose_parent_dies(place: Path, model: Path, whole: Path) -> None:
+    parent = start(words_for(model, "--workers", "2"))
+    wait_for(lambda: records(place / "set") > 0, parent)
+    workers = psutil.Process(parent.pid).children()
+    assert len(workers) == 2
+    parent.kill()
+    parent.join(30)
+    until(lambda: not any(alive(worker) for worker in workers))
+    assert not (place / "set" / "manifest.json").exists()
+    done = records(place / "set")
+    assert done < 12
+
+    time.sleep(0.3)
+    assert records(place / "set") == done
+    result = command(*words_for(model, "--workers", "1"))
+    assert result.exit_code == 0, result.output
+    assert contents(place / "set") == contents(whole)
+
+
+def test_curves_and_a_preview(place: Path, model: Path, made: Path) -> None:
+    words = ["synthesize", "--model", model, "--recipe", "tiny.yaml", "--out", "set"]
+    result = command(*words, "--tensorboard", "curves")
+    assert result.exit_code == 0, result.output
+    # Watching changes nothing.
+    assert contents(place / "set") == contents(made)
+    assert sorted(path.name for path in (place / "curves").iterdir()) == [
+        "shard-000000", "shard-000001",
+    ]  # fmt: skip
+    reader = EventAccumulator(str(place / "curves" / "shard-000001"))
+    reader.Reload()
+    tags = reader.Tags()["scalars"]
+    assert {tag.split("/")[0] for tag in tags} == {"labels", "small", "full"}
+    assert {tag.split("/")[1] for tag in tags} == {"bn", "first_bn", "task", "tv"}
+    assert [event.step for event in reader.Scalars("labels/bn")] == [1, 2, 3, 4]
+    # Four images in a row, each enlarged to 320 px, and the space between them.
+    with Image.open(place / "set" / "preview.png") as preview:
+        assert preview.size == (4 * (320 + 4) + 4, 320 + 2 * 4)
+
+
+def alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def test_a_worker_that_dies(place: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Instead of a worker, something that is killed at once.
+    suicide = place / "suicide"
+    suicide.write_text(f"#!/bin/sh\nkill -{signal.SIGKILL.value} $$\n")
+    suicide.chmod(0o700)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", str(suicide))
+        result = command(*words_for(model, "--workers", "3"))
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: a worker process died (signal 9, SIGKILL); ")
+    assert "start the same command again" in line
+    assert "--workers" in line
+    assert not (place / "set" / ".lock").exists()
+    assert os.listdir(place / "set" / "images") == []

@@ -1,0 +1,46 @@
+"""`dfq` in processes of its own that can be killed, without importing torch for each of them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+# One process imports torch once; each command is a fork of it, with its own id to kill.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["dfq.verbs", "dfq.detectors.yolov5", "dfq.detectors.ultralytics"])
+
+
+def _main(words: list[str], environment: dict[str, str], threads: int, output: str) -> None:
+    from dfq.cli import cli
+
+    # Otherwise it has that of the test which started the process it was forked from.
+    os.environ.update(environment)
+    torch.set_num_threads(threads)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT, 0o600)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    cli(words)
+
+
+def start(
+    words: list[str], output: Path | None = None, **environment: str
+) -> multiprocessing.process.BaseProcess:
+    """Begin `dfq WORDS...`; what it prints goes to the file `output`, if any."""
+    to = os.devnull if output is None else str(output)
+    arguments = (words, {**os.environ, **environment}, torch.get_num_threads(), to)
+    process = FORKS.Process(target=_main, args=arguments, daemon=True)
+    process.start()
+    return process
+
+
+def wait_for(condition: Callable[[], bool], process: multiprocessing.process.BaseProcess) -> None:
+    until = time.monotonic() + 60
+    while not condition():
+        assert process.is_alive(), "the process ended before it was to be killed"
+        assert time.monotonic() < until, "the process got nowhere"
+        time.sleep(0.002)

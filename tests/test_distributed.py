@@ -1,0 +1,183 @@
+"""Processes that keep in touch; here, threads with one store between them."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dfq import distributed
+from dfq.distributed import World, device_for, gathered, leads, one_thread
+from dfq.errors import UserError
+
+
+def together(size: int, work: Callable[[World], Any]) -> list[Any]:
+    """What `work` returns or raises in each of `size` processes."""
+    store = dist.HashStore()
+    results: list[Any] = [None] * size
+
+    def run(rank: int) -> None:
+        try:
+            results[rank] = work(World(rank, size, rank, store))
+        except BaseException as error:
+            results[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert not any(thread.is_alive() for thread in threads), "they wait for each other forever"
+    return results
+
+
+def test_alone() -> None:
+    world = World()
+    assert world.leads
+    assert world.share("value") == "value"
+    world.barrier()
+    with world.leader_first():
+        pass
+    world.leave()
+    with gathered() as found:
+        assert (found.rank, found.size) == (0, 1)
+
+
+def test_a_barrier_waits_for_all() -> None:
+    arrived = []
+
+    def work(world: World) -> tuple[int, int]:
+        time.sleep(0.1 * world.rank)
+        arrived.append(world.rank)
+        waited = []
+        world.barrier(lambda: waited.append(1))
+        return len(arrived), len(waited)
+
+    found = together(3, work)
+    assert [seen for seen, _ in found] == [3, 3, 3]
+    assert found[0][1] > 1, "the first one had time for something else"
+
+
+def test_the_leading_value_is_shared() -> None:
+    def work(world: World) -> list[Any]:
+        return [world.share({"from": world.rank, "turn": turn}) for turn in range(3)]
+
+    assert together(3, work) == [[{"from": 0, "turn": turn} for turn in range(3)]] * 3
+
+
+def test_the_leading_process_goes_first() -> None:
+    order = []
+
+    def work(world: World) -> None:
+        with world.leader_first():
+            time.sleep(0.2 if world.leads else 0)
+            order.append(world.rank)
+        world.leave()
+
+    assert together(3, work) == [None] * 3
+    assert order[0] == 0
+    assert sorted(order) == [0, 1, 2]
+
+
+def test_where_the_leading_process_fails_the_others_end_without_a_word() -> None:
+    entered = []
+
+    def work(world: World) -> None:
+        with world.leader_first():
+            entered.append(world.rank)
+            raise UserError("no such file")
+
+    first, *others = together(3, work)
+    assert isinstance(first, UserError)
+    assert [type(error) for error in others] == [SystemExit, SystemExit]
+    assert {error.code for error in others} == {2}
+    assert entered == [0]
+
+
+def test_who_falls_silent_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "SILENCE_SECONDS", 0.3)
+    monkeypatch.setattr(distributed, "BEAT_SECONDS", 0.05)
+
+    def work(world: World) -> None:
+        if world.rank == 1:
+            return
+        ended = threading.Event()
+        beat = threading.Thread(
+            target=distributed._beat, args=(world._store, world.rank, ended), daemon=True
+        )
+        beat.start()
+        try:
+            world.barrier()
+        except UserError:
+            # As `gathered` does.
+            world._store.set("failed", str(world.rank))  # type: ignore[union-attr]
+            raise
+        finally:
+            ended.set()
+
+    first, _, third = together(3, work)
+    assert "process 1 of this run died" in str(first)
+    assert "another process of this run failed" in str(third)
+    assert "start the same command again" in str(first)
+
+
+def test_a_lost_store_is_a_mistake_that_can_be_mended() -> None:
+    class Gone:
+        def add(self, *_: Any) -> int:
+            raise dist.DistNetworkError("Connection reset by peer")
+
+    with pytest.raises(UserError, match=r"the leading process of this run died; .*again"):
+        World(1, 2, 1, Gone()).barrier()  # type: ignore[arg-type]
+
+
+def test_who_leads(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert leads()
+    monkeypatch.setenv("RANK", "0")
+    assert leads()
+    monkeypatch.setenv("RANK", "1")
+    assert not leads()
+
+
+@pytest.mark.parametrize(
+    ("size", "local_rank", "asked", "gpus", "expected"),
+    [
+        (1, 0, "auto", 4, "auto"),
+        (1, 0, "cuda", 4, "cuda"),
+        (4, 3, "auto", 4, "cuda:3"),
+        (4, 3, "cuda", 2, "cuda:1"),
+        (4, 3, "cuda:0", 4, "cuda:0"),
+        (4, 3, "cpu", 4, "cpu"),
+        (4, 3, "auto", 0, "auto"),
+    ],
+)
+def test_each_process_has_its_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+    size: int,
+    local_rank: int,
+    asked: str,
+    gpus: int,
+    expected: str,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert device_for(World(local_rank, size, local_rank), asked) == expected
+
+
+def test_one_thread_on_a_cpu_alone() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with contextlib.suppress(KeyboardInterrupt), one_thread(torch.device("cpu")):
+            assert torch.get_num_threads() == 1
+            raise KeyboardInterrupt
+        assert torch.get_num_threads() == 2
+        with one_thread(torch.device("cuda:0")):
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
