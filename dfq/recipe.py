@@ -67,6 +67,8 @@ class Synthesis(_Section):
     """Probability that an image is mirrored, labels too, in an iteration."""
     erase: float = Field(0.5, ge=0, le=1)
     """Probability that a rectangle (2 to 20 % of the area) is blanked in an iteration."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the convolutions; auto: bfloat16 where the device computes in it natively."""
     balance: Literal["gradient", "loss"] = "gradient"
     """Weights are shares of the gradient, which hold for every network, batch and image size; or
     factors of the losses (the paper's), to be found anew for each."""

@@ -3,10 +3,11 @@
     python tools/bench_synthesis.py --model yolov5n.pt --size 160 --size 320
     python tools/bench_synthesis.py --model yolo11n.yaml
 
-The bare loop runs the same frozen, unfused network on the same batch and takes the gradient of the
-sum of its outputs with respect to the images; nothing can invert a network with less. The real loop
-is the product's own: all losses, flips, erasing, clamping, Adam, logging. Rounds of both alternate
-in one process, so that a noisy machine slows both; the ratio is that of the medians.
+The bare loop runs the same frozen network on the same batch, in the same precision, folded and laid
+out the same, and takes the gradient of the sum of its outputs with respect to the images; nothing
+can invert a network with less. The real loop is the product's own: all losses, flips, erasing,
+clamping, Adam, logging. A third one is the bare loop on the network as it was loaded, in float32.
+Rounds alternate in one process, so that a noisy machine slows all; ratios are those of the medians.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ from dfq.synthesis.inversion import Inversion, initial_images
 from dfq.synthesis.labels import single
 
 
-def bare_loop(detector: Detector, images: Tensor) -> Callable[[int], None]:
+def bare_loop(detector: Detector, images: Tensor, precision: str) -> Callable[[int], None]:
     """`iterations` times forward and input-gradient backward."""
+    half = precision == "bfloat16"
 
     def run(iterations: int) -> None:
         for _ in range(iterations):
-            pixels = images.clone().requires_grad_()
-            levels = detector.levels(detector.raw(pixels))
+            pixels = images.clone(memory_format=torch.channels_last).requires_grad_()
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
+                levels = detector.levels(detector.raw(pixels))
             torch.autograd.backward(levels, [torch.ones_like(level) for level in levels])
 
     return run
@@ -59,8 +62,8 @@ def real_loop(inversion: Inversion, images: Tensor, labels: list[Tensor]) -> Cal
 @click.option("--model", required=True)
 @click.option("--size", "sizes", type=int, multiple=True, default=(160, 320), show_default=True)
 @click.option("--batch-size", default=16, show_default=True)
-@click.option("--iterations", default=8, show_default=True, help="A round.")
-@click.option("--rounds", default=7, show_default=True)
+@click.option("--iterations", default=20, show_default=True, help="A round.")
+@click.option("--rounds", default=5, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--threads", type=int, help="Of torch on a CPU.")
 def main(
@@ -75,18 +78,22 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     detector = load_detector(model, device=device)
-    print("| model | px | batch | bare, ms/iteration | real, ms/iteration | ratio |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print(
+        "| model | px | batch | precision | bare, ms | real, ms | ratio | as loaded, ms | ratio |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for size in sizes:
         settings = load_recipe(None, [f"synthesis.image_size={size}"]).synthesis
         generator = Generator().manual_seed(0)
         images = initial_images(batch_size, size, "uniform", generator).to(device)
         labels = single(generator, batch_size, detector.num_classes)
+        inversion = Inversion(detector, settings)
         loops = [
-            bare_loop(detector, images),
-            real_loop(Inversion(detector, settings), images, labels),
+            bare_loop(inversion.detector, images, inversion.precision),
+            real_loop(inversion, images, labels),
+            bare_loop(detector, images, "float32"),
         ]
-        times: list[list[float]] = [[], []]
+        times: list[list[float]] = [[], [], []]
         for number in range(rounds + 1):
             for loop, spent in zip(loops, times, strict=True):
                 if device != "cpu":
@@ -97,10 +104,10 @@ def main(
                     torch.cuda.synchronize()
                 if number:  # the first round warms up
                     spent.append((time.perf_counter() - started) / iterations * 1e3)
-        bare, real = (statistics.median(spent) for spent in times)
+        bare, real, loaded = (statistics.median(spent) for spent in times)
         print(
-            f"| {model.rsplit('/', 1)[-1]} | {size} | {batch_size} | {bare:.0f} | {real:.0f} | "
-            f"{real / bare:.2f} |",
+            f"| {model.rsplit('/', 1)[-1]} | {size} | {batch_size} | {inversion.precision} | "
+            f"{bare:.0f} | {real:.0f} | {real / bare:.2f} | {loaded:.0f} | {real / loaded:.2f} |",
             flush=True,
         )
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ..recipe import SynthesisWeights
-from .priors import total_variation
+from .priors import squared_variation, total_variation
 
-MEASURE_EVERY = 10
-"""Iterations between two measurements, each of which costs one more backward pass a group."""
+MEASURE_EVERY = 20
+"""Iterations between two measurements, each of which costs one more backward pass."""
 
 _DECAY = 0.5
 """Of the averaged norms: a single batch's flips and erasures should not set them alone."""
@@ -76,42 +76,42 @@ class GradientShares:
             groups["task"] = (self.weights.task, terms["task"])
         return groups
 
+    def _factor(self, name: str, share: float) -> Tensor | float:
+        norm = self.norms.get(name)
+        return share if norm is None else share / norm.clamp_min(1e-12)
+
     def __call__(
         self, terms: dict[str, Tensor], view: Tensor, pixels: Tensor, step: int
     ) -> tuple[Tensor, Tensor]:
         groups = self._groups(terms)
-        if step % MEASURE_EVERY == 0 and len(groups) > 1:
-            for name, (_, term) in groups.items():
-                gradient = torch.autograd.grad(term, view, retain_graph=True)[0]
-                norm = torch.linalg.vector_norm(gradient)
-                seen = self.norms.get(name)
+        if not groups:
+            gradient = torch.zeros_like(pixels)
+        elif step % MEASURE_EVERY == 0 and len(groups) > 1:
+            # Apart this time, to measure them, and added up afterwards: one backward pass more.
+            apart = {
+                name: torch.autograd.grad(term, view, retain_graph=True)[0]
+                for name, (_, term) in groups.items()
+            }
+            for name, one in apart.items():
+                norm, seen = torch.linalg.vector_norm(one), self.norms.get(name)
                 self.norms[name] = norm if seen is None else torch.lerp(norm, seen, _DECAY)
-        gradient = torch.zeros_like(pixels)
-        if groups:
-            scaled = [
-                share / self.norms[name].clamp_min(1e-12) * term
-                if name in self.norms
-                else share * term
-                for name, (share, term) in groups.items()
-            ]
+            total = torch.stack([self._factor(n, s) * apart[n] for n, (s, _) in groups.items()])
+            gradient = torch.autograd.grad(view, pixels, total.sum(0))[0]
+        else:
+            scaled = [self._factor(name, share) * term for name, (share, term) in groups.items()]
             gradient = torch.autograd.grad(torch.stack(scaled).sum(), pixels)[0]
-        leaf = pixels.detach().requires_grad_()
-        smoothness = total_variation(leaf)
-        logged = smoothness.detach() / leaf.numel() ** 0.5
-        if self.weights.tv > 0:
-            smooth = torch.autograd.grad(smoothness, leaf)[0]
-            if groups:
-                smooth = _match_norm(smooth, gradient)
-            gradient = torch.add(gradient, smooth, alpha=self.weights.tv)
-        return gradient, logged
+        if self.weights.tv == 0:
+            return gradient, gradient.new_zeros(())
+        roughness, smooth = squared_variation(pixels.detach())
+        weight = _norm_ratio(gradient, smooth) if groups else torch.ones((), device=smooth.device)
+        return gradient.addcmul_(smooth, self.weights.tv * weight), roughness.sqrt()
 
 
-def _match_norm(gradient: Tensor, reference: Tensor) -> Tensor:
-    """`gradient` scaled, image by image, to the norm of `reference`; both `(n, c, h, w)`."""
+def _norm_ratio(wanted: Tensor, present: Tensor) -> Tensor:
+    """Norm of `wanted` over that of `present`, image by image; both `(n, c, h, w)`."""
     dims = (1, 2, 3)
-    wanted = torch.linalg.vector_norm(reference, dim=dims, keepdim=True)
-    present = torch.linalg.vector_norm(gradient, dim=dims, keepdim=True)
-    return gradient * (wanted / present.clamp_min(1e-12))
+    reference = torch.linalg.vector_norm(wanted, dim=dims, keepdim=True)
+    return reference / torch.linalg.vector_norm(present, dim=dims, keepdim=True).clamp_min(1e-12)
 
 
 COMBINATIONS: dict[str, Callable[[SynthesisWeights], Combination]] = {

@@ -6,10 +6,12 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
+from torch.utils._pytree import tree_map_only
 
 from ..detectors.base import Detector, Targets
 from ..errors import UserError
@@ -39,6 +41,32 @@ def generator_for(seed: int, shard: int, stage: str) -> Generator:
     return Generator().manual_seed(mixed)
 
 
+def resolve_precision(wanted: str, device: torch.device) -> str:
+    """ "float32" or "bfloat16", the latter for "auto" where the device computes in it natively.
+
+    Raises:
+        UserError: where bfloat16 is demanded of a device that is slower in it than in float32.
+    """
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        # Older torch does not tell.
+        found: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+        native = bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    if wanted == "auto":
+        return "bfloat16" if native else "float32"
+    if wanted == "bfloat16" and not native:
+        raise UserError(
+            f"synthesis.precision: {device} has no instructions for bfloat16; use auto or float32"
+        )
+    return wanted
+
+
+def _float32(raw: Any) -> Any:
+    """A family's predictions, whatever holds them, with every floating tensor in float32."""
+    return tree_map_only(Tensor, lambda x: x.float() if x.is_floating_point() else x, raw)
+
+
 def initial_images(count: int, size: int, kind: str, generator: Generator) -> Tensor:
     """Noise `(count, 3, size, size)` in [0, 1]: uniform, or Gaussian around the middle."""
     if kind == "gaussian":
@@ -62,6 +90,29 @@ def random_erasing_mask(count: int, size: int, probability: float, generator: Ge
     return (~(rows[:, :, None] & columns[:, None, :]))[:, None].float()
 
 
+class _Augmented(torch.autograd.Function):
+    """Flips and erases images: the chain of `where`, `flip` and product, without what autograd
+    would keep and add up in between."""
+
+    @staticmethod
+    def forward(ctx: Any, pixels: Tensor, flipped: Tensor | None, kept: Tensor | None) -> Tensor:
+        ctx.save_for_backward(flipped, kept)
+        view = _flip(pixels, flipped)
+        return view if kept is None else view * kept
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        flipped, kept = ctx.saved_tensors
+        return _flip(grad if kept is None else grad * kept, flipped), None, None
+
+
+def _flip(images: Tensor, flipped: Tensor | None) -> Tensor:
+    """`images` `(n, c, h, w)`, mirrored where `flipped` `(n,)` says so."""
+    if flipped is None:
+        return images.view_as(images)
+    return torch.where(flipped[:, None, None, None], images.flip(3), images)
+
+
 class Inversion:
     """Optimises batches of images for one frozen detector.
 
@@ -81,6 +132,7 @@ class Inversion:
         self.settings = settings
         self.uses_bn = settings.weights.bn > 0 or settings.weights.first_bn > 0
         self.statistics = BatchNormStatistics(self.detector.module) if self.uses_bn else None
+        self.precision = resolve_precision(settings.precision, detector.device)
         self.image_size = settings.image_size or detector.image_size
         self.start_labels = label_start(settings.labels, detector.names)
 
@@ -95,11 +147,14 @@ class Inversion:
     def _losses(self, images: Tensor, targets: Targets) -> dict[str, Tensor]:
         """The terms that come from the network, scalars: "bn", "first_bn" and "task"."""
         weights = self.settings.weights
-        raw = self.detector.raw(images)
+        # Convolutions alone take fewer bits; statistics and losses are summed in float32.
+        half = self.precision == "bfloat16"
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
+            raw = _float32(self.detector.raw(images))
         terms = {}
         if self.statistics is not None:
             distances = self.statistics.distances(relative=self.settings.bn_form == "relative")
-            terms["bn"] = torch.stack(distances).sum()
+            terms["bn"] = distances.sum()
             terms["first_bn"] = distances[0]
         if weights.task > 0 and self.settings.labels != "none":
             size = images.shape[2]
@@ -144,15 +199,15 @@ class Inversion:
             for step in range(iterations):
                 rate = learning_rate * 0.5 * (1 + math.cos(math.pi * step / iterations))
                 optimizer.param_groups[0]["lr"] = rate
-                view, seen = pixels, targets
+                flipped, kept, seen = None, None, targets
                 if settings.flip > 0:
                     flipped = torch.rand(count, generator=generator) < settings.flip
                     flipped = flipped.to(device, non_blocking=True)
-                    view = torch.where(flipped[:, None, None, None], view.flip(3), view)
                     seen = targets.flip_horizontal(flipped)
                 if settings.erase > 0:
-                    mask = random_erasing_mask(count, size, settings.erase, generator)
-                    view = view * mask.to(device, non_blocking=True)
+                    kept = random_erasing_mask(count, size, settings.erase, generator)
+                    kept = kept.to(device, non_blocking=True)
+                view = _Augmented.apply(pixels, flipped, kept)
                 terms = self._losses(view, seen)
                 gradient, terms["tv"] = combine(terms, view, pixels, step)
                 # The fused optimizer pairs numbers by their place in memory, whatever the strides.

@@ -20,13 +20,13 @@ from ..detectors.base import Detector
 from ..distributed import World, one_thread
 from ..errors import UserError
 from ..recipe import Synthesis
-from .inversion import Inversion
+from .inversion import Inversion, resolve_precision
 from .labels import label_source_identity
 from .shards import Plan, ShardMaker, ShardReport, make_shards
 from .workers import Workers, worker_count
 
 # Raised when a change of the code changes the images: older sets are then not mistaken for new.
-ALGORITHM = 1
+ALGORITHM = 2
 
 PREVIEW = "preview.png"
 """A grid of the first images with their labels, beside `images/`."""
@@ -39,6 +39,7 @@ def determinants(detector: Detector, settings: Synthesis, seed: int) -> dict[str
     """All that decides what is in a set, JSON-able; equal determinants mean an equal set."""
     values = settings.model_dump(mode="json")
     values["image_size"] = settings.image_size or detector.image_size
+    values["precision"] = resolve_precision(settings.precision, detector.device)
     identity = label_source_identity(settings)
     if identity is not None:
         # What the labels are counts, not where they lie.

@@ -14,9 +14,11 @@ from dfq.errors import UserError
 from dfq.recipe import LabelStage, Synthesis, SynthesisWeights
 from dfq.synthesis.inversion import (
     Inversion,
+    _Augmented,
     generator_for,
     initial_images,
     random_erasing_mask,
+    resolve_precision,
 )
 from dfq.synthesis.priors import total_variation
 from dfq.synthesis.statistics import BatchNormStatistics
@@ -147,7 +149,7 @@ def test_each_term_falls_and_pixels_stay_in_range(
 
 @pytest.mark.parametrize("form", ["absolute", "relative"])
 def test_terms_are_those_of_the_network(detector: Detector, form: str) -> None:
-    inversion = Inversion(detector, settings(bn_form=form))
+    inversion = Inversion(detector, settings(bn_form=form, precision="float32"))
     images = torch.rand(2, 3, SIZE, SIZE, generator=Generator().manual_seed(0))
     targets = Targets.from_per_image([torch.tensor([[0.0, 0.5, 0.5, 0.4, 0.4]])] * 2)
     with inversion._watching():
@@ -158,7 +160,7 @@ def test_terms_are_those_of_the_network(detector: Detector, form: str) -> None:
         distances = statistics.distances(relative=form == "relative")
     task = detector.task_loss(detector.raw(images), targets, (SIZE, SIZE))
     expected = {
-        "bn": torch.stack(distances).sum(),
+        "bn": distances.sum(),
         "first_bn": distances[0],
         "task": torch.stack(list(task.values())).sum(),
     }
@@ -355,3 +357,53 @@ def test_a_loss_that_is_not_finite_is_reported(
     monkeypatch.setattr(inversion, "_losses", lambda view, _: {"task": (view * float("nan")).sum()})
     with pytest.raises(UserError, match=r"not finite at iteration 0 .*synthesis\.learning_rate"):
         inversion.batch(2, 0, 0)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("erase", [False, True])
+def test_augmenting_gives_the_gradient_of_the_plain_chain(flip: bool, erase: bool) -> None:
+    pixels = torch.rand(4, 3, 6, 6, requires_grad=True)
+    flipped = torch.tensor([True, False, True, False]) if flip else None
+    kept = (torch.rand(4, 1, 6, 6) > 0.3).float() if erase else None
+    plain = pixels
+    if flipped is not None:
+        plain = torch.where(flipped[:, None, None, None], plain.flip(3), plain)
+    if kept is not None:
+        plain = plain * kept
+    weight = torch.rand_like(pixels)
+    (expected,) = torch.autograd.grad((plain * weight).sum(), pixels)
+    view = _Augmented.apply(pixels, flipped, kept)
+    torch.testing.assert_close(view, plain)
+    (gradient,) = torch.autograd.grad((view * weight).sum(), pixels)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_bfloat16_follows_the_float32_loss(
+    detector: Detector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A processor without the instructions computes the same, slowly.
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    labels = [torch.tensor([[1.0, 0.5, 0.5, 0.5, 0.5]])] * 8
+    start = initial_images(8, SIZE, "uniform", Generator().manual_seed(0))
+    curves = []
+    for precision in ("float32", "bfloat16"):
+        losses: list[dict[str, float]] = []
+        inversion = Inversion(detector, settings(precision=precision))
+        assert inversion.precision == precision
+        inversion.optimise(
+            start, labels, 60, 0.02, Generator().manual_seed(0), stage="full", report=record(losses)
+        )
+        curves.append([[row["bn"], row["task"]] for row in losses])
+    wide, narrow = torch.tensor(curves[0]), torch.tensor(curves[1])
+    assert not torch.equal(wide, narrow)
+    # Relative to how far the term falls: rounding must not show in where the loss goes.
+    fall = wide[0] - wide[-1]
+    assert ((wide - narrow).abs().amax(0) < 0.1 * fall).all()
+
+
+def test_bfloat16_without_instructions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True}, raising=False)
+    cpu = torch.device("cpu")
+    assert resolve_precision("auto", cpu) == "float32"
+    with pytest.raises(UserError, match=r"synthesis\.precision: cpu has no instructions"):
+        resolve_precision("bfloat16", cpu)
