@@ -13,6 +13,7 @@ one.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from pathlib import Path
@@ -26,6 +27,7 @@ from .dataset.calibration import read_json, write_atomic, write_json
 from .detectors import from_spec
 from .detectors.base import Detector
 from .errors import UserError
+from .lock import locked
 from .quantization.convert import Policy, fold, insert_quantizers
 
 KIND = "dfq quantized detector"
@@ -77,6 +79,14 @@ class Run:
     def finished(self) -> bool:
         """Whether the run is complete: nothing is left to do."""
         return (self.folder / "manifest.json").is_file()
+
+    def lock(self) -> contextlib.AbstractContextManager[None]:
+        """Keep a second process from working in the same folder at the same time.
+
+        Raises:
+            UserError: where one does.
+        """
+        return locked(self.folder, f"{self.folder}: another process is working on this run")
 
     def log(self, text: str) -> None:
         """Append a line to `log.txt`, with the time."""

@@ -11,25 +11,21 @@ from typing import Any
 
 import platformdirs
 import torch
-from torch import Tensor
 
 from .dataset.calibration import CalibrationSet, write_atomic
-from .dataset.letterbox import load_letterboxed
 from .dataset.readers import ImageSet, open_set
 from .detectors import load_detector
-from .detectors.base import Detector, Targets
-from .distillation.trainer import LabelledImages, Outcome, Trainer
+from .detectors.base import Detector
+from .distillation.trainer import LabelledImages
 from .distributed import device_for, gathered
-from .errors import DivergedError, UserError
+from .errors import UserError
 from .evaluation.coco import Metrics
 from .evaluation.coco import evaluate as evaluate_detector
 from .evaluation.matching import require_labels
 from .progress import Progress, Silent
 from .quantization.convert import (
     LayerInfo,
-    Policy,
     bit_operations,
-    calibrate,
     describe,
     fold,
     insert_quantizers,
@@ -37,8 +33,16 @@ from .quantization.convert import (
 )
 from .recipe import Recipe, load_recipe
 from .run import Run, is_run, load_run, next_folder, versions
-from .synthesis.produce import check_size, set_name, synthesize_set
+from .synthesis.produce import set_name, synthesize_set
 from .tensorboard import Curves
+from .training import (
+    LetterboxedImages,
+    data_identity,
+    measure,
+    open_training_data,
+    policy_of,
+    train,
+)
 
 
 def cache_folder() -> Path:
@@ -150,110 +154,6 @@ def synthesize(
         )
 
 
-class LetterboxedImages:
-    """A real image set in the shape the trainer takes: letterboxed squares, labels by name."""
-
-    def __init__(self, images: ImageSet, detector: Detector, size: int) -> None:
-        self.images, self.size, self.stride = images, size, detector.stride
-        # An unlabelled set has no names to match.
-        self.mapping = images.category_mapping(detector.names) if images.labelled else None
-        self._labels: list[Tensor] = []
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def load(self, indices: list[int]) -> Tensor:
-        pixels, targets, _ = load_letterboxed(
-            self.images, indices, self.size, self.stride, mapping=self.mapping
-        )
-        if indices == list(range(len(self))):
-            self._labels = targets.per_image(len(indices))
-        return (pixels * 255).round().to(torch.uint8)
-
-    def targets(self, indices: list[int]) -> Targets:
-        if not self._labels:
-            self.load(list(range(len(self))))
-        return Targets.from_per_image([self._labels[i] for i in indices])
-
-
-def open_training_data(source: str | Path, detector: Detector, size: int | None) -> LabelledImages:
-    """A calibration set of this very detector, or any real set letterboxed to `size`.
-
-    Raises:
-        UserError: where the set is unfinished, empty, broken, or made from another checkpoint.
-    """
-    path = Path(source)
-    if not CalibrationSet.is_one(path):
-        check_size("synthesis.image_size", size or detector.image_size, detector)
-        return LetterboxedImages(open_set(path), detector, size or detector.image_size)
-    found = CalibrationSet.open(path)
-    made_from = found.manifest["determinants"]["checkpoint"]
-    if made_from != detector.fingerprint:
-        raise UserError(
-            f"{path}: this set was made from another checkpoint (sha256 {made_from[:12]}..., the "
-            f"model's is {detector.fingerprint[:12]}...); make one with dfq synthesize"
-        )
-    return found
-
-
-def _policy(recipe: Recipe) -> Policy:
-    section = recipe.quantization
-    return Policy(
-        weight_bits=section.weight_bits,
-        activation_bits=section.activation_bits,
-        first_last_bits=section.first_last_bits,
-        weights=section.weights,
-        activations=section.activations,
-        overrides=tuple(section.overrides.items()),
-    )
-
-
-def _quantized(teacher: Detector, recipe: Recipe, data: LabelledImages | None) -> Detector:
-    """A twin of the folded `teacher` with quantizers, calibrated on `data` unless that is None."""
-    student = insert_quantizers(teacher.twin(), _policy(recipe))
-    if data is not None:
-        count = min(recipe.quantization.calibration_images, len(data))
-        pixels = data.load(list(range(count)))
-        batches = (batch.float() / 255 for batch in pixels.split(8))
-        calibrate(student, batches, search=recipe.quantization.ranges)
-    return student
-
-
-def _train(
-    teacher: Detector, recipe: Recipe, data: LabelledImages, run: Run, progress: Progress
-) -> tuple[Detector, Outcome | None, str]:
-    """The student that `recipe.method` leads to, how training ended, and why it is this one."""
-    if recipe.method == "ptq":
-        return _quantized(teacher, recipe, data), None, "ptq"
-    resuming = (run.folder / "checkpoint.pt").is_file()
-    # A resumed student gets its scales from the checkpoint: calibrating would be for nothing.
-    student = _quantized(teacher, recipe, None if resuming else data)
-    run.log("training resumed" if resuming else "training started")
-    trainer = Trainer(
-        student, teacher, data, recipe.distillation, seed=recipe.seed, folder=run.folder
-    )
-    try:
-        with progress.task("training", recipe.distillation.epochs, "epochs") as task:
-
-            def report(done: int, total: int, terms: dict[str, float]) -> None:
-                shown = "  ".join(f"{name} {value:.4g}" for name, value in terms.items())
-                run.log(f"epoch {done}/{total}  {shown}")
-                task.detail("qat", done, total, terms)
-                task.update(done, total)
-
-            outcome = trainer.train(report)
-    except DivergedError as error:
-        run.log(str(error))
-        if recipe.method != "auto":
-            raise
-        return _quantized(teacher, recipe, data), None, "ptq: training diverged"
-    worse = outcome.agreement[outcome.selected] > outcome.agreement["start"]
-    if recipe.method == "auto" and worse:
-        reason = "ptq: training ended further from the teacher than it began"
-        return _quantized(teacher, recipe, data), outcome, reason
-    return student, outcome, f"qat: {outcome.selected} weights"
-
-
 def quantize(
     recipe: Recipe | str | Path,
     *,
@@ -300,9 +200,9 @@ def quantize(
         require_labels(measured_on)
         measured_on.category_mapping(detector.names)
         size = evaluation.image_size or detector.image_size
-        check_size("evaluation.image_size", size, detector)
+        detector.check_size(size, "evaluation.image_size")
     teacher = fold(detector.twin())
-    insert_quantizers(teacher.twin(), _policy(settings))
+    insert_quantizers(teacher.twin(), policy_of(settings))
     if data is None:
         calibration: LabelledImages = synthesize(
             detector, settings, device=device, progress=progress
@@ -318,7 +218,7 @@ def quantize(
     identity = {
         "checkpoint": detector.fingerprint,
         "recipe": settings.model_dump(mode="json", exclude={"evaluation", "model"}),
-        "data": _data_identity(calibration, data),
+        "data": data_identity(calibration, data),
     }
     folder = (
         Path(out)
@@ -328,9 +228,26 @@ def quantize(
     run = Run(folder, identity)
     if run.finished:
         return folder
-    write_atomic(folder / "recipe.yaml", settings.to_yaml().encode())
-    run.log(f"model {detector.source}, {len(calibration)} images from {data or 'synthesis'}")
-    student, outcome, selected = _train(teacher, settings, calibration, run, progress)
+    with run.lock():
+        # The one that held it before may have finished it.
+        if not run.finished:
+            origin = data or "synthesis"
+            run.log(f"model {detector.source}, {len(calibration)} images from {origin}")
+            _finish(run, teacher, settings, calibration, measured_on, progress)
+    return folder
+
+
+def _finish(
+    run: Run,
+    teacher: Detector,
+    settings: Recipe,
+    calibration: LabelledImages,
+    measured_on: ImageSet | None,
+    progress: Progress,
+) -> None:
+    """Train, measure and save: all that `run` is still without."""
+    write_atomic(run.folder / "recipe.yaml", settings.to_yaml().encode())
+    student, outcome, selected = train(teacher, settings, calibration, run, progress)
     # As it will be loaded: another memory layout sums in another order.
     student.module.to(memory_format=torch.contiguous_format)
     layers = describe(student)
@@ -347,37 +264,9 @@ def quantize(
         metrics["teacher_divergence"] = outcome.agreement
         metrics["history"] = outcome.history
     if measured_on is not None:
-        metrics["evaluation"] = _measure(teacher, student, measured_on, settings, progress)
-    run.finish(student, _policy(settings), metrics, {"versions": versions()})
+        metrics["evaluation"] = measure(teacher, student, measured_on, settings, progress)
+    run.finish(student, policy_of(settings), metrics, {"versions": versions()})
     run.log(f"finished: {selected}")
-    return folder
-
-
-def _data_identity(calibration: LabelledImages, source: str | Path | None) -> list[Any]:
-    # Lists, not tuples: it is compared with what JSON gives back.
-    if isinstance(calibration, CalibrationSet):
-        shards = [shard["sha256"] for shard in calibration.manifest["shards"]]
-        return [calibration.manifest["annotations_sha256"], shards]
-    return [str(source), len(calibration)]
-
-
-def _measure(
-    teacher: Detector, student: Detector, data: ImageSet, recipe: Recipe, progress: Progress
-) -> dict[str, Any]:
-    """AP of float and quantized network; never looked at by the training."""
-    result: dict[str, Any] = {"data": recipe.evaluation.data}
-    for name, detector in (("float", teacher), ("quantized", student)):
-        with progress.task(f"evaluation ({name})", len(data), "images") as task:
-            found = evaluate_detector(
-                detector,
-                data,
-                image_size=recipe.evaluation.image_size,
-                batch_size=recipe.evaluation.batch_size,
-                progress=task.update,
-            ).to_dict()
-        # Times would make two runs of one seed differ.
-        result[name] = {k: v for k, v in found.items() if not k.endswith(("seconds", "second"))}
-    return result
 
 
 def evaluate(

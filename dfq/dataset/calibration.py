@@ -12,7 +12,6 @@ flight and resumes to the same bytes. When the last shard is in, the records are
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from ..detectors.base import Targets
 from ..errors import UserError
+from ..lock import locked
 
 FORMAT = 1
 
@@ -293,15 +293,8 @@ class CalibrationWriter:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Keep a second process from writing the same set at the same time."""
-        with (self.root / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{self.root}: another process is making this set") from None
-            try:
-                yield
-            finally:
-                (self.root / ".lock").unlink(missing_ok=True)
+        with locked(self.root, f"{self.root}: another process is making this set"):
+            yield
 
     def append(
         self,

@@ -15,6 +15,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError
+
 
 @dataclass(frozen=True)
 class Targets:
@@ -163,6 +165,23 @@ class Detector(ABC):
     def normalize(self, images: Tensor) -> Tensor:
         """Map images `(n, 3, h, w)` in [0, 1], RGB, to what the network expects."""
         return images
+
+    def check_size(self, size: int, key: str = "image size") -> None:
+        """Refuse a side in pixels that the network cannot take.
+
+        Args:
+            size: the side.
+            key: what the user set it by, for the message.
+
+        Raises:
+            UserError: where it is no positive multiple of the stride; names the nearest that are.
+        """
+        if size < self.stride or size % self.stride:
+            below = max(size, 0) // self.stride * self.stride
+            near = f"{below} or {below + self.stride}" if below else f"{self.stride}"
+            raise UserError(
+                f"{key}: {size} is no multiple of the model's stride {self.stride}; try {near}"
+            )
 
     @abstractmethod
     def raw(self, images: Tensor) -> Any:

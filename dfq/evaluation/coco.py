@@ -149,7 +149,7 @@ def predict(
         UserError: an image cannot be read, or `image_size` is no multiple of the stride.
     """
     size = detector.image_size if image_size is None else image_size
-    _check_size(size, detector.stride)
+    detector.check_size(size)
     if batch_size < 1:
         raise UserError(f"the batch size must be at least 1, got {batch_size}")
     found: list[Detections] = []
@@ -244,13 +244,6 @@ def _eval_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.training = training
-
-
-def _check_size(size: int, stride: int) -> None:
-    if size < stride or size % stride:
-        below = max(size, 0) // stride * stride
-        nearest = f"{below} or {below + stride}" if below else f"{stride}"
-        raise UserError(f"image size {size} is no multiple of the stride {stride}; try {nearest}")
 
 
 def _mean(values: np.ndarray) -> float:

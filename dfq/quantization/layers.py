@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -29,11 +31,7 @@ class QuantConv2d(nn.Conv2d):
         )
         # nn.Conv2d keeps the padding of its non-zero padding modes under a private name.
         quantized._reversed_padding_repeated_twice = layer._reversed_padding_repeated_twice
-        quantized.weight = layer.weight
-        quantized.register_parameter("bias", layer.bias)
-        quantized.input_quantizer = inputs
-        quantized.weight_quantizer = weights
-        return quantized
+        return _take_over(quantized, layer, inputs, weights)
 
     def forward(self, input: Tensor) -> Tensor:
         weight = self.weight_quantizer(self.weight)
@@ -54,15 +52,25 @@ class QuantLinear(nn.Linear):
         quantized.in_features = layer.in_features
         quantized.out_features = layer.out_features
         quantized.training = layer.training
-        quantized.weight = layer.weight
-        quantized.register_parameter("bias", layer.bias)
-        quantized.input_quantizer = inputs
-        quantized.weight_quantizer = weights
-        return quantized
+        return _take_over(quantized, layer, inputs, weights)
 
     def forward(self, input: Tensor) -> Tensor:
         weight = self.weight_quantizer(self.weight)
         return F.linear(self.input_quantizer(input), weight, self.bias)
+
+
+_Layer = TypeVar("_Layer", QuantConv2d, QuantLinear)
+
+
+def _take_over(
+    quantized: _Layer, layer: nn.Conv2d | nn.Linear, inputs: Quantizer, weights: Quantizer
+) -> _Layer:
+    """Give `quantized` the very parameters of `layer`, not copies, and its quantizers."""
+    quantized.weight = layer.weight
+    quantized.register_parameter("bias", layer.bias)
+    quantized.input_quantizer = inputs
+    quantized.weight_quantizer = weights
+    return quantized
 
 
 QUANTIZED_LAYERS = (QuantConv2d, QuantLinear)

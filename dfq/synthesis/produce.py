@@ -68,10 +68,10 @@ def check(detector: Detector, settings: Synthesis) -> None:
     Raises:
         UserError: for an image size that is no multiple of the stride, or a loss without terms.
     """
-    check_size("synthesis.image_size", settings.image_size or detector.image_size, detector)
+    detector.check_size(settings.image_size or detector.image_size, "synthesis.image_size")
     adaptive = settings.labels == "adaptive"
     if adaptive:
-        check_size("synthesis.label_stage.image_size", settings.label_stage.image_size, detector)
+        detector.check_size(settings.label_stage.image_size, "synthesis.label_stage.image_size")
     weights = settings.weights
     labelled = weights.task > 0 and settings.labels != "none"
     optimises = settings.iterations > 0 or adaptive
@@ -80,15 +80,6 @@ def check(detector: Detector, settings: Synthesis) -> None:
             "synthesis.weights: every term that applies has weight 0, so there is nothing to "
             "optimise; set one above 0, or synthesis.iterations=0 with labels that are not adaptive"
         )
-
-
-def check_size(key: str, size: int, detector: Detector) -> None:
-    """Raise a `UserError` where the side set under `key` is no multiple of the model's stride."""
-    stride = detector.stride
-    if size % stride:
-        lower, upper = size // stride * stride, (size // stride + 1) * stride
-        near = f"{lower} or {upper}" if lower else f"{upper}"
-        raise UserError(f"{key}: {size} is no multiple of the model's stride {stride}; try {near}")
 
 
 def synthesize_set(

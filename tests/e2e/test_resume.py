@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from forks import start, wait_for
-from harness import RECIPE, command, contents
+from harness import RECIPE, command, contents, has_one_error
 
 # Enough work for a kill to fall into it: a shard every tenth of a second or so.
 SYNTHESIS = [
@@ -147,3 +147,23 @@ def test_two_at_once(place: Path, model: Path) -> None:
     process.join(120)
     assert process.exitcode == 0
     assert command(*words, "--out", "set").exit_code == 0
+
+
+def test_two_trainings_at_once(place: Path, model: Path, made: Path) -> None:
+    # Without --out both would take the same number, as both are the same experiment.
+    words = ["qat", "--recipe", "tiny.yaml", "--model", str(model), "--data", str(made)]
+    folder = place / "runs" / "tiny-tiny-1"
+    process = start([*words, "--set", "distillation.epochs=60"])
+    wait_for((folder / "checkpoint.pt").exists, process)
+    second = command(*words, "--set", "distillation.epochs=60")
+    line = has_one_error(second)
+    assert "runs/tiny-tiny-1: another process is working on this run" in line
+    assert process.is_alive()
+    process.kill()
+    process.join(30)
+    # The lock died with its process, though its file is there.
+    assert (folder / ".lock").exists()
+    third = command(*words, "--set", "distillation.epochs=60")
+    assert third.exit_code == 0, third.output
+    assert "training resumed" in (folder / "log.txt").read_text()
+    assert not (folder / ".lock").exists()

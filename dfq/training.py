@@ -1,0 +1,163 @@
+"""What `dfq qat` does between its data and its run folder: quantize, train, measure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .dataset.calibration import CalibrationSet
+from .dataset.letterbox import load_letterboxed
+from .dataset.readers import ImageSet, open_set
+from .detectors.base import Detector, Targets
+from .distillation.trainer import LabelledImages, Outcome, Trainer
+from .errors import DivergedError, UserError
+from .evaluation.coco import evaluate as evaluate_detector
+from .progress import Progress
+from .quantization.convert import Policy, calibrate, insert_quantizers
+from .recipe import Recipe
+from .run import Run
+
+
+class LetterboxedImages:
+    """A real image set in the shape the trainer takes: letterboxed squares, labels by name.
+
+    Args:
+        images: the set, labelled or not.
+        detector: whose categories its names are matched with.
+        size: side of the squares in pixels, a multiple of the stride.
+
+    Raises:
+        UserError: where the set is labelled, and shares no category with the detector.
+    """
+
+    def __init__(self, images: ImageSet, detector: Detector, size: int) -> None:
+        self.images, self.size, self.stride = images, size, detector.stride
+        # An unlabelled set has no names to match.
+        self.mapping = images.category_mapping(detector.names) if images.labelled else None
+        self._labels: list[Tensor] = []
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def load(self, indices: list[int]) -> Tensor:
+        pixels, targets, _ = load_letterboxed(
+            self.images, indices, self.size, self.stride, mapping=self.mapping
+        )
+        if indices == list(range(len(self))):
+            self._labels = targets.per_image(len(indices))
+        return (pixels * 255).round().to(torch.uint8)
+
+    def targets(self, indices: list[int]) -> Targets:
+        if not self._labels:
+            self.load(list(range(len(self))))
+        return Targets.from_per_image([self._labels[i] for i in indices])
+
+
+def open_training_data(source: str | Path, detector: Detector, size: int | None) -> LabelledImages:
+    """A calibration set of this very detector, or any real set letterboxed to `size`.
+
+    Raises:
+        UserError: where the set is unfinished, empty, broken, or made from another checkpoint.
+    """
+    path = Path(source)
+    if not CalibrationSet.is_one(path):
+        detector.check_size(size or detector.image_size, "synthesis.image_size")
+        return LetterboxedImages(open_set(path), detector, size or detector.image_size)
+    found = CalibrationSet.open(path)
+    made_from = found.manifest["determinants"]["checkpoint"]
+    if made_from != detector.fingerprint:
+        raise UserError(
+            f"{path}: this set was made from another checkpoint (sha256 {made_from[:12]}..., the "
+            f"model's is {detector.fingerprint[:12]}...); make one with dfq synthesize"
+        )
+    return found
+
+
+def policy_of(recipe: Recipe) -> Policy:
+    """What the `quantization` section of a recipe asks for."""
+    section = recipe.quantization
+    return Policy(
+        weight_bits=section.weight_bits,
+        activation_bits=section.activation_bits,
+        first_last_bits=section.first_last_bits,
+        weights=section.weights,
+        activations=section.activations,
+        overrides=tuple(section.overrides.items()),
+    )
+
+
+def quantized(teacher: Detector, recipe: Recipe, data: LabelledImages | None) -> Detector:
+    """A twin of the folded `teacher` with quantizers, calibrated on `data` unless that is None."""
+    student = insert_quantizers(teacher.twin(), policy_of(recipe))
+    if data is not None:
+        count = min(recipe.quantization.calibration_images, len(data))
+        pixels = data.load(list(range(count)))
+        batches = (batch.float() / 255 for batch in pixels.split(8))
+        calibrate(student, batches, search=recipe.quantization.ranges)
+    return student
+
+
+def train(
+    teacher: Detector, recipe: Recipe, data: LabelledImages, run: Run, progress: Progress
+) -> tuple[Detector, Outcome | None, str]:
+    """The student that `recipe.method` leads to, how training ended, and why it is this one."""
+    if recipe.method == "ptq":
+        return quantized(teacher, recipe, data), None, "ptq"
+    resuming = (run.folder / "checkpoint.pt").is_file()
+    # A resumed student gets its scales from the checkpoint: calibrating would be for nothing.
+    student = quantized(teacher, recipe, None if resuming else data)
+    run.log("training resumed" if resuming else "training started")
+    trainer = Trainer(
+        student, teacher, data, recipe.distillation, seed=recipe.seed, folder=run.folder
+    )
+    try:
+        with progress.task("training", recipe.distillation.epochs, "epochs") as task:
+
+            def report(done: int, total: int, terms: dict[str, float]) -> None:
+                shown = "  ".join(f"{name} {value:.4g}" for name, value in terms.items())
+                run.log(f"epoch {done}/{total}  {shown}")
+                task.detail("qat", done, total, terms)
+                task.update(done, total)
+
+            outcome = trainer.train(report)
+    except DivergedError as error:
+        run.log(str(error))
+        if recipe.method != "auto":
+            raise
+        return quantized(teacher, recipe, data), None, "ptq: training diverged"
+    worse = outcome.agreement[outcome.selected] > outcome.agreement["start"]
+    if recipe.method == "auto" and worse:
+        reason = "ptq: training ended further from the teacher than it began"
+        return quantized(teacher, recipe, data), outcome, reason
+    return student, outcome, f"qat: {outcome.selected} weights"
+
+
+def data_identity(calibration: LabelledImages, source: str | Path | None) -> list[Any]:
+    """JSON-able values that tell one training set from another."""
+    # Lists, not tuples: it is compared with what JSON gives back.
+    if isinstance(calibration, CalibrationSet):
+        shards = [shard["sha256"] for shard in calibration.manifest["shards"]]
+        return [calibration.manifest["annotations_sha256"], shards]
+    return [str(source), len(calibration)]
+
+
+def measure(
+    teacher: Detector, student: Detector, data: ImageSet, recipe: Recipe, progress: Progress
+) -> dict[str, Any]:
+    """AP of float and quantized network; never looked at by the training."""
+    result: dict[str, Any] = {"data": recipe.evaluation.data}
+    for name, detector in (("float", teacher), ("quantized", student)):
+        with progress.task(f"evaluation ({name})", len(data), "images") as task:
+            found = evaluate_detector(
+                detector,
+                data,
+                image_size=recipe.evaluation.image_size,
+                batch_size=recipe.evaluation.batch_size,
+                progress=task.update,
+            ).to_dict()
+        # Times would make two runs of one seed differ.
+        result[name] = {k: v for k, v in found.items() if not k.endswith(("seconds", "second"))}
+    return result
