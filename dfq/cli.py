@@ -148,7 +148,11 @@ def qat(
     device: str,
     trust: bool,
 ) -> None:
-    """Train the low-bit detector on its synthetic images."""
+    """Train the low-bit detector on its synthetic images.
+
+    On several GPUs or nodes: torchrun --nproc-per-node=GPUS -m dfq qat ...
+    """
+    from .distributed import leads
     from .progress import Live
     from .recipe import find_recipe, load_recipe
     from .verbs import quantize
@@ -164,6 +168,8 @@ def qat(
         trust=trust,
         progress=Live(),
     )
+    if not leads():
+        return
     metrics = json.loads((folder / "metrics.json").read_text())
     share = metrics["quantized_share_of_macs"]
     click.echo(f"{metrics['selected']}; {share:.1%} of the MACs quantized")

@@ -1,8 +1,8 @@
 """Several processes on one job: as `torchrun` starts them, on any number of nodes and GPUs.
 
-They keep in touch through the key-value store that every `torch.distributed` job has, not through a
-process group: all they exchange is who is there, and Ultralytics takes any group it finds for its
-own training.
+They keep in touch through the key-value store that every `torch.distributed` job has. Gradients are
+added up by a process group of their own, never made the default one: Ultralytics takes any default
+group it finds for its own training, and waits in barriers that nobody else comes to.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from .errors import UserError
 
@@ -31,10 +33,16 @@ SILENCE_SECONDS = 120.0
 
 _POLL_SECONDS = 0.05
 
+_GROUP_TIMEOUT = timedelta(minutes=30)
+# Longer than the leading process writes a checkpoint while the others wait for its gradients.
+
 _STOPPED = "what is finished is kept; start the same command again to go on"
 
 # Tells jobs of one process apart; all processes have the same ones in the same order.
 _JOBS = itertools.count()
+
+# The world of the `gathered` block this process is in, if it is in one.
+_GATHERED: list[World] = []
 
 
 class World:
@@ -45,13 +53,21 @@ class World:
         size: how many processes there are.
         local_rank: its number on this node: the GPU it takes.
         store: through which they keep in touch; needed where there are several.
+        local_size: how many of them are on this node; None: all.
     """
 
     def __init__(
-        self, rank: int = 0, size: int = 1, local_rank: int = 0, store: dist.Store | None = None
+        self,
+        rank: int = 0,
+        size: int = 1,
+        local_rank: int = 0,
+        store: dist.Store | None = None,
+        local_size: int | None = None,
     ) -> None:
         self.rank, self.size, self.local_rank = rank, size, local_rank
+        self.local_size = size if local_size is None else local_size
         self._store = store
+        self._group: dist.ProcessGroup | None = None
         self._turn = 0
         self._look_at = 0.0
         self._sign = b""
@@ -92,6 +108,52 @@ class World:
                 return value
             self._wait(lambda: store.check([key]))
             return pickle.loads(store.get(key))
+
+    def part(self, count: int) -> slice:
+        """This process's part of `count` things in a row: parts differ by one in length at most,
+        and are empty where there are more processes than things."""
+        return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """Replace `tensor` by its sum over all processes, the same bits in each; returns it.
+
+        Args:
+            tensor: dense, of one shape, type and kind of device in all processes, which must all
+                call this in the same order.
+
+        Raises:
+            UserError: where one of the others died or failed.
+        """
+        if self._store is None or self.size == 1:
+            return tensor
+        with _siblings_may_die("another process"):
+            if self._group is None:
+                self._group = self._gather_group(tensor.device)
+            work = self._group.allreduce([tensor])
+            if tensor.device.type == "cpu":
+                self._watch(work)
+            work.wait()
+        return tensor
+
+    def _gather_group(self, device: torch.device) -> dist.ProcessGroup:
+        assert self._store is not None
+        store = dist.PrefixStore("group", self._store)
+        # NCCL refuses two processes on one GPU.
+        if device.type == "cuda" and self.local_size <= torch.cuda.device_count():
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = _GROUP_TIMEOUT
+            return dist.ProcessGroupNCCL(store, self.rank, self.size, options)
+        return dist.ProcessGroupGloo(store, self.rank, self.size, _GROUP_TIMEOUT)
+
+    def _watch(self, work: dist.Work) -> None:
+        """Return once `work` is through. It ends by itself where a process dies, but not where a
+        machine falls silent."""
+        pause = 1e-4
+        while not work.is_completed():
+            if pause >= _POLL_SECONDS:
+                self._check_siblings()
+            time.sleep(pause)
+            pause = min(2 * pause, _POLL_SECONDS)
 
     @contextlib.contextmanager
     def leader_first(self) -> Iterator[None]:
@@ -176,17 +238,19 @@ def _alive(rank: int) -> str:
 
 
 @contextlib.contextmanager
-def _siblings_may_die() -> Iterator[None]:
+def _siblings_may_die(who: str = "the leading process") -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # What the store says of a closed connection, in many words.
-        raise UserError(f"the leading process of this run died; {_STOPPED}") from error
+        # What store and group say of a closed connection, in many words.
+        raise UserError(f"{who} of this run died; {_STOPPED}") from error
 
 
 @contextlib.contextmanager
 def gathered() -> Iterator[World]:
     """The processes that torchrun started, for the time of the block; alone where it did not.
+
+    Within such a block, another one gives the same processes.
 
     Raises:
         UserError: at the end of the block or in a wait within it, where one of the others died.
@@ -196,15 +260,20 @@ def gathered() -> Iterator[World]:
     if size == 1:
         yield World()
         return
+    if _GATHERED:
+        yield _GATHERED[-1]
+        return
     with told_when_stopped():
         end_with_parent(os.getppid())
         shared, rank, _ = next(dist.rendezvous("env://"))
         # torchrun can start all anew after a failure; they must not read what was left then.
         attempt = get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"dfq-{attempt}-{next(_JOBS)}", shared)
-        world = World(rank, size, int(get("LOCAL_RANK", 0)), store)
+        local_size = int(get("LOCAL_WORLD_SIZE", size))
+        world = World(rank, size, int(get("LOCAL_RANK", 0)), store, local_size)
         ended = threading.Event()
         threading.Thread(target=_beat, args=(store, rank, ended), daemon=True).start()
+        _GATHERED.append(world)
         try:
             yield world
             world.leave()
@@ -213,6 +282,7 @@ def gathered() -> Iterator[World]:
                 store.set("failed", str(rank))
             raise
         finally:
+            _GATHERED.pop()
             ended.set()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from .dataset.letterbox import load_letterboxed
 from .dataset.readers import ImageSet, open_set
 from .detectors.base import Detector, Targets
 from .distillation.trainer import LabelledImages, Outcome, Trainer
+from .distributed import World
 from .errors import DivergedError, UserError
 from .evaluation.coco import evaluate as evaluate_detector
 from .progress import Progress
 from .quantization.convert import Policy, calibrate, insert_quantizers
 from .recipe import Recipe
-from .run import Run
 
 
 class LetterboxedImages:
@@ -101,32 +102,57 @@ def quantized(teacher: Detector, recipe: Recipe, data: LabelledImages | None) ->
 
 
 def train(
-    teacher: Detector, recipe: Recipe, data: LabelledImages, run: Run, progress: Progress
+    teacher: Detector,
+    recipe: Recipe,
+    data: LabelledImages,
+    folder: Path,
+    log: Callable[[str], None],
+    progress: Progress,
+    world: World,
 ) -> tuple[Detector, Outcome | None, str]:
-    """The student that `recipe.method` leads to, how training ended, and why it is this one."""
+    """Make the low-bit detector as `recipe.method` says.
+
+    Args:
+        teacher: the folded float detector.
+        recipe: the experiment.
+        data: what to calibrate and train on.
+        folder: of the run; checkpoints are written there, and gone on from.
+        log: takes lines for the run's log.
+        progress: told how far it is.
+        world: the processes that share the training; each calls this, and gets the same.
+
+    Returns:
+        The student, how training ended (None where there was none), and why it is this student.
+
+    Raises:
+        DivergedError: where training diverged, unless the method is `auto`.
+        UserError: where a checkpoint cannot be read, or another process died.
+    """
     if recipe.method == "ptq":
         return quantized(teacher, recipe, data), None, "ptq"
-    resuming = (run.folder / "checkpoint.pt").is_file()
+    resuming = world.share((folder / "checkpoint.pt").is_file())
     # A resumed student gets its scales from the checkpoint: calibrating would be for nothing.
     student = quantized(teacher, recipe, None if resuming else data)
-    run.log("training resumed" if resuming else "training started")
+    log("training resumed" if resuming else "training started")
     trainer = Trainer(
-        student, teacher, data, recipe.distillation, seed=recipe.seed, folder=run.folder
+        student, teacher, data, recipe.distillation, seed=recipe.seed, folder=folder, world=world
     )
     try:
         with progress.task("training", recipe.distillation.epochs, "epochs") as task:
 
             def report(done: int, total: int, terms: dict[str, float]) -> None:
                 shown = "  ".join(f"{name} {value:.4g}" for name, value in terms.items())
-                run.log(f"epoch {done}/{total}  {shown}")
+                log(f"epoch {done}/{total}  {shown}")
                 task.detail("qat", done, total, terms)
                 task.update(done, total)
 
             outcome = trainer.train(report)
     except DivergedError as error:
-        run.log(str(error))
+        log(str(error))
         if recipe.method != "auto":
-            raise
+            # All of them see it; one tells.
+            with world.leader_first():
+                raise
         return quantized(teacher, recipe, data), None, "ptq: training diverged"
     worse = outcome.agreement[outcome.selected] > outcome.agreement["start"]
     if recipe.method == "auto" and worse:

@@ -16,8 +16,8 @@ from .dataset.calibration import CalibrationSet, write_atomic
 from .dataset.readers import ImageSet, open_set
 from .detectors import load_detector
 from .detectors.base import Detector
-from .distillation.trainer import LabelledImages
-from .distributed import device_for, gathered
+from .distillation.trainer import LabelledImages, Outcome
+from .distributed import World, device_for, gathered
 from .errors import UserError
 from .evaluation.coco import Metrics
 from .evaluation.coco import evaluate as evaluate_detector
@@ -122,10 +122,7 @@ def synthesize(
         world = stack.enter_context(gathered())
         progress = (progress if world.leads else None) or Silent()
         with world.leader_first():
-            target = pick_device(device_for(world, device))
-            if target.startswith("cuda:") and world.size > 1:
-                # Otherwise all processes take memory on the first one as well.
-                torch.cuda.set_device(target)
+            target = _own_device(world, device)
             if isinstance(model, Detector):
                 detector = model.to(target)
             else:
@@ -167,6 +164,8 @@ def quantize(
 ) -> Path:
     """Make a low-bit detector: find or make its calibration set, calibrate, train, save.
 
+    Started in several processes by torchrun, it shares each batch out among them.
+
     Args:
         recipe: the experiment.
         model: the float detector; None: the recipe's.
@@ -182,72 +181,92 @@ def quantize(
         UserError: for anything the user can mend.
     """
     settings = _as_recipe(recipe)
-    progress = progress or Silent()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            "dfq qat trains in one process: make the set with torchrun and dfq synthesize, then "
-            "start dfq qat without torchrun"
-        )
     stem = name or (Path(recipe).stem if not isinstance(recipe, Recipe) else "recipe")
-    target = pick_device(device)
-    source = model if model is not None else settings.model
-    detector = _float_model(source, trust=trust, device=target)
-    settings = settings.model_copy(update={"model": str(source)})
+    with contextlib.ExitStack() as stack:
+        world = stack.enter_context(gathered())
+        progress = (progress if world.leads else None) or Silent()
+        # Tried now, so that a mistake shows before hours of training and before a file is written.
+        with world.leader_first():
+            source = model if model is not None else settings.model
+            detector = _float_model(source, trust=trust, device=_own_device(world, device))
+            settings = settings.model_copy(update={"model": str(source)})
+            measured_on = _evaluation_set(settings, detector)
+            teacher = fold(detector.twin())
+            insert_quantizers(teacher.twin(), policy_of(settings))
+            calibration = None if data is None else _training_data(data, settings, detector)
+        if calibration is None:
+            calibration = synthesize(detector, settings, device=device, progress=progress)
+        identity = {
+            "checkpoint": detector.fingerprint,
+            "recipe": settings.model_dump(mode="json", exclude={"evaluation", "model"}),
+            "data": data_identity(calibration, data),
+        }
+        run = None
+        with world.leader_first():
+            if world.leads:
+                numbered = f"{stem}-{Path(detector.source).stem}"
+                folder = Path(out) if out else next_folder(Path("runs"), numbered, identity)
+                run = Run(folder, identity)
+                if not run.finished:
+                    stack.enter_context(run.lock())
+        # Asked again now: the one that held the lock before may have finished the run.
+        found = (run.folder, run.finished) if run else None
+        folder, finished = world.share(found)
+        if not finished:
+            if run is not None:
+                write_atomic(folder / "recipe.yaml", settings.to_yaml().encode())
+                origin = data or "synthesis"
+                run.log(f"model {detector.source}, {len(calibration)} images from {origin}")
+            log = run.log if run is not None else lambda _: None
+            trained = train(teacher, settings, calibration, folder, log, progress, world)
+            if run is not None:
+                _finish(run, teacher, trained, settings, len(calibration), measured_on, progress)
+        return folder
+
+
+def _own_device(world: World, device: str) -> str:
+    """The device of this process, checked to be there."""
+    target = pick_device(device_for(world, device))
+    if target.startswith("cuda:") and world.size > 1:
+        # Otherwise all processes take memory on the first one as well.
+        torch.cuda.set_device(target)
+    return target
+
+
+def _evaluation_set(settings: Recipe, detector: Detector) -> ImageSet | None:
     evaluation = settings.evaluation
-    # Tried now, so that a mistake shows before the hours of training and before a file is written.
-    measured_on = open_set(evaluation.data) if evaluation.data else None
-    if measured_on is not None:
-        require_labels(measured_on)
-        measured_on.category_mapping(detector.names)
-        size = evaluation.image_size or detector.image_size
-        detector.check_size(size, "evaluation.image_size")
-    teacher = fold(detector.twin())
-    insert_quantizers(teacher.twin(), policy_of(settings))
-    if data is None:
-        calibration: LabelledImages = synthesize(
-            detector, settings, device=device, progress=progress
-        )
-    else:
-        calibration = open_training_data(data, detector, settings.synthesis.image_size)
-    unlabelled = isinstance(calibration, LetterboxedImages) and not calibration.images.labelled
+    if not evaluation.data:
+        return None
+    images = open_set(evaluation.data)
+    require_labels(images)
+    images.category_mapping(detector.names)
+    size = evaluation.image_size or detector.image_size
+    detector.check_size(size, "evaluation.image_size")
+    return images
+
+
+def _training_data(data: str | Path, settings: Recipe, detector: Detector) -> LabelledImages:
+    found = open_training_data(data, detector, settings.synthesis.image_size)
+    unlabelled = isinstance(found, LetterboxedImages) and not found.images.labelled
     if unlabelled and settings.distillation.weights.task > 0:
         raise UserError(
             f"{data}: has no labels for the task loss; "
             "use a labelled set or --set distillation.weights.task=0"
         )
-    identity = {
-        "checkpoint": detector.fingerprint,
-        "recipe": settings.model_dump(mode="json", exclude={"evaluation", "model"}),
-        "data": data_identity(calibration, data),
-    }
-    folder = (
-        Path(out)
-        if out
-        else next_folder(Path("runs"), f"{stem}-{Path(detector.source).stem}", identity)
-    )
-    run = Run(folder, identity)
-    if run.finished:
-        return folder
-    with run.lock():
-        # The one that held it before may have finished it.
-        if not run.finished:
-            origin = data or "synthesis"
-            run.log(f"model {detector.source}, {len(calibration)} images from {origin}")
-            _finish(run, teacher, settings, calibration, measured_on, progress)
-    return folder
+    return found
 
 
 def _finish(
     run: Run,
     teacher: Detector,
+    trained: tuple[Detector, Outcome | None, str],
     settings: Recipe,
-    calibration: LabelledImages,
+    images: int,
     measured_on: ImageSet | None,
     progress: Progress,
 ) -> None:
-    """Train, measure and save: all that `run` is still without."""
-    write_atomic(run.folder / "recipe.yaml", settings.to_yaml().encode())
-    student, outcome, selected = train(teacher, settings, calibration, run, progress)
+    """Measure and save what training gave."""
+    student, outcome, selected = trained
     # As it will be loaded: another memory layout sums in another order.
     student.module.to(memory_format=torch.contiguous_format)
     layers = describe(student)
@@ -258,7 +277,7 @@ def _finish(
         "activation_bits": settings.quantization.activation_bits,
         "quantized_share_of_macs": quantized_share(layers),
         "bit_operations": bit_operations(layers),
-        "images": len(calibration),
+        "images": images,
     }
     if outcome is not None:
         metrics["teacher_divergence"] = outcome.agreement

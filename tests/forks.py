@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,18 @@ def start(
     process = FORKS.Process(target=_main, args=arguments, daemon=True)
     process.start()
     return process
+
+
+def launch(words: list[str], size: int, place: Path) -> list[multiprocessing.process.BaseProcess]:
+    """The processes that torchrun would start; what each prints goes to `rank-N.txt`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size)}
+    return [
+        start(words, place / f"rank-{rank}.txt", RANK=str(rank), LOCAL_RANK=str(rank), **together)
+        for rank in range(size)
+    ]
 
 
 def wait_for(condition: Callable[[], bool], process: multiprocessing.process.BaseProcess) -> None:

@@ -181,3 +181,65 @@ def test_one_thread_on_a_cpu_alone() -> None:
             assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_parts_make_up_the_whole() -> None:
+    for size, count in ((1, 5), (2, 5), (3, 7), (4, 4), (5, 3), (3, 0)):
+        parts = [list(range(count))[World(rank, size).part(count)] for rank in range(size)]
+        assert [i for part in parts for i in part] == list(range(count))
+        lengths = {len(part) for part in parts}
+        assert max(lengths) - min(lengths) <= 1
+
+
+def test_adding_up_gives_each_the_same_bits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(3, 1000, generator=generator)
+
+    def work(world: World) -> tuple[torch.Tensor, torch.Tensor]:
+        return world.add_up(values[world.rank].clone()), world.add_up(torch.ones(2, 2))
+
+    found = together(3, work)
+    for first, second in found:
+        assert torch.equal(first, found[0][0])
+        assert torch.allclose(first, values.sum(dim=0), atol=1e-6)
+        assert torch.equal(second, torch.full((2, 2), 3.0))
+    # The group is nobody else's business: Ultralytics would take a default one for its own.
+    assert not dist.is_initialized()
+
+
+def test_adding_up_alone_changes_nothing() -> None:
+    tensor = torch.tensor([1.0, 2.0])
+    assert World().add_up(tensor) is tensor
+    assert tensor.tolist() == [1.0, 2.0]
+
+
+def test_one_that_is_gone_ends_a_sum_with_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "SILENCE_SECONDS", 0.3)
+    monkeypatch.setattr(distributed, "BEAT_SECONDS", 0.05)
+
+    def work(world: World) -> None:
+        world.add_up(torch.ones(3))
+        if world.rank == 1:
+            world._group = None  # closes its connections
+            return
+        world.add_up(torch.ones(3))
+
+    first, second = together(2, work)
+    assert second is None
+    assert isinstance(first, UserError)
+    assert "of this run died; what is finished is kept" in str(first)
+
+
+def test_a_world_within_a_world_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Two of them in one process would wait for siblings that are already in the first.
+    store = dist.HashStore()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(dist, "rendezvous", lambda _: iter([(store, 0, 2)]))
+    monkeypatch.setattr(World, "leave", lambda _: None)
+    with gathered() as outer:
+        assert outer.size == 2
+        with gathered() as inner:
+            assert inner is outer
+        with gathered() as inner:
+            assert inner is outer

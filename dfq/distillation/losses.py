@@ -76,16 +76,30 @@ def flattened_divergence(
     return torch.stack(terms).sum()
 
 
-def feature_distance(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:
+def feature_moments(features: Mapping[str, Tensor]) -> Tensor:
+    """Mean and variance of each layer's features, `(2, layers)`, layers in the mapping's order."""
+    pairs = [torch.var_mean(tensor, correction=0) for tensor in features.values()]
+    return torch.stack([torch.stack([mean, var]) for var, mean in pairs], dim=1)
+
+
+def feature_distance(
+    student: Mapping[str, Tensor],
+    teacher: Mapping[str, Tensor],
+    variances: Tensor | None = None,
+) -> Tensor:
     """Mean over the layers of ||S - T||^2 / ||T - mean T||^2: relative, so no layer's scale counts.
 
     Args:
         student, teacher: layer name -> features of one shape.
+        variances: of the teacher's features, `(layers,)` in the order of `teacher`, where they are
+            taken over more images than these; None: over these.
     """
-    terms = []
-    for name, target in teacher.items():
-        spread = target.var(correction=0) + 1e-6
-        terms.append((student[name] - target).square().mean() / spread)
+    if variances is None:
+        variances = feature_moments(teacher)[1]
+    terms = [
+        (student[name] - target).square().mean() / (variance + 1e-6)
+        for (name, target), variance in zip(teacher.items(), variances.unbind(), strict=True)
+    ]
     return torch.stack(terms).mean()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,12 +15,13 @@ from torch import Generator, Tensor, nn
 
 from ..dataset.calibration import write_atomic
 from ..detectors.base import Detector, Targets
+from ..distributed import World
 from ..errors import DivergedError, UserError
-from ..quantization.convert import quantized_layers
 from ..quantization.quantizers import Quantizer
 from ..recipe import Distillation
 from .augment import augment, jitter_colours, mosaic
-from .losses import FeatureTaps, distillation_terms, feature_distance
+from .losses import FeatureTaps, distillation_terms, feature_distance, feature_moments
+from .parameters import Average, Leash, parameter_groups
 
 Report = Callable[[int, int, dict[str, float]], None]
 """Called after each epoch with epochs done, epochs in all, and the epoch's mean loss terms."""
@@ -53,90 +54,20 @@ class Outcome:
     history: list[dict[str, float]]
 
 
-def _parameter_groups(student: nn.Module, settings: Distillation) -> list[dict[str, Any]]:
-    """Weights at `lr`; step sizes and zero points, which live on scales of their own, apart."""
-    scales: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    owned = {
-        id(p): p for m in student.modules() if isinstance(m, Quantizer) for p in m.parameters()
-    }
-    for parameter in student.parameters():
-        if parameter.requires_grad:
-            (scales if id(parameter) in owned else others).append(parameter)
-    return [
-        {"params": others, "lr": settings.lr, "peak": settings.lr},
-        {"params": scales, "lr": settings.scale_lr, "peak": settings.scale_lr},
-    ]
-
-
-class _Leash:
-    """Keeps each quantized weight within so many of its quantization steps of the float weight.
-
-    A set of a few hundred synthetic images cannot say how the weights of a good network should
-    move, only how they should be rounded: half a step is enough to choose between the two nearest
-    levels (the space AdaRound searches), and what is bounded in steps tightens with the bit width
-    by itself. Without a bound, training fits the set and drifts from what real images need.
-
-    Args:
-        module: the calibrated student, its weights still the float ones.
-        steps: the bound, in steps of the calibrated grid; 0 for none.
-    """
-
-    def __init__(self, module: nn.Module, steps: float) -> None:
-        self.weights: list[nn.Parameter] = []
-        self.low: list[Tensor] = []
-        self.high: list[Tensor] = []
-        if steps == 0:
-            return
-        for _, layer in quantized_layers(module):
-            weight = layer.weight.detach()
-            scale = layer.weight_quantizer.scale.detach()
-            reach = steps * scale.view(-1, *([1] * (weight.ndim - 1)))
-            self.weights.append(layer.weight)
-            self.low.append(weight - reach)
-            self.high.append(weight + reach)
-
-    @torch.no_grad()
-    def pull(self) -> None:
-        """Put what went too far back on the bound."""
-        for weight, low, high in zip(self.weights, self.low, self.high, strict=True):
-            torch.clamp(weight, low, high, out=weight)
-
-    def state(self) -> list[Tensor]:
-        """The bounds, for a checkpoint."""
-        return [*self.low, *self.high]
-
-    @torch.no_grad()
-    def restore(self, state: list[Tensor]) -> None:
-        """Take the bounds from a checkpoint: the student it came with is no longer float."""
-        for bound, saved in zip(self.state(), state, strict=True):
-            bound.copy_(saved)
-
-
-class _Average:
-    """Exponential moving average of parameters, with the decay ramped up over the first steps."""
-
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.shadow = [p.detach().clone() for p in self.parameters]
-        self.decay = decay
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.shadow, [p.detach() for p in self.parameters], 1 - decay)
-
-    @torch.no_grad()
-    def swap(self) -> None:
-        """Exchange the averages with the module's own values."""
-        for parameter, average in zip(self.parameters, self.shadow, strict=True):
-            kept = parameter.detach().clone()
-            parameter.copy_(average)
-            average.copy_(kept)
+def _labels_of(targets: Targets, images: slice) -> Targets:
+    """The labels of some images in a row, which are counted from 0 anew."""
+    index = targets.data[:, 0]
+    data = targets.data[(index >= images.start) & (index < images.stop)].clone()
+    data[:, 0] -= images.start
+    return Targets(data)
 
 
 class Trainer:
     """Trains a quantized student, resumable at every checkpoint to the same result.
+
+    Several processes share each batch out among them and step alike. The result is that of one
+    process but for the last bits, except that the task term is normalised within each share, as
+    data-parallel training of detectors has it.
 
     Args:
         student: quantizers inserted and calibrated.
@@ -144,7 +75,8 @@ class Trainer:
         data: the calibration set.
         settings: the `distillation` section of a recipe.
         seed: fixes order and augmentation.
-        folder: where `checkpoint.pt` lives while training runs.
+        folder: where `checkpoint.pt` lives while training runs; all processes see it.
+        world: the processes that train together, each of which makes the same trainer; None: alone.
     """
 
     def __init__(
@@ -156,8 +88,10 @@ class Trainer:
         *,
         seed: int,
         folder: Path,
+        world: World | None = None,
     ) -> None:
         self.student, self.teacher, self.data = student, teacher, data
+        self.world = world or World()
         # Convolutions on a CPU and tensor cores both want the channels last.
         for detector in (student, teacher):
             detector.module.to(memory_format=torch.channels_last)
@@ -174,12 +108,13 @@ class Trainer:
             if isinstance(module, Quantizer):
                 module.zero_point.requires_grad_(module.asymmetric)
         self.optimizer = torch.optim.Adam(
-            _parameter_groups(student.module, settings), fused=True, betas=(0.9, 0.999)
+            parameter_groups(student.module, settings), fused=True, betas=(0.9, 0.999)
         )
-        self.average = _Average(student.module, settings.ema)
-        self.leash = _Leash(student.module, settings.drift)
-        names = student.feature_layers() if settings.weights.feature > 0 else []
-        self._names = names
+        self.average = Average(student.module, settings.ema)
+        self.leash = Leash(student.module, settings.drift)
+        self._names = student.feature_layers() if settings.weights.feature > 0 else []
+        used = [name for name in ("kl", "feature", "task") if getattr(settings.weights, name) > 0]
+        self._term_names = [*used, "loss"]
 
     def _rate(self, step: int) -> float:
         """Share of the peak rate at a step: linear warm-up, then cosine to zero."""
@@ -192,9 +127,12 @@ class Trainer:
     def _terms(
         self, images: Tensor, targets: Targets, ours: FeatureTaps, theirs: FeatureTaps
     ) -> dict[str, Tensor]:
+        """The weighted terms of the loss on this process's part of a batch, means over it."""
         weights, settings = self.settings.weights, self.settings
         with torch.no_grad():
             teacher_raw = self.teacher.raw(images)
+        features = theirs.take()
+        variances = self._variances(features, len(images))
         student_raw = self.student.raw(images)
         terms = {}
         if weights.kl > 0:
@@ -207,12 +145,27 @@ class Trainer:
                 temperature=settings.temperature,
             )
         if weights.feature > 0:
-            terms["feature"] = weights.feature * feature_distance(ours.take(), theirs.take())
+            distance = feature_distance(ours.take(), features, variances)
+            terms["feature"] = weights.feature * distance
         if weights.task > 0:
             shape = (images.shape[2], images.shape[3])
             task = self.student.task_loss(student_raw, targets, shape)
             terms["task"] = weights.task * torch.stack(list(task.values())).sum()
         return terms
+
+    def _variances(self, features: Mapping[str, Tensor], images: int) -> Tensor | None:
+        """Variance of each layer's features over the batch, of which this process holds a part."""
+        if self.world.size == 1 or not self._names:
+            return None
+        # Each writes what it knows into its row, and all rows meet in the sum.
+        rows = torch.zeros(self.world.size, 3, len(self._names), device=self.student.device)
+        if images:
+            rows[self.world.rank, 0] = images
+            rows[self.world.rank, 1:] = feature_moments(features)
+        counts, means, variances = self.world.add_up(rows).unbind(1)
+        share = counts / counts.sum(dim=0)
+        mean = (share * means).sum(dim=0)
+        return (share * (variances + (means - mean).square())).sum(dim=0)
 
     def _batch(self, indices: list[int], generator: Generator) -> tuple[Tensor, Targets]:
         device = self.student.device
@@ -231,7 +184,8 @@ class Trainer:
     def divergence(self) -> float:
         """Mean prediction divergence from the teacher over the whole set, nothing augmented."""
         total = torch.zeros((), device=self.student.device)
-        for start in range(0, len(self.data), self.batch_size):
+        starts = range(0, len(self.data), self.batch_size)
+        for start in starts[self.world.rank :: self.world.size]:
             images = self.images[start : start + self.batch_size].to(self.student.device)
             images = images.float() / 255
             total += len(images) * distillation_terms(
@@ -242,7 +196,7 @@ class Trainer:
                 form="family",
                 temperature=1.0,
             )
-        return float(total) / len(self.data)
+        return float(self.world.add_up(total)) / len(self.data)
 
     def _state(self, epoch: int, history: list[dict[str, float]], start: float) -> dict[str, Any]:
         return {
@@ -256,13 +210,19 @@ class Trainer:
         }
 
     def _save(self, state: dict[str, Any]) -> None:
+        if not self.world.leads:
+            return
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write_atomic(self.checkpoint, buffer.getvalue())
 
     def _resume(self) -> tuple[int, list[dict[str, float]], float | None]:
-        if not self.checkpoint.is_file():
+        if not self.world.share(self.checkpoint.is_file()):
             return 0, [], None
+        with self.world.leader_first():
+            return self._restore()
+
+    def _restore(self) -> tuple[int, list[dict[str, float]], float | None]:
         try:
             state = torch.load(self.checkpoint, map_location=self.student.device, weights_only=True)
             self.student.module.load_state_dict(state["student"])
@@ -277,6 +237,17 @@ class Trainer:
                 f"the training over"
             ) from None
 
+    @torch.no_grad()
+    def _agree(self) -> None:
+        """Take the leading process's parameters: those found by another kind of processor may
+        differ in their last bits, and would do so for good."""
+        if self.world.size == 1:
+            return
+        tensors = [*self.average.parameters, *self.average.shadow, *self.leash.state()]
+        for tensor in tensors:
+            same = tensor.detach().contiguous()
+            tensor.copy_(self.world.add_up(same if self.world.leads else torch.zeros_like(same)))
+
     def train(self, report: Report | None = None) -> Outcome:
         """Run what is left of the epochs, choose the weights, and leave them in the student.
 
@@ -285,6 +256,7 @@ class Trainer:
         """
         settings = self.settings
         first, history, start = self._resume()
+        self._agree()
         if start is None:
             start = self.divergence()
             self._save(self._state(0, history, start))
@@ -310,26 +282,21 @@ class Trainer:
         # Seeded by the epoch alone: a resumed run draws what an unbroken one would have.
         generator = Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.data), generator=generator).tolist()
-        sums: dict[str, Tensor] = {}
+        sums = torch.zeros(len(self._term_names), device=self.student.device)
         for number in range(self.steps):
             step = epoch * self.steps + number
             for group in self.optimizer.param_groups:
                 group["lr"] = group["peak"] * self._rate(step)
             chosen = order[number * self.batch_size : (number + 1) * self.batch_size]
-            images, targets = self._batch(chosen, generator)
-            terms = self._terms(images, targets, ours, theirs)
-            loss = torch.stack(list(terms.values())).sum()
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            values = self._gradient(chosen, generator, ours, theirs)
             nn.utils.clip_grad_norm_(
                 self.average.parameters, self.settings.clip, error_if_nonfinite=False
             )
             self.optimizer.step()
             self.leash.pull()
             self.average.update(step)
-            for name, term in {**terms, "loss": loss}.items():
-                sums[name] = sums.get(name, torch.zeros_like(term)) + term.detach()
-        means = {name: float(total) / self.steps for name, total in sums.items()}
+            sums += values
+        means = dict(zip(self._term_names, (sums / self.steps).tolist(), strict=True))
         # What the last step broke is not in a loss yet, but would be in the checkpoint.
         with torch.no_grad():
             norms = torch.stack(torch._foreach_norm(self.average.parameters))
@@ -341,6 +308,52 @@ class Trainer:
                 f"{self.checkpoint}; lower distillation.lr, or use method: auto"
             )
         return means
+
+    def _gradient(
+        self, chosen: list[int], generator: Generator, ours: FeatureTaps, theirs: FeatureTaps
+    ) -> Tensor:
+        """Leave the gradient of the loss on the images `chosen` in the parameters.
+
+        Returns:
+            The terms of the loss and the loss itself, `(terms + 1,)`.
+        """
+        # All of the batch, whatever the share: the draws, and what mosaics are made of, are its.
+        images, targets = self._batch(chosen, generator)
+        mine = self.world.part(len(chosen))
+        share = (mine.stop - mine.start) / len(chosen)
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.world.size > 1:
+            images, targets = images[mine], _labels_of(targets, mine)
+        if share > 0:
+            terms = list(self._terms(images, targets, ours, theirs).values())
+            loss = torch.stack(terms).sum()
+            # Means over the part, weighted so that they add up to the mean over the batch.
+            (loss * share).backward()
+            values = torch.stack([*terms, loss]).detach() * share
+        else:
+            self._variances({}, 0)
+            values = torch.zeros(len(self._term_names), device=self.student.device)
+        if self.world.size == 1:
+            return values
+        return self._add_up_gradients(values)
+
+    @torch.no_grad()
+    def _add_up_gradients(self, values: Tensor) -> Tensor:
+        """Add up the gradients, and `values`, over all processes in one exchange."""
+        parameters = self.average.parameters
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([*(g.reshape(-1) for g in gradients), values])
+        *parts, values = self.world.add_up(flat).split(
+            [*(g.numel() for g in gradients), len(values)]
+        )
+        # Copied, for the gradients keep the memory layout of their parameters.
+        torch._foreach_copy_(
+            gradients, [part.view(g.shape) for part, g in zip(parts, gradients, strict=True)]
+        )
+        return values
 
     def _choose(self, start: float, history: list[dict[str, float]]) -> Outcome:
         """Pick last or averaged weights without any real image."""

@@ -12,7 +12,8 @@ from tiny_detector import blobs, stacked, tiny_detector
 from torch import Tensor, nn
 
 from dfq.detectors.base import Detector, Targets
-from dfq.distillation.trainer import Trainer, _Average
+from dfq.distillation.parameters import Average
+from dfq.distillation.trainer import Trainer
 from dfq.errors import UserError
 from dfq.quantization.convert import (
     Policy,
@@ -337,7 +338,7 @@ def test_what_the_last_step_breaks_is_not_saved(
 def test_average_is_the_recurrence_written_out() -> None:
     layer = nn.Linear(3, 2)
     layer.bias.requires_grad_(False)
-    average = _Average(layer, 0.6)
+    average = Average(layer, 0.6)
     shadow = [float(value) for value in layer.weight.detach().flatten()]
     generator = torch.Generator().manual_seed(0)
     for step in range(12):

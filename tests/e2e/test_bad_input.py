@@ -345,11 +345,3 @@ def test_sizes_that_do_not_fit_real_images(place: Path, model: Path) -> None:
     )  # fmt: skip
     assert "100 is no multiple of the model's stride" in line
     assert not (place / "out").exists()
-
-
-def test_qat_under_torchrun(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Every process would train in the same folder.
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    line = has_one_error(command("qat", "--recipe", "w4a8", "--model", "demo", "--out", "out"))
-    assert "without torchrun" in line
-    assert not (place / "out").exists()

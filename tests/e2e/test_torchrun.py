@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from forks import start, wait_for
+from forks import launch, start, wait_for
 from harness import RECIPE, command, contents
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -47,18 +45,6 @@ def words_for(model: Path, *more: str) -> list[str]:
 
 def records(folder: Path) -> int:
     return len(list((folder / "shards").glob("0*.json")))
-
-
-def launch(words: list[str], size: int, place: Path) -> list[multiprocessing.process.BaseProcess]:
-    """The processes that torchrun would start; what each prints goes to `rank-N.txt`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size)}
-    return [
-        start(words, place / f"rank-{rank}.txt", RANK=str(rank), LOCAL_RANK=str(rank), **together)
-        for rank in range(size)
-    ]
 
 
 @pytest.mark.parametrize("size", [2, 3])

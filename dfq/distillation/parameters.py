@@ -1,0 +1,94 @@
+"""What training does with a student's parameters beside stepping them: rates, bounds, averages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..quantization.convert import quantized_layers
+from ..quantization.quantizers import Quantizer
+from ..recipe import Distillation
+
+
+def parameter_groups(student: nn.Module, settings: Distillation) -> list[dict[str, Any]]:
+    """Weights at `lr`; step sizes and zero points, which live on scales of their own, apart."""
+    scales: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    owned = {
+        id(p): p for m in student.modules() if isinstance(m, Quantizer) for p in m.parameters()
+    }
+    for parameter in student.parameters():
+        if parameter.requires_grad:
+            (scales if id(parameter) in owned else others).append(parameter)
+    return [
+        {"params": others, "lr": settings.lr, "peak": settings.lr},
+        {"params": scales, "lr": settings.scale_lr, "peak": settings.scale_lr},
+    ]
+
+
+class Leash:
+    """Keeps each quantized weight within so many of its quantization steps of the float weight.
+
+    A set of a few hundred synthetic images cannot say how the weights of a good network should
+    move, only how they should be rounded: half a step is enough to choose between the two nearest
+    levels (the space AdaRound searches), and what is bounded in steps tightens with the bit width
+    by itself. Without a bound, training fits the set and drifts from what real images need.
+
+    Args:
+        module: the calibrated student, its weights still the float ones.
+        steps: the bound, in steps of the calibrated grid; 0 for none.
+    """
+
+    def __init__(self, module: nn.Module, steps: float) -> None:
+        self.weights: list[nn.Parameter] = []
+        self.low: list[Tensor] = []
+        self.high: list[Tensor] = []
+        if steps == 0:
+            return
+        for _, layer in quantized_layers(module):
+            weight = layer.weight.detach()
+            scale = layer.weight_quantizer.scale.detach()
+            reach = steps * scale.view(-1, *([1] * (weight.ndim - 1)))
+            self.weights.append(layer.weight)
+            self.low.append(weight - reach)
+            self.high.append(weight + reach)
+
+    @torch.no_grad()
+    def pull(self) -> None:
+        """Put what went too far back on the bound."""
+        for weight, low, high in zip(self.weights, self.low, self.high, strict=True):
+            torch.clamp(weight, low, high, out=weight)
+
+    def state(self) -> list[Tensor]:
+        """The bounds, for a checkpoint."""
+        return [*self.low, *self.high]
+
+    @torch.no_grad()
+    def restore(self, state: list[Tensor]) -> None:
+        """Take the bounds from a checkpoint: the student it came with is no longer float."""
+        for bound, saved in zip(self.state(), state, strict=True):
+            bound.copy_(saved)
+
+
+class Average:
+    """Exponential moving average of parameters, with the decay ramped up over the first steps."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.shadow = [p.detach().clone() for p in self.parameters]
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.shadow, [p.detach() for p in self.parameters], 1 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the averages with the module's own values."""
+        for parameter, average in zip(self.parameters, self.shadow, strict=True):
+            kept = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(kept)
