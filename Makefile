@@ -33,7 +33,7 @@ clean:
 KIT ?= ../shared/kit
 BENCH ?= runs/bench
 
-.PHONY: bench-zero-shot bench-demo bench-synthesis
+.PHONY: bench-zero-shot bench-demo bench-synthesis bench-qat-step
 
 bench-zero-shot: env
 	$(BIN)/python tools/bench_zero_shot.py --model $(KIT)/weights/yolov5n-coco/yolov5n.pt \
@@ -45,3 +45,6 @@ bench-demo: env
 bench-synthesis: env
 	$(BIN)/python tools/bench_synthesis.py --model $(KIT)/weights/yolov5n-coco/yolov5n.pt
 	$(BIN)/python tools/bench_synthesis.py --model yolo11n.yaml
+
+bench-qat-step: env
+	$(BIN)/python tools/bench_qat.py --model $(KIT)/weights/yolov5n-coco/yolov5n.pt

@@ -260,8 +260,7 @@ class Trainer:
         if start is None:
             start = self.divergence()
             self._save(self._state(0, history, start))
-        ours = FeatureTaps(self.student.module, self._names)
-        theirs = FeatureTaps(self.teacher.module, self._names)
+        ours, theirs = self.taps()
         saved_at = time.monotonic()
         try:
             for epoch in range(first, settings.epochs):
@@ -284,18 +283,9 @@ class Trainer:
         order = torch.randperm(len(self.data), generator=generator).tolist()
         sums = torch.zeros(len(self._term_names), device=self.student.device)
         for number in range(self.steps):
-            step = epoch * self.steps + number
-            for group in self.optimizer.param_groups:
-                group["lr"] = group["peak"] * self._rate(step)
             chosen = order[number * self.batch_size : (number + 1) * self.batch_size]
-            values = self._gradient(chosen, generator, ours, theirs)
-            nn.utils.clip_grad_norm_(
-                self.average.parameters, self.settings.clip, error_if_nonfinite=False
-            )
-            self.optimizer.step()
-            self.leash.pull()
-            self.average.update(step)
-            sums += values
+            step = epoch * self.steps + number
+            sums += self.step(step, chosen, generator, ours, theirs)
         means = dict(zip(self._term_names, (sums / self.steps).tolist(), strict=True))
         # What the last step broke is not in a loss yet, but would be in the checkpoint.
         with torch.no_grad():
@@ -308,6 +298,42 @@ class Trainer:
                 f"{self.checkpoint}; lower distillation.lr, or use method: auto"
             )
         return means
+
+    def step(
+        self,
+        step: int,
+        chosen: list[int],
+        generator: Generator,
+        ours: FeatureTaps,
+        theirs: FeatureTaps,
+    ) -> Tensor:
+        """One step of the optimizer, and of all that goes with it.
+
+        Args:
+            step: its number, from 0, over all epochs.
+            chosen: images of the batch, all processes' parts of it.
+            generator: on the CPU; draws the augmentation.
+            ours, theirs: taps on the distilled layers of student and teacher.
+
+        Returns:
+            The weighted terms of the loss and their sum, `(terms + 1,)`.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * self._rate(step)
+        values = self._gradient(chosen, generator, ours, theirs)
+        nn.utils.clip_grad_norm_(
+            self.average.parameters, self.settings.clip, error_if_nonfinite=False
+        )
+        self.optimizer.step()
+        self.leash.pull()
+        self.average.update(step)
+        return values
+
+    def taps(self) -> tuple[FeatureTaps, FeatureTaps]:
+        """Taps on the distilled layers of student and teacher, to be closed by the caller."""
+        networks = (self.student.module, self.teacher.module)
+        ours, theirs = (FeatureTaps(module, self._names) for module in networks)
+        return ours, theirs
 
     def _gradient(
         self, chosen: list[int], generator: Generator, ours: FeatureTaps, theirs: FeatureTaps

@@ -36,30 +36,53 @@ class _FakeQuantize(torch.autograd.Function):
         ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
     ) -> Tensor:
         zero = torch.clamp(torch.round(zero_point), qmin, qmax)
-        # In place on one fresh tensor: the passes are bound by memory, not by arithmetic.
-        y = (x / scale).round_()
+        # In place on fresh tensors: the passes are bound by memory, not by arithmetic.
+        steps = x / scale
+        y = steps.round()
         y = torch.minimum(torch.maximum(y, qmin - zero, out=y), qmax - zero, out=y)
-        y.mul_(scale)
-        ctx.save_for_backward(x, y, scale)
-        return y
+        if any(ctx.needs_input_grad):
+            error = torch.sub(y, steps, out=steps)
+            y.mul_(scale)
+            # Not x: it would be kept alive for this alone, while y is the convolution's input.
+            ctx.save_for_backward(error, y, scale)
+            return y
+        return y.mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, scale = ctx.saved_tensors
-        # Inside the grid the rounding error is at most half a step, outside it is more. The margin
-        # covers single precision: the product of a level up to 255 and the step is off by 2e-5
-        # steps. The mask is made by float arithmetic: multiplying by a bool tensor is ten times
-        # slower on CPU.
-        inside = (y - x).abs_().sub_(scale * 0.5001).neg_().sign_().clamp_(min=0)
-        grad_x = grad * inside
+        # error = q - x / s: at most half a step inside the grid, outside it is more. The margin
+        # covers single precision, where x / s is off by 2e-5 for levels up to 255.
+        error, y, scale = ctx.saved_tensors
+        # 0 where it clips: the one kernel that compares and chooses in a single pass.
+        grad_x = torch.ops.aten.hardtanh_backward(grad, error, -0.5001, 0.5001)
         grad_scale = grad_zero = None
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            clipped = grad - grad_x
         if ctx.needs_input_grad[1]:
-            step = torch.addcmul(y, x, inside, value=-1).mul_(grad)
-            grad_scale = step.sum_to_size(scale.shape) / scale
+            # d x_hat / d s is the error inside, q = y / s outside.
+            grad_scale = _inner(grad_x, error, scale) + _inner(clipped, y, scale) / scale
         if ctx.needs_input_grad[2]:
-            clipped = (grad - grad_x).sum_to_size(scale.shape)
-            grad_zero = clipped * -scale
+            grad_zero = clipped.sum_to_size(scale.shape) * -scale
         return grad_x, grad_scale, grad_zero, None, None
+
+
+def _inner(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
+    """Sum of a * b over the axes that `like` does not have, in its shape."""
+    if like.numel() == 1 and a.stride() == b.stride():
+        # Dense tensors of one layout, in the order of memory: without writing the product down.
+        flat, other = _flat(a), _flat(b)
+        if flat is not None and other is not None:
+            return torch.dot(flat, other).view(like.shape)
+    return (a * b).sum_to_size(like.shape)
+
+
+def _flat(x: Tensor) -> Tensor | None:
+    """All values of a dense tensor in the order of memory; None where it has gaps or overlaps."""
+    if x.is_contiguous():
+        return x.view(-1)
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return x.permute(0, 2, 3, 1).reshape(-1)
+    return None
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:

@@ -1,0 +1,126 @@
+"""Time a training step of the low-bit network against one of the float network.
+
+    python tools/bench_qat.py --model yolov5n.pt --size 320 --batch 8 --threads 1
+
+Both run the same teacher, the same loss, the same optimizer, and take turns in one process, so that
+a busy machine slows both alike; the medians over the rounds are compared.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import click
+import torch
+from torch import Generator, Tensor
+
+from dfq.detectors import load_detector
+from dfq.detectors.base import Detector, Targets
+from dfq.distillation.trainer import Trainer
+from dfq.quantization.convert import calibrate, fold, insert_quantizers
+from dfq.recipe import load_recipe
+from dfq.training import policy_of
+
+
+class Noise:
+    """Smooth random images, one box each."""
+
+    def __init__(self, count: int, size: int) -> None:
+        generator = Generator().manual_seed(0)
+        coarse = torch.rand(count, 3, size // 8, size // 8, generator=generator)
+        smooth = torch.nn.functional.interpolate(coarse, (size, size), mode="bilinear")
+        self.images = (smooth * 255).to(torch.uint8)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def load(self, indices: list[int]) -> Tensor:
+        return self.images[indices]
+
+    def targets(self, indices: list[int]) -> Targets:
+        return Targets.from_per_image([torch.tensor([[0, 0.5, 0.5, 0.4, 0.4]]) for _ in indices])
+
+
+class Stepper:
+    """One trainer, a step at a time."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.number = trainer, 0
+        self.taps = trainer.taps()
+        self.generator = Generator().manual_seed(0)
+        self.chosen = list(range(trainer.batch_size))
+
+    def __call__(self) -> float:
+        """Seconds of one step."""
+        device = self.trainer.student.device
+        start = time.perf_counter()
+        self.trainer.step(self.number, self.chosen, self.generator, *self.taps)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self.number += 1
+        return time.perf_counter() - start
+
+
+@click.command(help=(__doc__ or "").split("\n\n")[0])
+@click.option("--model", required=True, help="Checkpoint, yaml or published name.")
+@click.option("--size", default=320, show_default=True, help="Side of the images.")
+@click.option("--batch", default=8, show_default=True, help="Images a step.")
+@click.option("--rounds", default=12, show_default=True, help="Steps of each.")
+@click.option("--threads", default=1, show_default=True, help="CPU threads.")
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option("--recipe", default="w4a8", show_default=True, help="File or shipped recipe.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="As for dfq qat.")
+@click.option("--profile", is_flag=True, help="Print where a step of the low-bit network goes.")
+def main(
+    model: str,
+    size: int,
+    batch: int,
+    rounds: int,
+    threads: int,
+    device: str,
+    recipe: str,
+    overrides: tuple[str, ...],
+    profile: bool,
+) -> None:
+    torch.set_num_threads(threads)
+    settings = load_recipe(recipe, [f"distillation.batch_size={batch}", *overrides])
+    data = Noise(batch, size)
+    teacher = fold(load_detector(model, device=device))
+    student = insert_quantizers(teacher.twin(), policy_of(settings))
+    calibrate(student, [data.images.float() / 255], search="minmax")
+    steps: dict[str, Stepper] = {}
+
+    def stepper(network: Detector) -> Stepper:
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = Trainer(
+                network, teacher.twin(), data, settings.distillation, seed=0, folder=Path(folder)
+            )
+        return Stepper(trainer)
+
+    steps = {"float": stepper(teacher.twin()), recipe: stepper(student)}
+    if profile:
+        for _ in range(2):
+            steps[recipe]()
+        with torch.profiler.profile() as found:
+            steps[recipe]()
+        print(found.key_averages().table(sort_by="self_cpu_time_total", row_limit=25))
+        return
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds + 2):
+        for name, step in steps.items():
+            seconds = step()
+            if number >= 2:  # the first ones warm up
+                times[name].append(seconds)
+    print(f"torch {torch.__version__}, {device}, {threads} thread(s), {batch} images of {size} px")
+    for name, seconds_of in times.items():
+        print(f"  {name:<8}{statistics.median(seconds_of) * 1e3:9.1f} ms a step")
+    ratios = [ours / theirs for ours, theirs in zip(times[recipe], times["float"], strict=True)]
+    low, middle, high = (statistics.quantiles(ratios, n=20)[i] for i in (0, 9, 18))
+    print(f"  ratio   {middle:9.2f} (90 % of the rounds in {low:.2f} to {high:.2f})")
+
+
+if __name__ == "__main__":
+    main()
