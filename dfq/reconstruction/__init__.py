@@ -1,0 +1,1 @@
+"""Low-bit weights found without training: layer by layer, from what the layers compute."""

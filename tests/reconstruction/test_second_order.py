@@ -1,0 +1,133 @@
+"""Rounding that makes up for itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_detector import blobs, tiny_detector
+from torch import Tensor
+
+from dfq.detectors.base import Detector
+from dfq.distillation.losses import distillation_terms
+from dfq.errors import UserError
+from dfq.quantization.convert import (
+    Policy,
+    calibrate,
+    fold,
+    insert_quantizers,
+    quantized_layers,
+)
+from dfq.reconstruction.moments import Moments
+from dfq.reconstruction.second_order import aim, reconstruct, round_compensated
+
+
+def correlated(count: int, size: int, seed: int = 0) -> Tensor:
+    """Rows whose entries go together, as neighbouring pixels do."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(size, size, generator=generator) + 2
+    return torch.randn(count, size, generator=generator) @ mix / size
+
+
+def test_uncorrelated_inputs_leave_nothing_to_make_up_for() -> None:
+    weight = torch.randn(1, 5, 12)
+    scale = torch.full((1, 5), 0.3)
+    power = torch.rand(12) + 0.5
+    found = round_compensated(weight, torch.diag(power)[None], scale, -8, 7, damping=0.0)
+    torch.testing.assert_close(found, (weight / 0.3).round().clamp(-8, 7) * 0.3)
+
+
+@pytest.mark.parametrize("inputs", [20, 150])
+def test_it_beats_nearest_rounding_where_inputs_go_together(inputs: int) -> None:
+    # 150 inputs are more than one block of columns.
+    x = correlated(2000, inputs)
+    weight = torch.randn(1, 6, inputs)
+    scale = weight.abs().amax(2) / 7
+    found = round_compensated(weight, (x.T @ x / 2000)[None], scale, -8, 7, damping=0.01)
+    steps = found / scale.unsqueeze(2)
+    torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-4)
+    assert steps.min() >= -8
+    assert steps.max() <= 7
+    nearest = (weight / scale.unsqueeze(2)).round().clamp(-8, 7) * scale.unsqueeze(2)
+    error = (x @ (found - weight)[0].T).square().mean()
+    assert error < 0.3 * (x @ (nearest - weight)[0].T).square().mean()
+
+
+def test_blocks_of_columns_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = correlated(500, 40).double(), torch.randn(2, 3, 40).double()
+    second = torch.stack([x.T @ x / 500, torch.eye(40).double()])
+    scale = torch.full((2, 3), 0.2).double()
+    whole = round_compensated(weight, second, scale, -8, 7, damping=0.01)
+    monkeypatch.setattr("dfq.reconstruction.second_order.BLOCK", 7)
+    torch.testing.assert_close(round_compensated(weight, second, scale, -8, 7, damping=0.01), whole)
+
+
+def test_a_singular_matrix_is_damped_until_it_is_not() -> None:
+    x = torch.ones(10, 6)
+    found = round_compensated(
+        torch.full((1, 1, 6), 0.3), (x.T @ x)[None], torch.ones(1, 1), -8, 7, damping=0.0
+    )
+    # Together 1.8: rounded one by one it would be nothing.
+    assert float(found.sum()) == 2
+
+
+def test_inputs_that_never_are_do_no_harm() -> None:
+    found = round_compensated(
+        torch.full((1, 2, 4), 0.7), torch.zeros(1, 4, 4), torch.ones(1, 2), -8, 7, damping=0.01
+    )
+    assert (found == 1).all()
+
+
+def double(moments: Moments) -> Moments:
+    tensors = (moments.second, moments.cross, moments.mean, moments.float_mean)
+    return Moments(*(tensor.double() for tensor in tensors), moments.places)
+
+
+def test_the_aim_is_the_least_squares_solution() -> None:
+    x = correlated(300, 8)
+    y = x + 0.2 * torch.randn(300, 8)
+    weight = torch.randn(1, 3, 8)
+    moments = Moments(
+        (x.T @ x / 300)[None], (y.T @ x / 300)[None], x.mean(0)[None], y.mean(0)[None], 300
+    )
+    expected = torch.linalg.lstsq(x.double(), (y @ weight[0].T).double()).solution.T
+    found = aim(weight.double(), double(moments), 0.0)
+    torch.testing.assert_close(found[0], expected, rtol=1e-3, atol=1e-4)
+    # A strong pull keeps the weights where they were.
+    torch.testing.assert_close(aim(weight, moments, 1e5), weight, rtol=1e-3, atol=1e-3)
+
+
+def divergence(student: Detector, teacher: Detector, images: Tensor) -> float:
+    pixels = images.float() / 255
+    with torch.no_grad():
+        raw = student.raw(pixels), teacher.raw(pixels)
+        return float(
+            distillation_terms(student, *raw, batch=len(images), form="family", temperature=1.0)
+        )
+
+
+@pytest.mark.parametrize("weights", ["per_channel", "per_tensor"])
+def test_a_reconstructed_network_is_closer_to_its_teacher(weights: str) -> None:
+    teacher = fold(tiny_detector().twin())
+    student = insert_quantizers(
+        teacher.twin(),
+        Policy(weight_bits=4, activation_bits=8, first_last_bits="same", weights=weights),
+    )
+    images, unseen = ((blobs(count, seed=seed) * 255).byte() for count, seed in ((12, 1), (8, 2)))
+    calibrate(student, [images.float() / 255])
+    before = divergence(student, teacher, unseen)
+    told: list[tuple[int, int]] = []
+    reconstruct(student, teacher, images, batch_size=5, progress=lambda *done: told.append(done))
+    assert divergence(student, teacher, unseen) < 0.5 * before
+    layers = list(quantized_layers(student.module))
+    assert told[-1] == (len(layers), len(layers))
+    for name, layer in layers:
+        quantizer = layer.weight_quantizer
+        # Already on the grid: fake quantization changes nothing any more.
+        torch.testing.assert_close(quantizer(layer.weight), layer.weight, rtol=1e-5, atol=1e-7)
+        assert not torch.equal(layer.weight, teacher.module.get_submodule(name).weight)
+
+
+def test_without_images_it_says_so() -> None:
+    teacher = fold(tiny_detector().twin())
+    with pytest.raises(UserError, match="no images"):
+        reconstruct(teacher.twin(), teacher, torch.zeros(0, 3, 64, 64, dtype=torch.uint8))
