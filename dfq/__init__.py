@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .verbs import evaluate as evaluate
     from .verbs import inspect as inspect
     from .verbs import quantize as quantize
+    from .verbs import sensitivity as sensitivity
     from .verbs import synthesize as synthesize
 
 # Imported on first use: `dfq --help` need not wait seconds for torch and Ultralytics.
@@ -33,6 +34,7 @@ _HOMES = {
     "load_run": "run",
     "synthesize": "verbs",
     "quantize": "verbs",
+    "sensitivity": "verbs",
     "evaluate": "verbs",
     "inspect": "verbs",
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import click
@@ -179,6 +178,63 @@ def qat(
     click.echo(str(folder))
 
 
+@cli.command()
+@click.option("--model", required=True, help="The float detector.")
+@click.option("--data", help="A SET to measure on; default: the synthetic one, made if need be.")
+@click.option("--recipe", help="File or shipped recipe whose quantization section is used.")
+@click.option(
+    "--budget",
+    help="What all layers may cost together: as much as w4a8 throughout, or a number (12.5G).",
+)
+@click.option(
+    "--cost",
+    type=click.Choice(["bit_operations", "bytes"]),
+    help="What the budget is in: bit operations of an image, or bytes of weights.",
+)
+@click.option("--images", type=int, help="Images of the set it is measured on.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the result here.")
+@_settings
+@_common
+@mendable
+def sensitivity(
+    model: str,
+    data: str | None,
+    recipe: str | None,
+    budget: str | None,
+    cost: str | None,
+    images: int | None,
+    json_file: Path | None,
+    seed: int | None,
+    overrides: tuple[str, ...],
+    device: str,
+    trust: bool,
+) -> None:
+    """Measure what each layer's bits do to the predictions, and spread a budget over the layers.
+
+    Recipes with quantization.mixed.budget do this by themselves.
+    """
+    from .cli_tables import print_sensitivity
+    from .dataset.calibration import write_json
+    from .progress import Live
+    from .recipe import load_recipe
+    from .verbs import sensitivity as verb
+
+    check_output(json_file)
+    settings = load_recipe(
+        recipe,
+        overrides,
+        seed=seed,
+        quantization__mixed__budget=budget,
+        quantization__mixed__cost=cost,
+        quantization__mixed__images=images,
+    )
+    found = verb(model, settings, data=data, device=device, trust=trust, progress=Live())
+    print_sensitivity(found, model)
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(json_file, found.to_dict())
+
+
 @cli.command("eval")
 @click.option("--model", required=True, help="A detector or a run folder.")
 @click.option("--data", required=True, help="A labelled SET.")
@@ -216,31 +272,13 @@ def evaluate(
 @mendable
 def inspect(model: str, json_file: Path | None, trust: bool) -> None:
     """List every layer: shape, MACs, bits."""
-    from rich.console import Console
-    from rich.table import Table
-
+    from .cli_tables import print_layers
     from .dataset.calibration import write_json
     from .verbs import inspect as verb
 
     check_output(json_file)
     found = verb(model, trust=trust)
-    table = Table(title=f"{found.source} ({found.family}, {found.image_size} px)")
-    for column in ("layer", "kind", "weight", "output", "MACs (M)", "weight bits", "act. bits"):
-        table.add_column(column, justify="left" if column in ("layer", "kind") else "right")
-    for layer in found.layers:
-        bits = [str(b) if b < 32 else "float" for b in (layer.weight_bits, layer.activation_bits)]
-        shapes = ["x".join(map(str, s)) for s in (layer.weight_shape, layer.output_shape)]
-        table.add_row(layer.name, layer.kind, *shapes, f"{layer.macs / 1e6:.2f}", *bits)
-    # Wide enough for every column when the output is a file or a pipe.
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(table)
-    total = sum(layer.macs for layer in found.layers)
-    quantized = sum(layer.quantized for layer in found.layers)
-    console.print(
-        f"{quantized} of {len(found.layers)} layers quantized: {found.quantized_share:.1%} of "
-        f"{total / 1e6:.1f} M MACs",
-        highlight=False,
-    )
+    print_layers(found)
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         write_json(json_file, found.to_dict())

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import UserError
+from .quantization.widths import Widths, check_budget, parse_widths
 
 LABELS = ("adaptive", "single", "multi", "tile", "none")
 """What `synthesis.labels` can be, besides `real:SET`."""
@@ -88,6 +89,39 @@ class Synthesis(_Section):
         return value
 
 
+class Mixed(_Section):
+    """Mixed precision: every layer gets the bits that its effect on the predictions is worth."""
+
+    budget: str | None = None
+    """What all layers together may cost: "w4a8" (as much as these widths throughout), or a number
+    such as 12.5G; None: every layer has the same bits."""
+    cost: Literal["bit_operations", "bytes"] = "bit_operations"
+    """What the budget is in: weight bits * activation bits * MACs of an image, or bytes of the
+    weights."""
+    candidates: list[int | str] = [3, 4, 5, 6, 8]
+    """Widths a layer may get: of its weights, or of both as "w4a6"."""
+    images: int = Field(16, ge=1)
+    """Images of the set that each layer's effect is measured on."""
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _budget(cls, value: Any) -> Any:
+        text = str(value) if isinstance(value, int | float) else value
+        if isinstance(text, str):
+            check_budget(text)
+        return text
+
+    @field_validator("candidates")
+    @classmethod
+    def _widths(cls, value: list[int | str]) -> list[int | str]:
+        if len({str(bits) for bits in value}) < 2:
+            raise ValueError("needs two widths or more to choose from")
+        for bits in value:
+            if parse_widths(bits) is None:
+                raise ValueError("float is no candidate; 2 to 8, or both as w4a6")
+        return value
+
+
 class Quantization(_Section):
     """What is quantized, and to how many bits."""
 
@@ -101,16 +135,29 @@ class Quantization(_Section):
     """How the initial scales are found."""
     calibration_images: int = Field(64, ge=1)
     """Images of the set the initial scales are found on."""
-    overrides: dict[str, Literal["float"] | int] = {}
-    """Layer name or wildcard -> "float" or a bit width; the first match wins."""
+    overrides: dict[str, int | str] = {}
+    """Layer name or wildcard -> "float", a bit width, or "w4a8"; the first match wins."""
+    mixed: Mixed = Mixed()
 
     @field_validator("overrides")
     @classmethod
     def _bits(cls, value: dict[str, Any]) -> dict[str, Any]:
         for name, bits in value.items():
-            if bits != "float" and not 2 <= bits <= 8:
-                raise ValueError(f"'{name}' asks for {bits} bits; 2 to 8, or 'float'")
+            try:
+                parse_widths(bits)
+            except ValueError:
+                asked = f"{bits} bits" if isinstance(bits, int) else f"'{bits}'"
+                raise ValueError(
+                    f"'{name}' asks for {asked}; 2 to 8, two of them as w4a8, or 'float'"
+                ) from None
         return value
+
+    def candidates(self) -> list[Widths]:
+        """What `mixed.candidates` stands for, as (weight bits, activation bits)."""
+        return [
+            (bits, self.activation_bits) if isinstance(bits, int) else parse_widths(bits) or (8, 8)
+            for bits in self.mixed.candidates
+        ]
 
 
 class DistillationWeights(_Section):

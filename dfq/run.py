@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
@@ -29,6 +30,7 @@ from .detectors.base import Detector
 from .errors import UserError
 from .lock import locked
 from .quantization.convert import Policy, fold, insert_quantizers
+from .recipe import Recipe
 
 KIND = "dfq quantized detector"
 FORMAT = 1
@@ -67,6 +69,7 @@ class Run:
         found = identity_of(self.folder)
         if found is None:
             raise UserError(f"{self.folder}: not empty and no run; choose another --out")
+        found = _with_new_keys(found)
         if found != self.identity:
             keys = sorted(
                 key for key in {*found, *self.identity} if found.get(key) != self.identity.get(key)
@@ -133,12 +136,29 @@ def identity_of(folder: Path) -> dict[str, Any] | None:
     return None
 
 
+def _with_new_keys(identity: dict[str, Any]) -> dict[str, Any]:
+    """An identity as this version would write it: keys that the recipe did not have yet when the
+    run was made have their defaults, which leave everything as it was."""
+    try:
+        recipe = Recipe.model_validate(identity["recipe"])
+    except (KeyError, ValidationError):
+        return identity
+    return {**identity, "recipe": identity_of_recipe(recipe)}
+
+
+def identity_of_recipe(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe fixes a run's result."""
+    return recipe.model_dump(mode="json", exclude={"evaluation", "model"})
+
+
 def next_folder(parent: Path, stem: str, identity: dict[str, Any]) -> Path:
     """`parent/stem-<n>`: an unfinished run of this identity if there is one, else a new number."""
     number = 1
     while (folder := parent / f"{stem}-{number}").exists():
         unfinished = not (folder / "manifest.json").is_file()
-        if unfinished and (identity_of(folder) == identity or not any(folder.iterdir())):
+        found = identity_of(folder)
+        ours = found is not None and _with_new_keys(found) == identity
+        if unfinished and (ours or not any(folder.iterdir())):
             return folder
         number += 1
     return folder

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .dataset.calibration import CalibrationSet
+from .dataset.calibration import CalibrationSet, read_json, write_json
 from .dataset.letterbox import load_letterboxed
 from .dataset.readers import ImageSet, open_set
 from .detectors.base import Detector, Targets
@@ -20,6 +21,7 @@ from .evaluation.coco import evaluate as evaluate_detector
 from .progress import Progress
 from .quantization.convert import Policy, calibrate, insert_quantizers
 from .recipe import Recipe
+from .sensitivity.policy import find_bits
 
 
 class LetterboxedImages:
@@ -90,9 +92,41 @@ def policy_of(recipe: Recipe) -> Policy:
     )
 
 
-def quantized(teacher: Detector, recipe: Recipe, data: LabelledImages | None) -> Detector:
+def mixed_policy(
+    teacher: Detector,
+    recipe: Recipe,
+    data: LabelledImages,
+    folder: Path,
+    log: Callable[[str], None],
+    progress: Progress,
+    world: World,
+) -> Policy:
+    """The policy of a recipe, with each layer's bits found where the recipe gives a budget.
+
+    What was found is kept in the run folder as `sensitivity.json`, where a run that goes on finds
+    it. Arguments and errors are those of `train`, and of `find_bits`.
+    """
+    policy = policy_of(recipe)
+    if recipe.quantization.mixed.budget is None:
+        return policy
+    with world.leader_first():
+        if world.leads:
+            path = folder / "sensitivity.json"
+            if not path.is_file():
+                found = find_bits(teacher, policy, recipe.quantization, data, progress)
+                write_json(path, found.to_dict())
+                log(f"bits by layer: {found.spent:.4g} of {found.budget:.4g} {found.kind}")
+            overrides = read_json(path)["overrides"]
+            policy = replace(policy, overrides=(*policy.overrides, *overrides.items()))
+    shared: Policy = world.share(policy)
+    return shared
+
+
+def quantized(
+    teacher: Detector, policy: Policy, recipe: Recipe, data: LabelledImages | None
+) -> Detector:
     """A twin of the folded `teacher` with quantizers, calibrated on `data` unless that is None."""
-    student = insert_quantizers(teacher.twin(), policy_of(recipe))
+    student = insert_quantizers(teacher.twin(), policy)
     if data is not None:
         count = min(recipe.quantization.calibration_images, len(data))
         pixels = data.load(list(range(count)))
@@ -103,6 +137,7 @@ def quantized(teacher: Detector, recipe: Recipe, data: LabelledImages | None) ->
 
 def train(
     teacher: Detector,
+    policy: Policy,
     recipe: Recipe,
     data: LabelledImages,
     folder: Path,
@@ -114,6 +149,7 @@ def train(
 
     Args:
         teacher: the folded float detector.
+        policy: each layer's bits.
         recipe: the experiment.
         data: what to calibrate and train on.
         folder: of the run; checkpoints are written there, and gone on from.
@@ -129,10 +165,10 @@ def train(
         UserError: where a checkpoint cannot be read, or another process died.
     """
     if recipe.method == "ptq":
-        return quantized(teacher, recipe, data), None, "ptq"
+        return quantized(teacher, policy, recipe, data), None, "ptq"
     resuming = world.share((folder / "checkpoint.pt").is_file())
     # A resumed student gets its scales from the checkpoint: calibrating would be for nothing.
-    student = quantized(teacher, recipe, None if resuming else data)
+    student = quantized(teacher, policy, recipe, None if resuming else data)
     log("training resumed" if resuming else "training started")
     trainer = Trainer(
         student, teacher, data, recipe.distillation, seed=recipe.seed, folder=folder, world=world
@@ -153,11 +189,11 @@ def train(
             # All of them see it; one tells.
             with world.leader_first():
                 raise
-        return quantized(teacher, recipe, data), None, "ptq: training diverged"
+        return quantized(teacher, policy, recipe, data), None, "ptq: training diverged"
     worse = outcome.agreement[outcome.selected] > outcome.agreement["start"]
     if recipe.method == "auto" and worse:
         reason = "ptq: training ended further from the teacher than it began"
-        return quantized(teacher, recipe, data), outcome, reason
+        return quantized(teacher, policy, recipe, data), outcome, reason
     return student, outcome, f"qat: {outcome.selected} weights"
 
 

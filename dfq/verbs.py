@@ -12,7 +12,7 @@ from typing import Any
 import platformdirs
 import torch
 
-from .dataset.calibration import CalibrationSet, write_atomic
+from .dataset.calibration import CalibrationSet, read_json, write_atomic
 from .dataset.readers import ImageSet, open_set
 from .detectors import load_detector
 from .detectors.base import Detector
@@ -25,6 +25,7 @@ from .evaluation.matching import require_labels
 from .progress import Progress, Silent
 from .quantization.convert import (
     LayerInfo,
+    Policy,
     bit_operations,
     describe,
     fold,
@@ -32,13 +33,15 @@ from .quantization.convert import (
     quantized_share,
 )
 from .recipe import Recipe, load_recipe
-from .run import Run, is_run, load_run, next_folder, versions
+from .run import Run, identity_of_recipe, is_run, load_run, next_folder, versions
+from .sensitivity.policy import Sensitivity, find_bits
 from .synthesis.produce import set_name, synthesize_set
 from .tensorboard import Curves
 from .training import (
     LetterboxedImages,
     data_identity,
     measure,
+    mixed_policy,
     open_training_data,
     policy_of,
     train,
@@ -198,7 +201,7 @@ def quantize(
             calibration = synthesize(detector, settings, device=device, progress=progress)
         identity = {
             "checkpoint": detector.fingerprint,
-            "recipe": settings.model_dump(mode="json", exclude={"evaluation", "model"}),
+            "recipe": identity_of_recipe(settings),
             "data": data_identity(calibration, data),
         }
         run = None
@@ -218,9 +221,12 @@ def quantize(
                 origin = data or "synthesis"
                 run.log(f"model {detector.source}, {len(calibration)} images from {origin}")
             log = run.log if run is not None else lambda _: None
-            trained = train(teacher, settings, calibration, folder, log, progress, world)
+            where = (calibration, folder, log, progress, world)
+            policy = mixed_policy(teacher, settings, *where)
+            trained = train(teacher, policy, settings, *where)
             if run is not None:
-                _finish(run, teacher, trained, settings, len(calibration), measured_on, progress)
+                images = len(calibration)
+                _finish(run, teacher, policy, trained, settings, images, measured_on, progress)
         return folder
 
 
@@ -259,6 +265,7 @@ def _training_data(data: str | Path, settings: Recipe, detector: Detector) -> La
 def _finish(
     run: Run,
     teacher: Detector,
+    policy: Policy,
     trained: tuple[Detector, Outcome | None, str],
     settings: Recipe,
     images: int,
@@ -279,13 +286,53 @@ def _finish(
         "bit_operations": bit_operations(layers),
         "images": images,
     }
+    if settings.quantization.mixed.budget is not None:
+        found = read_json(run.folder / "sensitivity.json")
+        metrics["mixed"] = {key: found[key] for key in ("cost", "budget", "spent", "divergence")}
     if outcome is not None:
         metrics["teacher_divergence"] = outcome.agreement
         metrics["history"] = outcome.history
     if measured_on is not None:
         metrics["evaluation"] = measure(teacher, student, measured_on, settings, progress)
-    run.finish(student, policy_of(settings), metrics, {"versions": versions()})
+    run.finish(student, policy, metrics, {"versions": versions()})
     run.log(f"finished: {selected}")
+
+
+def sensitivity(
+    model: str | Path | Detector,
+    recipe: Recipe | str | Path | None = None,
+    *,
+    data: str | Path | None = None,
+    device: str = "auto",
+    trust: bool = False,
+    progress: Progress | None = None,
+) -> Sensitivity:
+    """What each layer's bits do to the predictions, and which to give it under a budget.
+
+    Args:
+        model: the float detector.
+        recipe: whose `quantization` section counts; None: the defaults. Without a
+            `quantization.mixed.budget`, nothing is chosen.
+        data: a calibration set or any real one; None: the cache's, made first if it is not there.
+        device, trust, progress: as for `synthesize`.
+
+    Raises:
+        UserError: for anything the user can mend.
+    """
+    settings = _as_recipe(recipe)
+    progress = progress or Silent()
+    target = pick_device(device)
+    if isinstance(model, Detector):
+        detector = model.to(target)
+    else:
+        detector = _float_model(model, trust=trust, device=target)
+    images: LabelledImages
+    if data is not None:
+        images = open_training_data(data, detector, settings.synthesis.image_size)
+    else:
+        images = synthesize(detector, settings, device=device, progress=progress)
+    teacher = fold(detector.twin())
+    return find_bits(teacher, policy_of(settings), settings.quantization, images, progress)
 
 
 def evaluate(

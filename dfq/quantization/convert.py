@@ -17,6 +17,7 @@ from .folding import fold_batchnorm
 from .layers import QUANTIZED_LAYERS, QuantConv2d, QuantLinear
 from .quantizers import Quantizer
 from .ranges import SEARCHES
+from .widths import parse_widths
 
 FLOAT_BITS = 32
 
@@ -31,8 +32,8 @@ class Policy:
             8, "float", or "same" as the others.
         weights: "per_channel" or "per_tensor".
         activations: "asymmetric" (LSQ+) or "symmetric" (LSQ).
-        overrides: qualified layer name or wildcard -> "float" or a bit width for both; the first
-            match counts and wins over everything above.
+        overrides: qualified layer name or wildcard -> "float", a bit width for both, or "w4a8";
+            the first match counts and wins over everything above.
     """
 
     weight_bits: int = 4
@@ -46,12 +47,17 @@ class Policy:
         """(weight bits, activation bits) of a layer, or None where it stays in float."""
         for pattern, bits in self.overrides:
             if fnmatch.fnmatchcase(name, pattern):
-                return None if bits == "float" else (int(bits), int(bits))
+                return parse_widths(bits)
         if boundary and self.first_last_bits != "same":
             if self.first_last_bits == "float":
                 return None
             return int(self.first_last_bits), int(self.first_last_bits)
         return self.weight_bits, self.activation_bits
+
+    def is_fixed(self, name: str, boundary: bool) -> bool:
+        """Whether a layer's bits are given by more than `weight_bits` and `activation_bits`."""
+        named = any(fnmatch.fnmatchcase(name, pattern) for pattern, _ in self.overrides)
+        return named or (boundary and self.first_last_bits != "same")
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "overrides": [list(pair) for pair in self.overrides]}
@@ -231,27 +237,27 @@ class _Samples:
 
 
 @torch.no_grad()
-def calibrate(
+def observe(
     detector: Detector,
     batches: Iterable[Tensor],
     *,
-    search: str = "mse",
     samples: int = 16384,
     progress: Callable[[int], None] | None = None,
-) -> None:
-    """Set every quantizer's initial scale: weights from themselves, inputs from calibration images.
+) -> dict[str, Tensor]:
+    """What reaches the input quantizer of each layer while all of them let everything through.
 
     Args:
-        detector: with quantizers inserted; they let everything through while this runs.
+        detector: with quantizers inserted.
         batches: images `(n, 3, h, w)` in [0, 1].
-        search: a key of `ranges.SEARCHES`; min-max sees every value, the others a sample.
-        samples: values of an activation the search works on.
+        samples: values kept of each, extremes among them.
         progress: called with the number of images after each batch.
+
+    Returns:
+        Layer name -> values `(n,)`.
 
     Raises:
         UserError: if there is no image at all.
     """
-    find = SEARCHES[search]
     layers = list(quantized_layers(detector.module))
     taken: dict[str, _Samples] = {name: _Samples(samples) for name, _ in layers}
     handles = [
@@ -273,9 +279,46 @@ def calibrate(
             handle.remove()
     if images == 0:
         raise UserError("calibration: the set has no images")
-    for name, layer in layers:
-        weights, inputs = layer.weight_quantizer, layer.input_quantizer
-        rows = layer.weight.detach().float().reshape(weights.channels, -1)
-        weights.initialise(*find(rows, weights.bits, asymmetric=weights.asymmetric))
-        values = taken[name].values(samples)[None].to(rows.device)
-        inputs.initialise(*find(values, inputs.bits, asymmetric=inputs.asymmetric))
+    return {name: sampled.values(samples) for name, sampled in taken.items()}
+
+
+@torch.no_grad()
+def set_ranges(layer: QuantConv2d | QuantLinear, values: Tensor, search: str) -> None:
+    """Set the initial scales of a layer, of its weight and of its input.
+
+    Args:
+        layer: its quantizers' bits count.
+        values: that reached its input, `(n,)`.
+        search: a key of `ranges.SEARCHES`.
+    """
+    find = SEARCHES[search]
+    weights, inputs = layer.weight_quantizer, layer.input_quantizer
+    rows = layer.weight.detach().float().reshape(weights.channels, -1)
+    weights.initialise(*find(rows, weights.bits, asymmetric=weights.asymmetric))
+    column = values[None].to(rows.device)
+    inputs.initialise(*find(column, inputs.bits, asymmetric=inputs.asymmetric))
+
+
+def calibrate(
+    detector: Detector,
+    batches: Iterable[Tensor],
+    *,
+    search: str = "mse",
+    samples: int = 16384,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Set every quantizer's initial scale: weights from themselves, inputs from calibration images.
+
+    Args:
+        detector: with quantizers inserted; they let everything through while this runs.
+        batches: images `(n, 3, h, w)` in [0, 1].
+        search: a key of `ranges.SEARCHES`; min-max sees every value, the others a sample.
+        samples: values of an activation the search works on.
+        progress: called with the number of images after each batch.
+
+    Raises:
+        UserError: if there is no image at all.
+    """
+    values = observe(detector, batches, samples=samples, progress=progress)
+    for name, layer in quantized_layers(detector.module):
+        set_ranges(layer, values[name], search)

@@ -1,0 +1,68 @@
+"""Tables of the command line."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from .quantization.widths import format_widths
+
+if TYPE_CHECKING:
+    from .sensitivity.policy import Sensitivity
+    from .verbs import Inspection
+
+
+def _console() -> Console:
+    # Wide enough for every column when the output is a file or a pipe.
+    return Console(width=None if sys.stdout.isatty() else 140)
+
+
+def print_layers(found: Inspection) -> None:
+    """One row a layer, and the sums."""
+    table = Table(title=f"{found.source} ({found.family}, {found.image_size} px)")
+    for column in ("layer", "kind", "weight", "output", "MACs (M)", "weight bits", "act. bits"):
+        table.add_column(column, justify="left" if column in ("layer", "kind") else "right")
+    for layer in found.layers:
+        bits = [str(b) if b < 32 else "float" for b in (layer.weight_bits, layer.activation_bits)]
+        shapes = ["x".join(map(str, s)) for s in (layer.weight_shape, layer.output_shape)]
+        table.add_row(layer.name, layer.kind, *shapes, f"{layer.macs / 1e6:.2f}", *bits)
+    console = _console()
+    console.print(table)
+    total = sum(layer.macs for layer in found.layers)
+    quantized = sum(layer.quantized for layer in found.layers)
+    console.print(
+        f"{quantized} of {len(found.layers)} layers quantized: {found.quantized_share:.1%} of "
+        f"{total / 1e6:.1f} M MACs",
+        highlight=False,
+    )
+
+
+def print_sensitivity(found: Sensitivity, model: str) -> None:
+    """One row a layer: its divergence at each width it may have, and the one it is given."""
+    table = Table(title=f"{model}: divergence of the predictions, one layer quantized at a time")
+    free = [row for row in found.layers if row.free]
+    widths = free[0].widths
+    table.add_column("layer")
+    for column in ("MACs (M)", "weights", *map(format_widths, widths), "chosen"):
+        table.add_column(column, justify="right")
+    for row in found.layers:
+        values = [f"{value:.4g}" for value in row.divergence] if row.free else ["" for _ in widths]
+        given = found.widths(row)
+        if given is None:
+            chosen = "" if row.free else "float"
+        else:
+            chosen = format_widths(given) + ("" if row.free else " (fixed)")
+        table.add_row(row.name, f"{row.macs / 1e6:.2f}", str(row.weights), *values, chosen)
+    console = _console()
+    console.print(table)
+    line = f"{len(free)} of {len(found.layers)} layers measured on {found.images} images"
+    if found.budget is not None:
+        words = found.kind.replace("_", " ")
+        line += (
+            f"; {found.spent:.4g} of {found.budget:.4g} {words} spent, "
+            f"sum of divergences {found.divergence:.4g}"
+        )
+    console.print(line, highlight=False)

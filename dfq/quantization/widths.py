@@ -1,0 +1,51 @@
+"""How bit widths are written: `4` for weights and inputs alike, `w4a8` for each, `float`."""
+
+from __future__ import annotations
+
+import re
+
+Widths = tuple[int, int]
+"""(weight bits, activation bits), each 2 to 8."""
+
+_PAIR = re.compile(r"w([2-8])a([2-8])")
+_NUMBER = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?)")
+_FACTORS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+
+
+def parse_widths(text: int | str) -> Widths | None:
+    """(weight bits, activation bits) of `4`, `"w4a8"`; None for `"float"`.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if text == "float":
+        return None
+    if isinstance(text, int) and not isinstance(text, bool) and 2 <= text <= 8:
+        return text, text
+    pair = _PAIR.fullmatch(text) if isinstance(text, str) else None
+    if pair is None:
+        raise ValueError(f"{text!r} is no bit width: 2 to 8, two of them as w4a8, or float")
+    return int(pair[1]), int(pair[2])
+
+
+def format_widths(widths: Widths) -> str:
+    """`w4a8` of (4, 8)."""
+    return f"w{widths[0]}a{widths[1]}"
+
+
+def parse_number(text: str) -> float | None:
+    """12.5e9 of `12.5G`, with k, M, G or T behind; None where it is no number."""
+    number = _NUMBER.fullmatch(text)
+    return float(number[1]) * _FACTORS[number[2]] if number else None
+
+
+def check_budget(text: str) -> None:
+    """Refuse what is neither `w4a8` nor a number.
+
+    Raises:
+        ValueError: saying what to write.
+    """
+    if parse_number(text) is None and not _PAIR.fullmatch(text):
+        raise ValueError(
+            f"'{text}' is no budget: write w4a8 for what that costs throughout, or a number (12.5G)"
+        )
