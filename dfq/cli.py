@@ -134,6 +134,10 @@ def synthesize(
 @click.option("--model", help="The float detector; default: the recipe's.")
 @click.option("--data", help="A SET to train on; default: the synthetic one, made if need be.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder.")
+@click.option(
+    "--select-on",
+    help="A labelled real SET: keep the epoch with the best AP on it, as the paper does.",
+)
 @_settings
 @_common
 @mendable
@@ -142,6 +146,7 @@ def qat(
     model: str | None,
     data: str | None,
     out: Path | None,
+    select_on: str | None,
     seed: int | None,
     overrides: tuple[str, ...],
     device: str,
@@ -156,7 +161,7 @@ def qat(
     from .recipe import find_recipe, load_recipe
     from .verbs import quantize
 
-    settings = load_recipe(recipe, overrides, seed=seed)
+    settings = load_recipe(recipe, overrides, seed=seed, distillation__select_on=select_on)
     folder = quantize(
         settings,
         model=model,

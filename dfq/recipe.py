@@ -201,6 +201,9 @@ class Distillation(_Section):
     """Decay of the averaged weights; 0 switches them off."""
     selection: Literal["ema", "last", "agreement"] = "ema"
     """Which weights are kept; `agreement` takes those closest to the teacher on the set."""
+    select_on: str | None = None
+    """A labelled real set: the epoch with the highest AP on it is kept, as the paper does. The run
+    is then not data-free, and says so."""
     flip: float = Field(0.5, ge=0, le=1)
     zoom: float = Field(0.0, ge=0, lt=1)
     """Images are enlarged or shrunk at random by up to this share, labels too."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -144,6 +145,7 @@ def train(
     log: Callable[[str], None],
     progress: Progress,
     world: World,
+    real: ImageSet | None = None,
 ) -> tuple[Detector, Outcome | None, str]:
     """Make the low-bit detector as `recipe.method` says.
 
@@ -156,6 +158,7 @@ def train(
         log: takes lines for the run's log.
         progress: told how far it is.
         world: the processes that share the training; each calls this, and gets the same.
+        real: a labelled set to select the epoch on; None: weights are selected without real images.
 
     Returns:
         The student, how training ended (None where there was none), and why it is this student.
@@ -170,8 +173,19 @@ def train(
     # A resumed student gets its scales from the checkpoint: calibrating would be for nothing.
     student = quantized(teacher, policy, recipe, None if resuming else data)
     log("training resumed" if resuming else "training started")
+    judge = None
+    if real is not None:
+        log(f"weights are selected by AP on {recipe.distillation.select_on}: not data-free")
+        judge = judge_on(real, recipe)
     trainer = Trainer(
-        student, teacher, data, recipe.distillation, seed=recipe.seed, folder=folder, world=world
+        student,
+        teacher,
+        data,
+        recipe.distillation,
+        seed=recipe.seed,
+        folder=folder,
+        world=world,
+        judge=judge,
     )
     try:
         with progress.task("training", recipe.distillation.epochs, "epochs") as task:
@@ -194,7 +208,31 @@ def train(
     if recipe.method == "auto" and worse:
         reason = "ptq: training ended further from the teacher than it began"
         return quantized(teacher, policy, recipe, data), outcome, reason
+    if outcome.best is not None:
+        where = recipe.distillation.select_on
+        reason = f"qat: epoch {outcome.best[0]}, the best by AP on the real images of {where}"
+        return student, outcome, reason
     return student, outcome, f"qat: {outcome.selected} weights"
+
+
+def judge_on(images: ImageSet, recipe: Recipe) -> Callable[[Detector], float]:
+    """COCO AP on a labelled real set, as the paper selects its epoch by; 0 where it is undefined.
+
+    Args:
+        images: the set.
+        recipe: whose `evaluation` section gives image and batch size.
+    """
+
+    def judge(student: Detector) -> float:
+        found = evaluate_detector(
+            student,
+            images,
+            image_size=recipe.evaluation.image_size,
+            batch_size=recipe.evaluation.batch_size,
+        ).AP
+        return found if math.isfinite(found) else 0.0
+
+    return judge
 
 
 def data_identity(calibration: LabelledImages, source: str | Path | None) -> list[Any]:

@@ -193,7 +193,8 @@ def quantize(
             source = model if model is not None else settings.model
             detector = _float_model(source, trust=trust, device=_own_device(world, device))
             settings = settings.model_copy(update={"model": str(source)})
-            measured_on = _evaluation_set(settings, detector)
+            measured_on = _labelled_set(settings.evaluation.data, settings, detector)
+            select_on = _labelled_set(settings.distillation.select_on, settings, detector)
             teacher = fold(detector.twin())
             insert_quantizers(teacher.twin(), policy_of(settings))
             calibration = None if data is None else _training_data(data, settings, detector)
@@ -223,7 +224,7 @@ def quantize(
             log = run.log if run is not None else lambda _: None
             where = (calibration, folder, log, progress, world)
             policy = mixed_policy(teacher, settings, *where)
-            trained = train(teacher, policy, settings, *where)
+            trained = train(teacher, policy, settings, *where, select_on)
             if run is not None:
                 images = len(calibration)
                 _finish(run, teacher, policy, trained, settings, images, measured_on, progress)
@@ -239,14 +240,14 @@ def _own_device(world: World, device: str) -> str:
     return target
 
 
-def _evaluation_set(settings: Recipe, detector: Detector) -> ImageSet | None:
-    evaluation = settings.evaluation
-    if not evaluation.data:
+def _labelled_set(source: str | None, settings: Recipe, detector: Detector) -> ImageSet | None:
+    """A set to measure on, checked; None where none is named."""
+    if not source:
         return None
-    images = open_set(evaluation.data)
+    images = open_set(source)
     require_labels(images)
     images.category_mapping(detector.names)
-    size = evaluation.image_size or detector.image_size
+    size = settings.evaluation.image_size or detector.image_size
     detector.check_size(size, "evaluation.image_size")
     return images
 
@@ -292,6 +293,10 @@ def _finish(
     if outcome is not None:
         metrics["teacher_divergence"] = outcome.agreement
         metrics["history"] = outcome.history
+        if outcome.best is not None:
+            epoch, score = outcome.best
+            where = settings.distillation.select_on
+            metrics["selected_on_real_images"] = {"data": where, "epoch": epoch, "AP": score}
     if measured_on is not None:
         metrics["evaluation"] = measure(teacher, student, measured_on, settings, progress)
     run.finish(student, policy, metrics, {"versions": versions()})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -92,3 +94,41 @@ class Average:
             kept = parameter.detach().clone()
             parameter.copy_(average)
             average.copy_(kept)
+
+
+class Best:
+    """The parameters with the highest score so far; the first of equals.
+
+    Args:
+        parameters: the very ones that are trained.
+
+    Attributes:
+        epoch, score: of those kept; 0 and minus infinity where none are.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.epoch, self.score = 0, -math.inf
+        self.kept: list[Tensor] = []
+
+    def offer(self, epoch: int, score: float) -> None:
+        """Keep the parameters as they are now if their score is the highest."""
+        if score > self.score:
+            self.epoch, self.score = epoch, score
+            self.kept = [parameter.detach().clone() for parameter in self.parameters]
+
+    @torch.no_grad()
+    def put_back(self) -> bool:
+        """Give the parameters the values that were kept; false where none were."""
+        for parameter, kept in zip(self.parameters, self.kept, strict=False):
+            parameter.copy_(kept)
+        return bool(self.kept)
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"epoch": self.epoch, "score": self.score, "kept": self.kept}
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Take over what a checkpoint holds; None: nothing was kept."""
+        if state is not None:
+            self.epoch, self.score, self.kept = state["epoch"], state["score"], state["kept"]

@@ -21,7 +21,7 @@ from ..quantization.quantizers import Quantizer
 from ..recipe import Distillation
 from .augment import augment, jitter_colours, mosaic
 from .losses import FeatureTaps, distillation_terms, feature_distance, feature_moments
-from .parameters import Average, Leash, parameter_groups
+from .parameters import Average, Best, Leash, parameter_groups
 
 Report = Callable[[int, int, dict[str, float]], None]
 """Called after each epoch with epochs done, epochs in all, and the epoch's mean loss terms."""
@@ -43,15 +43,17 @@ class Outcome:
     """How the training ended.
 
     Attributes:
-        selected: "ema" or "last": which weights the student now has.
+        selected: "ema", "last" or "best" (see `best`): which weights the student now has.
         agreement: divergence from the teacher on the set (lower is closer) at the calibrated start
             and of each candidate; no real image is looked at.
-        history: mean loss terms by epoch.
+        history: mean loss terms by epoch, and what the judge said where there is one.
+        best: epoch (from 1) and score of the weights that the judge liked most; None without one.
     """
 
     selected: str
     agreement: dict[str, float]
     history: list[dict[str, float]]
+    best: tuple[int, float] | None = None
 
 
 def _labels_of(targets: Targets, images: slice) -> Targets:
@@ -77,6 +79,9 @@ class Trainer:
         seed: fixes order and augmentation.
         folder: where `checkpoint.pt` lives while training runs; all processes see it.
         world: the processes that train together, each of which makes the same trainer; None: alone.
+        judge: scores the student after each epoch, the higher the better; the epoch it likes most
+            is kept, whatever `settings.selection` says of the last. Asked in the leading process
+            alone. None: weights are selected without it.
     """
 
     def __init__(
@@ -89,6 +94,7 @@ class Trainer:
         seed: int,
         folder: Path,
         world: World | None = None,
+        judge: Callable[[Detector], float] | None = None,
     ) -> None:
         self.student, self.teacher, self.data = student, teacher, data
         self.world = world or World()
@@ -112,6 +118,8 @@ class Trainer:
         )
         self.average = Average(student.module, settings.ema)
         self.leash = Leash(student.module, settings.drift)
+        self.judge = judge
+        self.best = Best(self.average.parameters)
         self._names = student.feature_layers() if settings.weights.feature > 0 else []
         used = [name for name in ("kl", "feature", "task") if getattr(settings.weights, name) > 0]
         self._term_names = [*used, "loss"]
@@ -206,6 +214,7 @@ class Trainer:
             "student": self.student.module.state_dict(),
             "shadow": self.average.shadow,
             "leash": self.leash.state(),
+            "best": self.best.state(),
             "optimizer": self.optimizer.state_dict(),
         }
 
@@ -230,6 +239,8 @@ class Trainer:
             for average, saved in zip(self.average.shadow, state["shadow"], strict=True):
                 average.copy_(saved)
             self.leash.restore(state["leash"])
+            # Checkpoints of earlier versions have none.
+            self.best.restore(state.get("best"))
             return state["epoch"], state["history"], state["start"]
         except Exception as error:
             raise UserError(
@@ -266,6 +277,10 @@ class Trainer:
             for epoch in range(first, settings.epochs):
                 history.append(self._epoch(epoch, ours, theirs))
                 done = epoch + 1
+                if self.judge is not None:
+                    history[-1]["score"] = self._ask(self.judge, done)
+                    # Evaluation has run through the taps as well.
+                    ours.take()
                 late = time.monotonic() - saved_at >= settings.checkpoint_minutes * 60
                 if late or done == settings.epochs:
                     self._save(self._state(done, history, start))
@@ -381,9 +396,23 @@ class Trainer:
         )
         return values
 
+    def _ask(self, judge: Callable[[Detector], float], done: int) -> float:
+        """The judge's score of the weights after an epoch, averaged ones where there are any."""
+        averaged = self.settings.ema > 0 and self.settings.selection != "last"
+        if averaged:
+            self.average.swap()
+        score: float = self.world.share(judge(self.student) if self.world.leads else None)
+        self.best.offer(done, score)
+        if averaged:
+            self.average.swap()
+        return score
+
     def _choose(self, start: float, history: list[dict[str, float]]) -> Outcome:
-        """Pick last or averaged weights without any real image."""
+        """Pick the weights: without any real image, unless a judge has looked at some."""
         agreement = {"start": start, "last": self.divergence()}
+        if self.best.put_back():
+            agreement["best"] = self.divergence()
+            return Outcome("best", agreement, history, (self.best.epoch, self.best.score))
         if self.settings.ema == 0:
             return Outcome("last", agreement, history)
         self.average.swap()

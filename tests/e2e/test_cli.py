@@ -25,9 +25,10 @@ from dfq.synthesis.inversion import Inversion
 OPTIONS = {
     "synthesize": "model out images image_size iterations batch_size labels init recipe "
     "workers tensorboard seed overrides device trust",
-    "qat": "recipe model data out overrides seed device trust",
+    "qat": "recipe model data out select_on overrides seed device trust",
     "eval": "model data image_size json_file device trust",
     "inspect": "model json_file trust",
+    "sensitivity": "model data recipe budget cost images json_file seed overrides device trust",
     "demo": "out",
 }
 
