@@ -135,6 +135,11 @@ class Quantization(_Section):
     """How the initial scales are found."""
     calibration_images: int = Field(64, ge=1)
     """Images of the set the initial scales are found on."""
+    rounding: Literal["gptq", "nearest"] = "gptq"
+    """How weights get onto their grids, before any training: each making up for the errors of those
+    before it, or each to the nearest level."""
+    rounding_images: int = Field(128, ge=1)
+    """Images of the set that the former looks at."""
     overrides: dict[str, int | str] = {}
     """Layer name or wildcard -> "float", a bit width, or "w4a8"; the first match wins."""
     mixed: Mixed = Mixed()

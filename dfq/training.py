@@ -22,6 +22,7 @@ from .evaluation.coco import evaluate as evaluate_detector
 from .progress import Progress
 from .quantization.convert import Policy, calibrate, insert_quantizers
 from .recipe import Recipe
+from .reconstruction.second_order import reconstruct
 from .sensitivity.policy import find_bits
 
 
@@ -124,15 +125,27 @@ def mixed_policy(
 
 
 def quantized(
-    teacher: Detector, policy: Policy, recipe: Recipe, data: LabelledImages | None
+    teacher: Detector,
+    policy: Policy,
+    recipe: Recipe,
+    data: LabelledImages | None,
+    progress: Progress,
 ) -> Detector:
-    """A twin of the folded `teacher` with quantizers, calibrated on `data` unless that is None."""
+    """A twin of the folded `teacher` with quantizers; unless `data` is None calibrated on it, and
+    its weights rounded as the recipe says."""
     student = insert_quantizers(teacher.twin(), policy)
-    if data is not None:
-        count = min(recipe.quantization.calibration_images, len(data))
-        pixels = data.load(list(range(count)))
-        batches = (batch.float() / 255 for batch in pixels.split(8))
-        calibrate(student, batches, search=recipe.quantization.ranges)
+    if data is None:
+        return student
+    section = recipe.quantization
+
+    def load(count: int) -> Tensor:
+        return data.load(list(range(min(count, len(data)))))
+
+    batches = (batch.float() / 255 for batch in load(section.calibration_images).split(8))
+    calibrate(student, batches, search=section.ranges)
+    if section.rounding == "gptq":
+        with progress.task("rounding", 1, "layers") as task:
+            reconstruct(student, teacher, load(section.rounding_images), progress=task.update)
     return student
 
 
@@ -168,10 +181,10 @@ def train(
         UserError: where a checkpoint cannot be read, or another process died.
     """
     if recipe.method == "ptq":
-        return quantized(teacher, policy, recipe, data), None, "ptq"
+        return quantized(teacher, policy, recipe, data, progress), None, "ptq"
     resuming = world.share((folder / "checkpoint.pt").is_file())
     # A resumed student gets its scales from the checkpoint: calibrating would be for nothing.
-    student = quantized(teacher, policy, recipe, None if resuming else data)
+    student = quantized(teacher, policy, recipe, None if resuming else data, progress)
     log("training resumed" if resuming else "training started")
     judge = None
     if real is not None:
@@ -203,11 +216,11 @@ def train(
             # All of them see it; one tells.
             with world.leader_first():
                 raise
-        return quantized(teacher, policy, recipe, data), None, "ptq: training diverged"
+        return quantized(teacher, policy, recipe, data, progress), None, "ptq: training diverged"
     worse = outcome.agreement[outcome.selected] > outcome.agreement["start"]
     if recipe.method == "auto" and worse:
         reason = "ptq: training ended further from the teacher than it began"
-        return quantized(teacher, policy, recipe, data), outcome, reason
+        return quantized(teacher, policy, recipe, data, progress), outcome, reason
     if outcome.best is not None:
         where = recipe.distillation.select_on
         reason = f"qat: epoch {outcome.best[0]}, the best by AP on the real images of {where}"

@@ -38,10 +38,9 @@ def run_demo(out: Path, progress: Progress) -> dict[str, Any]:
     )
     synthesize("demo", noise, out=out / "noise", progress=progress)
 
-    per_channel = load_recipe("demo", ["method=ptq", "quantization.ranges=minmax"])
-    naive = load_recipe(
-        "demo", ["method=ptq", "quantization.ranges=minmax", "quantization.weights=per_tensor"]
-    )
+    minmax = ["method=ptq", "quantization.ranges=minmax", "quantization.rounding=nearest"]
+    per_channel = load_recipe("demo", minmax)
+    naive = load_recipe("demo", [*minmax, "quantization.weights=per_tensor"])
     models: dict[str, str | Path] = {
         "float": "demo",
         "naive W4A8 (min-max, noise)": quantize(
