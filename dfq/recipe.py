@@ -193,6 +193,11 @@ class Distillation(_Section):
     """Adam, logarithms of the step sizes and zero points; cosine to zero."""
     drift: float = Field(0.5, ge=0)
     """Weights stay within so many quantization steps of the float ones; 0: no bound."""
+    dampen: float = Field(0.0, ge=0)
+    """Pull of weights towards the level they are rounded to, rising over the training: against
+    oscillation at 4 bits and below."""
+    freeze: float = Field(0.0, ge=0, lt=1)
+    """Weights that jump back and forth in more than this share of the steps are frozen; 0: none."""
     warmup: float = Field(0.03, ge=0, lt=1)
     """Share of the steps over which the rates rise from zero."""
     weights: DistillationWeights = DistillationWeights()

@@ -20,8 +20,10 @@ from ..errors import DivergedError, UserError
 from ..quantization.quantizers import Quantizer
 from ..recipe import Distillation
 from .augment import augment, jitter_colours, mosaic
-from .losses import FeatureTaps, distillation_terms, feature_distance, feature_moments
+from .losses import FeatureTaps, distillation_terms, feature_distance
+from .oscillation import Oscillation
 from .parameters import Average, Best, Leash, parameter_groups
+from .sharing import add_up_gradients, batch_variances, labels_of
 
 Report = Callable[[int, int, dict[str, float]], None]
 """Called after each epoch with epochs done, epochs in all, and the epoch's mean loss terms."""
@@ -54,14 +56,6 @@ class Outcome:
     agreement: dict[str, float]
     history: list[dict[str, float]]
     best: tuple[int, float] | None = None
-
-
-def _labels_of(targets: Targets, images: slice) -> Targets:
-    """The labels of some images in a row, which are counted from 0 anew."""
-    index = targets.data[:, 0]
-    data = targets.data[(index >= images.start) & (index < images.stop)].clone()
-    data[:, 0] -= images.start
-    return Targets(data)
 
 
 class Trainer:
@@ -118,6 +112,7 @@ class Trainer:
         )
         self.average = Average(student.module, settings.ema)
         self.leash = Leash(student.module, settings.drift)
+        self.oscillation = Oscillation(student.module, settings.dampen, settings.freeze)
         self.judge = judge
         self.best = Best(self.average.parameters)
         self._names = student.feature_layers() if settings.weights.feature > 0 else []
@@ -162,18 +157,12 @@ class Trainer:
         return terms
 
     def _variances(self, features: Mapping[str, Tensor], images: int) -> Tensor | None:
-        """Variance of each layer's features over the batch, of which this process holds a part."""
+        """Variance of each layer's features over the whole batch; None where this is all of it."""
         if self.world.size == 1 or not self._names:
             return None
-        # Each writes what it knows into its row, and all rows meet in the sum.
-        rows = torch.zeros(self.world.size, 3, len(self._names), device=self.student.device)
-        if images:
-            rows[self.world.rank, 0] = images
-            rows[self.world.rank, 1:] = feature_moments(features)
-        counts, means, variances = self.world.add_up(rows).unbind(1)
-        share = counts / counts.sum(dim=0)
-        mean = (share * means).sum(dim=0)
-        return (share * (variances + (means - mean).square())).sum(dim=0)
+        return batch_variances(
+            self.world, features, images, layers=len(self._names), device=self.student.device
+        )
 
     def _batch(self, indices: list[int], generator: Generator) -> tuple[Tensor, Targets]:
         device = self.student.device
@@ -215,6 +204,7 @@ class Trainer:
             "shadow": self.average.shadow,
             "leash": self.leash.state(),
             "best": self.best.state(),
+            "oscillation": self.oscillation.state(),
             "optimizer": self.optimizer.state_dict(),
         }
 
@@ -241,6 +231,7 @@ class Trainer:
             self.leash.restore(state["leash"])
             # Checkpoints of earlier versions have none.
             self.best.restore(state.get("best"))
+            self.oscillation.restore(state.get("oscillation", []))
             return state["epoch"], state["history"], state["start"]
         except Exception as error:
             raise UserError(
@@ -336,11 +327,14 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * self._rate(step)
         values = self._gradient(chosen, generator, ours, theirs)
+        progress = step / (self.settings.epochs * self.steps)
+        self.oscillation.pull(progress)
         nn.utils.clip_grad_norm_(
             self.average.parameters, self.settings.clip, error_if_nonfinite=False
         )
         self.optimizer.step()
         self.leash.pull()
+        self.oscillation.hold(progress)
         self.average.update(step)
         return values
 
@@ -364,7 +358,7 @@ class Trainer:
         share = (mine.stop - mine.start) / len(chosen)
         self.optimizer.zero_grad(set_to_none=True)
         if self.world.size > 1:
-            images, targets = images[mine], _labels_of(targets, mine)
+            images, targets = images[mine], labels_of(targets, mine)
         if share > 0:
             terms = list(self._terms(images, targets, ours, theirs).values())
             loss = torch.stack(terms).sum()
@@ -376,25 +370,7 @@ class Trainer:
             values = torch.zeros(len(self._term_names), device=self.student.device)
         if self.world.size == 1:
             return values
-        return self._add_up_gradients(values)
-
-    @torch.no_grad()
-    def _add_up_gradients(self, values: Tensor) -> Tensor:
-        """Add up the gradients, and `values`, over all processes in one exchange."""
-        parameters = self.average.parameters
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([*(g.reshape(-1) for g in gradients), values])
-        *parts, values = self.world.add_up(flat).split(
-            [*(g.numel() for g in gradients), len(values)]
-        )
-        # Copied, for the gradients keep the memory layout of their parameters.
-        torch._foreach_copy_(
-            gradients, [part.view(g.shape) for part, g in zip(parts, gradients, strict=True)]
-        )
-        return values
+        return add_up_gradients(self.world, self.average.parameters, values)
 
     def _ask(self, judge: Callable[[Detector], float], done: int) -> float:
         """The judge's score of the weights after an epoch, averaged ones where there are any."""

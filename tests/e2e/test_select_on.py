@@ -35,7 +35,8 @@ def test_the_best_epoch_on_real_images(place: Path, model: Path, made: Path) -> 
     log = (place / "run" / "log.txt").read_text()
     assert f"weights are selected by AP on {made}: not data-free" in log
     # What was kept is what was measured.
-    assert dfq.evaluate(place / "run", made).AP == pytest.approx(on["AP"])
+    score = dfq.evaluate(place / "run", made).AP
+    assert score == pytest.approx(on["AP"])
     # Without the option, nobody looks.
     words = words_for(model, made, made, "free")
     del words[words.index("--select-on") : words.index("--select-on") + 2]
@@ -53,7 +54,8 @@ def test_two_processes_select(place: Path, model: Path, made: Path) -> None:
     assert [process.exitcode for process in processes] == [0, 0], printed
     metrics = json.loads((place / "run" / "metrics.json").read_text())
     on = metrics["selected_on_real_images"]
-    assert dfq.evaluate(place / "run", made).AP == pytest.approx(on["AP"])
+    score = dfq.evaluate(place / "run", made).AP
+    assert score == pytest.approx(on["AP"])
 
 
 def test_mistakes(place: Path, model: Path, made: Path) -> None:
