@@ -33,7 +33,7 @@ clean:
 KIT ?= ../shared/kit
 BENCH ?= runs/bench
 
-.PHONY: bench-zero-shot bench-demo bench-synthesis bench-qat-step
+.PHONY: bench-zero-shot bench-demo bench-synthesis bench-qat bench-qat-step
 
 bench-zero-shot: env
 	$(BIN)/python tools/bench_zero_shot.py --model $(KIT)/weights/yolov5n-coco/yolov5n.pt \
@@ -45,6 +45,11 @@ bench-demo: env
 bench-synthesis: env
 	$(BIN)/python tools/bench_synthesis.py --model $(KIT)/weights/yolov5n-coco/yolov5n.pt
 	$(BIN)/python tools/bench_synthesis.py --model yolo11n.yaml
+
+# Days on two cores at 640 px: choose with BENCH_QAT="--size 320 --rows w4a8 --columns ours,lsq-real".
+bench-qat: env
+	$(BIN)/python tools/bench_qat_accuracy.py --model $(KIT)/weights/yolov5n-coco/yolov5n.pt \
+	  --train $(KIT)/coco-train --val $(KIT)/coco-val --out $(BENCH)/qat $(BENCH_QAT)
 
 bench-qat-step: env
 	$(BIN)/python tools/bench_qat.py --model $(KIT)/weights/yolov5n-coco/yolov5n.pt
