@@ -25,6 +25,7 @@ from ..detectors.base import Detector
 from ..errors import UserError
 from ..quantization.convert import quantized_layers
 from ..quantization.layers import QuantConv2d, QuantLinear
+from ..quantization.quantizers import Quantizer
 from .moments import Moments, MomentSums, execution_order, inputs_of
 
 PLACES = 24_000
@@ -32,6 +33,9 @@ PLACES = 24_000
 
 CROWDED = 20.0
 """How much stronger the pull towards the float weights is for each input a place has to settle."""
+
+SHARES = (0.5, 0.58, 0.66, 0.74, 0.82, 0.9, 1.0)
+"""Shares of a channel's full range that its grid may span."""
 
 BLOCK = 64
 """Columns rounded before the remaining ones are corrected; changes speed alone."""
@@ -118,6 +122,44 @@ def round_compensated(
 
 
 @torch.no_grad()
+def best_grid(quantizer: Quantizer, target: Tensor, second: Tensor, *, damping: float) -> Tensor:
+    """Rounded weights on the grid that lets them come closest, which `quantizer` is set to.
+
+    Tried are the grid it has, and those from the full range down to half of it; what counts is the
+    error in the layer's output after making up, not that of the weights.
+
+    Args:
+        quantizer: of the weights.
+        target, second: see `round_compensated`.
+
+    Returns:
+        `(g, o, k)`.
+    """
+    qmin, qmax = quantizer.bounds
+    groups, outputs, _ = target.shape
+    full = torch.maximum(target.amax(2) / qmax, target.amin(2) / qmin)
+    present = quantizer.scale.detach()
+    single = len(present) == 1
+    present = present.reshape(1, 1) if single else present.reshape(groups, outputs)
+    full = full.max().reshape(1, 1) if single else full
+    best = torch.full((groups, outputs), torch.inf, device=target.device)
+    scale, result = present.clone(), torch.empty_like(target)
+    for candidate in (present, *(share * full for share in SHARES)):
+        candidate = torch.where(candidate > 0, candidate, present)
+        rounded = round_compensated(target, second, candidate, qmin, qmax, damping=damping)
+        off = rounded - target
+        error = ((off @ second) * off).sum(2)
+        if single:
+            error = error.sum().expand_as(best)
+        better = error < best
+        best = torch.where(better, error, best)
+        scale = torch.where(better if not single else better[:1, :1], candidate, scale)
+        result = torch.where(better.unsqueeze(2), rounded, result)
+    quantizer.initialise(scale.reshape(-1))
+    return result
+
+
+@torch.no_grad()
 def reconstruct_layer(
     layer: QuantConv2d | QuantLinear,
     original: nn.Module,
@@ -134,13 +176,8 @@ def reconstruct_layer(
     start = weight.detach().float().reshape(groups, shape[0] // groups, -1)
     # A bias takes up whatever the means are; without one the weights have to.
     seen = moments if bias is None else moments.centred()
-    quantizer = layer.weight_quantizer
-    scale = quantizer.scale.detach()
-    scale = scale.reshape(groups, -1) if len(scale) > 1 else scale.reshape(1, 1)
-    qmin, qmax = quantizer.bounds
-    rounded = round_compensated(
-        aim(start, seen, ridge), seen.second, scale, qmin, qmax, damping=damping
-    )
+    target = aim(start, seen, ridge)
+    rounded = best_grid(layer.weight_quantizer, target, seen.second, damping=damping)
     layer.weight.copy_(rounded.reshape(shape))
     if bias is not None:
         assert isinstance(bias, Tensor)
@@ -156,7 +193,7 @@ def reconstruct(
     images: Tensor,
     *,
     damping: float = 0.01,
-    ridge: float = 0.01,
+    ridge: float = 0.1,
     batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:

@@ -45,8 +45,8 @@ def test_it_beats_nearest_rounding_where_inputs_go_together(inputs: int) -> None
     found = round_compensated(weight, (x.T @ x / 2000)[None], scale, -8, 7, damping=0.01)
     steps = found / scale.unsqueeze(2)
     torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-4)
-    assert steps.min() >= -8
-    assert steps.max() <= 7
+    assert steps.min() >= -8 - 1e-4
+    assert steps.max() <= 7 + 1e-4
     nearest = (weight / scale.unsqueeze(2)).round().clamp(-8, 7) * scale.unsqueeze(2)
     error = (x @ (found - weight)[0].T).square().mean()
     assert error < 0.3 * (x @ (nearest - weight)[0].T).square().mean()
