@@ -23,10 +23,15 @@ from dfq.progress import Live
 from dfq.recipe import load_recipe
 from dfq.verbs import load_model, quantize, synthesize
 
+NEAREST = "quantization.rounding=nearest"
+MINMAX = [NEAREST, "quantization.ranges=minmax"]
+
+# Title, set, settings, and the run's folder. Ranges are found on the first 64 images of a set.
 BASELINES = [
-    ("min-max, noise images", "noise", ["quantization.ranges=minmax"]),
-    ("min-max, 64 real images", "real", ["quantization.ranges=minmax"]),
-    ("least squares, 64 synthetic images", "synthetic", []),
+    ("min-max, noise images", "noise", MINMAX, "noise"),
+    ("min-max, 64 real images", "real", MINMAX, "real"),
+    ("least squares, 64 synthetic images", "synthetic", [NEAREST], "nearest"),
+    ("GPTQ, 128 synthetic images", "synthetic", [], "gptq"),
 ]
 
 
@@ -66,10 +71,10 @@ def main(
     }
     rows = [("float", "", Path(model) if Path(model).exists() else model, 0.0)]
     for width in widths.split(","):
-        for label, source, settings in BASELINES:
+        for label, source, settings, folder_name in BASELINES:
             data = sources[source]
             recipe = load_recipe(width, [*common, "method=ptq", *settings])
-            folder = out / f"{width}-{source}"
+            folder = out / f"{width}-{folder_name}"
             path = data.root if isinstance(data, CalibrationSet) else data
             run = quantize(recipe, model=model, data=path, out=folder, progress=live)
             rows.append((width.upper(), label, run, 0.0))

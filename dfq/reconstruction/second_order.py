@@ -192,7 +192,7 @@ def reconstruct(
     teacher: Detector,
     images: Tensor,
     *,
-    damping: float = 0.01,
+    damping: float = 0.1,
     ridge: float = 0.1,
     batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,
