@@ -220,6 +220,7 @@ def sensitivity(
     """
     from .cli_tables import print_sensitivity
     from .dataset.calibration import write_json
+    from .distributed import leads
     from .progress import Live
     from .recipe import load_recipe
     from .verbs import sensitivity as verb
@@ -234,6 +235,8 @@ def sensitivity(
         quantization__mixed__images=images,
     )
     found = verb(model, settings, data=data, device=device, trust=trust, progress=Live())
+    if not leads():
+        return
     print_sensitivity(found, model)
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)

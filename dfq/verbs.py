@@ -325,19 +325,28 @@ def sensitivity(
         UserError: for anything the user can mend.
     """
     settings = _as_recipe(recipe)
-    progress = progress or Silent()
-    target = pick_device(device)
-    if isinstance(model, Detector):
-        detector = model.to(target)
-    else:
-        detector = _float_model(model, trust=trust, device=target)
-    images: LabelledImages
-    if data is not None:
-        images = open_training_data(data, detector, settings.synthesis.image_size)
-    else:
-        images = synthesize(detector, settings, device=device, progress=progress)
-    teacher = fold(detector.twin())
-    return find_bits(teacher, policy_of(settings), settings.quantization, images, progress)
+    with gathered() as world:
+        progress = (progress if world.leads else None) or Silent()
+        with world.leader_first():
+            target = _own_device(world, device)
+            if isinstance(model, Detector):
+                detector = model.to(target)
+            else:
+                detector = _float_model(model, trust=trust, device=target)
+            images = (
+                None
+                if data is None
+                else open_training_data(data, detector, settings.synthesis.image_size)
+            )
+        if images is None:
+            images = synthesize(detector, settings, device=device, progress=progress)
+        found = None
+        with world.leader_first():
+            if world.leads:
+                policy, section = policy_of(settings), settings.quantization
+                found = find_bits(fold(detector.twin()), policy, section, images, progress)
+        shared: Sensitivity = world.share(found)
+        return shared
 
 
 def evaluate(

@@ -96,6 +96,20 @@ def test_two_processes_take_the_same_bits(place: Path, model: Path, made: Path) 
     assert json.loads((place / "run.json").read_text())["bit_operations"] == found["spent"]
 
 
+def test_two_processes_measure_once(place: Path, model: Path, made: Path) -> None:
+    words = [
+        "sensitivity", "--recipe", "tiny.yaml", "--model", str(model), "--data", str(made),
+        "--images", "2", "--json", "found.json",
+    ]  # fmt: skip
+    processes = launch(words, 2, place)
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert "layers measured on 2 images" in (place / "rank-0.txt").read_text()
+    assert (place / "rank-1.txt").read_text() == ""
+    assert (place / "found.json").exists()
+
+
 def test_a_run_from_before_a_key_existed_goes_on(place: Path, model: Path, made: Path) -> None:
     words = [word for word in words_for(model, made) if word not in MIXED]
     process = start([*words, "--set", "distillation.epochs=30"])

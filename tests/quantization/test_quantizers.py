@@ -119,6 +119,29 @@ def test_agrees_with_the_kernels_of_pytorch(bits: int, channels: int, asymmetric
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("layout", ["channels_last", "gaps", "one gradient for all"])
+def test_the_layout_in_memory_does_not_matter(layout: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    x = 3 * torch.randn(4, 6, 5, 7, generator=generator, dtype=torch.float64)
+    upstream = torch.randn(4, 6, 5, 7, generator=generator, dtype=torch.float64)
+    if layout == "one gradient for all":
+        upstream = torch.ones(1, 1, 1, 1, dtype=torch.float64).expand(4, 6, 5, 7)
+    scale, zero = torch.tensor([0.3]).double(), torch.tensor([6.2]).double()
+    expected = ours(x, upstream.contiguous(), scale, zero, (0, 15))
+    if layout == "channels_last":
+        x, upstream = (t.contiguous(memory_format=torch.channels_last) for t in (x, upstream))
+    if layout == "gaps":
+        wide = torch.zeros(4, 12, 5, 7, dtype=torch.float64)
+        wide[:, ::2] = x
+        x = wide[:, ::2]
+    for a, b in zip(ours(x, upstream, scale, zero, (0, 15)), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    # One in another layout than the other.
+    mixed = ours(x.contiguous(memory_format=torch.channels_last), upstream, scale, zero, (0, 15))
+    for a, b in zip(mixed, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
 def test_no_value_within_the_grid_counts_as_clipped() -> None:
     """In single precision q * s is off by some units in the last place: more, the larger q."""
     scale = torch.tensor([0.0137])
