@@ -33,8 +33,8 @@ SILENCE_SECONDS = 120.0
 
 _POLL_SECONDS = 0.05
 
-_GROUP_TIMEOUT = timedelta(minutes=30)
 # Longer than the leading process writes a checkpoint while the others wait for its gradients.
+_GROUP_TIMEOUT = timedelta(minutes=30)
 
 _STOPPED = "what is finished is kept; start the same command again to go on"
 
@@ -137,6 +137,8 @@ class World:
 
     def _gather_group(self, device: torch.device) -> dist.ProcessGroup:
         assert self._store is not None
+        # Waited for here, where one that died is noticed: making the group waits for its timeout.
+        self.barrier()
         store = dist.PrefixStore("group", self._store)
         # NCCL refuses two processes on one GPU.
         if device.type == "cuda" and self.local_size <= torch.cuda.device_count():

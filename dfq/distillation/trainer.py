@@ -260,6 +260,8 @@ class Trainer:
         first, history, start = self._resume()
         self._agree()
         if start is None:
+            # The levels it counts from are those of the weights agreed on.
+            self.oscillation = Oscillation(self.student.module, settings.dampen, settings.freeze)
             start = self.divergence()
             self._save(self._state(0, history, start))
         ours, theirs = self.taps()
