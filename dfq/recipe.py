@@ -187,9 +187,12 @@ class Distillation(_Section):
 
     epochs: int = Field(30, ge=1)
     batch_size: int = Field(16, ge=1)
-    lr: float = Field(3e-4, gt=0)
-    """Adam, weights and biases; cosine to zero."""
-    scale_lr: float = Field(1e-3, gt=0)
+    lr: float = Field(1e-4, gt=0)
+    """Adam, biases and whatever is not quantized; cosine to zero."""
+    weight_lr: float | None = Field(0.0, ge=0)
+    """Adam, quantized weights, in quantization steps of their channel; 0 keeps them as they were
+    rounded, and step sizes, zero points and biases alone are trained; None: `lr`, in units."""
+    scale_lr: float = Field(3e-4, gt=0)
     """Adam, logarithms of the step sizes and zero points; cosine to zero."""
     drift: float = Field(0.5, ge=0)
     """Weights stay within so many quantization steps of the float ones; 0: no bound."""

@@ -17,12 +17,13 @@ from ..dataset.calibration import write_atomic
 from ..detectors.base import Detector, Targets
 from ..distributed import World
 from ..errors import DivergedError, UserError
+from ..quantization.convert import quantized_layers
 from ..quantization.quantizers import Quantizer
 from ..recipe import Distillation
 from .augment import augment, jitter_colours, mosaic
 from .losses import FeatureTaps, distillation_terms, feature_distance
 from .oscillation import Oscillation
-from .parameters import Average, Best, Leash, parameter_groups
+from .parameters import Average, Best, Leash, WeightSteps, parameter_groups
 from .sharing import add_up_gradients, batch_variances, labels_of
 
 Report = Callable[[int, int, dict[str, float]], None]
@@ -104,6 +105,10 @@ class Trainer:
         self.images = data.load(list(range(len(data))))
         for parameter in student.module.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
+        if settings.weight_lr == 0:
+            # No gradients for what is not trained.
+            for _, layer in quantized_layers(student.module):
+                layer.weight.requires_grad_(False)
         for module in student.module.modules():
             if isinstance(module, Quantizer):
                 module.zero_point.requires_grad_(module.asymmetric)
@@ -111,7 +116,8 @@ class Trainer:
             parameter_groups(student.module, settings), fused=True, betas=(0.9, 0.999)
         )
         self.average = Average(student.module, settings.ema)
-        self.leash = Leash(student.module, settings.drift)
+        self.leash = Leash(student.module, 0 if settings.weight_lr == 0 else settings.drift)
+        self.weight_steps = WeightSteps(student.module, bool(settings.weight_lr))
         self.oscillation = Oscillation(student.module, settings.dampen, settings.freeze)
         self.judge = judge
         self.best = Best(self.average.parameters)
@@ -203,6 +209,7 @@ class Trainer:
             "student": self.student.module.state_dict(),
             "shadow": self.average.shadow,
             "leash": self.leash.state(),
+            "weight_steps": self.weight_steps.state(),
             "best": self.best.state(),
             "oscillation": self.oscillation.state(),
             "optimizer": self.optimizer.state_dict(),
@@ -229,6 +236,7 @@ class Trainer:
             for average, saved in zip(self.average.shadow, state["shadow"], strict=True):
                 average.copy_(saved)
             self.leash.restore(state["leash"])
+            self.weight_steps.restore(state["weight_steps"])
             # Checkpoints of earlier versions have none.
             self.best.restore(state.get("best"))
             self.oscillation.restore(state.get("oscillation", []))
@@ -246,6 +254,7 @@ class Trainer:
         if self.world.size == 1:
             return
         tensors = [*self.average.parameters, *self.average.shadow, *self.leash.state()]
+        tensors += self.weight_steps.state()
         for tensor in tensors:
             same = tensor.detach().contiguous()
             tensor.copy_(self.world.add_up(same if self.world.leads else torch.zeros_like(same)))
@@ -334,7 +343,9 @@ class Trainer:
         nn.utils.clip_grad_norm_(
             self.average.parameters, self.settings.clip, error_if_nonfinite=False
         )
+        self.weight_steps.remember()
         self.optimizer.step()
+        self.weight_steps.rescale()
         self.leash.pull()
         self.oscillation.hold(progress)
         self.average.update(step)

@@ -63,6 +63,7 @@ def settings(**changes: Any) -> Distillation:
         "epochs": 3,
         "batch_size": 7,
         "lr": 2e-3,
+        "weight_lr": None,
         "scale_lr": 5e-3,
         "ema": 0.5,
         "zoom": 0.2,
@@ -415,3 +416,54 @@ def test_without_a_leash_weights_go_further(teacher: Detector, data: Blobs, tmp_
         for name, layer in layers.items()
     )
     assert furthest > 1
+
+
+def test_a_rate_in_steps_moves_each_channel_by_its_own(
+    teacher: Detector, data: Blobs, tmp_path: Path
+) -> None:
+    run = trainer(teacher, data, tmp_path, weight_lr=0.02, epochs=1, warmup=0, ema=0, drift=0)
+    layers = dict(quantized_layers(run.student.module))
+    before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    steps = {name: layer.weight_quantizer.scale.detach() for name, layer in layers.items()}
+    ours, theirs = run.taps()
+    run.step(0, list(range(7)), torch.Generator().manual_seed(0), ours, theirs)
+    ours.close()
+    theirs.close()
+    for name, layer in layers.items():
+        moved = (layer.weight.detach() - before[name]).abs().flatten(1)
+        # Adam's first step is its rate, whatever the gradient; here in steps of the channel.
+        torch.testing.assert_close(moved.amax(1), 0.02 * steps[name], rtol=1e-2, atol=1e-7)
+
+
+def test_rounded_weights_stay_while_all_else_is_trained(
+    teacher: Detector, data: Blobs, tmp_path: Path
+) -> None:
+    run = trainer(teacher, data, tmp_path, weight_lr=0.0)
+    layers = dict(quantized_layers(run.student.module))
+    before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    biases = {name: layer.bias.detach().clone() for name, layer in layers.items()}
+    outcome = run.train()
+    assert outcome.agreement[outcome.selected] < outcome.agreement["start"]
+    for name, layer in layers.items():
+        assert torch.equal(layer.weight, before[name])
+        assert not torch.equal(layer.bias, biases[name])
+
+
+def test_a_rate_in_steps_resumes_to_the_same_weights(
+    teacher: Detector, data: Blobs, tmp_path: Path
+) -> None:
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+    whole = trainer(teacher, data, tmp_path / "whole", weight_lr=0.02)
+    whole.train()
+    broken = trainer(teacher, data, tmp_path / "broken", weight_lr=0.02)
+
+    def stop(done: int, _total: int, _terms: dict[str, float]) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        broken.train(stop)
+    resumed = trainer(teacher, data, tmp_path / "broken", weight_lr=0.02, calibrated=False)
+    resumed.train()
+    assert_same(state(whole.student), state(resumed.student))
