@@ -185,7 +185,7 @@ class DistillationWeights(_Section):
 class Distillation(_Section):
     """Stage II: how the low-bit network is trained."""
 
-    epochs: int = Field(30, ge=1)
+    epochs: int = Field(6, ge=1)
     batch_size: int = Field(16, ge=1)
     lr: float = Field(1e-4, gt=0)
     """Adam, biases and whatever is not quantized; cosine to zero."""
