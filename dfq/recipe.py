@@ -46,6 +46,10 @@ class LabelStage(_Section):
     updates: int = Field(12, ge=1)
     score_threshold: float = Field(0.2, gt=0, lt=1)
     """Detections below this score do not count."""
+    objects: int = Field(1, ge=1)
+    """Most objects an image begins with; 1: one of 20 to 80 % of the side (the paper's start)."""
+    smallest_area: float = Field(0.01, gt=0, lt=0.8)
+    """Detections that cover less of the image are not added."""
 
 
 class Synthesis(_Section):

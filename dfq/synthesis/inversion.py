@@ -134,7 +134,7 @@ class Inversion:
         self.statistics = BatchNormStatistics(self.detector.module) if self.uses_bn else None
         self.precision = resolve_precision(settings.precision, detector.device)
         self.image_size = settings.image_size or detector.image_size
-        self.start_labels = label_start(settings.labels, detector.names)
+        self.start_labels = label_start(settings, detector.names)
 
     @contextlib.contextmanager
     def _watching(self) -> Iterator[None]:
@@ -251,7 +251,9 @@ class Inversion:
             found = self.detector.detect(
                 images, score_threshold=stage.score_threshold, iou_threshold=0.6
             )
-            current = update_adaptive(current, found, stage.image_size)
+            current = update_adaptive(
+                current, found, stage.image_size, smallest_area=stage.smallest_area
+            )
             return current
 
         noise = initial_images(count, stage.image_size, settings.init, generator)

@@ -6,7 +6,9 @@ Labels of one image are float32 `(n, 5)`: category, cx, cy, w, h, normalised to 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -48,6 +50,28 @@ def multi(generator: Generator, images: int, classes: int) -> list[Tensor]:
         torch.cat([_categories(generator, n, classes), _boxes(generator, n, 0.2, 0.8)], dim=1)
         for n in counts
     ]
+
+
+def scattered(
+    generator: Generator, images: int, classes: int, *, most: int, smallest_area: float
+) -> list[Tensor]:
+    """One to `most` objects an image, few more often than many, small more often than large.
+
+    Counts and sides are spread evenly on a logarithmic scale, as those of photographs roughly are:
+    a start with one object of 20 % of the side and more never comes to their small third. Sides of
+    a box go together, with aspect ratios of 1/3 to 3.
+    """
+    draw = torch.rand(images, generator=generator)
+    counts = ((most + 1) ** draw).floor().clamp(1, most).long().tolist()
+    low, high = math.log(math.sqrt(smallest_area)), math.log(0.9)
+    rows = []
+    for n in counts:
+        side = torch.exp(low + (high - low) * torch.rand(n, 1, generator=generator))
+        tilt = (torch.rand(n, 1, generator=generator) - 0.5) * math.log(3)
+        sides = torch.cat([side * tilt.exp(), side / tilt.exp()], dim=1).clamp_max(0.95)
+        centres = torch.rand(n, 2, generator=generator) * (1 - sides) + sides / 2
+        rows.append(torch.cat([_categories(generator, n, classes), centres, sides], dim=1))
+    return rows
 
 
 def tile(generator: Generator, images: int, classes: int) -> list[Tensor]:
@@ -136,18 +160,24 @@ def _open_source(labels: str) -> ImageSet | None:
     return images
 
 
-def label_start(labels: str, names: Sequence[str]) -> Start:
-    """Where the labels of a `synthesis.labels` setting come from.
+def label_start(settings: Synthesis, names: Sequence[str]) -> Start:
+    """Where the labels of a set come from.
 
     Args:
-        labels: a key of `STARTS`, or `real:SET`.
+        settings: `labels` is a key of `STARTS`, or `real:SET`; `label_stage` says how adaptive ones
+            begin.
         names: the detector's categories.
 
     Raises:
         UserError: where the real set cannot be opened, or has no labels for this detector.
     """
-    images = _open_source(labels)
-    return STARTS[labels] if images is None else RealLabels(images, names)
+    images = _open_source(settings.labels)
+    if images is not None:
+        return RealLabels(images, names)
+    stage = settings.label_stage
+    if settings.labels == "adaptive" and stage.objects > 1:
+        return partial(scattered, most=stage.objects, smallest_area=stage.smallest_area)
+    return STARTS[settings.labels]
 
 
 def label_source_identity(settings: Synthesis) -> str | None:

@@ -14,13 +14,15 @@ from torch import Generator, Tensor
 from dfq.dataset.image_set import ImageSet, make_item
 from dfq.detectors.base import Detections
 from dfq.errors import UserError
-from dfq.recipe import LABELS, Synthesis
+from dfq.recipe import LABELS, LabelStage, Synthesis
 from dfq.synthesis.labels import (
     STARTS,
     RealLabels,
     label_source_identity,
     label_start,
+    scattered,
     teacher_scores,
+    to_corners,
     update_adaptive,
     update_steps,
 )
@@ -275,14 +277,14 @@ def stored(folder: Path, box: tuple[int, ...] = (8, 8, 30, 24), shade: int = 0) 
 
 
 def test_label_start(tmp_path: Path) -> None:
-    assert all(label_start(kind, ["dog"]) is STARTS[kind] for kind in LABELS)
+    assert all(label_start(Synthesis(labels=kind), ["dog"]) is STARTS[kind] for kind in LABELS)
     assert set(STARTS) == set(LABELS)
-    start = label_start(stored(tmp_path / "set"), ["cat", "dog"])
+    start = label_start(Synthesis(labels=stored(tmp_path / "set")), ["cat", "dog"])
     (found,) = start(Generator(), 1, 2)
     expected = [[1, 23 / 64, 28 / 64, 30 / 64, 24 / 64]]
     torch.testing.assert_close(found, torch.tensor(expected))
     with pytest.raises(UserError, match=r"synthesis\.labels: .*nothing: no such file or folder"):
-        label_start(f"real:{tmp_path / 'nothing'}", ["dog"])
+        label_start(Synthesis(labels=f"real:{tmp_path / 'nothing'}"), ["dog"])
 
 
 def test_the_identity_is_that_of_the_labels(tmp_path: Path) -> None:
@@ -302,3 +304,33 @@ def test_the_identity_is_that_of_the_labels(tmp_path: Path) -> None:
 def test_labels_that_are_none(labels: str) -> None:
     with pytest.raises(ValueError, match=r"should be 'adaptive', .*'none' or 'real:SET'"):
         Synthesis(labels=labels)
+
+
+def test_scattered_labels_are_few_or_many_and_small_or_large() -> None:
+    labels = scattered(Generator().manual_seed(0), 2000, 7, most=12, smallest_area=0.0025)
+    counts = torch.tensor([len(label) for label in labels])
+    assert counts.min() == 1
+    assert counts.max() == 12
+    # Even on a logarithmic scale: as many images with one object as with three to six or so.
+    assert 0.2 < float((counts == 1).float().mean()) < 0.35
+    assert 4 < float(counts.float().mean()) < 5
+    every = torch.cat(labels)
+    assert set(every[:, 0].tolist()) == set(range(7))
+    corners = to_corners(every[:, 1:])
+    assert corners.min() >= -1e-6
+    assert corners.max() <= 1 + 1e-6
+    area = every[:, 3] * every[:, 4]
+    assert float(area.min()) == pytest.approx(0.0025, rel=0.05)
+    # The small third of COCO, below a hundredth of the image.
+    assert 0.15 < float((area < 0.01).float().mean()) < 0.4
+    ratio = every[:, 3] / every[:, 4]
+    assert float(ratio.min()) > 0.3
+    assert float(ratio.max()) < 3.1
+
+
+def test_adaptive_labels_begin_as_the_label_stage_says() -> None:
+    one = label_start(Synthesis(), ["dog"])(Generator().manual_seed(0), 50, 1)
+    assert all(len(label) == 1 for label in one)
+    settings = Synthesis(label_stage=LabelStage(objects=9))
+    many = label_start(settings, ["dog"])(Generator().manual_seed(0), 50, 1)
+    assert max(len(label) for label in many) > 4
