@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from . import __version__
-from .cli_common import F, check_output, mendable
+from .cli_common import F, check_output, checkpoint_option, mendable
 from .cli_data import data
 from .errors import UserError
 
@@ -47,6 +47,7 @@ def cli() -> None:
 
 @cli.command()
 @click.option("--model", required=True, help="Checkpoint, yaml, published name (yolo11s) or demo.")
+@checkpoint_option
 @click.option("--out", type=click.Path(path_type=Path), help="Folder; default: the cache.")
 @click.option("--images", type=int, help="How many.")
 @click.option("--image-size", type=int, help="Side in pixels; default: the model's.")
@@ -132,6 +133,7 @@ def synthesize(
 @cli.command()
 @click.option("--recipe", required=True, help="File or shipped recipe (w4a8).")
 @click.option("--model", help="The float detector; default: the recipe's.")
+@checkpoint_option
 @click.option("--data", help="A SET to train on; default: the synthetic one, made if need be.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder.")
 @click.option(
@@ -245,6 +247,7 @@ def sensitivity(
 
 @cli.command("eval")
 @click.option("--model", required=True, help="A detector or a run folder.")
+@checkpoint_option
 @click.option("--data", required=True, help="A labelled SET.")
 @click.option("--image-size", type=int, help="Side in pixels; default: the model's.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the result here.")
@@ -275,6 +278,7 @@ def evaluate(
 
 @cli.command()
 @click.option("--model", required=True, help="A detector or a run folder.")
+@checkpoint_option
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the result here.")
 @click.option("--trust", is_flag=True, help="Run what is in the checkpoint.")
 @mendable

@@ -63,6 +63,26 @@ def mendable(command: F) -> F:
     return wrapped  # type: ignore[return-value]
 
 
+def checkpoint_option(command: F) -> F:
+    """`--checkpoint`, for a network that `--model` names without its weights; the command gets both
+    as one `model`."""
+
+    @click.option(
+        "--checkpoint",
+        metavar="FILE",
+        help="Weights of a --model that is a network only: torchvision/NAME.",
+    )
+    @functools.wraps(command)
+    def wrapped(*args: Any, checkpoint: str | None, **kwargs: Any) -> Any:
+        if checkpoint is not None:
+            if kwargs["model"] is None:
+                _fail("--checkpoint: whose weights? give --model as well")
+            kwargs["model"] = f"{kwargs['model']}@{checkpoint}"
+        return command(*args, **kwargs)
+
+    return wrapped  # type: ignore[return-value]
+
+
 def check_output(path: Path | None, option: str = "--json") -> None:
     """Refuse a file that cannot be written before the work, not after it."""
     if path is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +16,14 @@ from torch import Tensor
 
 from ..errors import UserError
 from .base import Boundary, Detections, Detector, DistillationPair, Targets
-from .checkpoint import class_of, find_model, read_checkpoint, sha256_of
+from .checkpoint import Checkpoint, class_of, find_model, read_checkpoint, sha256_of
 
 if TYPE_CHECKING:
     from .ultralytics import UltralyticsDetector
     from .yolov5 import YOLOv5
+
+TORCHVISION = "torchvision/"
+"""What the name of a network of torchvision starts with."""
 
 __all__ = [
     "Boundary",
@@ -40,7 +44,7 @@ os.environ.setdefault("YOLO_AUTOINSTALL", "false")
 _METADATA_KEY = "dfq"
 _ACCEPTED = (
     "a checkpoint (.pt, .pth), a model YAML (.yaml), a detector saved by dfq (.safetensors), "
-    "a published network (e.g. yolo11n, yolov8s, yolov5n) or demo"
+    "a published network (e.g. yolo11n, yolov8s, yolov5n), torchvision/NAME or demo"
 )
 
 
@@ -58,8 +62,9 @@ def load_detector(model: str | Path, *, trust: bool = False, device: str = "cpu"
     Args:
         model: the path of a checkpoint, of a model YAML (random weights) or of a file that
             `save_detector` wrote; the name of a model YAML of Ultralytics ("yolo11n.yaml"); the
-            name of a published network ("yolo11s", "yolov5n.pt"), downloaded where need be; or
-            "demo", the small detector that comes with dfq.
+            name of a published network ("yolo11s", "yolov5n.pt"), downloaded where need be;
+            "torchvision/NAME", with random weights; or "demo", the small detector that comes with
+            dfq. Where a network and its weights are apart: "NETWORK@CHECKPOINT".
         trust: run what is in a checkpoint, for files whose author is trusted.
         device: where to put it, e.g. "cpu" or "cuda:0".
 
@@ -83,11 +88,25 @@ def from_spec(spec: dict[str, Any]) -> Detector:
         UserError: the description is damaged or of an unknown family.
     """
     family = spec.get("family") if isinstance(spec, dict) else None
-    for known in _families():
-        if known.family == family:
-            return known.from_spec(spec)
-    families = ", ".join(known.family for known in _families())
-    raise UserError(f"the description is of the family {family!r}; known are {families}")
+    if family not in _SPECS:
+        raise UserError(
+            f"the description is of the family {family!r}; known are {', '.join(_SPECS)}"
+        )
+    return _SPECS[family](spec)
+
+
+def _torchvision_spec(spec: dict[str, Any]) -> Detector:
+    from .torchvision_base import TorchvisionDetector
+
+    return TorchvisionDetector.from_spec(spec)
+
+
+_SPECS: dict[Any, Callable[[dict[str, Any]], Detector]] = {
+    "yolov5": lambda spec: _families()[0].from_spec(spec),
+    "ultralytics": lambda spec: _families()[1].from_spec(spec),
+    "torchvision": _torchvision_spec,
+}
+"""What rebuilds a detector of a family from its description."""
 
 
 def save_detector(
@@ -135,6 +154,11 @@ def _load(name: str, trust: bool) -> Detector:
     path = Path(name).expanduser()
     if path.is_file():
         return _from_file(path, trust)
+    network, apart, weights = name.rpartition("@")
+    if apart:
+        return _from_parts(network, Path(weights).expanduser(), trust)
+    if name.startswith(TORCHVISION):
+        return _from_network(name, None)
     if name == "demo":
         demo = Path(__file__).parents[1] / "demo" / "detector.safetensors"
         if not demo.is_file():
@@ -150,6 +174,24 @@ def _load(name: str, trust: bool) -> Detector:
     if is_published(name):
         return _from_checkpoint(fetch(name), trust)
     raise UserError(f"there is no detector {name}: give {_ACCEPTED}")
+
+
+def _from_parts(network: str, weights: Path, trust: bool) -> Detector:
+    """A network named in one place and its weights in another."""
+    if not weights.is_file():
+        raise UserError(f"there is no checkpoint {weights}: check the path")
+    return _from_network(network, read_checkpoint(weights, trust=trust))
+
+
+def _from_network(network: str, checkpoint: Checkpoint | None) -> Detector:
+    if network.startswith(TORCHVISION):
+        from .torchvision_base import from_name
+
+        return from_name(network.removeprefix(TORCHVISION), checkpoint)
+    raise UserError(
+        f"{network}: takes no separate checkpoint; that is for torchvision/NAME. Give the "
+        "checkpoint itself as --model"
+    )
 
 
 def _from_file(path: Path, trust: bool) -> Detector:

@@ -31,6 +31,7 @@ __all__ = [
     "read_checkpoint",
     "sha256_of",
     "state_dict_of",
+    "tensors_of",
 ]
 
 _ZIP_MAGIC = b"PK\x03\x04"
@@ -224,6 +225,32 @@ def state_dict_of(module: Inert | nn.Module) -> dict[str, Tensor]:
         name: tensor.float() if tensor.is_floating_point() else tensor
         for name, tensor in tensors.items()
     }
+
+
+def tensors_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The tensors of a checkpoint that holds a state dict, bare or under the name that trainers
+    put it under, or a whole network; floating ones as float32.
+
+    Raises:
+        UserError: there are none.
+    """
+    root = checkpoint.root
+    candidates: list[Any] = [root]
+    if isinstance(root, dict):
+        candidates = [root.get(key) for key in ("state_dict", "model", "model_state_dict", "ema")]
+        candidates.append(root)
+    for candidate in candidates:
+        if _is_module(candidate):
+            return state_dict_of(candidate)
+        if not isinstance(candidate, dict):
+            continue
+        tensors = {str(k): v.detach() for k, v in candidate.items() if isinstance(v, Tensor)}
+        if tensors:
+            # As DistributedDataParallel names them.
+            names = [name.removeprefix("module.") for name in tensors]
+            values = [t.float() if t.is_floating_point() else t for t in tensors.values()]
+            return dict(zip(names, values, strict=True))
+    raise UserError(f"{checkpoint.path} holds no weights: name a checkpoint with a state dict")
 
 
 def attribute(module: Inert | nn.Module, name: str, default: Any = None) -> Any:

@@ -110,7 +110,8 @@ def describe(detector: Detector, image_size: int | None = None) -> list[LayerInf
             weight = layer.weight
             assert isinstance(weight, Tensor)
             # Each output element costs one filter: all of the weight but its output axis.
-            macs = output[0].numel() * weight[0].numel()
+            # All of the output: rows may be windows or proposals of the one image.
+            macs = output.numel() * weight[0].numel()
             before = rows[name].macs if name in rows else 0
             rows[name] = LayerInfo(
                 name,

@@ -131,10 +131,17 @@ class Inversion:
         self.detector.module.to(memory_format=torch.channels_last)
         self.settings = settings
         self.uses_bn = settings.weights.bn > 0 or settings.weights.first_bn > 0
-        self.statistics = BatchNormStatistics(self.detector.module) if self.uses_bn else None
+        self.statistics = None
+        if self.uses_bn:
+            self.statistics = BatchNormStatistics(self.detector.module, self._glance)
         self.precision = resolve_precision(settings.precision, detector.device)
         self.image_size = settings.image_size or detector.image_size
         self.start_labels = label_start(settings, detector.names)
+
+    def _glance(self) -> None:
+        """One forward pass on a small image."""
+        side = self.detector.stride * 2
+        self.detector.raw(torch.zeros(1, 3, side, side, device=self.detector.device))
 
     @contextlib.contextmanager
     def _watching(self) -> Iterator[None]:
@@ -151,14 +158,17 @@ class Inversion:
         half = self.precision == "bfloat16"
         with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
             raw = _float32(self.detector.raw(images))
+        # First, as a network may run layers for the labels that it does not run for the images.
+        task = None
+        if weights.task > 0 and self.settings.labels != "none":
+            size = images.shape[2]
+            task = self.detector.task_loss(raw, targets, (size, size))
         terms = {}
         if self.statistics is not None:
             distances = self.statistics.distances(relative=self.settings.bn_form == "relative")
             terms["bn"] = distances.sum()
             terms["first_bn"] = distances[0]
-        if weights.task > 0 and self.settings.labels != "none":
-            size = images.shape[2]
-            task = self.detector.task_loss(raw, targets, (size, size))
+        if task is not None:
             terms["task"] = torch.stack(list(task.values())).sum()
         return terms
 

@@ -9,6 +9,7 @@ at its input (DeepInversion, Yin et al. 2020; the first layer also has a weight 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -108,12 +109,15 @@ class BatchNormStatistics:
 
     Args:
         module: the network, in eval mode.
+        run: runs one forward pass of it on any input, to see which layers' values are overwritten
+            by what comes after (a residual sum in place, say) and so have to be kept apart; None:
+            none are.
 
     Raises:
         UserError: if it holds no BatchNorm with running statistics.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, run: Callable[[], object] | None = None) -> None:
         self.layers: dict[str, _BatchNorm | FoldedBatchNorm] = {
             name: child
             for name, child in module.named_modules()
@@ -129,6 +133,26 @@ class BatchNormStatistics:
         self._seen: dict[str, tuple[Tensor, Tensor]] = {}
         self._constants: dict[tuple[bool, tuple[str, ...]], _Constants] = {}
         self._handles: list[Any] = []
+        self._overwritten = self._find_overwritten(run) if run is not None else frozenset()
+
+    def _find_overwritten(self, run: Callable[[], object]) -> frozenset[str]:
+        passed: list[tuple[str, Tensor, int]] = []
+        handles = []
+        for name, layer in self.layers.items():
+
+            def note(_m: nn.Module, _i: object, output: Tensor, name: str = name) -> None:
+                passed.append((name, output, output._version))
+
+            # Of a BatchNorm proper the output is another tensor than the input that is watched.
+            if isinstance(layer, FoldedBatchNorm):
+                handles.append(layer.register_forward_hook(note))
+        try:
+            with torch.no_grad():
+                run()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return frozenset(name for name, output, then in passed if output._version != then)
 
     def __enter__(self) -> BatchNormStatistics:
         for name, layer in self.layers.items():
@@ -136,7 +160,7 @@ class BatchNormStatistics:
             def tap(_m: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> tuple[Tensor]:
                 x, mean, var = _Moments.apply(inputs[0])
                 self._seen[name] = (mean, var)
-                return (x,)
+                return (x.clone() if name in self._overwritten else x,)
 
             self._handles.append(layer.register_forward_pre_hook(tap))
         return self

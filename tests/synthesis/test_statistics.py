@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dfq.errors import UserError
 from dfq.quantization.convert import fold
-from dfq.quantization.folding import fold_batchnorm
+from dfq.quantization.folding import FoldedBatchNorm, fold_batchnorm
 from dfq.synthesis.statistics import BatchNormStatistics
 
 
@@ -178,3 +178,35 @@ def test_without_statistics_it_is_refused(network: nn.Module) -> None:
     with pytest.raises(UserError, match="no BatchNorm statistics") as refused:
         BatchNormStatistics(network)
     assert "\n" not in str(refused.value)
+
+
+class _Residual(nn.Module):
+    """A block that writes into what its folded BatchNorm gave."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        ones = torch.ones(3)
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.norm = FoldedBatchNorm(0.1 * ones, 2 * ones, 0.5 * ones, 0.2 * ones)
+        self.in_place = in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x))
+        if self.in_place:
+            y += x
+            return y.relu_()
+        return (y + x).relu()
+
+
+def test_what_is_overwritten_is_kept_apart() -> None:
+    torch.manual_seed(0)
+    blocks = [_Residual(True), _Residual(False)]
+    blocks[1].load_state_dict(blocks[0].state_dict())
+    results = []
+    for block in blocks:
+        x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        with BatchNormStatistics(block, lambda block=block, x=x: block(x.detach())) as statistics:
+            output = block(x)
+            loss = statistics.distances().sum() + output.square().mean()
+        results.append((loss.detach(), torch.autograd.grad(loss, x)[0]))
+    torch.testing.assert_close(results[0], results[1])

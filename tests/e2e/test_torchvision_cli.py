@@ -1,0 +1,84 @@
+"""Detectors whose network and weights are apart, through the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from harness import command, has_one_error
+
+from dfq.demo.scenes import NAMES, write_coco
+from dfq.detectors import load_detector, save_detector
+from dfq.detectors.torchvision_base import from_name
+from dfq.detectors.torchvision_models import build
+
+NETWORK = "torchvision/fasterrcnn_mobilenet_v3_large_320_fpn"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "small.pth"
+    module = build(NETWORK.partition("/")[2], len(NAMES) + 1, {})
+    torch.save({"model": module.state_dict(), "names": list(NAMES)}, path)
+    return path
+
+
+def test_the_whole_flow(place: Path) -> None:
+    options = {
+        "width": 0.35,
+        "representation": 32,
+        "anchors": [16, 32],
+        "min_size": 64,
+        "max_size": 64,
+        "rpn_post_nms_top_n_test": 20,
+        "box_batch_size_per_image": 16,
+    }
+    save_detector(from_name("fasterrcnn_mobilenet_v2", options=options), place / "m.safetensors")
+    network = ("--model", "m.safetensors")
+    made = command("synthesize", *network, "--recipe", "tiny.yaml", "--out", "set")
+    assert made.exit_code == 0, made.output
+    trained = command(
+        "qat", *network, "--recipe", "tiny.yaml", "--data", "set", "--out", "run",
+        "--set", "distillation.weights.task=0.1",
+    )  # fmt: skip
+    assert trained.exit_code == 0, trained.output
+    metrics = json.loads((place / "run" / "metrics.json").read_text())
+    assert metrics["quantized_share_of_macs"] == 1.0
+    assert {"kl", "feature", "task"} <= set(metrics["history"][0])
+    shown = command("inspect", "--model", "run")
+    assert shown.exit_code == 0, shown.output
+    assert "roi_heads.box_predictor.cls_score" in shown.output
+    write_scenes(place / "scenes", load_detector("m.safetensors").names)
+    measured = command("eval", "--model", "run", "--data", "scenes")
+    assert measured.exit_code == 0, measured.output
+    assert "2 images at 64 px" in measured.output
+
+
+def write_scenes(folder: Path, names: list[str]) -> None:
+    """Two scenes under the categories of the detector."""
+    file = write_coco(folder, 2, 64)
+    record = json.loads(file.read_text())
+    for category, name in zip(record["categories"], names, strict=False):
+        category["name"] = name
+    file.write_text(json.dumps(record))
+
+
+def test_weights_apart_from_the_network(place: Path, weights: Path) -> None:
+    shown = command("inspect", "--model", NETWORK, "--checkpoint", weights, "--json", "layers.json")
+    assert shown.exit_code == 0, shown.output
+    found = json.loads((place / "layers.json").read_text())
+    assert found["model"] == f"{NETWORK}@{weights}"
+    (last,) = [row for row in found["layers"] if row["name"].endswith("cls_score")]
+    assert last["weight_shape"][0] == len(NAMES) + 1
+
+
+def test_mistakes(place: Path, weights: Path) -> None:
+    assert "whose weights" in has_one_error(
+        command("qat", "--recipe", "w4a8", "--checkpoint", weights)
+    )
+    assert "no separate checkpoint" in has_one_error(
+        command("inspect", "--model", "yolo11n.yaml", "--checkpoint", weights)
+    )
+    assert "unknown" in has_one_error(command("inspect", "--model", "torchvision/none"))
