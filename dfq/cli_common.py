@@ -70,7 +70,7 @@ def checkpoint_option(command: F) -> F:
     @click.option(
         "--checkpoint",
         metavar="FILE",
-        help="Weights of a --model that is a network only: torchvision/NAME.",
+        help="Weights of a --model that is a network only: torchvision/NAME or an mmdet config.",
     )
     @functools.wraps(command)
     def wrapped(*args: Any, checkpoint: str | None, **kwargs: Any) -> Any:

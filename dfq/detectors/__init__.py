@@ -44,7 +44,8 @@ os.environ.setdefault("YOLO_AUTOINSTALL", "false")
 _METADATA_KEY = "dfq"
 _ACCEPTED = (
     "a checkpoint (.pt, .pth), a model YAML (.yaml), a detector saved by dfq (.safetensors), "
-    "a published network (e.g. yolo11n, yolov8s, yolov5n), torchvision/NAME or demo"
+    "a published network (e.g. yolo11n, yolov8s, yolov5n), torchvision/NAME, "
+    "a config of mmdet (.py, or the name of one that comes with it) or demo"
 )
 
 
@@ -63,8 +64,9 @@ def load_detector(model: str | Path, *, trust: bool = False, device: str = "cpu"
         model: the path of a checkpoint, of a model YAML (random weights) or of a file that
             `save_detector` wrote; the name of a model YAML of Ultralytics ("yolo11n.yaml"); the
             name of a published network ("yolo11s", "yolov5n.pt"), downloaded where need be;
-            "torchvision/NAME", with random weights; or "demo", the small detector that comes with
-            dfq. Where a network and its weights are apart: "NETWORK@CHECKPOINT".
+            "torchvision/NAME" or a config of mmdet (a file, or the name of one that comes with
+            it), with random weights; or "demo", the small detector that comes with dfq. Where a
+            network and its weights are apart: "NETWORK@CHECKPOINT".
         trust: run what is in a checkpoint, for files whose author is trusted.
         device: where to put it, e.g. "cpu" or "cuda:0".
 
@@ -101,10 +103,20 @@ def _torchvision_spec(spec: dict[str, Any]) -> Detector:
     return TorchvisionDetector.from_spec(spec)
 
 
+def _mmdet_spec(spec: dict[str, Any]) -> Detector:
+    from .mmdet_config import require_mmdet
+
+    require_mmdet()
+    from .mmdet_base import MMDetDetector
+
+    return MMDetDetector.from_spec(spec)
+
+
 _SPECS: dict[Any, Callable[[dict[str, Any]], Detector]] = {
     "yolov5": lambda spec: _families()[0].from_spec(spec),
     "ultralytics": lambda spec: _families()[1].from_spec(spec),
     "torchvision": _torchvision_spec,
+    "mmdet": _mmdet_spec,
 }
 """What rebuilds a detector of a family from its description."""
 
@@ -157,7 +169,7 @@ def _load(name: str, trust: bool) -> Detector:
     network, apart, weights = name.rpartition("@")
     if apart:
         return _from_parts(network, Path(weights).expanduser(), trust)
-    if name.startswith(TORCHVISION):
+    if name.startswith(TORCHVISION) or _mmdet_config(name) is not None:
         return _from_network(name, None)
     if name == "demo":
         demo = Path(__file__).parents[1] / "demo" / "detector.safetensors"
@@ -188,10 +200,28 @@ def _from_network(network: str, checkpoint: Checkpoint | None) -> Detector:
         from .torchvision_base import from_name
 
         return from_name(network.removeprefix(TORCHVISION), checkpoint)
+    config = _mmdet_config(network)
+    if config is not None:
+        from .mmdet_config import require_mmdet
+
+        require_mmdet()
+        from .mmdet_base import from_config
+
+        return from_config(config, checkpoint)
     raise UserError(
-        f"{network}: takes no separate checkpoint; that is for torchvision/NAME. Give the "
-        "checkpoint itself as --model"
+        f"{network}: takes no separate checkpoint; that is for torchvision/NAME and configs of "
+        "mmdet. Give the checkpoint itself as --model"
     )
+
+
+def _mmdet_config(name: str) -> Path | None:
+    """The config of mmdet that goes by that name, a file's or of one that comes with mmdet."""
+    path = Path(name).expanduser()
+    if path.suffix == ".py" and path.is_file():
+        return path
+    from .mmdet_config import shipped_config
+
+    return shipped_config(name)
 
 
 def _from_file(path: Path, trust: bool) -> Detector:
@@ -202,6 +232,8 @@ def _from_file(path: Path, trust: bool) -> Detector:
         return _from_yaml(str(path))
     if suffix == ".safetensors":
         return _from_safetensors(path)
+    if suffix == ".py":
+        return _from_network(str(path), None)
     raise UserError(f"{path} is not a file that dfq reads: give {_ACCEPTED}")
 
 

@@ -30,6 +30,10 @@ from ..errors import UserError
 _INERT_PREFIXES = (
     "torch.nn.",
     "torch._C._nn.",
+    "torchvision.",
+    "mmcv.",
+    "mmdet.",
+    "mmengine.",
     "ultralytics.",
     "models.yolo.",
     "models.common.",
@@ -42,6 +46,7 @@ _INERT_NAMES = {
     "numpy.ndarray",
     "numpy.dtype",
     "numpy._core.multiarray._reconstruct",
+    "numpy._core.multiarray.scalar",
     *(
         f"{module}.{name}"
         for module in ("pathlib", "pathlib._local")
