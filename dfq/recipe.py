@@ -30,6 +30,8 @@ class SynthesisWeights(_Section):
     """BatchNorm statistics, summed over the layers."""
     first_bn: float = Field(5.0, ge=0)
     """How often more the first BatchNorm counts in that sum: it fixes colours and contrast."""
+    entropy: float = Field(1.0, ge=0)
+    """Entropy of the similarities between patches, in networks with attention."""
     tv: float = Field(0.2, ge=0)
     """Total variation, relative to the gradient of the others."""
 

@@ -239,6 +239,11 @@ class Detector(ABC):
         Each gives one tensor `(n, c, h, w)` or `(n, tokens, c)`.
         """
 
+    def attention_layers(self) -> list[str]:
+        """Qualified names of the modules that attend between patches and give their outputs as
+        `(windows, tokens, channels)`; synthesis spreads out their similarities. None by default."""
+        return []
+
     @abstractmethod
     def blocks(self) -> list[str]:
         """Qualified names of the blocks that reconstruction walks, in execution order."""

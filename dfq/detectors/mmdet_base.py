@@ -89,6 +89,12 @@ class MMDetDetector(Detector):
         """The stages of a convolutional backbone, the blocks of a Swin, the outputs of the neck."""
         return backbone_layers(self.module, whole_stages=True) + neck_layers(self.module)
 
+    def attention_layers(self) -> list[str]:
+        """The window attentions of a Swin."""
+        from mmdet.models.backbones.swin import WindowMSA
+
+        return [name for name, m in self.module.named_modules() if isinstance(m, WindowMSA)]
+
     def spec(self) -> dict[str, Any]:
         """See `Detector.spec`; also holds `config`, the `model` part of the config."""
         return {

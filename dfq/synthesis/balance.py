@@ -33,7 +33,8 @@ class Combination(Protocol):
         """The gradient, and the total variation for logs.
 
         Args:
-            terms: "bn" (summed over the layers), "first_bn" and "task"; what is not used is absent.
+            terms: "bn" (summed over the layers), "first_bn", "entropy" and "task"; what is not used
+                is absent.
             view: what the network saw: `pixels`, augmented, in one graph with them.
             pixels: the images, a leaf `(n, 3, h, w)`.
             step: the iteration.
@@ -72,6 +73,8 @@ class GradientShares:
             rest = terms["bn"] if self.weights.bn > 0 else torch.zeros_like(terms["bn"])
             share = self.weights.bn or 1.0
             groups["bn"] = (share, rest + self.weights.first_bn * terms["first_bn"])
+        if "entropy" in terms:
+            groups["entropy"] = (self.weights.entropy, terms["entropy"])
         if "task" in terms:
             groups["task"] = (self.weights.task, terms["task"])
         return groups

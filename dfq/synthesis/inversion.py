@@ -19,7 +19,8 @@ from ..quantization.convert import fold
 from ..recipe import Synthesis
 from .balance import COMBINATIONS
 from .labels import label_start, teacher_scores, update_adaptive, update_steps
-from .statistics import BatchNormStatistics
+from .patch_similarity import PatchSimilarity
+from .statistics import BatchNormStatistics, has_statistics
 
 Report = Callable[[str, int, int, dict[str, float]], None]
 """Called now and then with stage, iteration, iterations of the stage, and loss terms."""
@@ -131,8 +132,11 @@ class Inversion:
         self.detector.module.to(memory_format=torch.channels_last)
         self.settings = settings
         self.uses_bn = settings.weights.bn > 0 or settings.weights.first_bn > 0
+        attention = self.detector.attention_layers() if settings.weights.entropy > 0 else []
+        self.similarity = PatchSimilarity(self.detector.module, attention) if attention else None
         self.statistics = None
-        if self.uses_bn:
+        # A transformer need not have BatchNorm, which is a mistake to ask for in other networks.
+        if self.uses_bn and not (attention and not has_statistics(self.detector.module)):
             self.statistics = BatchNormStatistics(self.detector.module, self._glance)
         self.precision = resolve_precision(settings.precision, detector.device)
         self.image_size = settings.image_size or detector.image_size
@@ -145,14 +149,15 @@ class Inversion:
 
     @contextlib.contextmanager
     def _watching(self) -> Iterator[None]:
-        if self.statistics is None:
+        with contextlib.ExitStack() as stack:
+            for watcher in (self.statistics, self.similarity):
+                if watcher is not None:
+                    stack.enter_context(watcher)
             yield
-        else:
-            with self.statistics:
-                yield
 
     def _losses(self, images: Tensor, targets: Targets) -> dict[str, Tensor]:
-        """The terms that come from the network, scalars: "bn", "first_bn" and "task"."""
+        """The terms that come from the network, scalars: "bn", "first_bn", "entropy" and
+        "task"."""
         weights = self.settings.weights
         # Convolutions alone take fewer bits; statistics and losses are summed in float32.
         half = self.precision == "bfloat16"
@@ -168,6 +173,8 @@ class Inversion:
             distances = self.statistics.distances(relative=self.settings.bn_form == "relative")
             terms["bn"] = distances.sum()
             terms["first_bn"] = distances[0]
+        if self.similarity is not None:
+            terms["entropy"] = -self.similarity.entropy()
         if task is not None:
             terms["task"] = torch.stack(list(task.values())).sum()
         return terms

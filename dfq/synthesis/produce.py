@@ -40,6 +40,8 @@ def determinants(detector: Detector, settings: Synthesis, seed: int) -> dict[str
     values = settings.model_dump(mode="json")
     values["image_size"] = settings.image_size or detector.image_size
     values["precision"] = resolve_precision(settings.precision, detector.device)
+    if not detector.attention_layers():
+        del values["weights"]["entropy"]  # It does not apply.
     identity = label_source_identity(settings)
     if identity is not None:
         # What the labels are counts, not where they lie.
@@ -74,8 +76,10 @@ def check(detector: Detector, settings: Synthesis) -> None:
         detector.check_size(settings.label_stage.image_size, "synthesis.label_stage.image_size")
     weights = settings.weights
     labelled = weights.task > 0 and settings.labels != "none"
+    attends = weights.entropy > 0 and bool(detector.attention_layers())
+    statistics = weights.bn > 0 or weights.first_bn > 0
     optimises = settings.iterations > 0 or adaptive
-    if optimises and not (weights.bn > 0 or weights.first_bn > 0 or weights.tv > 0 or labelled):
+    if optimises and not (statistics or weights.tv > 0 or labelled or attends):
         raise UserError(
             "synthesis.weights: every term that applies has weight 0, so there is nothing to "
             "optimise; set one above 0, or synthesis.iterations=0 with labels that are not adaptive"

@@ -101,6 +101,20 @@ class _Constants:
         return squares.clamp_min(1e-30).sqrt()
 
 
+def has_statistics(module: nn.Module) -> bool:
+    """Whether a network has BatchNorm statistics, of layers folded or not."""
+    return bool(_layers(module))
+
+
+def _layers(module: nn.Module) -> dict[str, _BatchNorm | FoldedBatchNorm]:
+    return {
+        name: child
+        for name, child in module.named_modules()
+        if isinstance(child, FoldedBatchNorm)
+        or (isinstance(child, _BatchNorm) and child.running_mean is not None)
+    }
+
+
 class BatchNormStatistics:
     """Watches the inputs of every BatchNorm of a frozen network; a context manager.
 
@@ -118,12 +132,7 @@ class BatchNormStatistics:
     """
 
     def __init__(self, module: nn.Module, run: Callable[[], object] | None = None) -> None:
-        self.layers: dict[str, _BatchNorm | FoldedBatchNorm] = {
-            name: child
-            for name, child in module.named_modules()
-            if isinstance(child, FoldedBatchNorm)
-            or (isinstance(child, _BatchNorm) and child.running_mean is not None)
-        }
+        self.layers = _layers(module)
         if not self.layers:
             raise UserError(
                 "the model has no BatchNorm statistics to match: it has no BatchNorm layer, or "
