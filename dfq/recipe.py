@@ -81,6 +81,9 @@ class Synthesis(_Section):
     factors of the losses (the paper's), to be found anew for each."""
     bn_form: Literal["relative", "absolute"] = "relative"
     """BatchNorm distances in units of each channel's spread, or as they are (the paper's)."""
+    masks: Literal["ellipse", "own", "none"] = "ellipse"
+    """What the mask loss of a label compares with, in networks with masks: the ellipse in its box,
+    the network's own mask, or none: boxes only."""
     weights: SynthesisWeights = SynthesisWeights()
     label_stage: LabelStage = LabelStage()
 
@@ -210,6 +213,8 @@ class Distillation(_Section):
     warmup: float = Field(0.03, ge=0, lt=1)
     """Share of the steps over which the rates rise from zero."""
     weights: DistillationWeights = DistillationWeights()
+    masks: Literal["ellipse", "own", "none"] = "ellipse"
+    """As `synthesis.masks`, for the task loss of the training."""
     kl_form: Literal["family", "flattened"] = "family"
     """Over what is a distribution in the family, or the paper's softmax over a whole level."""
     temperature: float = Field(1.0, gt=0)

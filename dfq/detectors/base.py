@@ -135,8 +135,12 @@ class Detector(ABC):
         stride: the largest stride; image sides must be multiples of it.
         fingerprint: sha256 (hex) of the file it came from, or of its weights where there is none.
         source: what the user named, for messages and manifests.
+        mask_targets: what the mask term of the task loss, in networks that have one, compares with:
+            the ellipse inscribed in a label's box, the mask the network itself predicts for it, or
+            nothing (boxes only).
     """
 
+    mask_targets: Literal["ellipse", "own", "none"] = "ellipse"
     family: ClassVar[str]
     module: nn.Module
     names: list[str]
@@ -148,6 +152,11 @@ class Detector(ABC):
     @property
     def num_classes(self) -> int:
         return len(self.names)
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether the network predicts instance masks."""
+        return False
 
     @property
     def device(self) -> torch.device:

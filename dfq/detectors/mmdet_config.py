@@ -45,7 +45,7 @@ def shipped_config(name: str) -> Path | None:
     return found[0] if found else None
 
 
-def read_config(path: Path) -> Any:
+def read_config(path: Path) -> dict[str, Any]:
     """The config in a file, its bases included. A config is a program: reading it runs it.
 
     Raises:
@@ -56,7 +56,7 @@ def read_config(path: Path) -> Any:
 
     try:
         with quiet(), _package_paths():
-            config = Config.fromfile(str(path))
+            config = Config.fromfile(str(path)).to_dict()
     except Exception as error:
         raise UserError(f"{path}: cannot be read as a config ({one_line(error)})") from error
     if not isinstance(config.get("model"), Mapping):
@@ -163,7 +163,7 @@ def build_model(model: dict[str, Any], source: str) -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
-def image_side(config: Any, stride: int) -> int:
+def image_side(config: dict[str, Any], stride: int) -> int:
     """The side of a square that shows images as large as the config's test pipeline does."""
     scale = next(_scales(config.get("test_dataloader") or config.get("test_pipeline")), None)
     if scale is None:
@@ -194,14 +194,16 @@ def _is_pair(scale: Any) -> bool:
     )
 
 
-def category_names(config: Any, metadata: Any, count: int, source: str) -> list[str]:
+def category_names(config: dict[str, Any], metadata: Any, count: int, source: str) -> list[str]:
     """Names of `count` categories: those the checkpoint or the config states, or of COCO or VOC
     where the number and the config's data set say so.
 
     Raises:
         UserError: their number is not the network's.
     """
-    stated = _stated_names(metadata) or _stated_names(config)
+    data: Any = config.get("test_dataloader") or {}
+    data = data.get("dataset") or {}
+    stated = _stated_names(metadata) or _stated_names(data) or _stated_names(config)
     if stated is not None:
         if len(stated) != count:
             raise UserError(

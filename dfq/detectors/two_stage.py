@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,10 +23,6 @@ DISTILLED_PROPOSALS = 256
 
 DISTILLED_MASKS = 16
 """Of these, how many masks are predicted for: each costs as much as a hundred rows of classes."""
-
-MASK_TARGETS = ("ellipse", "own", "none")
-"""What the mask loss of a label is computed against: the ellipse inscribed in its box, the mask the
-network itself predicts for it, or nothing (boxes only)."""
 
 
 class SecondStage(NamedTuple):
@@ -71,17 +67,10 @@ class TwoStageDetector(Detector):
     """A detector that proposes boxes and then classifies them.
 
     Attributes:
-        mask_targets: one of `MASK_TARGETS`, for networks with masks.
         background: index of the background in the second stage's classes.
     """
 
-    mask_targets: Literal["ellipse", "own", "none"] = "ellipse"
     background: int
-
-    @property
-    @abstractmethod
-    def has_masks(self) -> bool:
-        """Whether the network predicts instance masks."""
 
     @abstractmethod
     def _first_stage(self, x: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

@@ -92,6 +92,7 @@ class Trainer:
         judge: Callable[[Detector], float] | None = None,
     ) -> None:
         self.student, self.teacher, self.data = student, teacher, data
+        student.mask_targets = settings.masks
         self.world = world or World()
         # Convolutions on a CPU and tensor cores both want the channels last.
         for detector in (student, teacher):

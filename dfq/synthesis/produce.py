@@ -40,8 +40,11 @@ def determinants(detector: Detector, settings: Synthesis, seed: int) -> dict[str
     values = settings.model_dump(mode="json")
     values["image_size"] = settings.image_size or detector.image_size
     values["precision"] = resolve_precision(settings.precision, detector.device)
+    # What does not apply does not count.
     if not detector.attention_layers():
-        del values["weights"]["entropy"]  # It does not apply.
+        del values["weights"]["entropy"]
+    if not detector.has_masks:
+        del values["masks"]
     identity = label_source_identity(settings)
     if identity is not None:
         # What the labels are counts, not where they lie.

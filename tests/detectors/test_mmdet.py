@@ -229,7 +229,7 @@ def test_average_precision_is_mmdets_own(
     metric = CocoMetric(ann_file=str(file), metric="bbox")
     metric.dataset_meta = {"classes": tuple(detector.names)}
     with DefaultScope.overwrite_default_scope("mmdet"):
-        pipeline = Compose(read_config(configs("mask-rcnn-resnet")).test_pipeline)
+        pipeline = Compose(read_config(configs("mask-rcnn-resnet"))["test_pipeline"])
     for image in record["images"]:
         path = str(tmp_path / "images" / image["file_name"])
         packed = pipeline({"img_path": path, "img_id": image["id"]})
@@ -370,6 +370,21 @@ def test_mistakes_get_one_line(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=reason) as error:
             load_detector(tmp_path / file)
         assert "\n" not in str(error.value)
+
+
+def test_names_come_from_the_config(
+    detectors: dict[str, Detector], configs: Callable[[str], Path], tmp_path: Path
+) -> None:
+    assert detectors["mask-rcnn-swin"].names == list(NAMES)
+    assert detectors["retinanet"].names == [f"class{index}" for index in range(10)]
+    # As users write it: at the data set, which the class of the set does not know.
+    text = configs("retinanet").read_text()
+    things = [f"thing {index}" for index in range(10)]
+    path = tmp_path / "own.py"
+    path.write_text(
+        f"{text}\ntest_dataloader = dict(dataset=dict(metainfo=dict(classes={things})))\n"
+    )
+    assert load_detector(path).names == things
 
 
 def test_without_mmdet_it_says_how_to_get_it(
