@@ -149,6 +149,8 @@ class Quantization(_Section):
     before it, or each to the nearest level."""
     rounding_images: int = Field(128, ge=1)
     """Images of the set that the former looks at."""
+    scope: Literal["all", "backbone"] = "all"
+    """Layers that are quantized at all; with backbone, neck and heads stay in float."""
     overrides: dict[str, int | str] = {}
     """Layer name or wildcard -> "float", a bit width, or "w4a8"; the first match wins."""
     mixed: Mixed = Mixed()

@@ -91,6 +91,7 @@ def policy_of(recipe: Recipe) -> Policy:
         weights=section.weights,
         activations=section.activations,
         overrides=tuple(section.overrides.items()),
+        scope=section.scope,
     )
 
 

@@ -138,9 +138,12 @@ class Detector(ABC):
         mask_targets: what the mask term of the task loss, in networks that have one, compares with:
             the ellipse inscribed in a label's box, the mask the network itself predicts for it, or
             nothing (boxes only).
+        backbone: qualified name of the module that is the backbone, without neck and heads; None
+            where the network has no such part.
     """
 
     mask_targets: Literal["ellipse", "own", "none"] = "ellipse"
+    backbone: str | None = None
     family: ClassVar[str]
     module: nn.Module
     names: list[str]

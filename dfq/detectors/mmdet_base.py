@@ -36,6 +36,7 @@ class MMDetDetector(Detector):
     """
 
     family = "mmdet"
+    backbone = "backbone"
 
     def __init__(
         self,

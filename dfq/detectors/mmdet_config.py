@@ -160,6 +160,9 @@ def build_model(model: dict[str, Any], source: str) -> nn.Module:
             raise
         except Exception as error:
             raise UserError(f"{source}: mmdet cannot build it ({one_line(error)})") from error
+    from .mmdet_attention import expose_products
+
+    expose_products(network)
     return network.eval().requires_grad_(False)
 
 

@@ -59,6 +59,8 @@ class TorchvisionDetector(Detector):
         self._epsilon = epsilon
         self._mean, self._std = list(transform.image_mean), list(transform.image_std)
         self._keys: list[str] = []
+        # torchvision counts the pyramid in.
+        self.backbone = "backbone.body" if hasattr(module.backbone, "fpn") else "backbone"
 
     def normalize(self, images: Tensor) -> Tensor:
         """Subtract the mean and divide by the spread that the network was trained with."""

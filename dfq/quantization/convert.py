@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..detectors.base import Detector
+from ..detectors.matmul import Matmul
 from ..errors import UserError
 from .folding import fold_batchnorm
-from .layers import QUANTIZED_LAYERS, QuantConv2d, QuantLinear
+from .layers import QUANTIZED_LAYERS, QuantConv2d, QuantLinear, QuantMatmul
 from .quantizers import Quantizer
 from .ranges import SEARCHES
 from .widths import parse_widths
@@ -33,7 +34,8 @@ class Policy:
         weights: "per_channel" or "per_tensor".
         activations: "asymmetric" (LSQ+) or "symmetric" (LSQ).
         overrides: qualified layer name or wildcard -> "float", a bit width for both, or "w4a8";
-            the first match counts and wins over everything above.
+            the first match counts and wins over everything else.
+        scope: "all", or "backbone": layers outside it stay in float.
     """
 
     weight_bits: int = 4
@@ -42,12 +44,23 @@ class Policy:
     weights: str = "per_channel"
     activations: str = "asymmetric"
     overrides: tuple[tuple[str, int | str], ...] = ()
+    scope: str = "all"
 
-    def bits_for(self, name: str, boundary: bool) -> tuple[int, int] | None:
-        """(weight bits, activation bits) of a layer, or None where it stays in float."""
+    def bits_for(
+        self, name: str, boundary: bool, backbone: str | None = None
+    ) -> tuple[int, int] | None:
+        """(weight bits, activation bits) of a layer, or None where it stays in float.
+
+        Args:
+            name: of the layer.
+            boundary: whether it sees the image or gives predictions.
+            backbone: name of the backbone; looked at for that scope only.
+        """
         for pattern, bits in self.overrides:
             if fnmatch.fnmatchcase(name, pattern):
                 return parse_widths(bits)
+        if self.scope == "backbone" and not name.startswith(f"{backbone}."):
+            return None
         if boundary and self.first_last_bits != "same":
             if self.first_last_bits == "float":
                 return None
@@ -70,7 +83,8 @@ class Policy:
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """One conv or linear layer as `dfq inspect` lists it. `macs` is for one image."""
+    """One layer as `dfq inspect` lists it. `macs` is for one image. `kind` is conv, linear or
+    matmul, a product of two activations, whose left operand stands where others have a weight."""
 
     name: str
     kind: str
@@ -91,11 +105,14 @@ class LayerInfo:
 def _bits(layer: nn.Module) -> tuple[int, int]:
     if isinstance(layer, QUANTIZED_LAYERS):
         return layer.weight_quantizer.bits, layer.input_quantizer.bits
+    if isinstance(layer, QuantMatmul):
+        return layer.left_quantizer.bits, layer.right_quantizer.bits
     return FLOAT_BITS, FLOAT_BITS
 
 
 def describe(detector: Detector, image_size: int | None = None) -> list[LayerInfo]:
-    """Every conv and linear layer that computes predictions, in execution order.
+    """Every conv and linear layer and product of activations that computes predictions, in
+    execution order.
 
     Layers that `Detector.raw` does not run (a decoder's constant convolution, say) are not listed.
     """
@@ -103,22 +120,28 @@ def describe(detector: Detector, image_size: int | None = None) -> list[LayerInf
     rows: dict[str, LayerInfo] = {}
     handles = []
     for name, module in detector.module.named_modules():
-        if not isinstance(module, nn.Conv2d | nn.Linear):
+        if not isinstance(module, nn.Conv2d | nn.Linear | Matmul):
             continue
 
-        def after(layer: nn.Module, _inputs: object, output: Tensor, name: str = name) -> None:
-            weight = layer.weight
-            assert isinstance(weight, Tensor)
-            # Each output element costs one filter: all of the weight but its output axis.
+        def after(
+            layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str = name
+        ) -> None:
             # All of the output: rows may be windows or proposals of the one image.
-            macs = output.numel() * weight[0].numel()
+            if isinstance(layer, Matmul):
+                kind, shape, terms = "matmul", tuple(inputs[0].shape[1:]), inputs[0].shape[-1]
+            else:
+                weight = layer.weight
+                assert isinstance(weight, Tensor)
+                kind = "linear" if isinstance(layer, nn.Linear) else "conv"
+                # Each output element costs one filter: all of the weight but its output axis.
+                shape, terms = tuple(weight.shape), weight[0].numel()
             before = rows[name].macs if name in rows else 0
             rows[name] = LayerInfo(
                 name,
-                "linear" if isinstance(layer, nn.Linear) else "conv",
-                tuple(weight.shape),
+                kind,
+                shape,
                 tuple(output.shape[1:]),
-                macs + before,
+                output.numel() * terms + before,
                 *_bits(layer),
             )
 
@@ -165,8 +188,14 @@ def insert_quantizers(detector: Detector, policy: Policy) -> Detector:
     """Replace the layers of `detector` in place as `policy` says; scales are not set yet.
 
     Raises:
-        UserError: where an override matches no layer.
+        UserError: where an override matches no layer, or the scope is a backbone that the network
+            does not have.
     """
+    if policy.scope == "backbone" and detector.backbone is None:
+        raise UserError(
+            "quantization.scope: this network has no backbone apart from neck and heads; use all, "
+            "and overrides for the layers to leave in float"
+        )
     boundary = detector.boundary_layers()
     edge = {*boundary.first, *boundary.last}
     layers = describe(detector, detector.stride * 2)
@@ -177,13 +206,20 @@ def insert_quantizers(detector: Detector, policy: Policy) -> Detector:
                 f"(for example '{layers[0].name}'; dfq inspect lists them all)"
             )
     for row in layers:
-        bits = policy.bits_for(row.name, row.name in edge)
+        bits = policy.bits_for(row.name, row.name in edge, detector.backbone)
         if bits is None:
             continue
         layer = detector.module.get_submodule(row.name)
+        asymmetric = policy.activations == "asymmetric"
+        if row.kind == "matmul":
+            product = QuantMatmul(
+                Quantizer(bits[1], asymmetric=asymmetric), Quantizer(bits[1], asymmetric=asymmetric)
+            )
+            _replace(detector.module, layer, product.train(layer.training).to(detector.device))
+            continue
         channels = row.weight_shape[0] if policy.weights == "per_channel" else 1
         weights = Quantizer(bits[0], channels=channels)
-        inputs = Quantizer(bits[1], asymmetric=policy.activations == "asymmetric")
+        inputs = Quantizer(bits[1], asymmetric=asymmetric)
         wrapped: nn.Module
         if isinstance(layer, nn.Conv2d):
             wrapped = QuantConv2d.wrap(layer, inputs, weights)
@@ -200,6 +236,22 @@ def quantized_layers(module: nn.Module) -> Iterator[tuple[str, QuantConv2d | Qua
     for name, layer in module.named_modules():
         if isinstance(layer, QUANTIZED_LAYERS):
             yield name, layer
+
+
+def product_quantizers(module: nn.Module) -> Iterator[tuple[str, Quantizer]]:
+    """(name, quantizer) of both operands of every quantized product of activations."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, QuantMatmul):
+            yield f"{name}.left_quantizer", layer.left_quantizer
+            yield f"{name}.right_quantizer", layer.right_quantizer
+
+
+def activation_quantizers(module: nn.Module) -> Iterator[tuple[str, Quantizer]]:
+    """(name, quantizer) of every activation that is quantized: a layer's input under the name of
+    the layer, operands of products under their own."""
+    for name, layer in quantized_layers(module):
+        yield name, layer.input_quantizer
+    yield from product_quantizers(module)
 
 
 @contextmanager
@@ -259,13 +311,13 @@ def observe(
     Raises:
         UserError: if there is no image at all.
     """
-    layers = list(quantized_layers(detector.module))
-    taken: dict[str, _Samples] = {name: _Samples(samples) for name, _ in layers}
+    activations = list(activation_quantizers(detector.module))
+    taken: dict[str, _Samples] = {name: _Samples(samples) for name, _ in activations}
     handles = [
-        layer.input_quantizer.register_forward_pre_hook(
+        quantizer.register_forward_pre_hook(
             lambda _m, inputs, name=name: taken[name].add(inputs[0])
         )
-        for name, layer in layers
+        for name, quantizer in activations
     ]
     images = 0
     try:
@@ -323,3 +375,8 @@ def calibrate(
     values = observe(detector, batches, samples=samples, progress=progress)
     for name, layer in quantized_layers(detector.module):
         set_ranges(layer, values[name], search)
+    for name, quantizer in product_quantizers(detector.module):
+        column = values[name][None].to(detector.device)
+        quantizer.initialise(
+            *SEARCHES[search](column, quantizer.bits, asymmetric=quantizer.asymmetric)
+        )

@@ -1,4 +1,5 @@
-"""Quantized Conv2d and Linear: the float layer with a quantizer on its input and on its weight."""
+"""Quantized Conv2d and Linear: the float layer with a quantizer on its input and on its weight;
+and the quantized product of two activations."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from typing import TypeVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..detectors.matmul import Matmul
 from .quantizers import Quantizer
 
 
@@ -74,3 +76,17 @@ def _take_over(
 
 
 QUANTIZED_LAYERS = (QuantConv2d, QuantLinear)
+"""Those with a weight."""
+
+
+class QuantMatmul(Matmul):
+    """A product of two activations, each fake-quantized per tensor: in attention, of queries and
+    keys, and of the softmax's output and the values."""
+
+    def __init__(self, left: Quantizer, right: Quantizer) -> None:
+        super().__init__()
+        self.left_quantizer = left
+        self.right_quantizer = right
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return super().forward(self.left_quantizer(left), self.right_quantizer(right))
