@@ -10,6 +10,7 @@ import click
 from . import __version__
 from .cli_common import F, check_output, checkpoint_option, mendable
 from .cli_data import data
+from .cli_mmdet import mmdet_config
 from .errors import UserError
 
 
@@ -308,6 +309,7 @@ def demo(out: Path) -> None:
 
 
 cli.add_command(data)
+cli.add_command(mmdet_config)
 
 
 def main() -> None:

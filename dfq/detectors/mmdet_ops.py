@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -129,5 +130,8 @@ def ensure_ops() -> bool:
         ImportError: mmcv is not installed at all.
     """
     if EXTENSION not in sys.modules and importlib.util.find_spec(EXTENSION) is None:
-        sys.modules[EXTENSION] = _Extension(EXTENSION)
+        module = _Extension(EXTENSION)
+        # Without a loader, mmengine goes on taking mmcv for what it is: not the full one.
+        module.__spec__ = ModuleSpec(EXTENSION, loader=None)
+        sys.modules[EXTENSION] = module
     return not isinstance(sys.modules.get(EXTENSION), _Extension)

@@ -1,0 +1,66 @@
+"""`dfq mmdet-config`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .cli_common import check_output, mendable
+from .errors import UserError
+
+
+@click.command("mmdet-config")
+@click.argument("base", type=click.Path(path_type=Path))
+@click.option("--recipe", required=True, help="File or shipped recipe (w8a8).")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Float weights of BASE.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    default=Path("calibration-set"),
+    show_default=True,
+    help="The calibration set, made by dfq synthesize.",
+)
+@click.option("--out", type=click.Path(path_type=Path), help="File; default: BASE-RECIPE.py here.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value.")
+@mendable
+def mmdet_config(
+    base: Path,
+    recipe: str,
+    checkpoint: Path | None,
+    data: Path,
+    out: Path | None,
+    overrides: tuple[str, ...],
+) -> None:
+    """Write the config with which mmdet's own tools/train.py trains BASE by a recipe.
+
+    BASE is the detector's own config, a file.
+    """
+    from .dataset.calibration import write_atomic
+    from .detectors.mmdet_config import read_config
+    from .integrations.mmdet_recipe import mmdet_config as text_of
+    from .recipe import find_recipe, load_recipe
+
+    if not base.is_file():
+        raise UserError(f"{base}: there is no such config; give the detector's own, a .py file")
+    if checkpoint is not None and not checkpoint.is_file():
+        raise UserError(f"--checkpoint {checkpoint}: there is no such file")
+    settings = load_recipe(recipe, overrides)
+    inherited = read_config(base)
+    found = find_recipe(recipe)
+    own = Path(recipe).is_file()
+    target = out or Path(f"{base.stem}-{found.stem}.py")
+    check_output(target, "--out")
+    text = text_of(
+        settings,
+        str(found.resolve()) if own else found.stem,
+        str(base.resolve()),
+        checkpoint=str(checkpoint.resolve()) if checkpoint else None,
+        data=str(data.resolve()),
+        name=str(target),
+        overrides=overrides,
+        inherited=inherited,
+    )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(target, text.encode())
+    click.echo(str(target))

@@ -1,0 +1,1 @@
+"""dfq inside other frameworks' own training."""

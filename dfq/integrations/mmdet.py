@@ -1,0 +1,308 @@
+"""Quantization-aware training inside mmdet: its Runner, launchers, logging and evaluation.
+
+A config joins in with
+
+    custom_imports = dict(imports=['dfq.integrations.mmdet'], allow_failed_imports=False)
+
+which registers with mmdet
+
+- `DFQDistiller`, a model: the quantized student of a detector, trained to follow the float one;
+- `DFQCalibrationHook`, which finds the quantizers' scales before training and keeps weights on
+  their leash;
+- `DFQDistributed`, what wraps the model where several processes train it;
+- `DFQCalibrationSet`, a data set: what `dfq synthesize` writes.
+
+`dfq mmdet-config` writes such a config for a detector's own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dataset.calibration import CalibrationSet
+from ..detectors import Targets, load_detector
+from ..detectors.mmdet_config import require_mmdet
+from ..distillation.losses import FeatureTaps, distillation_terms, feature_distance
+from ..distillation.parameters import Leash
+from ..errors import UserError
+from ..quantization.convert import calibrate, fold, insert_quantizers
+from ..quantization.quantizers import Quantizer
+from ..recipe import load_recipe
+from ..reconstruction.second_order import reconstruct
+from ..training import policy_of
+
+require_mmdet()
+
+# Only now: without compiled operations mmdet cannot be imported before.
+from mmdet.datasets import CocoDataset  # noqa: E402
+from mmdet.models.data_preprocessors import DetDataPreprocessor  # noqa: E402
+from mmdet.registry import DATASETS, HOOKS, MODELS  # noqa: E402
+from mmengine.dist import broadcast  # noqa: E402
+from mmengine.hooks import Hook  # noqa: E402
+from mmengine.model import (  # noqa: E402
+    BaseModel,
+    MMDistributedDataParallel,
+    is_model_wrapper,
+)
+from mmengine.registry import MODEL_WRAPPERS  # noqa: E402
+
+__all__ = ["DFQCalibrationHook", "DFQCalibrationSet", "DFQDistiller", "DFQDistributed"]
+
+
+def _join_processes() -> None:
+    """Join the other processes of a run on CPUs; mmengine's launchers want a GPU to do it."""
+    if (
+        int(os.environ.get("WORLD_SIZE", "1")) > 1
+        and not torch.cuda.is_available()
+        and not torch.distributed.is_initialized()
+    ):
+        torch.distributed.init_process_group("gloo")
+
+
+# At import, which is when a config is read: the Runner joins them itself if nobody has before.
+_join_processes()
+
+
+@MODEL_WRAPPERS.register_module()
+class DFQDistributed(MMDistributedDataParallel):
+    """mmengine's wrapper for several processes, on GPUs as on CPUs.
+
+    Args:
+        module: the model.
+        device_ids: what mmengine's Runner takes for the index of this process's GPU; left out
+            where there is none.
+        options: of `DistributedDataParallel`.
+    """
+
+    def __init__(
+        self, module: torch.nn.Module, device_ids: list[int] | None = None, **options: Any
+    ) -> None:
+        if next(module.parameters()).device.type == "cpu":
+            device_ids = None
+        super().__init__(module, device_ids=device_ids, **options)
+
+
+@DATASETS.register_module()
+class DFQCalibrationSet(CocoDataset):
+    """A calibration set as a data set of mmdet; categories and files are the set's own.
+
+    Args:
+        data_root: the folder that `dfq synthesize` wrote.
+        pipeline: as for any data set.
+
+    Raises:
+        UserError: the set is unfinished or damaged.
+    """
+
+    def __init__(self, data_root: str, **options: Any) -> None:
+        found = CalibrationSet.open(Path(data_root))
+        options.setdefault("metainfo", {"classes": tuple(found.names)})
+        options.setdefault("ann_file", "annotations.json")
+        options.setdefault("data_prefix", {"img": "images/"})
+        # Images without an object are to stay empty for the student too.
+        options.setdefault("filter_cfg", {"filter_empty_gt": False})
+        super().__init__(data_root=str(data_root), **options)
+
+
+@MODELS.register_module()
+class DFQDistiller(BaseModel):
+    """The quantized student of a detector, which learns from the float one.
+
+    In `loss` mode it gives the terms of dfq's training, weighted as the recipe says. Validation and
+    test go to the student as mmdet knows it, with its own preprocessing and rescaling, so that any
+    evaluator of mmdet measures it. The teacher is not part of the state dict.
+
+    Args:
+        config: the detector's own config, or the name of one that comes with mmdet.
+        checkpoint: its float weights; None: random ones.
+        recipe: name or file of a recipe, of which `quantization` and `distillation` count.
+        overrides: `section.key=value` texts that change the recipe.
+
+    Raises:
+        UserError: for anything the user can mend.
+    """
+
+    def __init__(
+        self,
+        config: str,
+        checkpoint: str | None = None,
+        recipe: str = "w8a8",
+        overrides: tuple[str, ...] | list[str] = (),
+        **_: Any,
+    ) -> None:
+        # To RGB in [0, 1], as dfq's detectors take it; they normalise themselves.
+        super().__init__(
+            data_preprocessor=DetDataPreprocessor(
+                mean=[0.0] * 3, std=[255.0] * 3, bgr_to_rgb=True, pad_size_divisor=32
+            )
+        )
+        self.recipe = load_recipe(recipe, overrides)
+        detector = load_detector(f"{config}@{checkpoint}" if checkpoint else config)
+        if detector.family != "mmdet":
+            raise UserError(f"{config}: is no detector of mmdet; train it with dfq qat")
+        # Not modules: they are neither saved nor trained nor moved with this one.
+        self._teacher = fold(detector)
+        self._student = insert_quantizers(detector.twin(), policy_of(self.recipe))
+        self._student.mask_targets = self.recipe.distillation.masks
+        self.student = self._student.module
+        for parameter in self.student.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        for quantizer in self.quantizers():
+            quantizer.zero_point.requires_grad_(quantizer.asymmetric)
+        self._names: list[str] = []
+        if self.recipe.distillation.weights.feature > 0:
+            self._names = self._student.feature_layers()
+
+    def quantizers(self) -> Iterator[Quantizer]:
+        """Every quantizer of the student."""
+        return (module for module in self.student.modules() if isinstance(module, Quantizer))
+
+    def init_weights(self) -> None:
+        """Nothing: the weights are the detector's."""
+
+    def train(self, mode: bool = True) -> DFQDistiller:
+        """As any module's; but student and teacher stay in eval mode, without dropped paths."""
+        super().train(mode)
+        self.student.eval()
+        return self
+
+    def prepare(self, images: Tensor) -> None:
+        """Find the quantizers' initial scales and round the weights as the recipe says.
+
+        Args:
+            images: uint8 `(n, 3, h, w)`, RGB, the first ones of the training set.
+        """
+        section = self.recipe.quantization
+        batches = images[: section.calibration_images].split(8)
+        calibrate(self._student, (batch.float() / 255 for batch in batches), search=section.ranges)
+        if section.rounding == "gptq":
+            self._teacher.to(self._student.device)
+            reconstruct(self._student, self._teacher, images[: section.rounding_images])
+
+    def forward(
+        self, inputs: Tensor, data_samples: list[Any] | None = None, mode: str = "tensor"
+    ) -> Any:
+        """The loss terms in `loss` mode, else the student's raw predictions.
+
+        Args:
+            inputs: `(n, 3, h, w)`, RGB in [0, 1].
+            data_samples: mmdet's, with the labels; for the task term only.
+            mode: "loss" or "tensor".
+        """
+        if mode != "loss":
+            return self._student.raw(inputs)
+        if self._teacher.device != inputs.device:
+            self._teacher.to(inputs.device)
+        settings, weights = self.recipe.distillation, self.recipe.distillation.weights
+        ours = FeatureTaps(self.student, self._names)
+        theirs = FeatureTaps(self._teacher.module, self._names)
+        try:
+            with torch.no_grad():
+                teacher_raw = self._teacher.raw(inputs)
+            student_raw = self._student.raw(inputs)
+            terms = {}
+            if weights.kl > 0:
+                terms["loss_kl"] = weights.kl * distillation_terms(
+                    self._student,
+                    student_raw,
+                    teacher_raw,
+                    batch=len(inputs),
+                    form=settings.kl_form,
+                    temperature=settings.temperature,
+                )
+            if weights.feature > 0:
+                distance = feature_distance(ours.take(), theirs.take())
+                terms["loss_feature"] = weights.feature * distance
+        finally:
+            ours.close()
+            theirs.close()
+        if weights.task > 0:
+            shape = (inputs.shape[2], inputs.shape[3])
+            task = self._student.task_loss(student_raw, _targets(data_samples or [], shape), shape)
+            terms["loss_task"] = weights.task * torch.stack(list(task.values())).sum()
+        return terms
+
+    def val_step(self, data: Any) -> list[Any]:
+        """Detections of the student, by mmdet."""
+        return self.student.val_step(data)
+
+    def test_step(self, data: Any) -> list[Any]:
+        """Detections of the student, by mmdet."""
+        return self.student.test_step(data)
+
+
+def _targets(samples: list[Any], shape: tuple[int, int]) -> Targets:
+    """mmdet's labels as dfq's."""
+    height, width = shape
+    rows = []
+    for sample in samples:
+        truth = sample.gt_instances
+        boxes = getattr(truth.bboxes, "tensor", truth.bboxes)
+        corners = boxes / boxes.new_tensor([width, height, width, height])
+        centres, sides = (corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]
+        rows.append(torch.cat([truth.labels[:, None].to(boxes), centres, sides], dim=1))
+    return Targets.from_per_image(rows)
+
+
+@HOOKS.register_module()
+class DFQCalibrationHook(Hook):
+    """Prepares a `DFQDistiller` before training and bounds its weights during it.
+
+    Scales are found, and weights rounded, on the first images of the training set, as many as the
+    recipe says; every process then has the first one's. A run that is resumed takes them from its
+    checkpoint.
+    """
+
+    # Before hooks that copy the model, as the one for averaged weights does.
+    priority = "VERY_HIGH"
+
+    def __init__(self) -> None:
+        self.leash: Leash | None = None
+
+    def before_run(self, runner: Any) -> None:
+        model = _distiller(runner)
+        if not runner._resume and runner._load_from is None:
+            model.prepare(_first_images(runner, model))
+            for value in model.student.state_dict().values():
+                broadcast(value)
+        self.leash = Leash(model.student, model.recipe.distillation.drift)
+
+    def after_train_iter(self, runner: Any, *_: Any, **__: Any) -> None:
+        assert self.leash is not None
+        self.leash.pull()
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        if self.leash is not None:
+            checkpoint["dfq_leash"] = self.leash.state()
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get("dfq_leash")
+        if self.leash is not None and saved is not None:
+            device = next(_distiller(runner).student.parameters()).device
+            self.leash.restore([bound.to(device) for bound in saved])
+
+
+def _distiller(runner: Any) -> DFQDistiller:
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    if not isinstance(model, DFQDistiller):
+        raise UserError(f"DFQCalibrationHook is for a DFQDistiller, not a {type(model).__name__}")
+    return model
+
+
+def _first_images(runner: Any, model: DFQDistiller) -> Tensor:
+    dataset, section = runner.train_dataloader.dataset, model.recipe.quantization
+    wanted = max(section.calibration_images, section.rounding_images)
+    found = [dataset[index]["inputs"] for index in range(min(wanted, len(dataset)))]
+    if len({tuple(image.shape) for image in found}) != 1:
+        raise UserError(
+            "DFQCalibrationHook: the images of the training set are not all of one size; train on "
+            "a set that dfq synthesize wrote"
+        )
+    # As LoadImageFromFile gives them: BGR.
+    return torch.stack(found).flip(1)
