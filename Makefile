@@ -12,7 +12,7 @@ env: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check uv
-	$(BIN)/uv pip install -q -p $(BIN)/python -c constraints.txt -e ".[test]"
+	$(BIN)/uv pip install -q -p $(BIN)/python -c constraints.txt -e ".[test,mmdet]"
 	touch $@
 
 test: env
@@ -33,7 +33,7 @@ clean:
 KIT ?= ../shared/kit
 BENCH ?= runs/bench
 
-.PHONY: bench-zero-shot bench-demo bench-synthesis bench-qat bench-qat-step
+.PHONY: bench-zero-shot bench-demo bench-synthesis bench-qat bench-qat-step bench-mmdet
 
 bench-zero-shot: env
 	$(BIN)/python tools/bench_zero_shot.py --model $(KIT)/weights/yolov5n-coco/yolov5n.pt \
@@ -53,3 +53,7 @@ bench-qat: env
 
 bench-qat-step: env
 	$(BIN)/python tools/bench_qat.py --model $(KIT)/weights/yolov5n-coco/yolov5n.pt
+
+# Trains small two-stage detectors first, or goes on where that stopped.
+bench-mmdet: env
+	$(BIN)/python tools/bench_mmdet.py --out $(BENCH)/mmdet

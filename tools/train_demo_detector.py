@@ -318,6 +318,13 @@ def evaluate(model: DetectionModel, first_seed: int, count: int) -> tuple[float,
 
 @click.command(help=(__doc__ or "").split("\n", maxsplit=1)[0])
 @click.option(
+    "--family",
+    type=click.Choice(["demo", "mask-rcnn-resnet", "mask-rcnn-swin", "faster-rcnn-mobilenetv2"]),
+    default="demo",
+    show_default=True,
+    help="The demo detector, or one of tools/small_rcnn.py (which want --work and --output).",
+)
+@click.option(
     "--evaluate",
     "scenes_to_measure",
     type=click.IntRange(1),
@@ -342,6 +349,7 @@ def evaluate(model: DetectionModel, first_seed: int, count: int) -> tuple[float,
 @click.option("--bfloat16", is_flag=True, help="Compute the network in bfloat16.")
 @click.option("--threads", default=2, show_default=True, help="CPU threads.")
 def main(
+    family: str,
     scenes_to_measure: int | None,
     work: Path | None,
     output: Path,
@@ -353,6 +361,11 @@ def main(
     threads: int,
 ) -> None:
     torch.set_num_threads(threads)
+    if family != "demo":
+        if work is None or output == demo_weights():
+            raise click.UsageError(f"{family}: name --work, a folder, and --output, a file")
+        _train_small(family, work, output, scenes, epochs, batch, learning_rate)
+        return
     if scenes_to_measure is None:
         if work is None:
             raise click.UsageError("name a folder for checkpoints with --work, or use --evaluate N")
@@ -363,6 +376,29 @@ def main(
     size = output.stat().st_size / 1e6
     click.echo(f"{output.name} ({size:.2f} MB) on {scenes_to_measure} validation scenes")
     click.echo(f"AP {ap:.4f}  AP50 {ap50:.4f}")
+
+
+def _train_small(
+    family: str,
+    work: Path,
+    output: Path,
+    scenes: int,
+    epochs: int,
+    batch: int,
+    learning_rate: float,
+) -> None:
+    from small_rcnn import SIDE, train_rcnn
+
+    import dfq
+    from dfq.demo import write_coco
+
+    train_rcnn(
+        family, work, output,
+        scenes=scenes, epochs=epochs, batch=batch, learning_rate=learning_rate,
+    )  # fmt: skip
+    write_coco(work / "scenes", MONITOR_SCENES, SIDE)
+    found = dfq.evaluate(str(output), work / "scenes")
+    click.echo(f"AP {found.AP:.4f}  AP50 {found.AP50:.4f} on {MONITOR_SCENES} validation scenes")
 
 
 if __name__ == "__main__":
