@@ -84,7 +84,7 @@ class Policy:
 @dataclass(frozen=True)
 class LayerInfo:
     """One layer as `dfq inspect` lists it. `macs` is for one image. `kind` is conv, linear or
-    matmul, a product of two activations, whose left operand stands where others have a weight."""
+    matmul: a product of two activations, without a weight; `weight_bits` are its left operand's."""
 
     name: str
     kind: str
@@ -128,7 +128,7 @@ def describe(detector: Detector, image_size: int | None = None) -> list[LayerInf
         ) -> None:
             # All of the output: rows may be windows or proposals of the one image.
             if isinstance(layer, Matmul):
-                kind, shape, terms = "matmul", tuple(inputs[0].shape[1:]), inputs[0].shape[-1]
+                kind, shape, terms = "matmul", (), inputs[0].shape[-1]
             else:
                 weight = layer.weight
                 assert isinstance(weight, Tensor)

@@ -68,8 +68,11 @@ def choices(
     edge = {*boundary.first, *boundary.last}
     found: list[tuple[LayerInfo, tuple[Widths, ...]]] = []
     for row in describe(detector):
-        fixed = policy.bits_for(row.name, row.name in edge)
-        if policy.is_fixed(row.name, row.name in edge):
+        fixed = policy.bits_for(row.name, row.name in edge, detector.backbone)
+        if row.kind == "matmul" and fixed is not None:
+            # Two activations, and no weight whose width there would be to choose.
+            found.append((row, ((fixed[1], fixed[1]),)))
+        elif fixed is None or policy.is_fixed(row.name, row.name in edge):
             found.append((row, (fixed,) if fixed else ()))
         else:
             found.append((row, tuple(dict.fromkeys(candidates))))
