@@ -31,9 +31,9 @@ from ..detectors.mmdet_config import require_mmdet
 from ..distillation.losses import FeatureTaps, distillation_terms, feature_distance
 from ..distillation.parameters import Leash
 from ..errors import UserError
-from ..quantization.convert import calibrate, fold, insert_quantizers
+from ..quantization.convert import calibrate, fold, insert_quantizers, quantized_layers
 from ..quantization.quantizers import Quantizer
-from ..recipe import load_recipe
+from ..recipe import Distillation, load_recipe
 from ..reconstruction.second_order import reconstruct
 from ..training import policy_of
 
@@ -134,7 +134,7 @@ class DFQDistiller(BaseModel):
         checkpoint: str | None = None,
         recipe: str = "w8a8",
         overrides: tuple[str, ...] | list[str] = (),
-        **_: Any,
+        **_unused: Any,
     ) -> None:
         # To RGB in [0, 1], as dfq's detectors take it; they normalise themselves.
         super().__init__(
@@ -155,6 +155,10 @@ class DFQDistiller(BaseModel):
             parameter.requires_grad_(parameter.is_floating_point())
         for quantizer in self.quantizers():
             quantizer.zero_point.requires_grad_(quantizer.asymmetric)
+        _check_supported(self.recipe.distillation)
+        if self.recipe.distillation.weight_lr == 0:
+            for _, layer in quantized_layers(self.student):
+                layer.weight.requires_grad_(False)
         self._names: list[str] = []
         if self.recipe.distillation.weights.feature > 0:
             self._names = self._student.feature_layers()
@@ -237,6 +241,19 @@ class DFQDistiller(BaseModel):
         return self.student.test_step(data)
 
 
+def _check_supported(settings: Distillation) -> None:
+    """Raise a `UserError` for what takes dfq's own training loop."""
+    if settings.weight_lr:
+        raise UserError(
+            "distillation.weight_lr: in mmdet's Runner 0 (weights stay as rounded) or null (they "
+            "are trained at distillation.lr); use dfq qat for rates in quantization steps"
+        )
+    if settings.dampen or settings.freeze:
+        raise UserError(
+            "distillation.dampen and freeze: mmdet's Runner does not have them; use dfq qat"
+        )
+
+
 def _targets(samples: list[Any], shape: tuple[int, int]) -> Targets:
     """mmdet's labels as dfq's."""
     height, width = shape
@@ -271,7 +288,8 @@ class DFQCalibrationHook(Hook):
             model.prepare(_first_images(runner, model))
             for value in model.student.state_dict().values():
                 broadcast(value)
-        self.leash = Leash(model.student, model.recipe.distillation.drift)
+        settings = model.recipe.distillation
+        self.leash = Leash(model.student, 0 if settings.weight_lr == 0 else settings.drift)
 
     def after_train_iter(self, runner: Any, *_: Any, **__: Any) -> None:
         assert self.leash is not None

@@ -44,15 +44,15 @@ train_dataloader = dict(
 train_cfg = dict(
     _delete_=True,
     type="EpochBasedTrainLoop",
-    max_epochs=30,
-    val_interval=30,
+    max_epochs=6,
+    val_interval=6,
 )
 optim_wrapper = dict(
     _delete_=True,
     type="OptimWrapper",
-    optimizer=dict(type="Adam", lr=0.0003),
+    optimizer=dict(type="Adam", lr=0.0001),
     # Step sizes and zero points live on scales of their own.
-    paramwise_cfg=dict(custom_keys=dict(quantizer=dict(lr_mult=3.33333))),
+    paramwise_cfg=dict(custom_keys=dict(quantizer=dict(lr_mult=3))),
     clip_grad=dict(max_norm=10.0),
 )
 param_scheduler = [
@@ -60,8 +60,8 @@ param_scheduler = [
         type="CosineAnnealingLR",
         by_epoch=True,
         begin=0,
-        end=30,
-        T_max=30,
+        end=6,
+        T_max=6,
         eta_min=0,
         convert_to_iter_based=True,
     ),

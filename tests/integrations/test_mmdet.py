@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from small_mmdet import NAMES, SIDE, TEXTS, enliven
+from small_mmdet import NAMES, SIDE, TEXTS, enliven, write_config
 
 from dfq.cli import cli
 from dfq.dataset.calibration import CalibrationSet
@@ -24,7 +24,7 @@ from dfq.integrations.mmdet_recipe import mmdet_config
 from dfq.progress import Silent
 from dfq.quantization.convert import fold
 from dfq.recipe import load_recipe
-from dfq.training import quantized
+from dfq.training import policy_of, quantized
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "mmdet"
 
@@ -75,7 +75,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "mmdet-config", folder / "own.py", "--recipe", "w8a8", "--checkpoint", folder / "w.pth",
         "--data", folder / "set", "--out", folder / "w8a8.py",
         "--set", "distillation.epochs=2", "--set", "distillation.batch_size=4",
-        "--set", "distillation.weights.task=0.1",
+        "--set", "distillation.weights.task=0.1", "--set", "distillation.weight_lr=null",
     )  # fmt: skip
     return folder
 
@@ -101,7 +101,7 @@ def test_the_student_is_the_one_that_dfq_trains(place: Path) -> None:
     model.prepare(images)
     teacher = fold(load_detector(f"{place / 'own.py'}@{place / 'w.pth'}"))
     recipe = load_recipe("w8a8", options["overrides"])
-    expected = quantized(teacher, recipe, found, Silent()).module.state_dict()
+    expected = quantized(teacher, policy_of(recipe), recipe, found, Silent()).module.state_dict()
     state = model.student.state_dict()
     assert state.keys() == expected.keys()
     for name, value in expected.items():
@@ -207,6 +207,14 @@ def test_mistakes(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="no detector of mmdet"):
         integration.DFQDistiller("torchvision/fasterrcnn_mobilenet_v3_large_320_fpn")
+    config = write_config(tmp_path, "retinanet")
+    kept = integration.DFQDistiller(str(config), recipe="w8a8")
+    trained = {name for name, value in kept.named_parameters() if value.requires_grad}
+    assert "student.bbox_head.retina_cls.bias" in trained
+    assert "student.bbox_head.retina_cls.weight" not in trained  # It stays as it was rounded.
+    for override in ("distillation.weight_lr=0.1", "distillation.dampen=0.1"):
+        with pytest.raises(UserError, match="use dfq qat"):
+            integration.DFQDistiller(str(config), overrides=[override])
     result = CliRunner().invoke(cli, ["mmdet-config", "none.py", "--recipe", "w8a8"])
     assert result.exit_code == 2
     assert "no such config" in result.stderr
