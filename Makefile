@@ -37,7 +37,7 @@ BENCH ?= runs/bench
 
 bench-zero-shot: env
 	$(BIN)/python tools/bench_zero_shot.py --model $(KIT)/weights/yolov5n-coco/yolov5n.pt \
-	  --train $(KIT)/coco-train --val $(KIT)/coco-val --out $(BENCH)/zero-shot
+	  --train $(KIT)/coco-train --val $(KIT)/coco-val --out $(BENCH)/zero-shot --images 512
 
 bench-demo: env
 	$(BIN)/python tools/train_demo_detector.py --evaluate 200
