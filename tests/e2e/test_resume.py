@@ -86,7 +86,8 @@ def test_qat_killed_again_and_again(place: Path, model: Path, made: Path) -> Non
     assert contents(folder) == contents(place / "whole")
     log = (folder / "log.txt").read_text()
     assert log.count("training started") == 1
-    assert log.count("training resumed") == 5
+    # Fast machines may be through before the last of them.
+    assert log.count("training resumed") == killed
 
 
 def test_qat_killed_while_it_makes_its_set(place: Path, model: Path, whole: Path) -> None:
