@@ -254,7 +254,7 @@ class Recipe(_Section):
 
     model: str | None = None
     """Checkpoint, yaml or name of the detector; `--model` wins."""
-    method: Literal["qat", "ptq", "auto"] = "qat"
+    method: Literal["qat", "ptq", "auto"] = "auto"
     """`auto` trains, and falls back to the calibrated start where training made it worse."""
     seed: int = Field(0, ge=0, lt=2**31)
     synthesis: Synthesis = Synthesis()

@@ -187,6 +187,14 @@ def train(
     # A resumed student gets its scales from the checkpoint: calibrating would be for nothing.
     student = quantized(teacher, policy, recipe, None if resuming else data, progress)
     log("training resumed" if resuming else "training started")
+    # Kept to fall back to; a resumed run that has to finds it anew, which takes the time again.
+    start = None if resuming or recipe.method != "auto" else student.twin()
+
+    def beginning() -> Detector:
+        # The trainer has laid it out anew, and sums in another order differ in their last bits.
+        teacher.module.to(memory_format=torch.contiguous_format)
+        return start or quantized(teacher, policy, recipe, data, progress)
+
     judge = None
     if real is not None:
         log(f"weights are selected by AP on {recipe.distillation.select_on}: not data-free")
@@ -217,15 +225,15 @@ def train(
             # All of them see it; one tells.
             with world.leader_first():
                 raise
-        return quantized(teacher, policy, recipe, data, progress), None, "ptq: training diverged"
-    worse = outcome.agreement[outcome.selected] > outcome.agreement["start"]
-    if recipe.method == "auto" and worse:
-        reason = "ptq: training ended further from the teacher than it began"
-        return quantized(teacher, policy, recipe, data, progress), outcome, reason
+        return beginning(), None, "ptq: training diverged"
     if outcome.best is not None:
         where = recipe.distillation.select_on
         reason = f"qat: epoch {outcome.best[0]}, the best by AP on the real images of {where}"
         return student, outcome, reason
+    worse = outcome.agreement[outcome.selected] > outcome.agreement["start"]
+    if recipe.method == "auto" and worse:
+        reason = "ptq: training ended further from the teacher than it began"
+        return beginning(), outcome, reason
     return student, outcome, f"qat: {outcome.selected} weights"
 
 

@@ -15,6 +15,7 @@ synthesis:
   iterations: 3
   batch_size: 2
   label_stage: {image_size: 64, iterations: 4, updates: 2}
+method: qat
 quantization: {calibration_images: 4, ranges: minmax, rounding: nearest}
 distillation: {epochs: 2, batch_size: 2, checkpoint_minutes: 0}
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -88,6 +89,31 @@ def test_qat_killed_again_and_again(place: Path, model: Path, made: Path) -> Non
     assert log.count("training started") == 1
     # Fast machines may be through before the last of them.
     assert log.count("training resumed") == killed
+
+
+def test_falling_back_after_a_kill_gives_the_same_files(
+    place: Path, model: Path, made: Path
+) -> None:
+    # A rate that spoils the student, and no bound: training ends worse than it began.
+    words = [
+        "qat", "--recipe", "tiny.yaml", "--model", str(model), "--data", str(made), *TRAINING,
+        "--set", "method=auto", "--set", "distillation.lr=0.5", "--set", "distillation.clip=1e9",
+        "--set", "quantization.rounding=gptq", "--set", "distillation.ema=0",
+    ]  # fmt: skip
+    whole = command(*words, "--out", "whole")
+    assert whole.exit_code == 0, whole.output
+    metrics = json.loads((place / "whole" / "metrics.json").read_text())
+    assert metrics["selected"].startswith("ptq: training")
+    folder = place / "run"
+    process = start([*words, "--out", "run"])
+    wait_for(lambda: (folder / "checkpoint.pt").exists(), process)
+    process.kill()
+    process.join(30)
+    assert not (folder / "manifest.json").exists()
+    again = command(*words, "--out", "run")
+    assert again.exit_code == 0, again.output
+    assert "training resumed" in (folder / "log.txt").read_text()
+    assert contents(folder) == contents(place / "whole")
 
 
 def test_qat_killed_while_it_makes_its_set(place: Path, model: Path, whole: Path) -> None:
