@@ -206,7 +206,7 @@ class Distillation(_Section):
     scale_lr: float = Field(3e-4, gt=0)
     """Adam, logarithms of the step sizes and zero points; cosine to zero."""
     drift: float = Field(0.5, ge=0)
-    """Weights stay within so many quantization steps of the float ones; 0: no bound."""
+    """Trained weights stay within so many quantization steps of their start; 0: no bound."""
     dampen: float = Field(0.0, ge=0)
     """Pull of weights towards the level they are rounded to, rising over the training: against
     oscillation at 4 bits and below."""

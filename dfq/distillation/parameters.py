@@ -77,7 +77,7 @@ class WeightSteps:
 
 
 class Leash:
-    """Keeps each quantized weight within so many of its quantization steps of the float weight.
+    """Keeps each quantized weight within so many of its quantization steps of where it began.
 
     A set of a few hundred synthetic images cannot say how the weights of a good network should
     move, only how they should be rounded: half a step is enough to choose between the two nearest
@@ -85,7 +85,7 @@ class Leash:
     by itself. Without a bound, training fits the set and drifts from what real images need.
 
     Args:
-        module: the calibrated student, its weights still the float ones.
+        module: the calibrated student, its weights the float ones or rounded already.
         steps: the bound, in steps of the calibrated grid; 0 for none.
     """
 
