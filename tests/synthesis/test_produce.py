@@ -50,8 +50,8 @@ def test_a_whole_set(detector: Detector, tmp_path: Path) -> None:
     made = synthesize_set(
         detector, settings(), 0, tmp_path / "set", shard_done=lambda *at: progress.append(at)
     )
-    # The last shard is smaller.
-    assert progress == [(0, 3), (2, 3), (3, 3)]
+    # The last shard is smaller; a slow disk may finish both before it is told of the first.
+    assert progress in ([(0, 3), (2, 3), (3, 3)], [(0, 3), (3, 3)])
     assert len(made) == 3
     assert made.verify() == []
     assert made.load([0, 1, 2]).shape == (3, 3, 64, 64)
