@@ -51,7 +51,13 @@ def _damped(matrix: Tensor, share: float) -> Tensor:
 
 
 def _inverse_root(matrix: Tensor, share: float) -> Tensor:
-    """Upper Cholesky factor of the inverse of the damped matrix `(g, k, k)`."""
+    """Upper Cholesky factor of the inverse of the damped matrix `(g, k, k)`.
+
+    Raises:
+        UserError: where it holds what is not finite, for which no damping is enough.
+    """
+    if not torch.isfinite(matrix).all():
+        raise UserError("rounding: the network's activations are not finite on these images")
     while True:
         lower, broken = torch.linalg.cholesky_ex(_damped(matrix, share))
         if not broken.any():
@@ -96,14 +102,25 @@ def round_compensated(
     Returns:
         `(g, o, k)`: `scale` times integers.
     """
+    return _round(target, *_elimination(second, damping), scale, qmin, qmax)
+
+
+def _elimination(second: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """In which order inputs are rounded `(g, k)`, and how much each of those to come makes up for
+    one: the upper root of the inverse second moments in that order, `(g, k, k)`."""
     # The inputs with most power first, while there are most left to make up for them.
     order = second.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)
-    back = order.argsort(dim=1)
+    rows = order.unsqueeze(2).expand_as(second)
+    ordered = second.gather(1, rows).gather(2, order.unsqueeze(1).expand_as(second))
+    return order, _inverse_root(ordered, damping)
+
+
+def _round(
+    target: Tensor, order: Tensor, root: Tensor, scale: Tensor, qmin: int, qmax: int
+) -> Tensor:
     groups, outputs, inputs = target.shape
-    left = target.gather(2, order.unsqueeze(1).expand(groups, outputs, inputs)).clone()
-    rows = order.unsqueeze(2).expand(groups, inputs, inputs)
-    sorted_second = second.gather(1, rows).gather(2, order.unsqueeze(1).expand_as(second))
-    root = _inverse_root(sorted_second, damping)
+    back = order.argsort(dim=1)
+    left = target.gather(2, order.unsqueeze(1).expand_as(target)).clone()
     result = torch.empty_like(left)
     scale = scale.expand(groups, outputs)
     for start in range(0, inputs, BLOCK):
@@ -142,11 +159,12 @@ def best_grid(quantizer: Quantizer, target: Tensor, second: Tensor, *, damping: 
     single = len(present) == 1
     present = present.reshape(1, 1) if single else present.reshape(groups, outputs)
     full = full.max().reshape(1, 1) if single else full
+    order, root = _elimination(second, damping)
     best = torch.full((groups, outputs), torch.inf, device=target.device)
     scale, result = present.clone(), torch.empty_like(target)
     for candidate in (present, *(share * full for share in SHARES)):
         candidate = torch.where(candidate > 0, candidate, present)
-        rounded = round_compensated(target, second, candidate, qmin, qmax, damping=damping)
+        rounded = _round(target, order, root, candidate, qmin, qmax)
         off = rounded - target
         error = ((off @ second) * off).sum(2)
         if single:
