@@ -11,14 +11,12 @@ from mmdet.structures.bbox import bbox2roi
 from mmdet.structures.mask import BitmapMasks
 from mmengine.structures import InstanceData
 from torch import Tensor
-from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from .base import Boundary, Detections, Targets
 from .mmdet_base import MMDetDetector, backbone_layers, metas, neck_layers, scalars
 from .two_stage import (
     TwoStageDetector,
     TwoStageRaw,
-    ellipse_masks,
     fixed_sampling,
     pixel_boxes,
 )
@@ -103,27 +101,12 @@ class MMDetTwoStage(MMDetDetector, TwoStageDetector):
             losses.update(masks["loss_mask"])
         return losses
 
-    @torch.no_grad()
     def _add_masks(self, raw: TwoStageRaw, labelled: list[Any]) -> None:
-        if self.mask_targets == "own":
-            masks = self._pasted(
-                raw, [one.bboxes for one in labelled], [one.labels for one in labelled]
-            )
-        else:
-            masks = [ellipse_masks(one.bboxes, raw.shape) for one in labelled]
+        masks = self._target_masks(
+            raw, [one.bboxes for one in labelled], [one.labels for one in labelled]
+        )
         for one, mask in zip(labelled, masks, strict=True):
             one.masks = BitmapMasks(mask.cpu().numpy().astype(np.uint8), *raw.shape)
-
-    def _pasted(self, raw: TwoStageRaw, boxes: list[Tensor], labels: list[Tensor]) -> list[Tensor]:
-        """The network's masks of the classes `labels` in `boxes`, bool `(n_i, h, w)` an image."""
-        logits = self._segment(raw.features, boxes, raw.shape)
-        columns = torch.cat(labels) if logits.shape[1] > 1 else torch.zeros_like(torch.cat(labels))
-        rows = torch.arange(len(logits), device=logits.device)
-        small = logits[rows, columns].sigmoid()[:, None]
-        return [
-            paste_masks_in_image(some, box, raw.shape)[:, 0] > 0.5
-            for some, box in zip(small.split([len(box) for box in boxes]), boxes, strict=True)
-        ]
 
     @torch.no_grad()
     def decode(

@@ -12,7 +12,6 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import (
     fastrcnn_loss,
     maskrcnn_loss,
-    paste_masks_in_image,
 )
 from torchvision.models.detection.rpn import concat_box_prediction_layers
 
@@ -21,7 +20,6 @@ from .torchvision_base import TorchvisionDetector, layers_of_backbone
 from .two_stage import (
     TwoStageDetector,
     TwoStageRaw,
-    ellipse_masks,
     fixed_sampling,
     pixel_boxes,
 )
@@ -118,25 +116,12 @@ class TorchvisionRCNN(TorchvisionDetector, TwoStageDetector):
             )
         return losses
 
-    @torch.no_grad()
     def _add_masks(self, raw: TwoStageRaw, labelled: list[dict[str, Tensor]]) -> None:
-        boxes = [one["boxes"] for one in labelled]
-        if self.mask_targets == "own":
-            masks = self._pasted(raw, boxes, [one["labels"] for one in labelled])
-        else:
-            masks = [ellipse_masks(box, raw.shape) for box in boxes]
+        masks = self._target_masks(
+            raw, [one["boxes"] for one in labelled], [one["labels"] for one in labelled]
+        )
         for one, mask in zip(labelled, masks, strict=True):
             one["masks"] = mask.to(torch.uint8)
-
-    def _pasted(self, raw: TwoStageRaw, boxes: list[Tensor], labels: list[Tensor]) -> list[Tensor]:
-        """The network's masks of the classes `labels` in `boxes`, bool `(n_i, h, w)` an image."""
-        logits = self._segment(raw.features, boxes, raw.shape)
-        rows = torch.arange(len(logits), device=logits.device)
-        small = logits[rows, torch.cat(labels)].sigmoid()[:, None]
-        return [
-            paste_masks_in_image(some, box, raw.shape)[:, 0] > 0.5
-            for some, box in zip(small.split([len(box) for box in boxes]), boxes, strict=True)
-        ]
 
     @torch.no_grad()
     def decode(

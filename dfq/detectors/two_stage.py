@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from .base import Detector, DistillationPair, Targets
 
@@ -119,6 +120,25 @@ class TwoStageDetector(Detector):
             best = [found[:DISTILLED_MASKS] for found in proposals]
             masks = self._segment(raw.features, best, raw.shape)
         return SecondStage(proposals, classes, boxes, masks)
+
+    @torch.no_grad()
+    def _target_masks(
+        self, raw: TwoStageRaw, boxes: list[Tensor], labels: list[Tensor]
+    ) -> list[Tensor]:
+        """What `mask_targets` takes for the objects' masks, bool `(n_i, h, w)` an image.
+
+        Args:
+            boxes: `(n_i, 4)` an image, pixels.
+            labels: `(n_i,)` an image, columns of what `_segment` gives.
+        """
+        if self.mask_targets != "own":
+            return [ellipse_masks(box, raw.shape) for box in boxes]
+        logits = self._segment(raw.features, boxes, raw.shape)
+        small = _columns(logits, torch.cat(labels), 0).sigmoid()[:, None]
+        return [
+            paste_masks_in_image(some, box, raw.shape)[:, 0] > 0.5
+            for some, box in zip(small.split([len(box) for box in boxes]), boxes, strict=True)
+        ]
 
     def levels(self, raw: TwoStageRaw) -> list[Tensor]:
         """Of the first stage, `(n, anchors * 5, h, w)` a level: objectness, then offsets."""
