@@ -37,8 +37,7 @@ class _Weight:
             self.frozen = torch.zeros_like(self.level, dtype=torch.bool)
 
     def scale(self) -> Tensor:
-        scale = self.quantizer.scale.detach()
-        return scale.view(-1, *([1] * (self.weight.ndim - 1)))
+        return self.quantizer.scale_of(self.weight)
 
     def levels(self) -> Tensor:
         """The integer each value is rounded to, as floats."""

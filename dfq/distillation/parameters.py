@@ -47,9 +47,8 @@ class WeightSteps:
         self.weights = [layer.weight for layer in layers]
         self.sizes = []
         for layer in layers:
-            scale = layer.weight_quantizer.scale.detach()
-            shape = (-1, *([1] * (layer.weight.ndim - 1)))
-            self.sizes.append(torch.empty_like(layer.weight).copy_(scale.view(shape)))
+            scale = layer.weight_quantizer.scale_of(layer.weight)
+            self.sizes.append(torch.empty_like(layer.weight).copy_(scale))
         self.before = [weight.detach().clone() for weight in self.weights]
 
     @torch.no_grad()
@@ -97,8 +96,7 @@ class Leash:
             return
         for _, layer in quantized_layers(module):
             weight = layer.weight.detach()
-            scale = layer.weight_quantizer.scale.detach()
-            reach = steps * scale.view(-1, *([1] * (weight.ndim - 1)))
+            reach = steps * layer.weight_quantizer.scale_of(weight)
             self.weights.append(layer.weight)
             self.low.append(weight - reach)
             self.high.append(weight + reach)

@@ -162,6 +162,10 @@ class Quantizer(nn.Module):
         """Step sizes `(channels,)`, always positive and finite."""
         return self.log_scale.clamp(-_LOG_SCALE_LIMIT, _LOG_SCALE_LIMIT).exp()
 
+    def scale_of(self, x: Tensor) -> Tensor:
+        """Step sizes without gradients, in a shape that goes with values `x` channel by channel."""
+        return self.scale.detach().view(-1, *([1] * (x.ndim - 1)))
+
     @torch.no_grad()
     def initialise(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
         """Set step sizes and zero points `(channels,)` from a range search; see `ranges`."""
