@@ -138,15 +138,14 @@ def quantized(
     if data is None:
         return student
     section = recipe.quantization
-
-    def load(count: int) -> Tensor:
-        return data.load(list(range(min(count, len(data)))))
-
-    batches = (batch.float() / 255 for batch in load(section.calibration_images).split(8))
+    rounds = section.rounding == "gptq"
+    wanted = max(section.calibration_images, section.rounding_images if rounds else 0)
+    pixels = data.load(list(range(min(wanted, len(data)))))
+    batches = (batch.float() / 255 for batch in pixels[: section.calibration_images].split(8))
     calibrate(student, batches, search=section.ranges)
-    if section.rounding == "gptq":
+    if rounds:
         with progress.task("rounding", 1, "layers") as task:
-            reconstruct(student, teacher, load(section.rounding_images), progress=task.update)
+            reconstruct(student, teacher, pixels[: section.rounding_images], progress=task.update)
     return student
 
 
