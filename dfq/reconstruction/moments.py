@@ -12,14 +12,11 @@ from torch import Generator, Tensor, nn
 
 from ..quantization.convert import quantized_layers
 from ..quantization.layers import QuantConv2d, QuantLinear
+from .finished import Reached
 
 UNPAIRED = 0.75
 """Mean squared difference of paired inputs, over the sum of their variances, from which they are
 taken for no pairs: independent draws of one distribution have 1."""
-
-
-class _Reached(Exception):
-    """Ends a forward pass at the layer of interest: what comes after it is not needed."""
 
 
 def execution_order(module: nn.Module, run: Callable[[], object]) -> dict[str, int]:
@@ -47,12 +44,12 @@ def inputs_of(layer: nn.Module, calls: int, run: Callable[[], object]) -> list[T
     def before(_m: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         seen.append(inputs[0])
         if len(seen) == calls:
-            raise _Reached
+            raise Reached
 
     handle = layer.register_forward_pre_hook(before)
     try:
         run()
-    except _Reached:
+    except Reached:
         pass
     finally:
         handle.remove()

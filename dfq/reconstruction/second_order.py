@@ -16,7 +16,8 @@ overfits them as training does, nor takes more than a few passes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Generator, Tensor, nn
@@ -26,6 +27,7 @@ from ..errors import UserError
 from ..quantization.convert import quantized_layers
 from ..quantization.layers import QuantConv2d, QuantLinear
 from ..quantization.quantizers import Quantizer
+from .finished import FinishedBlocks
 from .moments import Moments, MomentSums, execution_order, inputs_of
 
 PLACES = 24_000
@@ -234,14 +236,34 @@ def reconstruct(
     batches = [batch.to(student.device).float() / 255 for batch in images.split(batch_size)]
     order = execution_order(student.module, lambda: student.raw(batches[0][:1]))
     layers = dict(quantized_layers(student.module))
-    for done, (name, calls) in enumerate(order.items()):
-        layer, original = layers[name], teacher.module.get_submodule(name)
-        sums = MomentSums(layer, PLACES, len(batches) * calls, Generator().manual_seed(done))
-        for batch in batches:
-            ours = inputs_of(layer, calls, lambda batch=batch: student.raw(batch))  # type: ignore[misc]
-            theirs = inputs_of(original, calls, lambda batch=batch: teacher.raw(batch))  # type: ignore[misc]
-            for x, y in zip(ours, theirs, strict=True):
-                sums.add(x, y)
-        reconstruct_layer(layer, original, sums.moments(), damping=damping, ridge=ridge)
-        if progress is not None:
-            progress(done + 1, len(order))
+    blocks = student.blocks()
+    # The block a layer ends, if it is the last to run of those in it.
+    ends = {_block_of(name, blocks): name for name in order}
+    with (
+        FinishedBlocks(
+            student.module, lambda i: student.raw(batches[i]), len(batches), blocks
+        ) as ours,
+        FinishedBlocks(
+            teacher.module, lambda i: teacher.raw(batches[i]), len(batches), blocks
+        ) as theirs,
+    ):
+        for done, (name, calls) in enumerate(order.items()):
+            layer, original = layers[name], teacher.module.get_submodule(name)
+            sums = MomentSums(layer, PLACES, len(batches) * calls, Generator().manual_seed(done))
+            for number in range(len(batches)):
+                x_of_calls = inputs_of(layer, calls, partial(ours.run, number))
+                y_of_calls = inputs_of(original, calls, partial(theirs.run, number))
+                for x, y in zip(x_of_calls, y_of_calls, strict=True):
+                    sums.add(x, y)
+            reconstruct_layer(layer, original, sums.moments(), damping=damping, ridge=ridge)
+            block = _block_of(name, blocks)
+            if block is not None and ends[block] == name:
+                ours.finish(block)
+                theirs.finish(block)
+            if progress is not None:
+                progress(done + 1, len(order))
+
+
+def _block_of(layer: str, blocks: Sequence[str]) -> str | None:
+    """The block that holds a layer, by qualified names."""
+    return next((block for block in blocks if f"{layer}.".startswith(f"{block}.")), None)
