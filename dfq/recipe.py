@@ -64,6 +64,9 @@ class Synthesis(_Section):
     """Of the image stage; 0 leaves the initial noise (a baseline)."""
     batch_size: int = Field(32, ge=1)
     """Images optimised together; BatchNorm statistics are matched over the batch."""
+    micro_batch: int | None = Field(None, ge=1)
+    """Images that go through the network at once, for less memory in more passes; the statistics
+    stay those of the whole batch. None: all."""
     learning_rate: float = Field(0.1, gt=0)
     labels: str = "adaptive"
     """adaptive, single, multi, tile, none; or real:SET, which takes the labels of a real set."""

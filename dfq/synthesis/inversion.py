@@ -85,10 +85,12 @@ def random_erasing_mask(count: int, size: int, probability: float, generator: Ge
     height, width = (area * aspect).sqrt().clamp_max(1), (area / aspect).sqrt().clamp_max(1)
     top, left = draw[2] * (1 - height), draw[3] * (1 - width)
     height = torch.where(draw[4] < probability, height, torch.full_like(height, -1.0))
-    at = (torch.arange(size) + 0.5) / size
-    rows = (at >= top[:, None]) & (at < (top + height)[:, None])
-    columns = (at >= left[:, None]) & (at < (left + width)[:, None])
-    return (~(rows[:, :, None] & columns[:, None, :]))[:, None].float()
+    # Of the pixels whose centres lie within.
+    edges = torch.stack([top, top + height, left, left + width]).mul_(size).sub_(0.5).ceil_()
+    mask = torch.ones(count, 1, size, size)
+    for image, (first, last, begin, end) in zip(mask, edges.T.int().tolist(), strict=True):
+        image[:, first : max(first, last), begin:end] = 0
+    return mask
 
 
 class _Augmented(torch.autograd.Function):
@@ -104,6 +106,7 @@ class _Augmented(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         flipped, kept = ctx.saved_tensors
+        grad = grad.contiguous()
         return _flip(grad if kept is None else grad * kept, flipped), None, None
 
 
@@ -111,7 +114,11 @@ def _flip(images: Tensor, flipped: Tensor | None) -> Tensor:
     """`images` `(n, c, h, w)`, mirrored where `flipped` `(n,)` says so."""
     if flipped is None:
         return images.view_as(images)
-    return torch.where(flipped[:, None, None, None], images.flip(3), images)
+    if images.device.type != "cpu":
+        return torch.where(flipped[:, None, None, None], images.flip(3), images)
+    mirrored = images.clone(memory_format=torch.contiguous_format)
+    mirrored[flipped] = images[flipped].flip(3)
+    return mirrored
 
 
 class Inversion:
@@ -156,19 +163,25 @@ class Inversion:
                     stack.enter_context(watcher)
             yield
 
-    def _losses(self, images: Tensor, targets: Targets) -> dict[str, Tensor]:
-        """The terms that come from the network, scalars: "bn", "first_bn", "entropy" and
-        "task"."""
-        weights = self.settings.weights
+    def _run(self, images: Tensor, targets: Targets) -> Tensor | None:
+        """One forward pass, and the task's loss on it, where it counts."""
         # Convolutions alone take fewer bits; statistics and losses are summed in float32.
         half = self.precision == "bfloat16"
         with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
-            raw = _float32(self.detector.raw(images))
+            raw = self.detector.raw(images)
+        if self.settings.weights.task == 0 or self.settings.labels == "none":
+            return None
+        size = images.shape[2]
+        given = raw if self.detector.half_loss else _float32(raw)
+        return torch.stack(
+            list(self.detector.task_loss(given, targets, (size, size)).values())
+        ).sum()
+
+    def _losses(self, images: Tensor, targets: Targets) -> dict[str, Tensor]:
+        """The terms that come from the network, scalars: "bn", "first_bn", "entropy" and
+        "task"."""
         # First, as a network may run layers for the labels that it does not run for the images.
-        task = None
-        if weights.task > 0 and self.settings.labels != "none":
-            size = images.shape[2]
-            task = self.detector.task_loss(raw, targets, (size, size))
+        task = self._run(images, targets)
         terms = {}
         if self.statistics is not None:
             distances = self.statistics.distances(relative=self.settings.bn_form == "relative")
@@ -177,8 +190,39 @@ class Inversion:
         if self.similarity is not None:
             terms["entropy"] = -self.similarity.entropy()
         if task is not None:
-            terms["task"] = torch.stack(list(task.values())).sum()
+            terms["task"] = task
         return terms
+
+    def _parts(self, view: Tensor, targets: Targets) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """See `balance.Parts`: the micro-batches of a batch, or the batch itself.
+
+        The statistics are those of the whole batch: a first pass without a graph gathers them, and
+        the second one's gradient is exactly theirs. The task's loss is the mean of the parts',
+        weighted by their images. That is the batch's where a family divides by images or places;
+        one that divides by matched predictions (YOLOv5's box and class terms) or assigned scores
+        (Ultralytics) divides by those of a part, so images with few of them count a little more.
+        """
+        count = len(view)
+        size = self.settings.micro_batch or count
+        if size >= count:
+            leaf = view.detach().requires_grad_()
+            yield self._losses(leaf, targets), leaf
+            return
+        starts = range(0, count, size)
+        pieces = [(view[i : i + size].detach(), targets.rows(i, i + size)) for i in starts]
+        if self.statistics is not None:
+            with torch.no_grad():
+                for piece, labels in pieces:
+                    self._run(piece, labels)
+                    self.statistics.gather()
+        for piece, labels in pieces:
+            terms = self._losses(piece.requires_grad_(), labels)
+            for name in terms.keys() & {"task", "entropy"}:
+                terms[name] = terms[name] * (len(piece) / count)
+            yield terms, piece
+            del terms
+        if self.statistics is not None:
+            self.statistics.release()
 
     def optimise(
         self,
@@ -206,7 +250,8 @@ class Inversion:
             UserError: where the loss stops being finite.
         """
         device = self.detector.device
-        pixels = images.to(device).clone(memory_format=torch.channels_last).requires_grad_()
+        # In planes, in which neighbours and mirror images are quickest to find.
+        pixels = images.to(device).clone(memory_format=torch.contiguous_format).requires_grad_()
         optimizer = torch.optim.Adam([pixels], lr=learning_rate, betas=(0.9, 0.999), fused=True)
         targets = Targets.from_per_image(labels).to(device)
         count, size = images.shape[0], images.shape[2]
@@ -226,15 +271,16 @@ class Inversion:
                     kept = random_erasing_mask(count, size, settings.erase, generator)
                     kept = kept.to(device, non_blocking=True)
                 view = _Augmented.apply(pixels, flipped, kept)
-                terms = self._losses(view, seen)
-                gradient, terms["tv"] = combine(terms, view, pixels, step)
+                gradient, terms = combine(self._parts(view, seen), step)
+                (gradient,) = torch.autograd.grad(view, pixels, gradient)
+                gradient, terms["tv"] = combine.smoothed(gradient, pixels)
                 # The fused optimizer pairs numbers by their place in memory, whatever the strides.
-                pixels.grad = gradient.contiguous(memory_format=torch.channels_last)
+                pixels.grad = gradient.contiguous()
                 optimizer.step()
                 with torch.no_grad():
                     pixels.clamp_(0, 1)
                 if step % every == 0 or step == iterations - 1:
-                    values = {name: float(term.detach()) for name, term in terms.items()}
+                    values = {name: float(term) for name, term in terms.items()}
                     if not math.isfinite(sum(values.values())):
                         raise UserError(
                             f"synthesis: the loss is not finite at iteration {step} of stage "
@@ -324,6 +370,12 @@ class Inversion:
         labels = self.label_stage(count, generator_for(seed, shard, "labels"), augment, report)
         images = self.image_stage(labels, generator_for(seed, shard, "images"), augment, report)
         stored = (images * 255).round_().clamp_(0, 255).to(torch.uint8)
-        found = self.detector.detect(stored.float() / 255, score_threshold=0.01, iou_threshold=0.6)
+        found = [
+            detections
+            for part in stored.split(self.settings.micro_batch or count)
+            for detections in self.detector.detect(
+                part.float() / 255, score_threshold=0.01, iou_threshold=0.6
+            )
+        ]
         scores = teacher_scores(labels, found, self.image_size)
         return Batch(stored.cpu(), list(labels), scores)
