@@ -40,18 +40,45 @@ class LabelStage(_Section):
     """The low-resolution stage in which the adaptive sampler finds boxes and categories."""
 
     image_size: int = Field(160, ge=32)
-    iterations: int = Field(240, ge=1)
-    start: float = Field(0.33, ge=0, le=1)
+    iterations: int = Field(80, ge=1)
+    start: float = Field(0.5, ge=0, le=1)
     """Share of the iterations after which labels are first updated."""
     stop: float = Field(0.95, ge=0, le=1)
     """Share of the iterations after which labels stay fixed."""
-    updates: int = Field(12, ge=1)
+    updates: int = Field(4, ge=1)
     score_threshold: float = Field(0.2, gt=0, lt=1)
     """Detections below this score do not count."""
-    objects: int = Field(1, ge=1)
-    """Most objects an image begins with; 1: one of 20 to 80 % of the side (the paper's start)."""
-    smallest_area: float = Field(0.01, gt=0, lt=0.8)
-    """Detections that cover less of the image are not added."""
+    sampler: Literal["scattered", "paper"] = "scattered"
+    """Labels begin as many objects of all sizes, whose categories follow what the detector faintly
+    sees at the first update; or as one of 20 to 80 % of the side, and updates drop what they do not
+    find (the paper's)."""
+    objects: int = Field(32, ge=1)
+    """Most objects an image begins with, where they are scattered."""
+    smallest_area: float = Field(0.0016, gt=0, lt=0.8)
+    """Share of the image below which no object begins, and no detection is added."""
+    reuse: bool = False
+    """Whether the image stage goes on from the images of this stage instead of from noise."""
+
+
+class Techniques(_Section):
+    """Variants of the optimisation; all off unless set."""
+
+    low_pass: float = Field(0.0, ge=0, le=8)
+    """Standard deviation, pixels, of a blur of the gradient; 0: none."""
+    zoom: float = Field(0.0, ge=0, lt=1)
+    """Views are enlarged or shrunk at random by up to this share, labels too."""
+    swing: bool = False
+    """Strided convolutions see their input shifted at random by less than their stride."""
+    soft_labels: float = Field(0.0, ge=0, lt=1)
+    """Smoothing of the categories in the task loss."""
+    slack: float = Field(0.0, ge=0)
+    """BatchNorm distances below this margin do not count."""
+    emphasis: float = Field(0.0, ge=-4, le=4)
+    """Above 0 the BatchNorm distances of deep layers count more, below 0 those of early ones: the
+    exponent of a layer's depth in (0, 1]."""
+    per_image: float = Field(0.0, ge=-1, le=1)
+    """Share of the BatchNorm term that each image has to meet alone; below 0, images are pushed
+    apart in their statistics."""
 
 
 class Synthesis(_Section):
@@ -67,7 +94,8 @@ class Synthesis(_Section):
     learning_rate: float = Field(0.1, gt=0)
     labels: str = "adaptive"
     """adaptive, single, multi, tile, none; or real:SET, which takes the labels of a real set."""
-    init: Literal["uniform", "gaussian"] = "uniform"
+    init: Literal["uniform", "gaussian", "pink"] = "uniform"
+    """Noise the images start from; pink: of low frequencies more, as photographs have."""
     multires: float = Field(0.55, ge=0, lt=1)
     """Share of the iterations spent at half the size before the images are enlarged; 0: none."""
     flip: float = Field(0.5, ge=0, le=1)
@@ -86,6 +114,7 @@ class Synthesis(_Section):
     the network's own mask, or none: boxes only."""
     weights: SynthesisWeights = SynthesisWeights()
     label_stage: LabelStage = LabelStage()
+    techniques: Techniques = Techniques()
 
     @field_validator("labels")
     @classmethod
