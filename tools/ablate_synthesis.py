@@ -161,6 +161,7 @@ def row(title: str, cells: Sequence[dict[str, float]], base: Sequence[dict[str, 
 @click.option("--images", default=32, show_default=True, help="Of a set, and of its batches.")
 @click.option("--iterations", default=120, show_default=True)
 @click.option("--epochs", default=15, show_default=True)
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="For every variant.")
 def main(
     model: str,
     real: str,
@@ -171,6 +172,7 @@ def main(
     images: int,
     iterations: int,
     epochs: int,
+    overrides: tuple[str, ...],
 ) -> None:
     chosen = variants.split(",")
     for name in chosen:
@@ -182,6 +184,7 @@ def main(
         f"synthesis.batch_size={images}",
         f"synthesis.iterations={iterations}",
         f"distillation.epochs={epochs}",
+        *overrides,
     ]
     ablation = Ablation(model, real, out, common)
     numbers = [int(seed) for seed in seeds.split(",")]
