@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 from torchvision.ops import box_iou
 
 from ..detectors.base import Detections, Detector
-from ..recipe import LabelStage
+from ..recipe_synthesis import LabelStage
 from .labels import to_corners
 
 FAINT = 0.003

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from ..detectors.base import Detector, Targets
 from ..errors import UserError
 from ..quantization.convert import fold
-from ..recipe import Synthesis
+from ..recipe_synthesis import Synthesis
 from .adaptive import AdaptiveSampler
 from .balance import COMBINATIONS
 from .labels import label_start, teacher_scores

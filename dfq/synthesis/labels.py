@@ -19,7 +19,7 @@ from ..dataset.image_set import ImageSet, Item
 from ..dataset.readers import open_set
 from ..detectors.base import Detections
 from ..errors import UserError
-from ..recipe import REAL_LABELS, Synthesis
+from ..recipe_synthesis import REAL_LABELS, Synthesis
 
 Start = Callable[[Generator, int, int], list[Tensor]]
 

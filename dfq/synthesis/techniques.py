@@ -17,7 +17,7 @@ from torch import Generator, Tensor, nn
 
 from ..dataset.augment import augment
 from ..detectors.base import Detector, Targets
-from ..recipe import Techniques as Settings
+from ..recipe_synthesis import Techniques as Settings
 from .image_statistics import ImageStatistics
 from .statistics import BatchNormStatistics
 

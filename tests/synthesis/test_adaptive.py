@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from dfq.detectors.base import Detections
-from dfq.recipe import LabelStage
+from dfq.recipe_synthesis import LabelStage
 from dfq.synthesis.adaptive import (
     FAINT,
     AdaptiveSampler,

@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 
 from dfq.detectors.base import Detector, Targets
 from dfq.errors import UserError
-from dfq.recipe import LabelStage, Synthesis, SynthesisWeights
+from dfq.recipe_synthesis import LabelStage, Synthesis, SynthesisWeights
 from dfq.synthesis.inversion import (
     Inversion,
     _Augmented,

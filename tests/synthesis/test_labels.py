@@ -15,7 +15,7 @@ from torchvision.ops import box_iou
 from dfq.dataset.image_set import ImageSet, make_item
 from dfq.detectors.base import Detections
 from dfq.errors import UserError
-from dfq.recipe import LABELS, LabelStage, Synthesis
+from dfq.recipe_synthesis import LABELS, LabelStage, Synthesis
 from dfq.synthesis.labels import (
     STARTS,
     RealLabels,

@@ -11,8 +11,8 @@ from tiny_detector import blobs, tiny_detector
 from torch import Generator, Tensor, nn
 
 from dfq.detectors.base import Detector, Targets
-from dfq.recipe import LabelStage, Synthesis, SynthesisWeights
-from dfq.recipe import Techniques as Settings
+from dfq.recipe_synthesis import LabelStage, Synthesis, SynthesisWeights
+from dfq.recipe_synthesis import Techniques as Settings
 from dfq.synthesis.image_statistics import ImageStatistics
 from dfq.synthesis.inversion import Inversion, initial_images
 from dfq.synthesis.statistics import BatchNormStatistics
