@@ -136,9 +136,9 @@ class Ablation:
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Mean and standard deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.fmean(values):.{digits}f} ± {deviation:.{digits}f}"
+    """Mean and standard deviation; of a single value, the value."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def row(title: str, cells: Sequence[dict[str, float]], base: Sequence[dict[str, float]]) -> str:
