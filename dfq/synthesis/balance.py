@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..recipe import SynthesisWeights
+from ..recipe_synthesis import SynthesisWeights
 from .priors import squared_variation, total_variation
 
 MEASURE_EVERY = 20

@@ -19,7 +19,7 @@ from ..dataset.preview import write_preview
 from ..detectors.base import Detector
 from ..distributed import World, one_thread
 from ..errors import UserError
-from ..recipe import Synthesis
+from ..recipe_synthesis import Synthesis
 from .inversion import Inversion, resolve_precision
 from .labels import label_source_identity
 from .shards import Plan, ShardMaker, ShardReport, make_shards

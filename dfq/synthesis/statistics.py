@@ -23,7 +23,9 @@ from ..quantization.folding import FoldedBatchNorm
 from .kernels import moments, moments_backward
 
 
-def _expected(layer: _BatchNorm | FoldedBatchNorm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def expected_statistics(
+    layer: _BatchNorm | FoldedBatchNorm,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What a layer says of its input y, per channel: its mean, its variance, the factor that takes
     y - mean back to the input x of the BatchNorm, and the stored variance of x."""
     if isinstance(layer, FoldedBatchNorm):
@@ -56,7 +58,7 @@ class _Constants:
     def __init__(self, layers: Iterable[_BatchNorm | FoldedBatchNorm], relative: bool) -> None:
         means, variances, to_means, to_vars, owners = [], [], [], [], []
         for index, layer in enumerate(layers):
-            mean, var, factor, stored = _expected(layer)
+            mean, var, factor, stored = expected_statistics(layer)
             to_mean, to_var = factor, factor.square()
             if relative:
                 spread, root = stored + 1e-5, math.sqrt(len(stored))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dfq.recipe import SynthesisWeights
+from dfq.recipe_synthesis import SynthesisWeights
 from dfq.synthesis.balance import MEASURE_EVERY, Combination, GradientShares, LossWeights
 from dfq.synthesis.priors import squared_variation, total_variation
 

@@ -13,7 +13,7 @@ from dfq.demo import demo_weights
 from dfq.detectors import load_detector
 from dfq.detectors.base import Detector, Targets
 from dfq.errors import UserError
-from dfq.recipe import LabelStage, Synthesis, SynthesisWeights
+from dfq.recipe_synthesis import LabelStage, Synthesis, SynthesisWeights
 from dfq.synthesis.balance import COMBINATIONS
 from dfq.synthesis.inversion import (
     Inversion,
@@ -155,7 +155,7 @@ def test_terms_are_those_of_the_network(detector: Detector, form: str) -> None:
     inversion = Inversion(detector, settings(bn_form=form, precision="float32"))
     images = torch.rand(2, 3, SIZE, SIZE, generator=Generator().manual_seed(0))
     targets = Targets.from_per_image([torch.tensor([[0.0, 0.5, 0.5, 0.4, 0.4]])] * 2)
-    with inversion._watching():
+    with inversion._watching(Generator()):
         terms = inversion._losses(images, targets)
     # The definition, on the detector as it was given.
     with BatchNormStatistics(detector.module) as statistics:
@@ -312,10 +312,13 @@ def test_adaptive_labels_come_from_detections(
         calls.append(thresholds)
         return [Detections(box, torch.tensor([0.8]), torch.tensor([2])) for _ in images]
 
-    stage = LabelStage(image_size=32, iterations=6, updates=3, score_threshold=0.35)
+    stage = LabelStage(
+        image_size=32, iterations=6, updates=3, score_threshold=0.35, sampler="paper"
+    )
     inversion = Inversion(detector, settings(label_stage=stage))
     monkeypatch.setattr(inversion.detector, "detect", detect)
-    labels = inversion.label_stage(2, generator_for(0, 0, "labels"), generator_for(0, 0, "augment"))
+    generators = generator_for(0, 0, "labels"), generator_for(0, 0, "augment")
+    labels, _ = inversion.label_stage(2, *generators)
     assert len(calls) == 3
     assert all(c["score_threshold"] == 0.35 for c in calls)
     for rows in labels:
