@@ -432,7 +432,7 @@ def test_micro_batches_give_the_gradient_of_the_batch(
         chosen = settings(micro_batch=size, precision="float32", balance=balance, labels=labels)
         inversion = Inversion(teacher, chosen)
         combine = COMBINATIONS[balance](chosen.weights)
-        with inversion._watching():
+        with inversion._watching(Generator()):
             # In the first step norms are measured, in the second they are made use of.
             found.append([combine(inversion._parts(images, targets), step) for step in (0, 1)])
     for other in found[1:]:
