@@ -33,7 +33,7 @@ clean:
 KIT ?= ../shared/kit
 BENCH ?= runs/bench
 
-.PHONY: bench-zero-shot bench-demo bench-synthesis bench-qat bench-qat-step bench-mmdet
+.PHONY: bench-zero-shot bench-demo bench-synthesis bench-synthesis-ablation bench-qat bench-qat-step bench-mmdet
 
 bench-zero-shot: env
 	$(BIN)/python tools/bench_zero_shot.py --model $(KIT)/weights/yolov5n-coco/yolov5n.pt \
@@ -45,6 +45,11 @@ bench-demo: env
 bench-synthesis: env
 	$(BIN)/python tools/bench_synthesis.py --model $(KIT)/weights/yolov5n-coco/yolov5n.pt
 	$(BIN)/python tools/bench_synthesis.py --model yolo11n.yaml
+
+# An hour on one core; what is there already is not made again.
+bench-synthesis-ablation: env
+	$(BIN)/python tools/ablate_synthesis.py --model $(KIT)/weights/yolov5n-coco/yolov5n.pt \
+	  --real $(KIT)/coco-train --out $(BENCH)/synthesis-ablation
 
 # Days on two cores at 640 px: choose with BENCH_QAT="--size 320 --rows w4a8 --columns ours,lsq-real".
 bench-qat: env

@@ -7,98 +7,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from .errors import UserError
 from .quantization.widths import Widths, check_budget, parse_widths
-
-LABELS = ("adaptive", "single", "multi", "tile", "none")
-"""What `synthesis.labels` can be, besides `real:SET`."""
-REAL_LABELS = "real:"
+from .recipe_section import Section
+from .recipe_synthesis import Synthesis
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
-
-
-class SynthesisWeights(_Section):
-    """Weights of the synthesis loss; what they mean, `synthesis.balance` says."""
-
-    task: float = Field(1.0, ge=0)
-    """The family's own training loss on the labels."""
-    bn: float = Field(1.0, ge=0)
-    """BatchNorm statistics, summed over the layers."""
-    first_bn: float = Field(5.0, ge=0)
-    """How often more the first BatchNorm counts in that sum: it fixes colours and contrast."""
-    entropy: float = Field(1.0, ge=0)
-    """Entropy of the similarities between patches, in networks with attention."""
-    tv: float = Field(0.2, ge=0)
-    """Total variation, relative to the gradient of the others."""
-
-
-class LabelStage(_Section):
-    """The low-resolution stage in which the adaptive sampler finds boxes and categories."""
-
-    image_size: int = Field(160, ge=32)
-    iterations: int = Field(240, ge=1)
-    start: float = Field(0.33, ge=0, le=1)
-    """Share of the iterations after which labels are first updated."""
-    stop: float = Field(0.95, ge=0, le=1)
-    """Share of the iterations after which labels stay fixed."""
-    updates: int = Field(12, ge=1)
-    score_threshold: float = Field(0.2, gt=0, lt=1)
-    """Detections below this score do not count."""
-    objects: int = Field(1, ge=1)
-    """Most objects an image begins with; 1: one of 20 to 80 % of the side (the paper's start)."""
-    smallest_area: float = Field(0.01, gt=0, lt=0.8)
-    """Detections that cover less of the image are not added."""
-
-
-class Synthesis(_Section):
-    """Stage I: how images and labels are made."""
-
-    images: int = Field(512, ge=1)
-    image_size: int | None = Field(None, ge=32)
-    """Side in pixels; None: the size the detector was trained for."""
-    iterations: int = Field(200, ge=0)
-    """Of the image stage; 0 leaves the initial noise (a baseline)."""
-    batch_size: int = Field(32, ge=1)
-    """Images optimised together; BatchNorm statistics are matched over the batch."""
-    learning_rate: float = Field(0.1, gt=0)
-    labels: str = "adaptive"
-    """adaptive, single, multi, tile, none; or real:SET, which takes the labels of a real set."""
-    init: Literal["uniform", "gaussian"] = "uniform"
-    multires: float = Field(0.55, ge=0, lt=1)
-    """Share of the iterations spent at half the size before the images are enlarged; 0: none."""
-    flip: float = Field(0.5, ge=0, le=1)
-    """Probability that an image is mirrored, labels too, in an iteration."""
-    erase: float = Field(0.5, ge=0, le=1)
-    """Probability that a rectangle (2 to 20 % of the area) is blanked in an iteration."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the convolutions; auto: bfloat16 where the device computes in it natively."""
-    balance: Literal["gradient", "loss"] = "gradient"
-    """Weights are shares of the gradient, which hold for every network, batch and image size; or
-    factors of the losses (the paper's), to be found anew for each."""
-    bn_form: Literal["relative", "absolute"] = "relative"
-    """BatchNorm distances in units of each channel's spread, or as they are (the paper's)."""
-    masks: Literal["ellipse", "own", "none"] = "ellipse"
-    """What the mask loss of a label compares with, in networks with masks: the ellipse in its box,
-    the network's own mask, or none: boxes only."""
-    weights: SynthesisWeights = SynthesisWeights()
-    label_stage: LabelStage = LabelStage()
-
-    @field_validator("labels")
-    @classmethod
-    def _known_labels(cls, value: str) -> str:
-        # Whether the set is there shows when it is opened: a recipe outlives it.
-        real = value.startswith(REAL_LABELS) and value != REAL_LABELS
-        if value not in LABELS and not real:
-            known = ", ".join(f"'{name}'" for name in LABELS)
-            raise ValueError(f"should be {known} or '{REAL_LABELS}SET'")
-        return value
-
-
-class Mixed(_Section):
+class Mixed(Section):
     """Mixed precision: every layer gets the bits that its effect on the predictions is worth."""
 
     budget: str | None = None
@@ -107,7 +24,7 @@ class Mixed(_Section):
     cost: Literal["bit_operations", "bytes"] = "bit_operations"
     """What the budget is in: weight bits * activation bits * MACs of an image, or bytes of the
     weights."""
-    candidates: list[int | str] = [3, 4, 5, 6, 8]
+    candidates: list[int | str] = Field([3, 4, 5, 6, 8])
     """Widths a layer may get: of its weights, or of both as "w4a6"."""
     images: int = Field(16, ge=1)
     """Images of the set that each layer's effect is measured on."""
@@ -131,7 +48,7 @@ class Mixed(_Section):
         return value
 
 
-class Quantization(_Section):
+class Quantization(Section):
     """What is quantized, and to how many bits."""
 
     weight_bits: int = Field(4, ge=2, le=8)
@@ -151,7 +68,7 @@ class Quantization(_Section):
     """Images of the set that the former looks at."""
     scope: Literal["all", "backbone"] = "all"
     """Layers that are quantized at all; with backbone, neck and heads stay in float."""
-    overrides: dict[str, int | str] = {}
+    overrides: dict[str, int | str] = Field({})
     """Layer name or wildcard -> "float", a bit width, or "w4a8"; the first match wins."""
     mixed: Mixed = Mixed()
 
@@ -176,7 +93,7 @@ class Quantization(_Section):
         ]
 
 
-class DistillationWeights(_Section):
+class DistillationWeights(Section):
     """Weights of the training loss."""
 
     kl: float = Field(1.0, ge=0)
@@ -193,7 +110,7 @@ class DistillationWeights(_Section):
         return self
 
 
-class Distillation(_Section):
+class Distillation(Section):
     """Stage II: how the low-bit network is trained."""
 
     epochs: int = Field(6, ge=1)
@@ -241,7 +158,7 @@ class Distillation(_Section):
     """A checkpoint is written at the first epoch's end after so many minutes."""
 
 
-class Evaluation(_Section):
+class Evaluation(Section):
     """A measurement once training is over; it never steers the training."""
 
     data: str | None = None
@@ -249,7 +166,7 @@ class Evaluation(_Section):
     batch_size: int = Field(16, ge=1)
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """One experiment."""
 
     model: str | None = None

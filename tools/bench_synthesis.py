@@ -7,14 +7,18 @@ The bare loop runs the same frozen network on the same batch, in the same precis
 out the same, and takes the gradient of the sum of its outputs with respect to the images; nothing
 can invert a network with less. The real loop is the product's own: all losses, flips, erasing,
 clamping, Adam, logging. A third one is the bare loop on the network as it was loaded, in float32.
+With --micro-batch the real loop takes the batch in parts. Memory is what its first two iterations
+add at their peak to what the process holds (on CUDA, to what is allocated).
 Rounds alternate in one process, so that a noisy machine slows all; ratios are those of the medians.
 """
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import click
 import torch
@@ -58,10 +62,33 @@ def real_loop(inversion: Inversion, images: Tensor, labels: list[Tensor]) -> Cal
     return run
 
 
+def peak_memory(run: Callable[[], None], device: str) -> float:
+    """Megabytes that `run` adds at its peak; NaN where the system does not say."""
+    if device != "cpu":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return float("nan")
+
+    def kilobytes(name: str) -> int:
+        (line,) = (row for row in status.read_text().splitlines() if row.startswith(name))
+        return int(line.split()[1])
+
+    gc.collect()
+    before = kilobytes("VmRSS:")
+    reset.write_text("5")  # the peak starts anew
+    run()
+    return (kilobytes("VmHWM:") - before) * 1024 / 1e6
+
+
 @click.command(help=__doc__)
 @click.option("--model", required=True)
 @click.option("--size", "sizes", type=int, multiple=True, default=(160, 320), show_default=True)
 @click.option("--batch-size", default=16, show_default=True)
+@click.option("--micro-batch", type=int, help="Images at once; all where left out.")
 @click.option("--iterations", default=20, show_default=True, help="A round.")
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
@@ -70,6 +97,7 @@ def main(
     model: str,
     sizes: tuple[int, ...],
     batch_size: int,
+    micro_batch: int | None,
     iterations: int,
     rounds: int,
     device: str,
@@ -78,12 +106,12 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     detector = load_detector(model, device=device)
-    print(
-        "| model | px | batch | precision | bare, ms | real, ms | ratio | as loaded, ms | ratio |"
-    )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    columns = "model, px, batch, precision, bare ms, real ms, ratio, loaded ms, ratio, real MB"
+    print(f"| {columns.replace(', ', ' | ')} |")
+    print("|" + " --- |" * len(columns.split(", ")))
     for size in sizes:
-        settings = load_recipe(None, [f"synthesis.image_size={size}"]).synthesis
+        chosen = [f"synthesis.image_size={size}", f"synthesis.micro_batch={micro_batch or 'null'}"]
+        settings = load_recipe(None, chosen).synthesis
         generator = Generator().manual_seed(0)
         images = initial_images(batch_size, size, "uniform", generator).to(device)
         labels = single(generator, batch_size, detector.num_classes)
@@ -93,6 +121,7 @@ def main(
             real_loop(inversion, images, labels),
             bare_loop(detector, images, "float32"),
         ]
+        memory = peak_memory(lambda loop=loops[1]: loop(2), device)  # type: ignore[misc]
         times: list[list[float]] = [[], [], []]
         for number in range(rounds + 1):
             for loop, spent in zip(loops, times, strict=True):
@@ -107,7 +136,8 @@ def main(
         bare, real, loaded = (statistics.median(spent) for spent in times)
         print(
             f"| {model.rsplit('/', 1)[-1]} | {size} | {batch_size} | {inversion.precision} | "
-            f"{bare:.0f} | {real:.0f} | {real / bare:.2f} | {loaded:.0f} | {real / loaded:.2f} |",
+            f"{bare:.0f} | {real:.0f} | {real / bare:.2f} | {loaded:.0f} | {real / loaded:.2f} | "
+            f"{memory:.0f} |",
             flush=True,
         )
 

@@ -12,30 +12,21 @@ from __future__ import annotations
 import itertools
 
 import click
-import torch
 
 from dfq.dataset.readers import open_set
 from dfq.detectors import load_detector
-from dfq.detectors.base import Detector
-from dfq.distillation.losses import distillation_terms
 from dfq.evaluation.coco import evaluate
 from dfq.progress import Silent
 from dfq.quantization.convert import fold
 from dfq.recipe import load_recipe
 from dfq.reconstruction.second_order import reconstruct
-from dfq.training import LetterboxedImages, open_training_data, policy_of, quantized
-
-
-@torch.no_grad()
-def divergence(student: Detector, teacher: Detector, data: LetterboxedImages) -> float:
-    """Mean over the images of `data`."""
-    images = data.load(list(range(len(data))))
-    total = 0.0
-    for batch in images.split(16):
-        pixels = batch.float() / 255
-        raw = student.raw(pixels), teacher.raw(pixels)
-        total += float(distillation_terms(student, *raw, batch=1, form="family", temperature=1.0))
-    return total / len(images)
+from dfq.training import (
+    LetterboxedImages,
+    mean_divergence,
+    open_training_data,
+    policy_of,
+    quantized,
+)
 
 
 @click.command(help=__doc__)
@@ -72,7 +63,7 @@ def main(
         student = start.twin()
         reconstruct(student, teacher, pixels, damping=damping, ridge=ridge)
         found = evaluate(student, real, image_size=size).AP
-        far = divergence(student, teacher, letterboxed)
+        far = mean_divergence(student, teacher, letterboxed)
         print(f"| {damping} | {ridge} | {found:.4f} | {far:.2f} |", flush=True)
 
 

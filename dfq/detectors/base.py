@@ -53,6 +53,12 @@ class Targets:
         """The inverse of `from_per_image`: `batch` tensors `(n_i, 5)`."""
         return [self.data[self.data[:, 0] == index, 1:] for index in range(batch)]
 
+    def rows(self, start: int, stop: int) -> Targets:
+        """Those of the images start .. stop - 1, numbered from 0."""
+        image = self.data[:, 0]
+        data = self.data[(image >= start) & (image < stop)]
+        return Targets(torch.cat([data[:, :1] - start, data[:, 1:]], dim=1))
+
     def to(self, device: torch.device | str) -> Targets:
         return Targets(self.data.to(device))
 
@@ -140,10 +146,13 @@ class Detector(ABC):
             nothing (boxes only).
         backbone: qualified name of the module that is the backbone, without neck and heads; None
             where the network has no such part.
+        half_loss: whether `task_loss` takes half-precision predictions as they are and computes in
+            float32 what it reads of them; else they have to be float32.
     """
 
     mask_targets: Literal["ellipse", "own", "none"] = "ellipse"
     backbone: str | None = None
+    half_loss: ClassVar[bool] = False
     family: ClassVar[str]
     module: nn.Module
     names: list[str]

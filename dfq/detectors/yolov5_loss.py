@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +84,29 @@ def boxes_of(logits: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
     return doubled[..., :2] - 0.5, doubled[..., 2:4] ** 2 * anchors
 
 
+class _Read(torch.autograd.Function):
+    """All that the loss looks at of a level: `k` whole predictions `(k, 5 + classes)` and every
+    objectness `(n, anchors, h, w)`, in float32.
+
+    The gradient of the level is then filled in once, where indexing and slicing would each make
+    and add up one of its own, nearly all zeros.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, *place: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(logits, *place)
+        return logits[place].float(), logits[..., 4].float()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, picked: Tensor, objectness: Tensor) -> Any:
+        logits, *place = ctx.saved_tensors
+        grad = torch.zeros_like(logits)
+        grad[..., 4] = objectness
+        grad.index_put_(tuple(place), picked.to(grad.dtype), accumulate=True)
+        return grad, *(None for _ in place)
+
+
 def yolov5_loss(
     raw: list[Tensor], targets: Tensor, anchors: Tensor, image_shape: tuple[int, int]
 ) -> dict[str, Tensor]:
@@ -101,49 +125,60 @@ def yolov5_loss(
         Scalars "box", "objectness" and "class" (zero where there is one category, which the
         original does not train).
     """
-    box = objectness = category = raw[0].new_zeros(())
+    # Level by level what is looked at; then all levels at once, for what is done with it is many
+    # operations on few values.
+    rows, seen, priors, wanted_boxes, categories, places = [], [], [], [], [], []
+    share, weight, offset = [], [], 0
     balance = [4.0, 1.0, 0.4] if len(raw) == 3 else [4.0, 1.0, 0.25, 0.06, 0.02]
-    for logits, sizes, weight in zip(raw, anchors, balance, strict=False):
-        box_term, objectness_term, class_term = _level(logits, targets, sizes)
-        box = box + box_term
-        objectness = objectness + weight * objectness_term
-        category = category + class_term
+    for logits, sizes, level_weight in zip(raw, anchors, balance, strict=False):
+        _, count, height, width, outputs = logits.shape
+        found = assign(targets, sizes, height, width)
+        picked, objectness = _Read.apply(logits, found.image, found.anchor, found.row, found.column)
+        cells = objectness.numel()
+        place = ((found.image * count + found.anchor) * height + found.row) * width + found.column
+        rows.append(picked)
+        seen.append(objectness.flatten())
+        priors.append(sizes[found.anchor])
+        wanted_boxes.append(found.boxes)
+        categories.append(found.category)
+        places.append(place + offset)
+        # Each level is a mean of its own.
+        share.append(picked.new_full((len(picked),), 1 / max(len(picked), 1)))
+        weight.append(objectness.new_full((cells,), level_weight / cells))
+        offset += cells
 
-    classes = raw[0].shape[-1] - 5
+    logits, shares = torch.cat(rows), torch.cat(share)
+    centres, sizes = boxes_of(logits[:, :4], torch.cat(priors))
+    # CIoU divides by the height, and a sigmoid may underflow to zero.
+    predicted = _corners(centres, sizes.clamp(min=_SMALLEST_SIDE))
+    boxes = torch.cat(wanted_boxes)
+    box_losses = complete_box_iou_loss(predicted, _corners(boxes[:, :2], boxes[:, 2:]))
+
+    overlap = (1 - box_losses.detach()).clamp(min=0)
+    wanted_objectness = overlap.new_zeros(offset)
+    wanted_objectness.scatter_reduce_(0, torch.cat(places), overlap, "amax")
+    objectness_loss = F.binary_cross_entropy_with_logits(
+        torch.cat(seen), wanted_objectness, torch.cat(weight), reduction="sum"
+    )
+
+    classes = outputs - 5
+    scores = logits[:, 5:]
+    if classes == 1:
+        class_loss = scores.sum() * 0
+    else:
+        # Not F.one_hot, which waits for the device to look at its input.
+        one_hot = torch.zeros_like(scores).scatter_(1, torch.cat(categories)[:, None], 1.0)
+        class_losses = F.binary_cross_entropy_with_logits(
+            scores, one_hot, shares[:, None], reduction="sum"
+        )
+        class_loss = class_losses / classes
     per_level = 3 / len(raw)
     area = image_shape[0] * image_shape[1] / 640**2
     return {
-        "box": box * (BOX_GAIN * per_level),
-        "objectness": objectness * (OBJECTNESS_GAIN * area * per_level),
-        "class": category * (CLASS_GAIN * classes / 80 * per_level),
+        "box": (box_losses * shares).sum() * (BOX_GAIN * per_level),
+        "objectness": objectness_loss * (OBJECTNESS_GAIN * area * per_level),
+        "class": class_loss * (CLASS_GAIN * classes / 80 * per_level),
     }
-
-
-def _level(logits: Tensor, targets: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    n, count, height, width, outputs = logits.shape
-    found = assign(targets, anchors, height, width)
-    picked = logits[found.image, found.anchor, found.row, found.column]
-    k = max(len(picked), 1)
-
-    centres, sizes = boxes_of(picked[:, :4], anchors[found.anchor])
-    # CIoU divides by the height, and a sigmoid may underflow to zero.
-    predicted = _corners(centres, sizes.clamp(min=_SMALLEST_SIDE))
-    wanted = _corners(found.boxes[:, :2], found.boxes[:, 2:])
-    box_losses = complete_box_iou_loss(predicted, wanted)
-
-    place = ((found.image * count + found.anchor) * height + found.row) * width + found.column
-    overlap = (1 - box_losses.detach()).clamp(min=0).to(logits.dtype)
-    wanted_objectness = logits.new_zeros(n * count * height * width)
-    wanted_objectness = wanted_objectness.scatter_reduce(0, place, overlap, "amax")
-    objectness = F.binary_cross_entropy_with_logits(logits[..., 4].flatten(), wanted_objectness)
-
-    classes = outputs - 5
-    if classes == 1:
-        return box_losses.sum() / k, objectness, picked[:, 5:].sum() * 0
-    # Not F.one_hot, which waits for the device to look at its input.
-    one_hot = torch.zeros_like(picked[:, 5:]).scatter(1, found.category[:, None], 1.0)
-    class_sum = F.binary_cross_entropy_with_logits(picked[:, 5:], one_hot, reduction="sum")
-    return box_losses.sum() / k, objectness, class_sum / (k * classes)
 
 
 def _corners(centres: Tensor, sizes: Tensor) -> Tensor:

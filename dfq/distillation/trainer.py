@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Generator, Tensor, nn
 
+from ..dataset.augment import augment, jitter_colours, mosaic
 from ..dataset.calibration import write_atomic
 from ..detectors.base import Detector, Targets
 from ..distributed import World
@@ -20,7 +21,6 @@ from ..errors import DivergedError, UserError
 from ..quantization.convert import quantized_layers
 from ..quantization.quantizers import Quantizer
 from ..recipe import Distillation
-from .augment import augment, jitter_colours, mosaic
 from .losses import FeatureTaps, distillation_terms, feature_distance
 from .oscillation import Oscillation
 from .parameters import Average, Best, Leash, WeightSteps, parameter_groups

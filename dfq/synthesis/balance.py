@@ -8,13 +8,13 @@ gradient instead, which holds for every network, batch and image size; `LossWeig
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..recipe import SynthesisWeights
+from ..recipe_synthesis import SynthesisWeights
 from .priors import squared_variation, total_variation
 
 MEASURE_EVERY = 20
@@ -24,21 +24,39 @@ _DECAY = 0.5
 """Of the averaged norms: a single batch's flips and erasures should not set them alone."""
 
 
+Parts = Iterable[tuple[dict[str, Tensor], Tensor]]
+"""Of a batch, one after the other: the terms, and what the network saw, `(n_i, 3, h, w)`, a leaf.
+
+Terms are "bn" (summed over the layers) and "first_bn", both of the whole batch whatever the part,
+and "entropy" and "task", the part's share of them; what is not used is absent."""
+
+_OF_THE_BATCH = ("bn", "first_bn")
+
+
 class Combination(Protocol):
     """Turns the terms of an iteration into the gradient the optimizer sees."""
 
-    def __call__(
-        self, terms: dict[str, Tensor], view: Tensor, pixels: Tensor, step: int
-    ) -> tuple[Tensor, Tensor]:
-        """The gradient, and the total variation for logs.
+    def __call__(self, parts: Parts, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The gradient of what the network saw, `(n, 3, h, w)`, and the batch's terms for logs.
 
         Args:
-            terms: "bn" (summed over the layers), "first_bn", "entropy" and "task"; what is not used
-                is absent.
-            view: what the network saw: `pixels`, augmented, in one graph with them.
-            pixels: the images, a leaf `(n, 3, h, w)`.
+            parts: a part is done with before the next one is asked for.
             step: the iteration.
         """
+
+    def smoothed(self, gradient: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient with total variation's added, and the total variation for logs.
+
+        Args:
+            gradient: of `pixels`; may be changed in place.
+            pixels: the images, `(n, 3, h, w)`.
+        """
+
+
+def _note(logged: dict[str, Tensor], terms: dict[str, Tensor]) -> None:
+    for name, term in terms.items():
+        known = 0 if name in _OF_THE_BATCH else logged.get(name, 0)
+        logged[name] = term.detach() + known
 
 
 class LossWeights:
@@ -47,15 +65,20 @@ class LossWeights:
     def __init__(self, weights: SynthesisWeights) -> None:
         self.weights = weights
 
-    def __call__(
-        self, terms: dict[str, Tensor], view: Tensor, pixels: Tensor, step: int
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, parts: Parts, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         weights = self.weights.model_dump()
-        smoothness = total_variation(pixels)
-        loss = weights["tv"] * smoothness
-        for name, term in terms.items():
-            loss = loss + weights[name] * term
-        return torch.autograd.grad(loss, pixels)[0], smoothness.detach()
+        gradients, logged = [], dict[str, Tensor]()
+        for terms, view in parts:
+            _note(logged, terms)
+            gradients.append(_gradient([weights[n] * term for n, term in terms.items()], view))
+        return torch.cat(gradients), logged
+
+    def smoothed(self, gradient: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            leaf = pixels.detach().requires_grad_()
+            smoothness = total_variation(leaf)
+            (smooth,) = torch.autograd.grad(smoothness, leaf)
+        return gradient.add_(smooth, alpha=self.weights.tv), smoothness.detach()
 
 
 class GradientShares:
@@ -65,6 +88,7 @@ class GradientShares:
     def __init__(self, weights: SynthesisWeights) -> None:
         self.weights = weights
         self.norms: dict[str, Tensor] = {}
+        self._alone = True
 
     def _groups(self, terms: dict[str, Tensor]) -> dict[str, tuple[float, Tensor]]:
         groups = {}
@@ -83,31 +107,47 @@ class GradientShares:
         norm = self.norms.get(name)
         return share if norm is None else share / norm.clamp_min(1e-12)
 
-    def __call__(
-        self, terms: dict[str, Tensor], view: Tensor, pixels: Tensor, step: int
-    ) -> tuple[Tensor, Tensor]:
-        groups = self._groups(terms)
-        if not groups:
-            gradient = torch.zeros_like(pixels)
-        elif step % MEASURE_EVERY == 0 and len(groups) > 1:
-            # Apart this time, to measure them, and added up afterwards: one backward pass more.
-            apart = {
-                name: torch.autograd.grad(term, view, retain_graph=True)[0]
-                for name, (_, term) in groups.items()
-            }
-            for name, one in apart.items():
+    def __call__(self, parts: Parts, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        gradients, logged = [], dict[str, Tensor]()
+        # Apart now and then, to measure them, and added up afterwards: a backward pass more.
+        apart: dict[str, list[Tensor]] = {}
+        shares: dict[str, float] = {}
+        for terms, view in parts:
+            _note(logged, terms)
+            groups = self._groups(terms)
+            self._alone = not groups
+            if step % MEASURE_EVERY == 0 and len(groups) > 1:
+                for name, (share, term) in groups.items():
+                    more = name != list(groups)[-1]
+                    (one,) = torch.autograd.grad(term, view, retain_graph=more)
+                    apart.setdefault(name, []).append(one)
+                    shares[name] = share
+            else:
+                scaled = [self._factor(n, share) * term for n, (share, term) in groups.items()]
+                gradients.append(_gradient(scaled, view))
+        if apart:
+            whole = {name: torch.cat(ones) for name, ones in apart.items()}
+            for name, one in whole.items():
                 norm, seen = torch.linalg.vector_norm(one), self.norms.get(name)
                 self.norms[name] = norm if seen is None else torch.lerp(norm, seen, _DECAY)
-            total = torch.stack([self._factor(n, s) * apart[n] for n, (s, _) in groups.items()])
-            gradient = torch.autograd.grad(view, pixels, total.sum(0))[0]
-        else:
-            scaled = [self._factor(name, share) * term for name, (share, term) in groups.items()]
-            gradient = torch.autograd.grad(torch.stack(scaled).sum(), pixels)[0]
+            total = [self._factor(name, shares[name]) * one for name, one in whole.items()]
+            return torch.stack(total).sum(0), logged
+        return torch.cat(gradients), logged
+
+    def smoothed(self, gradient: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
         if self.weights.tv == 0:
             return gradient, gradient.new_zeros(())
         roughness, smooth = squared_variation(pixels.detach())
-        weight = _norm_ratio(gradient, smooth) if groups else torch.ones((), device=smooth.device)
+        one = torch.ones((), device=smooth.device)
+        weight = one if self._alone else _norm_ratio(gradient, smooth)
         return gradient.addcmul_(smooth, self.weights.tv * weight), roughness.sqrt()
+
+
+def _gradient(terms: list[Tensor], view: Tensor) -> Tensor:
+    """Of the sum of scalars, with respect to `view`; zero where there are none."""
+    if not terms:
+        return torch.zeros_like(view)
+    return torch.autograd.grad(torch.stack(terms).sum(), view)[0]
 
 
 def _norm_ratio(wanted: Tensor, present: Tensor) -> Tensor:

@@ -16,11 +16,13 @@ from torch.utils._pytree import tree_map_only
 from ..detectors.base import Detector, Targets
 from ..errors import UserError
 from ..quantization.convert import fold
-from ..recipe import Synthesis
+from ..recipe_synthesis import Synthesis
+from .adaptive import AdaptiveSampler
 from .balance import COMBINATIONS
-from .labels import label_start, teacher_scores, update_adaptive, update_steps
+from .labels import label_start, teacher_scores
 from .patch_similarity import PatchSimilarity
 from .statistics import BatchNormStatistics, has_statistics
+from .techniques import Techniques
 
 Report = Callable[[str, int, int, dict[str, float]], None]
 """Called now and then with stage, iteration, iterations of the stage, and loss terms."""
@@ -69,11 +71,18 @@ def _float32(raw: Any) -> Any:
 
 
 def initial_images(count: int, size: int, kind: str, generator: Generator) -> Tensor:
-    """Noise `(count, 3, size, size)` in [0, 1]: uniform, or Gaussian around the middle."""
-    if kind == "gaussian":
-        noise = torch.randn(count, 3, size, size, generator=generator)
-        return (0.5 + 0.25 * noise).clamp_(0, 1)
-    return torch.rand(count, 3, size, size, generator=generator)
+    """Noise `(count, 3, size, size)` in [0, 1]: uniform; Gaussian around the middle; or "pink",
+    the same with amplitudes that fall with the frequency, as those of photographs do."""
+    if kind == "uniform":
+        return torch.rand(count, 3, size, size, generator=generator)
+    noise = torch.randn(count, 3, size, size, generator=generator)
+    if kind == "pink":
+        across = torch.fft.rfftfreq(size)
+        frequency = (torch.fft.fftfreq(size)[:, None].square() + across.square()).sqrt()
+        frequency[0, 0] = math.inf
+        noise = torch.fft.irfft2(torch.fft.rfft2(noise) / frequency, s=(size, size))
+        noise = noise / noise.std(dim=(1, 2, 3), keepdim=True)
+    return (0.5 + 0.25 * noise).clamp_(0, 1)
 
 
 def random_erasing_mask(count: int, size: int, probability: float, generator: Generator) -> Tensor:
@@ -85,10 +94,12 @@ def random_erasing_mask(count: int, size: int, probability: float, generator: Ge
     height, width = (area * aspect).sqrt().clamp_max(1), (area / aspect).sqrt().clamp_max(1)
     top, left = draw[2] * (1 - height), draw[3] * (1 - width)
     height = torch.where(draw[4] < probability, height, torch.full_like(height, -1.0))
-    at = (torch.arange(size) + 0.5) / size
-    rows = (at >= top[:, None]) & (at < (top + height)[:, None])
-    columns = (at >= left[:, None]) & (at < (left + width)[:, None])
-    return (~(rows[:, :, None] & columns[:, None, :]))[:, None].float()
+    # Of the pixels whose centres lie within.
+    edges = torch.stack([top, top + height, left, left + width]).mul_(size).sub_(0.5).ceil_()
+    mask = torch.ones(count, 1, size, size)
+    for image, (first, last, begin, end) in zip(mask, edges.T.int().tolist(), strict=True):
+        image[:, first : max(first, last), begin:end] = 0
+    return mask
 
 
 class _Augmented(torch.autograd.Function):
@@ -104,6 +115,7 @@ class _Augmented(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         flipped, kept = ctx.saved_tensors
+        grad = grad.contiguous()
         return _flip(grad if kept is None else grad * kept, flipped), None, None
 
 
@@ -111,7 +123,18 @@ def _flip(images: Tensor, flipped: Tensor | None) -> Tensor:
     """`images` `(n, c, h, w)`, mirrored where `flipped` `(n,)` says so."""
     if flipped is None:
         return images.view_as(images)
-    return torch.where(flipped[:, None, None, None], images.flip(3), images)
+    if images.device.type != "cpu":
+        return torch.where(flipped[:, None, None, None], images.flip(3), images)
+    mirrored = images.clone(memory_format=torch.contiguous_format)
+    mirrored[flipped] = images[flipped].flip(3)
+    return mirrored
+
+
+def _resized(images: Tensor, size: int) -> Tensor:
+    """`images` `(n, 3, k, k)` at another side."""
+    if images.shape[2] == size:
+        return images
+    return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
 
 
 class Inversion:
@@ -142,6 +165,12 @@ class Inversion:
         self.precision = resolve_precision(settings.precision, detector.device)
         self.image_size = settings.image_size or detector.image_size
         self.start_labels = label_start(settings, detector.names)
+        self.techniques = Techniques(
+            settings.techniques,
+            self.detector,
+            self.statistics,
+            relative=settings.bn_form == "relative",
+        )
 
     def _glance(self) -> None:
         """One forward pass on a small image."""
@@ -149,36 +178,75 @@ class Inversion:
         self.detector.raw(torch.zeros(1, 3, side, side, device=self.detector.device))
 
     @contextlib.contextmanager
-    def _watching(self) -> Iterator[None]:
+    def _watching(self, generator: Generator) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(self.techniques.watching(generator))
             for watcher in (self.statistics, self.similarity):
                 if watcher is not None:
                     stack.enter_context(watcher)
             yield
 
-    def _losses(self, images: Tensor, targets: Targets) -> dict[str, Tensor]:
-        """The terms that come from the network, scalars: "bn", "first_bn", "entropy" and
-        "task"."""
-        weights = self.settings.weights
+    def _run(self, images: Tensor, targets: Targets) -> Tensor | None:
+        """One forward pass, and the task's loss on it, where it counts."""
         # Convolutions alone take fewer bits; statistics and losses are summed in float32.
         half = self.precision == "bfloat16"
         with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
-            raw = _float32(self.detector.raw(images))
+            raw = self.detector.raw(images)
+        if self.settings.weights.task == 0 or self.settings.labels == "none":
+            return None
+        size = images.shape[2]
+        given = raw if self.detector.half_loss else _float32(raw)
+        return torch.stack(
+            list(self.detector.task_loss(given, targets, (size, size)).values())
+        ).sum()
+
+    def _losses(self, images: Tensor, targets: Targets) -> dict[str, Tensor]:
+        """The terms that come from the network, scalars: "bn", "first_bn", "entropy" and
+        "task"."""
         # First, as a network may run layers for the labels that it does not run for the images.
-        task = None
-        if weights.task > 0 and self.settings.labels != "none":
-            size = images.shape[2]
-            task = self.detector.task_loss(raw, targets, (size, size))
+        task = self._run(images, targets)
         terms = {}
         if self.statistics is not None:
             distances = self.statistics.distances(relative=self.settings.bn_form == "relative")
+            distances = self.techniques.distances(distances)
             terms["bn"] = distances.sum()
             terms["first_bn"] = distances[0]
         if self.similarity is not None:
             terms["entropy"] = -self.similarity.entropy()
         if task is not None:
-            terms["task"] = torch.stack(list(task.values())).sum()
+            terms["task"] = task
         return terms
+
+    def _parts(self, view: Tensor, targets: Targets) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """See `balance.Parts`: the micro-batches of a batch, or the batch itself.
+
+        The statistics are those of the whole batch: a first pass without a graph gathers them, and
+        the second one's gradient is exactly theirs. The task's loss is the mean of the parts',
+        weighted by their images. That is the batch's where a family divides by images or places;
+        one that divides by matched predictions (YOLOv5's box and class terms) or assigned scores
+        (Ultralytics) divides by those of a part, so images with few of them count a little more.
+        """
+        count = len(view)
+        size = self.settings.micro_batch or count
+        if size >= count:
+            leaf = view.detach().requires_grad_()
+            yield self._losses(leaf, targets), leaf
+            return
+        starts = range(0, count, size)
+        pieces = [(view[i : i + size].detach(), targets.rows(i, i + size)) for i in starts]
+        if self.statistics is not None:
+            with torch.no_grad():
+                for piece, labels in pieces:
+                    self._run(piece, labels)
+                    self.statistics.gather()
+        for piece, labels in pieces:
+            terms = self._losses(piece.requires_grad_(), labels)
+            for name in terms.keys() & {"task", "entropy"}:
+                terms[name] = terms[name] * (len(piece) / count)
+            yield terms, piece
+            del terms
+        if self.statistics is not None:
+            self.statistics.release()
 
     def optimise(
         self,
@@ -198,7 +266,7 @@ class Inversion:
             images: the start `(n, 3, s, s)` in [0, 1].
             labels: per image, fixed unless `after` returns new ones.
             iterations, learning_rate: of this call; the rate falls to zero over it.
-            generator: draws flips and erased rectangles.
+            generator: draws flips, erased rectangles and what the techniques leave to chance.
             stage: its name, for `report`.
             after: called after each iteration with its number and the images.
 
@@ -206,14 +274,15 @@ class Inversion:
             UserError: where the loss stops being finite.
         """
         device = self.detector.device
-        pixels = images.to(device).clone(memory_format=torch.channels_last).requires_grad_()
+        # In planes, in which neighbours and mirror images are quickest to find.
+        pixels = images.to(device).clone(memory_format=torch.contiguous_format).requires_grad_()
         optimizer = torch.optim.Adam([pixels], lr=learning_rate, betas=(0.9, 0.999), fused=True)
         targets = Targets.from_per_image(labels).to(device)
         count, size = images.shape[0], images.shape[2]
         settings = self.settings
         combine = COMBINATIONS[settings.balance](settings.weights)
         every = max(1, iterations // 20)
-        with self._watching():
+        with self._watching(generator):
             for step in range(iterations):
                 rate = learning_rate * 0.5 * (1 + math.cos(math.pi * step / iterations))
                 optimizer.param_groups[0]["lr"] = rate
@@ -226,15 +295,18 @@ class Inversion:
                     kept = random_erasing_mask(count, size, settings.erase, generator)
                     kept = kept.to(device, non_blocking=True)
                 view = _Augmented.apply(pixels, flipped, kept)
-                terms = self._losses(view, seen)
-                gradient, terms["tv"] = combine(terms, view, pixels, step)
+                view, seen = self.techniques.view(view, seen, generator)
+                gradient, terms = combine(self._parts(view, seen), step)
+                (gradient,) = torch.autograd.grad(view, pixels, gradient)
+                gradient, terms["tv"] = combine.smoothed(gradient, pixels)
+                gradient = self.techniques.gradient(gradient)
                 # The fused optimizer pairs numbers by their place in memory, whatever the strides.
-                pixels.grad = gradient.contiguous(memory_format=torch.channels_last)
+                pixels.grad = gradient.contiguous()
                 optimizer.step()
                 with torch.no_grad():
                     pixels.clamp_(0, 1)
                 if step % every == 0 or step == iterations - 1:
-                    values = {name: float(term.detach()) for name, term in terms.items()}
+                    values = {name: float(term) for name, term in terms.items()}
                     if not math.isfinite(sum(values.values())):
                         raise UserError(
                             f"synthesis: the loss is not finite at iteration {step} of stage "
@@ -250,42 +322,30 @@ class Inversion:
 
     def label_stage(
         self, count: int, generator: Generator, augment: Generator, report: Report | None = None
-    ) -> list[Tensor]:
+    ) -> tuple[list[Tensor], Tensor | None]:
         """Labels for `count` images; for adaptive ones by optimising at low resolution and letting
-        the detector correct them along the way. The images are thrown away."""
+        the detector correct them along the way.
+
+        Returns:
+            The labels, and the images of this stage, None where there was none.
+        """
         settings, stage = self.settings, self.settings.label_stage
         labels = self.start_labels(generator, count, self.detector.num_classes)
         if settings.labels != "adaptive":
-            return labels
-        updates = update_steps(
-            stage.iterations, start=stage.start, stop=stage.stop, updates=stage.updates
-        )
-        current = labels
-
-        def after(step: int, images: Tensor) -> list[Tensor] | None:
-            nonlocal current
-            if step not in updates:
-                return None
-            found = self.detector.detect(
-                images, score_threshold=stage.score_threshold, iou_threshold=0.6
-            )
-            current = update_adaptive(
-                current, found, stage.image_size, smallest_area=stage.smallest_area
-            )
-            return current
-
+            return labels, None
         noise = initial_images(count, stage.image_size, settings.init, generator)
-        self.optimise(
+        sampler = AdaptiveSampler(self.detector, stage, labels, generator)
+        images = self.optimise(
             noise,
             labels,
             stage.iterations,
             settings.learning_rate,
             augment,
             stage="labels",
-            after=after,
+            after=sampler,
             report=report,
         )
-        return current
+        return sampler.labels, images
 
     def image_stage(
         self,
@@ -293,24 +353,38 @@ class Inversion:
         generator: Generator,
         augment: Generator,
         report: Report | None = None,
+        start: Tensor | None = None,
     ) -> Tensor:
-        """Images `(n, 3, s, s)` in [0, 1] for fixed labels, from fresh noise at full size or, with
-        `multires`, at half the size first."""
+        """Images `(n, 3, s, s)` in [0, 1] for fixed labels, at full size or, with `multires`, at
+        half the size first.
+
+        Args:
+            labels: per image.
+            generator: draws the noise that the images start from.
+            augment: draws what changes from one iteration to the next.
+            report: progress.
+            start: images `(n, 3, k, k)` in [0, 1] to start from instead, of any size.
+        """
         settings = self.settings
         count, size, rate = len(labels), self.image_size, settings.learning_rate
+
+        def begin(side: int) -> Tensor:
+            if start is None:
+                return initial_images(count, side, settings.init, generator)
+            return _resized(start, side)
+
         coarse = round(settings.multires * settings.iterations)
         # Half the size, to the next multiple of the stride.
         stride = self.detector.stride
         small = max(stride, -(-size // (2 * stride)) * stride)
         if coarse == 0 or small == size:
-            images = initial_images(count, size, settings.init, generator)
+            images = begin(size)
             coarse = 0
         else:
-            images = initial_images(count, small, settings.init, generator)
             images = self.optimise(
-                images, labels, coarse, rate, augment, stage="small", report=report
+                begin(small), labels, coarse, rate, augment, stage="small", report=report
             )
-            images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
+            images = _resized(images, size)
             rate = rate / 2
         if settings.iterations - coarse == 0:
             return images
@@ -321,9 +395,18 @@ class Inversion:
     def batch(self, count: int, seed: int, shard: int, report: Report | None = None) -> Batch:
         """Make shard `shard` of `count` images: both stages, 8-bit images, the teacher's scores."""
         augment = generator_for(seed, shard, "augment")
-        labels = self.label_stage(count, generator_for(seed, shard, "labels"), augment, report)
-        images = self.image_stage(labels, generator_for(seed, shard, "images"), augment, report)
+        chosen = generator_for(seed, shard, "labels")
+        labels, early = self.label_stage(count, chosen, augment, report)
+        start = early if self.settings.label_stage.reuse else None
+        noise = generator_for(seed, shard, "images")
+        images = self.image_stage(labels, noise, augment, report, start)
         stored = (images * 255).round_().clamp_(0, 255).to(torch.uint8)
-        found = self.detector.detect(stored.float() / 255, score_threshold=0.01, iou_threshold=0.6)
+        found = [
+            detections
+            for part in stored.split(self.settings.micro_batch or count)
+            for detections in self.detector.detect(
+                part.float() / 255, score_threshold=0.01, iou_threshold=0.6
+            )
+        ]
         scores = teacher_scores(labels, found, self.image_size)
         return Batch(stored.cpu(), list(labels), scores)

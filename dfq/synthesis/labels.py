@@ -1,4 +1,4 @@
-"""Labels for synthetic images: the starts, and the adaptive sampler that corrects them.
+"""Labels for synthetic images: where they start.
 
 Labels of one image are float32 `(n, 5)`: category, cx, cy, w, h, normalised to [0, 1].
 """
@@ -19,9 +19,15 @@ from ..dataset.image_set import ImageSet, Item
 from ..dataset.readers import open_set
 from ..detectors.base import Detections
 from ..errors import UserError
-from ..recipe import REAL_LABELS, Synthesis
+from ..recipe_synthesis import REAL_LABELS, Synthesis
 
 Start = Callable[[Generator, int, int], list[Tensor]]
+
+LARGEST_SIDE = 0.9
+"""Of a scattered label, in sides of the image."""
+PLACING_ATTEMPTS = 20
+PLACING_OVERLAP = 0.1
+"""Largest IoU that scattered labels of one image begin with."""
 
 
 def _boxes(generator: Generator, count: int, smallest: float, largest: float) -> Tensor:
@@ -55,23 +61,37 @@ def multi(generator: Generator, images: int, classes: int) -> list[Tensor]:
 def scattered(
     generator: Generator, images: int, classes: int, *, most: int, smallest_area: float
 ) -> list[Tensor]:
-    """One to `most` objects an image, few more often than many, small more often than large.
+    """One to `most` objects an image that hardly overlap, few more often than many, small ones as
+    often as large ones.
 
-    Counts and sides are spread evenly on a logarithmic scale, as those of photographs roughly are:
-    a start with one object of 20 % of the side and more never comes to their small third. Sides of
-    a box go together, with aspect ratios of 1/3 to 3.
+    Counts, sides and aspect ratios (1/4 to 4) are spread evenly on logarithmic scales: no scale of
+    a scene is singled out, and no statistics of real data go into it. Large objects are placed
+    first; one that finds no room in `PLACING_ATTEMPTS` goes without.
+
+    Args:
+        most: of the objects an image.
+        smallest_area: share of the image that the smallest ones cover; the largest have sides of
+            `LARGEST_SIDE`.
     """
     draw = torch.rand(images, generator=generator)
     counts = ((most + 1) ** draw).floor().clamp(1, most).long().tolist()
-    low, high = math.log(math.sqrt(smallest_area)), math.log(0.9)
-    rows = []
+    low, high = math.log(math.sqrt(smallest_area)), math.log(LARGEST_SIDE)
+    result = []
     for n in counts:
         side = torch.exp(low + (high - low) * torch.rand(n, 1, generator=generator))
-        tilt = (torch.rand(n, 1, generator=generator) - 0.5) * math.log(3)
-        sides = torch.cat([side * tilt.exp(), side / tilt.exp()], dim=1).clamp_max(0.95)
-        centres = torch.rand(n, 2, generator=generator) * (1 - sides) + sides / 2
-        rows.append(torch.cat([_categories(generator, n, classes), centres, sides], dim=1))
-    return rows
+        tilt = (torch.rand(n, 1, generator=generator) - 0.5) * math.log(4)
+        sides = torch.cat([side * tilt.exp(), side / tilt.exp()], dim=1).clamp_max(LARGEST_SIDE)
+        placed = torch.zeros(0, 4)
+        for row in sides[sides.prod(dim=1).argsort(descending=True)]:
+            # All attempts at once; the first that is free counts.
+            centres = torch.rand(PLACING_ATTEMPTS, 2, generator=generator) * (1 - row) + row / 2
+            boxes = torch.cat([centres, row.expand_as(centres)], dim=1)
+            if len(placed):
+                overlap = box_iou(to_corners(boxes), to_corners(placed)).amax(dim=1)
+                boxes = boxes[overlap <= PLACING_OVERLAP]
+            placed = torch.cat([placed, boxes[:1]])
+        result.append(torch.cat([_categories(generator, len(placed), classes), placed], dim=1))
+    return result
 
 
 def tile(generator: Generator, images: int, classes: int) -> list[Tensor]:
@@ -175,7 +195,7 @@ def label_start(settings: Synthesis, names: Sequence[str]) -> Start:
     if images is not None:
         return RealLabels(images, names)
     stage = settings.label_stage
-    if settings.labels == "adaptive" and stage.objects > 1:
+    if settings.labels == "adaptive" and stage.sampler == "scattered":
         return partial(scattered, most=stage.objects, smallest_area=stage.smallest_area)
     return STARTS[settings.labels]
 
@@ -204,56 +224,6 @@ def to_corners(boxes: Tensor) -> Tensor:
     return torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], dim=1)
 
 
-def update_adaptive(
-    labels: Sequence[Tensor],
-    detections: Sequence[Detections],
-    size: int,
-    *,
-    iou: float = 0.35,
-    smallest_area: float = 0.01,
-    largest_area: float = 0.85,
-) -> list[Tensor]:
-    """One update of the adaptive box-and-category sampler (ICCV 2025, sec. 3.2).
-
-    Adds each detection that overlaps no label of its image by `iou` or more and whose area lies in
-    (`smallest_area`, `largest_area`) of the image; removes each label that no detection overlaps by
-    `iou`, but keeps in every image at least the one with the highest overlap. Detections are taken
-    in order of score and each addition counts as a label for the next, so that one object found
-    under two categories is added once.
-
-    Args:
-        labels: per image `(n, 5)`.
-        detections: of the present images, boxes in pixels.
-        size: side of the images, pixels.
-    """
-    updated = []
-    for label, found in zip(labels, detections, strict=True):
-        boxes = (found.boxes.float().cpu() / size).clamp(0, 1)
-        overlap = box_iou(to_corners(label[:, 1:]), boxes)
-        if len(label):
-            best = overlap.amax(dim=1) if len(found) else torch.zeros(len(label))
-            keep = best >= iou
-            keep[best.argmax()] = True
-            kept = label[keep]
-        else:
-            kept = label
-        rows = [kept]
-        present = to_corners(kept[:, 1:])
-        area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-        for index in range(len(found)):
-            box = boxes[index : index + 1]
-            if not smallest_area < float(area[index]) < largest_area:
-                continue
-            if len(present) and float(box_iou(present, box).max()) >= iou:
-                continue
-            centre, sides = (box[:, :2] + box[:, 2:]) / 2, box[:, 2:] - box[:, :2]
-            category = found.labels[index : index + 1, None].float().cpu()
-            rows.append(torch.cat([category, centre, sides], dim=1))
-            present = torch.cat([present, box])
-        updated.append(torch.cat(rows))
-    return updated
-
-
 def teacher_scores(
     labels: Sequence[Tensor], detections: Sequence[Detections], size: int, *, iou: float = 0.5
 ) -> list[Tensor]:
@@ -269,10 +239,3 @@ def teacher_scores(
         score = torch.where((overlap >= iou) & same, found.scores.float().cpu()[None], 0.0)
         result.append(score.amax(dim=1))
     return result
-
-
-def update_steps(iterations: int, *, start: float, stop: float, updates: int) -> set[int]:
-    """Iterations after which labels are updated: `updates` of them, evenly spread over the shares
-    `start` to `stop` of the run."""
-    spread = torch.linspace(start * iterations, stop * iterations, updates)
-    return {min(int(step), iterations - 1) for step in spread}

@@ -56,4 +56,5 @@ def squared_variation(images: Tensor) -> tuple[Tensor, Tensor]:
     across[:, -1] -= 1
     gradient = torch.addcmul(around, images, down * across, value=-1).neg_()
     # For a quadratic form, the value is half the inner product with the gradient.
-    return (images * gradient).sum() / images.numel(), gradient
+    inner = torch.dot(images.reshape(-1), gradient.reshape(-1))
+    return inner / images.numel(), gradient

@@ -19,14 +19,14 @@ from ..dataset.preview import write_preview
 from ..detectors.base import Detector
 from ..distributed import World, one_thread
 from ..errors import UserError
-from ..recipe import Synthesis
+from ..recipe_synthesis import Synthesis
 from .inversion import Inversion, resolve_precision
 from .labels import label_source_identity
 from .shards import Plan, ShardMaker, ShardReport, make_shards
 from .workers import Workers, worker_count
 
 # Raised when a change of the code changes the images: older sets are then not mistaken for new.
-ALGORITHM = 2
+ALGORITHM = 3
 
 PREVIEW = "preview.png"
 """A grid of the first images with their labels, beside `images/`."""

@@ -8,8 +8,10 @@ at its input (DeepInversion, Yin et al. 2020; the first layer also has a weight 
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,37 +20,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import UserError
 from ..quantization.folding import FoldedBatchNorm
+from .kernels import moments, moments_backward
 
 
-class _Moments(torch.autograd.Function):
-    """Identity on x that also returns the per-channel mean and biased variance.
-
-    With one backward pass for all three outputs, the statistics' gradient a*x + b joins the
-    gradient that comes from the network in a single fused pass instead of four.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # The kernel BatchNorm itself uses: one pass, in float32 whatever the dtype of x.
-        unused = torch.zeros(x.shape[1], device=x.device)
-        mean, var = torch.ops.aten.batch_norm_update_stats(x, unused, unused.clone(), 0.0)
-        ctx.save_for_backward(x, mean)
-        ctx.count = x.numel() // x.shape[1]
-        return x.view_as(x), mean, var
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, grad_mean: Tensor, grad_var: Tensor) -> Tensor:
-        x, mean = ctx.saved_tensors
-        slope = (2.0 / ctx.count) * grad_var
-        offset = grad_mean / ctx.count - slope * mean
-        # slope * x + offset by the kernel of a BatchNorm in eval mode: it takes half-precision x
-        # with float32 factors, and a broadcast addcmul is up to ten times slower on a CPU.
-        zero, one = torch.zeros_like(slope), torch.ones_like(slope)
-        linear = torch.batch_norm(x, slope, offset, zero, one, False, 0.0, 0.0, False)
-        return linear.add_(grad)
-
-
-def _expected(layer: _BatchNorm | FoldedBatchNorm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def expected_statistics(
+    layer: _BatchNorm | FoldedBatchNorm,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What a layer says of its input y, per channel: its mean, its variance, the factor that takes
     y - mean back to the input x of the BatchNorm, and the stored variance of x."""
     if isinstance(layer, FoldedBatchNorm):
@@ -75,12 +52,13 @@ class _Constants:
         to_mean, to_var: factors of the differences from them.
         layer: index of the layer a channel belongs to.
         count: the number of layers.
+        channels: by layer, where its channels are.
     """
 
-    def __init__(self, layers: list[_BatchNorm | FoldedBatchNorm], relative: bool) -> None:
+    def __init__(self, layers: Iterable[_BatchNorm | FoldedBatchNorm], relative: bool) -> None:
         means, variances, to_means, to_vars, owners = [], [], [], [], []
         for index, layer in enumerate(layers):
-            mean, var, factor, stored = _expected(layer)
+            mean, var, factor, stored = expected_statistics(layer)
             to_mean, to_var = factor, factor.square()
             if relative:
                 spread, root = stored + 1e-5, math.sqrt(len(stored))
@@ -92,13 +70,99 @@ class _Constants:
             owners.append(torch.full_like(mean, index, dtype=torch.long))
         self.mean, self.var = torch.cat(means), torch.cat(variances)
         self.to_mean, self.to_var = torch.cat(to_means), torch.cat(to_vars)
-        self.layer, self.count = torch.cat(owners), len(layers)
+        self.layer, self.count = torch.cat(owners), len(owners)
+        ends = list(itertools.accumulate(len(mean) for mean in means))
+        self.channels = [slice(end - len(mean), end) for end, mean in zip(ends, means, strict=True)]
 
     def norms(self, values: Tensor) -> Tensor:
         """L2 norms over the channels of each layer: `(layers,)` of `(channels of all,)`."""
         squares = values.new_zeros(self.count).index_add(0, self.layer, values.square())
         # Away from zero, where the root has no gradient.
         return squares.clamp_min(1e-30).sqrt()
+
+
+class _Pass:
+    """The moments of one forward pass, of all channels of all layers end to end.
+
+    Attributes:
+        mean, var: float32 `(channels of all,)`; zero for a layer that did not run.
+        counts: by layer, over how many values they were taken.
+        tokens: by layer, in the order they ran, empty tensors that tie it to the pass in autograd.
+        slope, offset: the gradient of the input x by way of its moments is slope * x + offset;
+            known once the gradient of the moments is.
+    """
+
+    slope: Tensor
+    offset: Tensor
+
+    def __init__(self, known: _Constants) -> None:
+        self.layer = known.layer
+        self.mean, self.var = torch.zeros_like(known.mean), torch.zeros_like(known.var)
+        self.counts = [0] * known.count
+        self.tokens: dict[int, Tensor] = {}
+
+    def _count(self) -> Tensor:
+        counts = torch.tensor(self.counts, dtype=torch.float32, device=self.mean.device)
+        return counts[self.layer]
+
+    def add(self, other: _Pass) -> None:
+        """Count `other` as a further part of the same batch (Chan et al., 1979)."""
+        ours, theirs = self._count(), other._count()
+        share = theirs / (ours + theirs).clamp_min(1)
+        away = other.mean - self.mean
+        self.var = torch.lerp(self.var, other.var, share) + share * (1 - share) * away.square()
+        self.mean = self.mean + share * away
+        self.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
+
+    def differentiate(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """Slope and offset, from the gradients of the moments."""
+        count = self._count().clamp_min(1)
+        slope = 2 * var / count
+        return slope, mean / count - slope * self.mean
+
+
+class _Watch(torch.autograd.Function):
+    """x or silu(x), with the moments of x taken on the way.
+
+    With one backward function for both, the statistics' gradient joins the one that comes from the
+    network in the pass over x that is made anyway.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, passed: _Pass, channels: slice, expected: Tensor, silu: bool
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x)
+        ctx.passed, ctx.channels, ctx.silu = passed, channels, silu
+        out = moments(x, expected, passed.mean[channels], passed.var[channels], silu)
+        return (out if silu else x.view_as(x)), x.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, token: Tensor | None) -> Any:
+        (x,) = ctx.saved_tensors
+        if token is None:
+            through = torch.ops.aten.silu_backward(grad, x) if ctx.silu else grad
+            return through, None, None, None, None
+        passed, channels = ctx.passed, ctx.channels
+        given = torch.zeros_like(x) if grad is None else grad
+        slope, offset = passed.slope[channels], passed.offset[channels]
+        return moments_backward(x, given, slope, offset, ctx.silu), None, None, None, None
+
+
+class _Join(torch.autograd.Function):
+    """The moments of `whole` as tensors with a gradient, which goes to the layers of `passed`."""
+
+    @staticmethod
+    def forward(ctx: Any, passed: _Pass, whole: _Pass, *tokens: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.passed, ctx.whole, ctx.token = passed, whole, tokens[0].detach()
+        return whole.mean.clone(), whole.var.clone()
+
+    @staticmethod
+    def backward(ctx: Any, mean: Tensor, var: Tensor) -> Any:
+        passed = ctx.passed
+        passed.slope, passed.offset = ctx.whole.differentiate(mean, var)
+        return None, None, *(ctx.token for _ in passed.tokens)
 
 
 def has_statistics(module: nn.Module) -> bool:
@@ -124,8 +188,8 @@ class BatchNormStatistics:
     Args:
         module: the network, in eval mode.
         run: runs one forward pass of it on any input, to see which layers' values are overwritten
-            by what comes after (a residual sum in place, say) and so have to be kept apart; None:
-            none are.
+            by what comes after (a residual sum in place, say) and so have to be kept apart, and
+            which go into a SiLU, that then takes the statistics in passing; None: none are.
 
     Raises:
         UserError: if it holds no BatchNorm with running statistics.
@@ -139,65 +203,123 @@ class BatchNormStatistics:
                 "they were fused away; use an unfused checkpoint, or --set synthesis.weights.bn=0 "
                 "--set synthesis.weights.first_bn=0"
             )
-        self._seen: dict[str, tuple[Tensor, Tensor]] = {}
-        self._constants: dict[tuple[bool, tuple[str, ...]], _Constants] = {}
+        self._indices = {layer: index for index, layer in enumerate(self.layers.values())}
+        self._silus = [child for child in module.modules() if type(child) is nn.SiLU]
+        self._known: dict[bool, _Constants] = {}
+        self._pass: _Pass | None = None
+        self._whole: _Pass | None = None
+        # What a layer gave whose SiLU comes next, and its index.
+        self._due: tuple[Tensor, int] | None = None
         self._handles: list[Any] = []
-        self._overwritten = self._find_overwritten(run) if run is not None else frozenset()
+        self._overwritten: frozenset[nn.Module] = frozenset()
+        self._fused: frozenset[nn.Module] = frozenset()
+        if run is not None:
+            self._look(run)
 
-    def _find_overwritten(self, run: Callable[[], object]) -> frozenset[str]:
-        passed: list[tuple[str, Tensor, int]] = []
-        handles = []
-        for name, layer in self.layers.items():
+    def _look(self, run: Callable[[], object]) -> None:
+        passed: list[tuple[nn.Module, Tensor, int]] = []
+        activated: list[Tensor] = []
 
-            def note(_m: nn.Module, _i: object, output: Tensor, name: str = name) -> None:
-                passed.append((name, output, output._version))
+        def note(layer: nn.Module, _i: object, output: Tensor) -> None:
+            passed.append((layer, output, output._version))
 
-            # Of a BatchNorm proper the output is another tensor than the input that is watched.
-            if isinstance(layer, FoldedBatchNorm):
-                handles.append(layer.register_forward_hook(note))
+        # Of a BatchNorm proper the output is another tensor than the input that is watched.
+        folded = [layer for layer in self._indices if isinstance(layer, FoldedBatchNorm)]
+        handles = [layer.register_forward_hook(note) for layer in folded]
+        handles += [
+            silu.register_forward_pre_hook(lambda _m, inputs: activated.append(inputs[0]))
+            for silu in self._silus
+        ]
         try:
             with torch.no_grad():
                 run()
         finally:
             for handle in handles:
                 handle.remove()
-        return frozenset(name for name, output, then in passed if output._version != then)
+        # All of them are still alive, so that no two have one id.
+        seen = {id(tensor) for tensor in activated}
+        stray = {layer for layer, output, _ in passed if id(output) not in seen}
+        self._fused = frozenset(layer for layer, _, _ in passed) - stray
+        changed = frozenset(layer for layer, output, then in passed if output._version != then)
+        self._overwritten = changed - self._fused
 
     def __enter__(self) -> BatchNormStatistics:
-        for name, layer in self.layers.items():
-
-            def tap(_m: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> tuple[Tensor]:
-                x, mean, var = _Moments.apply(inputs[0])
-                self._seen[name] = (mean, var)
-                return (x.clone() if name in self._overwritten else x,)
-
-            self._handles.append(layer.register_forward_pre_hook(tap))
+        for layer in self._indices:
+            self._handles.append(layer.register_forward_pre_hook(self._tap))
+        for silu in self._silus if self._fused else ():
+            # A hook can follow what a module computes, not take its place.
+            silu.forward = functools.partial(self._activate, silu.forward)
         return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
+        for silu in self._silus if self._fused else ():
+            del silu.forward
         self._handles.clear()
-        self._seen.clear()
+        self._pass = self._whole = self._due = None
+
+    def _tap(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor] | None:
+        if layer in self._fused:
+            self._due = inputs[0], self._indices[layer]
+            return None
+        x = self._watch(inputs[0], self._indices[layer], silu=False)
+        return (x.clone() if layer in self._overwritten else x,)
+
+    def _activate(self, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if self._due is None or self._due[0] is not x:
+            return plain(x)
+        (_, index), self._due = self._due, None
+        return self._watch(x, index, silu=True)
+
+    def _watch(self, x: Tensor, index: int, silu: bool) -> Tensor:
+        known = self._constants(relative=False)
+        if self._pass is None:
+            self._pass = _Pass(known)
+        passed, channels = self._pass, known.channels[index]
+        out, token = _Watch.apply(x, passed, channels, known.mean[channels], silu)
+        # Of a layer that runs more than once, the last time counts.
+        passed.counts[index], passed.tokens[index] = x.numel() // x.shape[1], token
+        return out
+
+    def _constants(self, relative: bool) -> _Constants:
+        if relative not in self._known:
+            self._known[relative] = _Constants(self.layers.values(), relative)
+        return self._known[relative]
+
+    def gather(self) -> None:
+        """Count the last forward pass as one more part of a batch.
+
+        From then on `distances` tells of all the parts together, until `release`; its gradient is
+        that of the images of the last pass alone, which has to be of one of the parts.
+        """
+        passed, self._pass = self._last(), None
+        if self._whole is None:
+            self._whole = passed
+        else:
+            self._whole.add(passed)
+
+    def release(self) -> None:
+        """Forget the parts: `distances` again tells of the last forward pass."""
+        self._whole = None
+
+    def _last(self) -> _Pass:
+        if self._pass is None:
+            raise RuntimeError("no forward pass to tell of")
+        return self._pass
 
     def distances(self, *, relative: bool = False) -> Tensor:
         """Of the last forward pass: ||mu - mu_l||_2 + ||var - var_l||_2 of each layer, `(layers,)`
-        in the order the layers ran.
+        in the order the layers ran. Each pass can be asked once.
 
         Args:
             relative: in units of each channel's own standard deviation and variance, root mean
                 square over the channels, so that no layer counts for more because its values are
                 larger or its channels more.
         """
-        if not self._seen:
-            raise RuntimeError("no forward pass to tell of")
-        key = relative, tuple(self._seen)
-        if key not in self._constants:
-            layers = [self.layers[name] for name in self._seen]
-            self._constants[key] = _Constants(layers, relative)
-        known = self._constants[key]
-        mean = torch.cat([mean for mean, _ in self._seen.values()])
-        var = torch.cat([var for _, var in self._seen.values()])
-        self._seen.clear()
+        passed, self._pass = self._last(), None
+        known = self._constants(relative)
+        mean, var = _Join.apply(passed, self._whole or passed, *passed.tokens.values())
         to_mean = known.norms((mean - known.mean) * known.to_mean)
-        return to_mean + known.norms((var - known.var) * known.to_var)
+        to_var = known.norms((var - known.var) * known.to_var)
+        return (to_mean + to_var)[list(passed.tokens)]

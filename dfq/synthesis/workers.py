@@ -23,7 +23,7 @@ from torch import Tensor
 from ..dataset.calibration import CalibrationWriter
 from ..detectors.base import Detector
 from ..errors import UserError
-from ..recipe import Synthesis
+from ..recipe_synthesis import Synthesis
 from .shards import Plan, ShardReport
 
 WORTHWHILE = 2e8

@@ -34,7 +34,7 @@ from dfq.quantization.convert import (
     insert_quantizers,
     quantized_layers,
 )
-from dfq.recipe import Synthesis
+from dfq.recipe_synthesis import Synthesis
 from dfq.synthesis.inversion import Inversion
 
 SIDE = 64

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dfq.recipe import SynthesisWeights
-from dfq.synthesis.balance import MEASURE_EVERY, GradientShares, LossWeights
+from dfq.recipe_synthesis import SynthesisWeights
+from dfq.synthesis.balance import MEASURE_EVERY, Combination, GradientShares, LossWeights
 from dfq.synthesis.priors import squared_variation, total_variation
 
 SHAPE = (2, 3, 6, 6)
@@ -26,6 +26,15 @@ def problem(**directions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     return pixels, {name: (pixels * way).sum() for name, way in directions.items()}
 
 
+def gradient_of(
+    combination: Combination, terms: dict[str, Tensor], pixels: Tensor, step: int = 0
+) -> tuple[Tensor, Tensor]:
+    """With total variation, and its value."""
+    gradient, logged = combination([(terms, pixels)], step)
+    assert logged == terms
+    return combination.smoothed(gradient, pixels)
+
+
 def only(index: int, size: float) -> Tensor:
     """A gradient at one pixel of each image."""
     way = torch.zeros(SHAPE)
@@ -36,7 +45,7 @@ def only(index: int, size: float) -> Tensor:
 def test_loss_weights_are_the_plain_sum() -> None:
     pixels, terms = problem(bn=only(0, 1), first_bn=only(1, 1), task=only(2, 1))
     chosen = weights(bn=2, first_bn=3, task=5, tv=0.5)
-    gradient, logged = LossWeights(chosen)(terms, pixels, pixels, 0)
+    gradient, logged = gradient_of(LossWeights(chosen), terms, pixels)
     smoothness = total_variation(pixels)
     expected = only(0, 2) + only(1, 3) + only(2, 5)
     expected = expected + 0.5 * torch.autograd.grad(smoothness, pixels)[0]
@@ -48,14 +57,14 @@ def test_loss_weights_are_the_plain_sum() -> None:
 def test_shares_do_not_depend_on_the_size_of_a_loss(scale: float) -> None:
     # BatchNorm and the task pull at different pixels, so that their parts can be told apart.
     pixels, terms = problem(bn=only(0, 7), first_bn=only(0, 1), task=only(5, scale))
-    gradient, _ = GradientShares(weights(bn=2, first_bn=3, task=0.5))(terms, pixels, pixels, 0)
+    gradient, _ = gradient_of(GradientShares(weights(bn=2, first_bn=3, task=0.5)), terms, pixels)
     # Unit norm over the batch times the weight; the batch has two images.
     torch.testing.assert_close(gradient, only(0, 2 / math.sqrt(2)) + only(5, 0.5 / math.sqrt(2)))
 
 
 def test_the_first_layer_counts_within_the_batchnorm_part() -> None:
     pixels, terms = problem(bn=only(0, 4), first_bn=only(1, 1), task=only(5, 1))
-    gradient, _ = GradientShares(weights(bn=1, first_bn=3, task=1))(terms, pixels, pixels, 0)
+    gradient, _ = gradient_of(GradientShares(weights(bn=1, first_bn=3, task=1)), terms, pixels)
     # 4 and 3 of a vector of norm 5, an image.
     expected = only(0, 4 / 5) + only(1, 3 / 5) + only(5, 1)
     torch.testing.assert_close(gradient, expected / math.sqrt(2))
@@ -63,7 +72,7 @@ def test_the_first_layer_counts_within_the_batchnorm_part() -> None:
 
 def test_without_bn_the_first_layer_stands_alone() -> None:
     pixels, terms = problem(bn=only(0, 4), first_bn=only(1, 1), task=only(5, 1))
-    gradient, _ = GradientShares(weights(first_bn=3, task=1))(terms, pixels, pixels, 0)
+    gradient, _ = gradient_of(GradientShares(weights(first_bn=3, task=1)), terms, pixels)
     torch.testing.assert_close(gradient, (only(1, 1) + only(5, 1)) / math.sqrt(2))
 
 
@@ -71,9 +80,9 @@ def test_total_variation_gets_its_share_of_each_image() -> None:
     directions = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
     directions[1] *= 100
     pixels, terms = problem(task=directions)
-    plain, _ = GradientShares(weights(task=1))(terms, pixels, pixels, 0)
+    plain, _ = gradient_of(GradientShares(weights(task=1)), terms, pixels)
     pixels, terms = problem(task=directions)
-    smooth, _ = GradientShares(weights(task=1, tv=0.2))(terms, pixels, pixels, 0)
+    smooth, _ = gradient_of(GradientShares(weights(task=1, tv=0.2)), terms, pixels)
     part = smooth - plain
     for image in range(2):
         assert float(part[image].norm() / plain[image].norm()) == pytest.approx(0.2, rel=1e-4)
@@ -84,7 +93,7 @@ def test_total_variation_gets_its_share_of_each_image() -> None:
 
 def test_alone_total_variation_is_a_gradient_too() -> None:
     pixels, _ = problem()
-    gradient, _ = GradientShares(weights(tv=1))({}, pixels, pixels, 0)
+    gradient, _ = gradient_of(GradientShares(weights(tv=1)), {}, pixels)
     _, expected = squared_variation(pixels.detach())
     torch.testing.assert_close(gradient, expected)
 
@@ -96,7 +105,7 @@ def test_norms_are_measured_now_and_then() -> None:
         # The task's gradient is tenfold after the first step.
         size = 1.0 if step == 0 else 10.0
         pixels, terms = problem(bn=only(0, 1), first_bn=only(0, 0), task=only(5, size))
-        gradient, _ = shares(terms, pixels, pixels, step)
+        gradient, _ = gradient_of(shares, terms, pixels, step)
         sizes.append(float(gradient[0].reshape(-1)[5]) * math.sqrt(2))
     assert sizes[0] == pytest.approx(1)
     assert sizes[1:MEASURE_EVERY] == pytest.approx([10] * (MEASURE_EVERY - 1))

@@ -9,9 +9,12 @@ import torch
 from tiny_detector import tiny_detector
 from torch import Generator, Tensor, nn
 
+from dfq.demo import demo_weights
+from dfq.detectors import load_detector
 from dfq.detectors.base import Detector, Targets
 from dfq.errors import UserError
-from dfq.recipe import LabelStage, Synthesis, SynthesisWeights
+from dfq.recipe_synthesis import LabelStage, Synthesis, SynthesisWeights
+from dfq.synthesis.balance import COMBINATIONS
 from dfq.synthesis.inversion import (
     Inversion,
     _Augmented,
@@ -152,7 +155,7 @@ def test_terms_are_those_of_the_network(detector: Detector, form: str) -> None:
     inversion = Inversion(detector, settings(bn_form=form, precision="float32"))
     images = torch.rand(2, 3, SIZE, SIZE, generator=Generator().manual_seed(0))
     targets = Targets.from_per_image([torch.tensor([[0.0, 0.5, 0.5, 0.4, 0.4]])] * 2)
-    with inversion._watching():
+    with inversion._watching(Generator()):
         terms = inversion._losses(images, targets)
     # The definition, on the detector as it was given.
     with BatchNormStatistics(detector.module) as statistics:
@@ -309,10 +312,13 @@ def test_adaptive_labels_come_from_detections(
         calls.append(thresholds)
         return [Detections(box, torch.tensor([0.8]), torch.tensor([2])) for _ in images]
 
-    stage = LabelStage(image_size=32, iterations=6, updates=3, score_threshold=0.35)
+    stage = LabelStage(
+        image_size=32, iterations=6, updates=3, score_threshold=0.35, sampler="paper"
+    )
     inversion = Inversion(detector, settings(label_stage=stage))
     monkeypatch.setattr(inversion.detector, "detect", detect)
-    labels = inversion.label_stage(2, generator_for(0, 0, "labels"), generator_for(0, 0, "augment"))
+    generators = generator_for(0, 0, "labels"), generator_for(0, 0, "augment")
+    labels, _ = inversion.label_stage(2, *generators)
     assert len(calls) == 3
     assert all(c["score_threshold"] == 0.35 for c in calls)
     for rows in labels:
@@ -378,9 +384,13 @@ def test_augmenting_gives_the_gradient_of_the_plain_chain(flip: bool, erase: boo
     torch.testing.assert_close(gradient, expected)
 
 
-def test_bfloat16_follows_the_float32_loss(
-    detector: Detector, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture(scope="module")
+def demo() -> Detector:
+    """The shipped detector: a trained one, whose loss falls as that of real ones does."""
+    return load_detector(demo_weights())
+
+
+def test_bfloat16_follows_the_float32_loss(demo: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
     # A processor without the instructions computes the same, slowly.
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
     labels = [torch.tensor([[1.0, 0.5, 0.5, 0.5, 0.5]])] * 8
@@ -388,17 +398,49 @@ def test_bfloat16_follows_the_float32_loss(
     curves = []
     for precision in ("float32", "bfloat16"):
         losses: list[dict[str, float]] = []
-        inversion = Inversion(detector, settings(precision=precision))
+        inversion = Inversion(demo, settings(precision=precision))
         assert inversion.precision == precision
         inversion.optimise(
-            start, labels, 60, 0.02, Generator().manual_seed(0), stage="full", report=record(losses)
+            start, labels, 60, 0.1, Generator().manual_seed(0), stage="full", report=record(losses)
         )
         curves.append([[row["bn"], row["task"]] for row in losses])
     wide, narrow = torch.tensor(curves[0]), torch.tensor(curves[1])
     assert not torch.equal(wide, narrow)
     # Relative to how far the term falls: rounding must not show in where the loss goes.
     fall = wide[0] - wide[-1]
+    assert (fall > 0).all()
     assert ((wide - narrow).abs().amax(0) < 0.1 * fall).all()
+
+
+@pytest.mark.parametrize(
+    ("which", "labels", "balance"),
+    [
+        # The same label everywhere: YOLOv5 then divides by as many predictions an image.
+        ("detector", "single", "gradient"),
+        ("detector", "single", "loss"),
+        ("demo", "none", "gradient"),
+    ],
+)
+def test_micro_batches_give_the_gradient_of_the_batch(
+    request: pytest.FixtureRequest, which: str, labels: str, balance: str
+) -> None:
+    teacher = request.getfixturevalue(which)
+    images = initial_images(6, SIZE, "uniform", Generator().manual_seed(0))
+    targets = Targets.from_per_image([torch.tensor([[1.0, 0.5, 0.5, 0.5, 0.5]])] * 6)
+    found = []
+    for size in (None, 6, 4, 1):
+        chosen = settings(micro_batch=size, precision="float32", balance=balance, labels=labels)
+        inversion = Inversion(teacher, chosen)
+        combine = COMBINATIONS[balance](chosen.weights)
+        with inversion._watching(Generator()):
+            # In the first step norms are measured, in the second they are made use of.
+            found.append([combine(inversion._parts(images, targets), step) for step in (0, 1)])
+    for other in found[1:]:
+        for (gradient, terms), (expected, known) in zip(other, found[0], strict=True):
+            assert float((gradient - expected).norm() / expected.norm()) < 1e-3
+            assert terms.keys() == known.keys()
+            for name, term in terms.items():
+                torch.testing.assert_close(term, known[name], rtol=1e-3, atol=1e-5)
 
 
 def test_bfloat16_without_instructions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dfq.detectors import load_detector
 from dfq.detectors.base import Detector
 from dfq.errors import UserError
-from dfq.recipe import Synthesis
+from dfq.recipe_synthesis import Synthesis
 from dfq.synthesis.inversion import Inversion
 from dfq.synthesis.patch_similarity import (
     PatchSimilarity,

@@ -16,7 +16,7 @@ from tiny_detector import tiny_detector
 from dfq.dataset.calibration import CalibrationSet
 from dfq.detectors.base import Detector
 from dfq.errors import UserError
-from dfq.recipe import LabelStage, Synthesis, SynthesisWeights
+from dfq.recipe_synthesis import LabelStage, Synthesis, SynthesisWeights
 from dfq.synthesis import inversion
 from dfq.synthesis.produce import check, determinants, set_name, synthesize_set
 

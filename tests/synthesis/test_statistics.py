@@ -210,3 +210,49 @@ def test_what_is_overwritten_is_kept_apart() -> None:
             loss = statistics.distances().sum() + output.square().mean()
         results.append((loss.detach(), torch.autograd.grad(loss, x)[0]))
     torch.testing.assert_close(results[0], results[1])
+
+
+def test_activations_take_the_statistics_of_what_goes_into_them() -> None:
+    # 64 px and eight images: large enough for convolutions that keep the channels innermost.
+    detector, images = tiny_detector(), torch.rand(8, 3, 64, 64)
+    folded = fold(detector.twin())
+    folded.module.to(memory_format=torch.channels_last)
+    results = []
+    for run in (None, lambda: folded.raw(images)):
+        pixels = images.clone().requires_grad_()
+        watched = BatchNormStatistics(folded.module, run)
+        assert bool(watched._fused) == (run is not None)
+        with watched as statistics:
+            raw = folded.raw(pixels)
+            distances = statistics.distances()
+            loss = distances.sum() + sum(level.square().sum() for level in raw)
+            (gradient,) = torch.autograd.grad(loss, pixels, retain_graph=True)
+            # Without the statistics, the activation's gradient alone.
+            (plain,) = torch.autograd.grad(raw[0].sum(), pixels)
+        results.append((distances.detach(), gradient, plain))
+    for fused, apart in zip(results[1], results[0], strict=True):
+        assert float((fused - apart).norm() / apart.norm()) < 1e-3
+    assert not any("forward" in vars(m) for m in folded.module.modules()), "left behind"
+
+
+def test_parts_of_a_batch_have_the_gradient_of_the_whole() -> None:
+    network, images = small_network(), torch.rand(7, 3, 9, 9)
+    whole = images.clone().requires_grad_()
+    with BatchNormStatistics(network) as statistics:
+        network(whole)
+        expected = statistics.distances()
+        (gradient,) = torch.autograd.grad(expected.sum(), whole)
+        parts = [part.clone() for part in images.split(3)]
+        with torch.no_grad():
+            for part in parts:
+                network(part)
+                statistics.gather()
+        for index, part in enumerate(parts):
+            network(part.requires_grad_())
+            found = statistics.distances()
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+            (own,) = torch.autograd.grad(found.sum(), part)
+            torch.testing.assert_close(own, gradient.split(3)[index], rtol=1e-3, atol=1e-5)
+        statistics.release()
+        network(parts[0])
+        assert not torch.allclose(statistics.distances(), expected)

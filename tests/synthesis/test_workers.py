@@ -17,7 +17,7 @@ from tiny_detector import tiny_detector
 from dfq.dataset.calibration import CalibrationWriter
 from dfq.detectors.base import Detector
 from dfq.errors import UserError
-from dfq.recipe import LabelStage, Synthesis
+from dfq.recipe_synthesis import LabelStage, Synthesis
 from dfq.synthesis import worker, workers
 from dfq.synthesis.produce import synthesize_set
 from dfq.synthesis.shards import Plan

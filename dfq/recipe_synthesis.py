@@ -1,0 +1,122 @@
+"""The `synthesis` section of a recipe: how images and labels are made."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from .recipe_section import Section
+
+LABELS = ("adaptive", "single", "multi", "tile", "none")
+"""What `synthesis.labels` can be, besides `real:SET`."""
+REAL_LABELS = "real:"
+
+
+class SynthesisWeights(Section):
+    """Weights of the synthesis loss; what they mean, `synthesis.balance` says."""
+
+    task: float = Field(1.0, ge=0)
+    """The family's own training loss on the labels."""
+    bn: float = Field(1.0, ge=0)
+    """BatchNorm statistics, summed over the layers."""
+    first_bn: float = Field(5.0, ge=0)
+    """How often more the first BatchNorm counts in that sum: it fixes colours and contrast."""
+    entropy: float = Field(1.0, ge=0)
+    """Entropy of the similarities between patches, in networks with attention."""
+    tv: float = Field(0.2, ge=0)
+    """Total variation, relative to the gradient of the others."""
+
+
+class LabelStage(Section):
+    """The low-resolution stage in which the adaptive sampler finds boxes and categories."""
+
+    image_size: int = Field(160, ge=32)
+    iterations: int = Field(80, ge=1)
+    start: float = Field(0.5, ge=0, le=1)
+    """Share of the iterations after which labels are first updated."""
+    stop: float = Field(0.95, ge=0, le=1)
+    """Share of the iterations after which labels stay fixed."""
+    updates: int = Field(4, ge=1)
+    score_threshold: float = Field(0.2, gt=0, lt=1)
+    """Detections below this score do not count."""
+    sampler: Literal["scattered", "paper"] = "scattered"
+    """Labels begin as many objects of all sizes, whose categories follow what the detector faintly
+    sees at the first update; or as one of 20 to 80 % of the side, and updates drop what they do not
+    find (the paper's)."""
+    objects: int = Field(32, ge=1)
+    """Most objects an image begins with, where they are scattered."""
+    smallest_area: float = Field(0.0016, gt=0, lt=0.8)
+    """Share of the image below which no object begins, and no detection is added."""
+    reuse: bool = False
+    """Whether the image stage goes on from the images of this stage instead of from noise."""
+
+
+class Techniques(Section):
+    """Variants of the optimisation; all off unless set."""
+
+    low_pass: float = Field(0.0, ge=0, le=8)
+    """Standard deviation, pixels, of a blur of the gradient; 0: none."""
+    zoom: float = Field(0.0, ge=0, lt=1)
+    """Views are enlarged or shrunk at random by up to this share, labels too."""
+    swing: bool = False
+    """Strided convolutions see their input shifted at random by less than their stride."""
+    soft_labels: float = Field(0.0, ge=0, lt=1)
+    """Smoothing of the categories in the task loss."""
+    slack: float = Field(0.0, ge=0)
+    """BatchNorm distances below this margin do not count."""
+    emphasis: float = Field(0.0, ge=-4, le=4)
+    """Above 0 the BatchNorm distances of deep layers count more, below 0 those of early ones: the
+    exponent of a layer's depth in (0, 1]."""
+    per_image: float = Field(0.0, ge=-1, le=1)
+    """Share of the BatchNorm term that each image has to meet alone; below 0, images are pushed
+    apart in their statistics."""
+
+
+class Synthesis(Section):
+    """Stage I: how images and labels are made."""
+
+    images: int = Field(512, ge=1)
+    image_size: int | None = Field(None, ge=32)
+    """Side in pixels; None: the size the detector was trained for."""
+    iterations: int = Field(200, ge=0)
+    """Of the image stage; 0 leaves the initial noise (a baseline)."""
+    batch_size: int = Field(32, ge=1)
+    """Images optimised together; BatchNorm statistics are matched over the batch."""
+    micro_batch: int | None = Field(None, ge=1)
+    """Images that go through the network at once, for less memory in more passes; the statistics
+    stay those of the whole batch. None: all."""
+    learning_rate: float = Field(0.1, gt=0)
+    labels: str = "adaptive"
+    """adaptive, single, multi, tile, none; or real:SET, which takes the labels of a real set."""
+    init: Literal["uniform", "gaussian", "pink"] = "uniform"
+    """Noise the images start from; pink: of low frequencies more, as photographs have."""
+    multires: float = Field(0.55, ge=0, lt=1)
+    """Share of the iterations spent at half the size before the images are enlarged; 0: none."""
+    flip: float = Field(0.5, ge=0, le=1)
+    """Probability that an image is mirrored, labels too, in an iteration."""
+    erase: float = Field(0.5, ge=0, le=1)
+    """Probability that a rectangle (2 to 20 % of the area) is blanked in an iteration."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the convolutions; auto: bfloat16 where the device computes in it natively."""
+    balance: Literal["gradient", "loss"] = "gradient"
+    """Weights are shares of the gradient, which hold for every network, batch and image size; or
+    factors of the losses (the paper's), to be found anew for each."""
+    bn_form: Literal["relative", "absolute"] = "relative"
+    """BatchNorm distances in units of each channel's spread, or as they are (the paper's)."""
+    masks: Literal["ellipse", "own", "none"] = "ellipse"
+    """What the mask loss of a label compares with, in networks with masks: the ellipse in its box,
+    the network's own mask, or none: boxes only."""
+    weights: SynthesisWeights = SynthesisWeights()
+    label_stage: LabelStage = LabelStage()
+    techniques: Techniques = Techniques()
+
+    @field_validator("labels")
+    @classmethod
+    def _known_labels(cls, value: str) -> str:
+        # Whether the set is there shows when it is opened: a recipe outlives it.
+        real = value.startswith(REAL_LABELS) and value != REAL_LABELS
+        if value not in LABELS and not real:
+            known = ", ".join(f"'{name}'" for name in LABELS)
+            raise ValueError(f"should be {known} or '{REAL_LABELS}SET'")
+        return value

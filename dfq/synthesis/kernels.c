@@ -1,0 +1,148 @@
+/* What BatchNorm statistics cost an optimised image, done while the activation is read anyway.
+ *
+ * All tensors are dense with the channels innermost: `rows` times `channels`. Sums are taken about
+ * `shift`, the mean that is expected, so that little cancels; of BLOCK rows in float, of all blocks
+ * in double. Plain C that compilers vectorise; one thread, as every process of a synthesis has.
+ */
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+/* Channels of a layer at most; kernels.py asks no more. */
+#define WIDEST 8192
+/* Shorter rows are taken several at a time, or the loop over them would hardly be vectorised. */
+#define SHORT 64
+#define BLOCK 64
+
+typedef uint16_t bfloat16;
+typedef float float32;
+
+static inline float from_bits(uint32_t bits) {
+  union { uint32_t bits; float value; } both = {.bits = bits};
+  return both.value;
+}
+
+static inline float load_bfloat16(bfloat16 value) { return from_bits((uint32_t)value << 16); }
+
+/* To nearest, ties to even, as PyTorch rounds; NaN stays NaN, for its top bits do. */
+static inline bfloat16 store_bfloat16(float value) {
+  union { float value; uint32_t bits; } both = {.value = value};
+  uint32_t rounded = both.bits + 0x7fffu + ((both.bits >> 16) & 1u);
+  return (bfloat16)((value != value ? both.bits | 0x400000u : rounded) >> 16);
+}
+
+static inline float load_float32(float value) { return value; }
+static inline float store_float32(float value) { return value; }
+
+/* e^x to one unit in the last place (the polynomial of Cephes' expf), without a call or a branch. */
+static inline float exponential(float x) {
+  x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
+  float n = __builtin_rintf(x * 1.44269504f);
+  float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return p * from_bits((uint32_t)((int32_t)n + 127) << 23);
+}
+
+static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+
+/* Rows to take at a time: a power of two that divides `rows`. */
+static inline ptrdiff_t together(ptrdiff_t rows, ptrdiff_t channels) {
+  ptrdiff_t count = 1;
+  while (channels * count < SHORT && rows % (2 * count) == 0) count *= 2;
+  return count;
+}
+
+static inline void repeat(float *to, const float *from, ptrdiff_t channels, ptrdiff_t count) {
+  for (ptrdiff_t i = 0; i < count; i++) memcpy(to + i * channels, from, channels * sizeof(float));
+}
+
+#define DEFINE(T)                                                                                  \
+  /* Mean and biased variance of each channel of x; with `out`, out = silu(x) as well. */          \
+  static inline void moments_##T(const T *restrict x, T *restrict out, const float *shift,         \
+                                 float *mean, float *var, ptrdiff_t rows, ptrdiff_t channels) {    \
+    float base[WIDEST], sum[WIDEST], square[WIDEST];                                               \
+    double sums[WIDEST], squares[WIDEST];                                                          \
+    ptrdiff_t count = together(rows, channels), width = channels * count;                          \
+    ptrdiff_t lines = rows / count;                                                                \
+    repeat(base, shift, channels, count);                                                          \
+    memset(sums, 0, width * sizeof(double));                                                       \
+    memset(squares, 0, width * sizeof(double));                                                    \
+    for (ptrdiff_t start = 0; start < lines; start += BLOCK) {                                     \
+      ptrdiff_t stop = start + BLOCK < lines ? start + BLOCK : lines;                              \
+      memset(sum, 0, width * sizeof(float));                                                       \
+      memset(square, 0, width * sizeof(float));                                                    \
+      for (ptrdiff_t i = start; i < stop; i++) {                                                   \
+        const T *restrict from = x + i * width;                                                    \
+        T *restrict to = out ? out + i * width : NULL;                                             \
+        for (ptrdiff_t j = 0; j < width; j++) {                                                    \
+          float value = load_##T(from[j]), away = value - base[j];                                 \
+          sum[j] += away;                                                                          \
+          square[j] += away * away;                                                                \
+          if (out) to[j] = store_##T(value * sigmoid(value));                                      \
+        }                                                                                          \
+      }                                                                                            \
+      for (ptrdiff_t j = 0; j < width; j++) {                                                      \
+        sums[j] += sum[j];                                                                         \
+        squares[j] += square[j];                                                                   \
+      }                                                                                            \
+    }                                                                                              \
+    for (ptrdiff_t j = 0; j < channels; j++) {                                                     \
+      double first = 0, second = 0;                                                                \
+      for (ptrdiff_t k = j; k < width; k += channels) {                                            \
+        first += sums[k];                                                                          \
+        second += squares[k];                                                                      \
+      }                                                                                            \
+      first /= rows;                                                                               \
+      mean[j] = (float)(shift[j] + first);                                                         \
+      var[j] = (float)(second / rows - first * first);                                             \
+    }                                                                                              \
+  }                                                                                                \
+                                                                                                   \
+  void moments_of_##T(const T *x, const float *shift, float *mean, float *var, ptrdiff_t rows,     \
+                      ptrdiff_t channels) {                                                        \
+    moments_##T(x, NULL, shift, mean, var, rows, channels);                                        \
+  }                                                                                                \
+                                                                                                   \
+  void silu_and_moments_of_##T(const T *x, T *out, const float *shift, float *mean, float *var,    \
+                               ptrdiff_t rows, ptrdiff_t channels) {                               \
+    moments_##T(x, out, shift, mean, var, rows, channels);                                         \
+  }                                                                                                \
+                                                                                                   \
+  /* out = grad + slope * x + offset, the gradient of x by way of its moments added. */            \
+  void add_linear_of_##T(const T *restrict x, const T *restrict grad, T *restrict out,             \
+                         const float *slope, const float *offset, ptrdiff_t rows,                  \
+                         ptrdiff_t channels) {                                                     \
+    float a[WIDEST], b[WIDEST];                                                                    \
+    ptrdiff_t count = together(rows, channels), width = channels * count;                          \
+    repeat(a, slope, channels, count);                                                             \
+    repeat(b, offset, channels, count);                                                            \
+    for (ptrdiff_t start = 0; start < rows * channels; start += width)                             \
+      for (ptrdiff_t j = 0; j < width; j++)                                                        \
+        out[start + j] = store_##T(load_##T(grad[start + j]) +                                     \
+                                   (a[j] * load_##T(x[start + j]) + b[j]));                        \
+  }                                                                                                \
+                                                                                                   \
+  /* The same with grad that of silu(x). */                                                        \
+  void silu_backward_of_##T(const T *restrict x, const T *restrict grad, T *restrict out,          \
+                            const float *slope, const float *offset, ptrdiff_t rows,               \
+                            ptrdiff_t channels) {                                                  \
+    float a[WIDEST], b[WIDEST];                                                                    \
+    ptrdiff_t count = together(rows, channels), width = channels * count;                          \
+    repeat(a, slope, channels, count);                                                             \
+    repeat(b, offset, channels, count);                                                            \
+    for (ptrdiff_t start = 0; start < rows * channels; start += width)                             \
+      for (ptrdiff_t j = 0; j < width; j++) {                                                      \
+        float value = load_##T(x[start + j]), p = sigmoid(value);                                  \
+        float through = load_##T(grad[start + j]) * p * (1.0f + value * (1.0f - p));               \
+        out[start + j] = store_##T(through + (a[j] * value + b[j]));                               \
+      }                                                                                            \
+  }
+
+DEFINE(bfloat16)
+DEFINE(float32)

@@ -1,0 +1,42 @@
+"""The measure that tells low-bit networks apart."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_detector import blobs, tiny_detector
+from torch import Tensor
+
+from dfq.detectors.base import Targets
+from dfq.training import mean_divergence
+
+
+class Images:
+    """Blobs as a set."""
+
+    def __init__(self, count: int) -> None:
+        self.pixels = (blobs(count) * 255).to(torch.uint8)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def load(self, indices: list[int]) -> Tensor:
+        return self.pixels[indices]
+
+    def targets(self, indices: list[int]) -> Targets:
+        raise AssertionError("labels do not count")
+
+
+def test_the_divergence_is_a_mean_over_the_images() -> None:
+    teacher, student = tiny_detector(), tiny_detector(seed=1)
+    # More than a batch, and the last one not full.
+    images = Images(19)
+    each = []
+    for index in range(19):
+        one = Images(19)
+        one.pixels = one.pixels[index : index + 1]
+        each.append(mean_divergence(student, teacher, one))
+    assert min(each) > 0
+    found = mean_divergence(student, teacher, images)
+    assert found == pytest.approx(sum(each) / 19, rel=1e-4)
+    assert mean_divergence(teacher, teacher, images) == pytest.approx(0, abs=1e-5)

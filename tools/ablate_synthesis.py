@@ -1,0 +1,199 @@
+"""What each choice in synthesis does to the low-bit network that its images make.
+
+    python tools/ablate_synthesis.py --model yolov5n.pt --real coco-train --out ablation
+
+The yardstick is what a set is for: a short W4A8 training of weights rounded to the nearest level,
+where the data matter most, then the divergence of the low-bit network from the float one on real
+images, and its AP. Every variant gets the same seeds; variants of the image stage share the labels
+of a seed. Everything stays in the output folder, a finished cell is not made again, and several
+processes may fill one folder with different `--variants` or `--seeds`. Prints Markdown: mean and
+standard deviation over the seeds.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dfq.dataset.calibration import read_json, write_json
+from dfq.dataset.readers import open_set
+from dfq.detectors import load_detector
+from dfq.evaluation.coco import evaluate
+from dfq.quantization.convert import fold
+from dfq.recipe import Recipe, load_recipe
+from dfq.training import LetterboxedImages, mean_divergence
+from dfq.verbs import load_model, quantize, synthesize
+
+YARDSTICK = [
+    "method=qat",
+    "quantization.rounding=nearest",
+    "distillation.weight_lr=null",
+    "distillation.lr=3e-4",
+    "distillation.scale_lr=1e-3",
+    "distillation.ema=0.9",
+    "distillation.selection=ema",
+]
+
+TECHNIQUE = "synthesis.techniques."
+
+# Name: title and settings. Those that leave labels alone take them from the baseline's.
+VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "baseline": ("the default", ()),
+    "noise": ("noise, not optimised", ("synthesis.iterations=0",)),
+    "low-pass": ("gradient blurred, 1 px", (f"{TECHNIQUE}low_pass=1",)),
+    "soft-labels": ("soft labels, 0.2", (f"{TECHNIQUE}soft_labels=0.2",)),
+    "swing": ("swing convolutions", (f"{TECHNIQUE}swing=true",)),
+    "zoom": ("random zoom, 0.3", (f"{TECHNIQUE}zoom=0.3",)),
+    "slack": ("slack, 0.4", (f"{TECHNIQUE}slack=0.4",)),
+    "deep": ("emphasis on deep layers, +1", (f"{TECHNIQUE}emphasis=1",)),
+    "early": ("emphasis on early layers, -1", (f"{TECHNIQUE}emphasis=-1",)),
+    "per-image": ("statistics half by image", (f"{TECHNIQUE}per_image=0.5",)),
+    "diverse": ("images pushed apart, 0.2", (f"{TECHNIQUE}per_image=-0.2",)),
+    "no-tv": ("no total variation", ("synthesis.weights.tv=0",)),
+    "no-erase": ("no erasing", ("synthesis.erase=0",)),
+    "gaussian": ("Gaussian start", ("synthesis.init=gaussian",)),
+    "pink": ("1/f start", ("synthesis.init=pink",)),
+    "no-multires": ("full size throughout", ("synthesis.multires=0",)),
+    "float32": ("float32", ("synthesis.precision=float32",)),
+    "task-0": ("labels without weight", ("synthesis.weights.task=0",)),
+    "task-3": ("labels with weight 3", ("synthesis.weights.task=3",)),
+    "task-agnostic": ("no labels", ("synthesis.labels=none",)),
+    "single": ("single labels", ("synthesis.labels=single",)),
+    "multi": ("multi labels", ("synthesis.labels=multi",)),
+    "paper-sampler": (
+        "the paper's sampler",
+        (
+            "synthesis.label_stage.sampler=paper",
+            "synthesis.label_stage.smallest_area=0.01",
+            "synthesis.label_stage.iterations=240",
+            "synthesis.label_stage.start=0.33",
+            "synthesis.label_stage.updates=12",
+        ),
+    ),
+    "reuse": ("start from the label stage's images", ("synthesis.label_stage.reuse=true",)),
+    "batch-4": ("batches of 4", ("synthesis.batch_size=4",)),
+    "batch-8": ("batches of 8", ("synthesis.batch_size=8",)),
+    "batch-16": ("batches of 16", ("synthesis.batch_size=16",)),
+}
+
+OWN_LABELS = {"paper-sampler", "reuse"}
+"""Variants of the label stage itself, which cannot take the baseline's labels."""
+
+
+@dataclass
+class Ablation:
+    """The experiment: one cell for a variant and a seed, each made once."""
+
+    model: str
+    real: str
+    out: Path
+    common: Sequence[str]
+
+    def recipe(self, seed: int, settings: Sequence[str]) -> Recipe:
+        return load_recipe("w4a8", [*YARDSTICK, *self.common, f"seed={seed}", *settings])
+
+    def labels(self, seed: int) -> Path:
+        """A set whose labels are the baseline's of a seed; its images are noise."""
+        recipe = self.recipe(seed, ["synthesis.iterations=0"])
+        return synthesize(self.model, recipe, out=self.out / f"labels-{seed}", workers=1).root
+
+    def cell(self, variant: str, seed: int) -> dict[str, float]:
+        """Divergence and AP of the network made with a variant's images."""
+        file = self.out / "cells" / f"{variant}-{seed}.json"
+        settings = list(VARIANTS[variant][1])
+        if file.is_file():
+            found = read_json(file)
+            if found["settings"] == [*self.common, *settings]:
+                return dict(found)
+        if variant not in OWN_LABELS and not any("synthesis.labels=" in s for s in settings):
+            settings.append(f"synthesis.labels=real:{self.labels(seed)}")
+        recipe = self.recipe(seed, settings)
+        folder = self.out / f"{variant}-{seed}"
+        data = synthesize(self.model, recipe, out=folder / "set", workers=1)
+        run = quantize(recipe, model=self.model, data=data.root, out=folder / "run")
+        result: dict[str, Any] = {"settings": [*self.common, *VARIANTS[variant][1]]}
+        result |= self.measure(run, recipe)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, result)
+        shutil.rmtree(folder / "run")
+        return result
+
+    def measure(self, run: Path, recipe: Recipe) -> dict[str, float]:
+        size = recipe.synthesis.image_size
+        assert size is not None
+        teacher, student = fold(load_detector(self.model)), load_model(run)
+        real = open_set(self.real)
+        return {
+            "divergence": mean_divergence(student, teacher, LetterboxedImages(real, teacher, size)),
+            "AP": evaluate(student, real, image_size=size).AP,
+        }
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean and standard deviation; of a single value, the value."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def row(title: str, cells: Sequence[dict[str, float]], base: Sequence[dict[str, float]]) -> str:
+    """One line of the table. The change is the mean over the seeds of the difference to the
+    baseline of the same seed, beside its standard deviation."""
+    change = [c["divergence"] - b["divergence"] for c, b in zip(cells, base, strict=True)]
+    return (
+        f"| {title} | {spread([c['divergence'] for c in cells], 2)} | {spread(change, 2)} | "
+        f"{spread([c['AP'] for c in cells], 4)} |"
+    )
+
+
+@click.command(help=__doc__)
+@click.option("--model", required=True, help="The float detector.")
+@click.option("--real", required=True, help="Labelled images to choose on; not those to report on.")
+@click.option("--out", required=True, type=click.Path(path_type=Path))
+@click.option("--variants", default=",".join(VARIANTS), help="Rows, by commas; all by default.")
+@click.option("--seeds", default="0,1,2", show_default=True)
+@click.option("--size", default=160, show_default=True, help="Side in pixels, everywhere.")
+@click.option("--images", default=32, show_default=True, help="Of a set, and of its batches.")
+@click.option("--iterations", default=120, show_default=True)
+@click.option("--epochs", default=15, show_default=True)
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="For every variant.")
+def main(
+    model: str,
+    real: str,
+    out: Path,
+    variants: str,
+    seeds: str,
+    size: int,
+    images: int,
+    iterations: int,
+    epochs: int,
+    overrides: tuple[str, ...],
+) -> None:
+    chosen = variants.split(",")
+    for name in chosen:
+        if name not in VARIANTS:
+            raise click.UsageError(f"--variants {name}: choose from {', '.join(VARIANTS)}")
+    common = [
+        f"synthesis.image_size={size}",
+        f"synthesis.images={images}",
+        f"synthesis.batch_size={images}",
+        f"synthesis.iterations={iterations}",
+        f"distillation.epochs={epochs}",
+        *overrides,
+    ]
+    ablation = Ablation(model, real, out, common)
+    numbers = [int(seed) for seed in seeds.split(",")]
+    base = [ablation.cell("baseline", seed) for seed in numbers]
+    click.echo("| variant | divergence | change | AP |\n| --- | ---: | ---: | ---: |")
+    for name in chosen:
+        cells = [ablation.cell(name, seed) for seed in numbers]
+        click.echo(row(VARIANTS[name][0], cells, base))
+
+
+if __name__ == "__main__":
+    main()
