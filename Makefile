@@ -33,7 +33,8 @@ clean:
 KIT ?= ../shared/kit
 BENCH ?= runs/bench
 
-.PHONY: bench-zero-shot bench-demo bench-synthesis bench-synthesis-ablation bench-qat bench-qat-step
+.PHONY: bench-zero-shot bench-demo bench-synthesis bench-synthesis-ablation bench-synthesis-curve
+.PHONY: bench-qat bench-qat-step bench-rounding
 .PHONY: bench-mmdet bench-mmdet-full bench-mmdet-runner
 
 bench-zero-shot: env
@@ -51,6 +52,15 @@ bench-synthesis: env
 bench-synthesis-ablation: env
 	$(BIN)/python tools/ablate_synthesis.py --model $(KIT)/weights/yolov5n-coco/yolov5n.pt \
 	  --real $(KIT)/coco-train --out $(BENCH)/synthesis-ablation
+
+# The paper's schedule takes hours; what is there is not made again.
+bench-synthesis-curve: env
+	$(BIN)/python tools/curve_synthesis.py --model $(KIT)/weights/yolov5n-coco/yolov5n.pt \
+	  --real $(KIT)/coco-train --out $(BENCH)/curve
+
+# SET: any calibration set, say of bench-zero-shot.
+bench-rounding: env
+	$(BIN)/python tools/bench_rounding.py --model $(KIT)/weights/yolov5n-coco/yolov5n.pt --data $(SET)
 
 # Days on two cores at 640 px: choose with BENCH_QAT="--size 320 --rows w4a8 --columns ours,lsq-real".
 bench-qat: env
