@@ -182,7 +182,8 @@ def qat(
     click.echo(f"{metrics['selected']}; {share:.1%} of the MACs quantized")
     for name, value in metrics.get("evaluation", {}).items():
         if name != "data":
-            click.echo(f"{name}: AP {value['AP']:.3f}  AP50 {value['AP50']:.3f}")
+            masks = f"  mask AP {value['masks']['AP']:.3f}" if value["masks"] else ""
+            click.echo(f"{name}: AP {value['AP']:.3f}  AP50 {value['AP50']:.3f}{masks}")
     click.echo(str(folder))
 
 
@@ -269,10 +270,16 @@ def evaluate(
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         write_json(json_file, found)
-    keys = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100")
-    for key in keys:
-        click.echo(f"{key:<10} {'none' if found[key] is None else format(found[key], '.4f')}")
+    masks = found["masks"]
+    if masks is not None:
+        click.echo(f"{'':<10} boxes   masks")
+    for key in ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100"):
+        values = [one[key] for one in (found, masks) if one is not None]
+        cells = ("none  " if value is None else format(value, ".4f") for value in values)
+        click.echo(f"{key:<10} {'  '.join(cells)}".rstrip())
     click.echo(f"{found['images']} images at {found['image_size']} px")
+    if masks is not None and masks["images"] < found["images"]:
+        click.echo(f"masks on {masks['images']} of them, whose objects all have an outline")
     if found["missing_categories"]:
         click.echo(f"not measured, unknown to the model: {', '.join(found['missing_categories'])}")
 

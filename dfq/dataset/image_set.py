@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -18,6 +19,9 @@ IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".t
 """Name endings (lower case) by which files of a folder count as images."""
 
 _EXIF_ORIENTATION = 0x0112
+
+Segment = list[list[float]] | dict[str, Any]
+"""COCO's polygons, or its run lengths (`size` and `counts`)."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class Item:
             neither as found nor as missed.
         area: float32 `(n,)`, square pixels: of the mask where the set states it, else of the box.
         image_id: unique in the set; COCO's own id where the set is COCO.
+        segments: of each object its outline as COCO writes it, polygons (flat lists x1 y1 x2 y2 ...
+            in pixels) or run lengths; None for an object whose outline the set does not state.
     """
 
     path: Path
@@ -44,6 +50,17 @@ class Item:
     ignore: np.ndarray
     area: np.ndarray
     image_id: int
+    segments: tuple[Segment | None, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.segments) not in (0, len(self.boxes)):
+            raise ValueError(f"{len(self.segments)} segments of {len(self.boxes)} objects")
+
+    @property
+    def segmented(self) -> bool:
+        """Whether the outline of every object is known; true where there is no object."""
+        known = [segment for segment in self.segments if segment is not None]
+        return len(known) == len(self.boxes)
 
 
 @dataclass(frozen=True)
@@ -93,6 +110,12 @@ class ImageSet:
                 )
             image = stored
         return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+    def segmented(self) -> ImageSet | None:
+        """The images whose objects' outlines are all known; None where no object has one."""
+        if not any(item.segmented and len(item.boxes) for item in self.items):
+            return None
+        return replace(self, items=[item for item in self.items if item.segmented])
 
     def head(self, n: int) -> ImageSet:
         """The first `n` images (all if there are fewer)."""
@@ -173,6 +196,7 @@ def make_item(
     labels: Sequence[int],
     ignore: Sequence[bool] | None = None,
     area: Sequence[float | None] | None = None,
+    segments: Sequence[Segment | None] | None = None,
 ) -> tuple[Item, int]:
     """An `Item` of the usable boxes, and how many boxes were not.
 
@@ -182,8 +206,8 @@ def make_item(
         image_id: unique in the set.
         boxes: x1 y1 x2 y2 in pixels. Boxes with a number that is not finite or a side that is not
             positive are left out.
-        labels, ignore, area: one a box; without `ignore` none is ignored; an area of None is the
-            box's.
+        labels, ignore, area, segments: one a box; without `ignore` none is ignored; an area of
+            None is the box's.
     """
     corners = np.asarray(boxes, dtype=np.float32).reshape(-1, 4)
     sides = corners[:, 2:] - corners[:, :2]
@@ -203,6 +227,7 @@ def make_item(
         ignore=flags.reshape(-1)[keep],
         area=areas[keep],
         image_id=image_id,
+        segments=tuple(segments[row] for row in np.flatnonzero(keep).tolist()) if segments else (),
     )
     return item, int((~keep).sum())
 

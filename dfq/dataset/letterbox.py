@@ -38,9 +38,12 @@ class LetterboxTransform:
         """Boxes on the original image to boxes on the canvas."""
         return boxes * boxes.new_tensor(self.scale * 2) + boxes.new_tensor(self.offset * 2)
 
-    def undo(self, boxes: Tensor) -> Tensor:
-        """Boxes on the canvas to boxes on the original image, clipped to it."""
+    def undo(self, boxes: Tensor, *, clip: bool = True) -> Tensor:
+        """Boxes on the canvas to boxes on the original image, clipped to it unless that would
+        move what lies in them (masks)."""
         back = (boxes - boxes.new_tensor(self.offset * 2)) / boxes.new_tensor(self.scale * 2)
+        if not clip:
+            return back
         return torch.minimum(back.clamp(min=0), back.new_tensor(self.original * 2))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .image_set import ImageSet, Item, image_size, make_item, read_text, require_images
+from .image_set import ImageSet, Item, Segment, image_size, make_item, read_text, require_images
 
 
 def read_coco(path: Path) -> ImageSet:
@@ -38,6 +38,7 @@ def read_coco(path: Path) -> ImageSet:
             [index_of[row["category_id"]] for row in rows],
             [bool(row.get("iscrowd", 0)) for row in rows],
             [row.get("area") for row in rows],
+            [_segment(path, row) for row in rows],
         )
         items.append(item)
         dropped += lost
@@ -99,6 +100,30 @@ def _group(
             raise UserError(f"{where} has an 'area' that is no number: {row['area']!r}")
         grouped[row["image_id"]].append(row)
     return grouped
+
+
+def _segment(path: Path, row: dict[str, Any]) -> Segment | None:
+    """The outline of an object, checked; None where there is none (some tools write `[]`)."""
+    given = row.get("segmentation")
+    if not given:
+        return None
+    if isinstance(given, dict):
+        size, counts = given.get("size"), given.get("counts")
+        whole = isinstance(size, list) and len(size) == 2 and all(type(n) is int for n in size)
+        if whole and isinstance(counts, str | list):
+            return given
+    elif isinstance(given, list) and all(_is_polygon(part) for part in given):
+        # Fewer than three corners enclose nothing, and pycocotools takes four numbers for a box.
+        return [part for part in given if len(part) >= 6] or None
+    raise UserError(
+        f"{path}: the annotation with id {row.get('id')} has a 'segmentation' that is neither a "
+        "list of polygons x1 y1 x2 y2 ... nor run lengths with 'size' and 'counts'"
+    )
+
+
+def _is_polygon(part: Any) -> bool:
+    numbers = isinstance(part, list) and all(isinstance(n, int | float) for n in part)
+    return numbers and len(part) % 2 == 0
 
 
 def _locate(path: Path, images: dict[int, dict[str, Any]]) -> dict[int, Path]:

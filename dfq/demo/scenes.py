@@ -15,6 +15,7 @@ from typing import Any
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
 
 from .shapes import SHAPES, Array, Generator, Shape, colour, coverage
 
@@ -235,20 +236,18 @@ def coco_annotations(scenes: list[Scene]) -> dict[str, Any]:
                     "bbox": [x1, y1, x2 - x1, y2 - y1],
                     "area": float(mask.sum()),
                     "iscrowd": 0,
-                    "segmentation": _polygons(mask),
+                    "segmentation": _run_lengths(mask),
                 }
             )
     categories = [{"id": index, "name": name} for index, name in enumerate(NAMES, start=1)]
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def _polygons(mask: NDArray[np.bool_]) -> list[list[float]]:
-    """Outlines of the parts of `mask` as flat lists x1 y1 x2 y2 ... in pixels; holes are filled."""
-    contours, _ = cv2.findContours(
-        mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE
-    )
-    # A polygon needs three corners; slivers of one or two pixels have fewer.
-    return [contour.reshape(-1).astype(float).tolist() for contour in contours if len(contour) > 2]
+def _run_lengths(mask: NDArray[np.bool_]) -> dict[str, Any]:
+    """COCO's run lengths of `mask`: every pixel and hole, where polygons through the outermost
+    pixels' centres would make objects a pixel smaller."""
+    encoded = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": list(encoded["size"]), "counts": encoded["counts"].decode("ascii")}
 
 
 def write_coco(

@@ -19,11 +19,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from ..dataset.image_set import Segment
 from ..dataset.letterbox import LetterboxTransform, load_letterboxed
 from ..dataset.readers import ImageSet, open_set
 from ..detectors.base import Detections, Detector
 from ..errors import UserError
 from .bootstrap import bootstrap_ap
+from .masks import encode
 from .matching import match, require_labels
 
 __all__ = ["Metrics", "bootstrap_ap", "evaluate", "predict", "score"]
@@ -48,6 +50,8 @@ class Metrics:
         missing_categories: the set's categories that the model does not have; not measured.
         seconds: wall time of reading and detecting (not of the matching), where known.
         images_per_second: the same, as a rate.
+        masks: the same figures for instance masks, on those `masks.images` images whose objects'
+            outlines are all known; None where the detector or the set has no masks.
     """
 
     AP: float
@@ -63,6 +67,7 @@ class Metrics:
     missing_categories: tuple[str, ...] = ()
     seconds: float | None = None
     images_per_second: float | None = None
+    masks: Metrics | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON can hold them: NaN becomes None, the tuple a list."""
@@ -102,7 +107,8 @@ def evaluate(
     imageset.category_mapping(detector.names)
     size = detector.image_size if image_size is None else image_size
     start = time.perf_counter()
-    detections = predict(
+    outlined = imageset.segmented() if detector.has_masks else None
+    rows = _predict(
         detector,
         imageset,
         image_size=size,
@@ -110,14 +116,26 @@ def evaluate(
         score_threshold=score_threshold,
         iou_threshold=iou_threshold,
         rect=rect,
+        masks=outlined is not None,
         progress=progress,
     )
+    detections, segments = map(list, zip(*rows, strict=True))
     seconds = time.perf_counter() - start
+    masks = None
+    if outlined is not None:
+        chosen = [index for index, item in enumerate(imageset.items) if item.segmented]
+        masks = score(
+            outlined,
+            [detections[index] for index in chosen],
+            detector.names,
+            [segments[index] for index in chosen],
+        )
     return replace(
         score(imageset, detections, detector.names),
         image_size=size,
         seconds=seconds,
         images_per_second=len(imageset) / seconds,
+        masks=masks,
     )
 
 
@@ -132,7 +150,8 @@ def predict(
     rect: bool = False,
     progress: Progress | None = None,
 ) -> list[Detections]:
-    """Detections for every image of a set, in pixels of the original images, on the CPU.
+    """Detections for every image of a set, in pixels of the original images, on the CPU; without
+    masks.
 
     Args:
         detector: any family's.
@@ -148,11 +167,38 @@ def predict(
     Raises:
         UserError: an image cannot be read, or `image_size` is no multiple of the stride.
     """
+    rows = _predict(
+        detector,
+        imageset,
+        image_size=image_size,
+        batch_size=batch_size,
+        score_threshold=score_threshold,
+        iou_threshold=iou_threshold,
+        rect=rect,
+        masks=False,
+        progress=progress,
+    )
+    return [one for one, _ in rows]
+
+
+def _predict(
+    detector: Detector,
+    imageset: ImageSet,
+    *,
+    image_size: int | None,
+    batch_size: int,
+    score_threshold: float,
+    iou_threshold: float,
+    rect: bool,
+    masks: bool,
+    progress: Progress | None,
+) -> list[tuple[Detections, list[Segment]]]:
+    """What `predict` gives and, if wished, the masks of each image's first detections."""
     size = detector.image_size if image_size is None else image_size
     detector.check_size(size)
     if batch_size < 1:
         raise UserError(f"the batch size must be at least 1, got {batch_size}")
-    found: list[Detections] = []
+    found: list[tuple[Detections, list[Segment]]] = []
     with _eval_mode(detector.module):
         for images, transforms in _batches(imageset, size, detector.stride, batch_size, rect):
             # `detect` runs without gradients but not in inference mode: YOLO heads keep tensors
@@ -161,17 +207,31 @@ def predict(
                 images.to(detector.device),
                 score_threshold=score_threshold,
                 iou_threshold=iou_threshold,
+                masks=masks,
             )
             found += [
-                Detections(transform.undo(one.boxes.cpu()), one.scores.cpu(), one.labels.cpu())
-                for one, transform in zip(batch, transforms, strict=True)
+                _original(one, transform) for one, transform in zip(batch, transforms, strict=True)
             ]
             if progress is not None:
                 progress(len(found), len(imageset))
     return found
 
 
-def score(imageset: ImageSet, detections: Sequence[Detections], names: Sequence[str]) -> Metrics:
+def _original(one: Detections, transform: LetterboxTransform) -> tuple[Detections, list[Segment]]:
+    """Detections on a canvas as boxes and masks on the original image."""
+    boxes, segments = one.boxes.cpu(), []
+    if one.masks is not None:
+        whole = transform.undo(boxes[: len(one.masks)], clip=False)
+        segments = encode(one.masks, whole, *transform.original)
+    return Detections(transform.undo(boxes), one.scores.cpu(), one.labels.cpu()), segments
+
+
+def score(
+    imageset: ImageSet,
+    detections: Sequence[Detections],
+    names: Sequence[str],
+    segments: Sequence[Sequence[Segment]] | None = None,
+) -> Metrics:
     """COCO's metrics of given detections.
 
     Ignored objects (COCO crowds, VOC difficult) are matched as COCO's crowds: detections that lie
@@ -181,11 +241,13 @@ def score(imageset: ImageSet, detections: Sequence[Detections], names: Sequence[
         imageset: a labelled set.
         detections: one an image, in pixels of the original images.
         names: what the detections' labels index; categories that the set lacks are left out.
+        segments: of each image, the masks of its first detections; those are measured then, and
+            not the boxes, and every object of the set must have an outline.
 
     Raises:
         UserError: the set is unlabelled, or shares no category with `names`.
     """
-    evaluator, categories = match(imageset, detections, names)
+    evaluator, categories = match(imageset, detections, names, segments=segments)
     with contextlib.redirect_stdout(io.StringIO()):
         evaluator.accumulate()
     # precision: IoU threshold, recall threshold, category, area range, detection limit.

@@ -86,6 +86,30 @@ def test_coco_folder_reads_everything_in_file_order(tmp_path):
     assert second.boxes.shape == (0, 4)
 
 
+def test_coco_outlines(tmp_path):
+    data = coco_data()
+    polygon = [[1, 2, 11, 2, 11, 7, 1, 7]]
+    runs = {"size": [20, 40], "counts": [0, 20, 780]}
+    data["annotations"][0]["segmentation"] = polygon
+    data["annotations"][1]["segmentation"] = runs
+    data["annotations"].insert(0, {"image_id": 7, "category_id": 1, "bbox": [0, 0, 0, 5]})
+    item, empty = open_set(write_coco(tmp_path, data)).items
+    # The first box is unusable; its outline, of which there is none, goes with it.
+    assert item.segments == (polygon, runs)
+    assert item.segmented
+    assert empty.segmented
+    # Two points enclose nothing, and some tools write an empty list.
+    for nothing in ([], [[1, 2, 3, 4]], None):
+        data["annotations"][2]["segmentation"] = nothing
+        opened = open_set(write_coco(tmp_path, data))
+        assert opened.items[0].segments == (polygon, None)
+        assert opened.segmented() is None
+    for wrong in ([[1, 2, 3]], [1, 2, 3, 4, 5, 6], {"size": [20], "counts": []}, "x", [["a"] * 6]):
+        data["annotations"][2]["segmentation"] = wrong
+        with pytest.raises(UserError, match="'segmentation' that is neither"):
+            open_set(write_coco(tmp_path, data))
+
+
 def test_coco_images_beside_the_json(tmp_path):
     write_image(tmp_path / "a.png")
     write_image(tmp_path / "b.png")
@@ -443,6 +467,14 @@ def test_real_coco_set(kit):
     kept = sum(len(item.boxes) for item in opened.items)
     assert kept + opened.dropped == len(data["annotations"])
     assert opened.category_mapping(COCO_NAMES) == list(range(80))
+    # Official labels have outlines, of crowds too; those of other sources have boxes only.
+    sources = {image["id"]: image["label_source"] for image in data["images"]}
+    official = [i for i in opened.items if sources[i.image_id].startswith("official")]
+    assert len(official) == 31
+    assert all(item.segmented for item in official)
+    outlined = opened.segmented()
+    assert outlined is not None
+    assert len(official) <= len(outlined) < len(opened)
 
 
 def test_real_voc_set(kit):

@@ -10,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from pycocotools import mask as coco_mask
 from small_mmdet import NAMES, SIDE, enliven, write_config
 from torch import Tensor, nn
 
@@ -21,7 +23,7 @@ from dfq.detectors import Detector, Targets, load_detector, save_detector
 from dfq.detectors.mmdet_config import one_line, plain, read_config, unplain
 from dfq.detectors.two_stage import ellipse_masks, pixel_boxes
 from dfq.errors import UserError
-from dfq.evaluation.coco import predict, score
+from dfq.evaluation.coco import _predict, evaluate, score
 from dfq.quantization.convert import (
     Policy,
     calibrate,
@@ -202,11 +204,15 @@ def test_average_precision_is_mmdets_own(
         "iou_threshold": settings.nms.iou_threshold,
     }
     file = write_coco(tmp_path, 4, SIDE)
-    found = predict(detector, open_set(file), image_size=SIDE, **thresholds)
+    options = {"batch_size": 2, "rect": False, "masks": True, "progress": None}
+    rows = _predict(detector, open_set(file), image_size=SIDE, **options, **thresholds)
+    found, segments = map(list, zip(*rows, strict=True))
+    masked = detector.has_masks
+    assert [len(one) for one in segments] == [len(one) * masked for one in found]
     # An untrained network is right about nothing: what it finds, shaken, becomes the truth.
     record, truth = json.loads(file.read_text()), []
     generator = torch.Generator().manual_seed(0)
-    for image, one in zip(record["images"], found, strict=True):
+    for image, one, masks in zip(record["images"], found, segments, strict=True):
         for index in range(0, min(len(one), 16), 2):
             shaken = one.boxes[index] + torch.randn(4, generator=generator)
             x1, y1, x2, y2 = shaken.clamp(0, SIDE).tolist()
@@ -219,6 +225,7 @@ def test_average_precision_is_mmdets_own(
                     "bbox": box,
                     "area": box[2] * box[3],
                     "iscrowd": 0,
+                    "segmentation": _worn(masks[index], generator) if masked else [],
                 }
             )
     for category, label in zip(record["categories"], detector.names, strict=True):
@@ -226,7 +233,7 @@ def test_average_precision_is_mmdets_own(
     file.write_text(json.dumps({**record, "annotations": truth}))
     ours = score(open_set(file), found, detector.names)
 
-    metric = CocoMetric(ann_file=str(file), metric="bbox")
+    metric = CocoMetric(ann_file=str(file), metric=["bbox", "segm"] if masked else "bbox")
     metric.dataset_meta = {"classes": tuple(detector.names)}
     with DefaultScope.overwrite_default_scope("mmdet"):
         pipeline = Compose(read_config(configs("mask-rcnn-resnet"))["test_pipeline"])
@@ -241,6 +248,24 @@ def test_average_precision_is_mmdets_own(
     # mmdet rounds to three digits.
     assert pytest.approx(theirs["coco/bbox_mAP"], abs=6e-4) == ours.AP
     assert pytest.approx(theirs["coco/bbox_mAP_50"], abs=6e-4) == ours.AP50
+    if masked:
+        ours = score(open_set(file), found, detector.names, segments)
+        assert 0.02 < ours.AP < 0.98
+        assert pytest.approx(theirs["coco/segm_mAP"], abs=6e-4) == ours.AP
+        assert pytest.approx(theirs["coco/segm_mAP_50"], abs=6e-4) == ours.AP50
+        assert pytest.approx(theirs["coco/segm_mAP_s"], abs=6e-4) == ours.AP_small
+    else:
+        whole = evaluate(detector, file, image_size=SIDE, **thresholds)
+        assert whole.masks is None
+
+
+def _worn(segment: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+    """Run lengths of a mask that has lost up to half of its pixels, as JSON holds them."""
+    share = 0.5 + 0.5 * torch.rand((), generator=generator)
+    pixels = torch.from_numpy(coco_mask.decode(segment))
+    pixels = pixels * (torch.rand(pixels.shape, generator=generator) < share)
+    again = coco_mask.encode(np.asfortranarray(pixels.numpy()))
+    return {**again, "counts": again["counts"].decode()}
 
 
 @pytest.mark.parametrize("name", SMALL)
