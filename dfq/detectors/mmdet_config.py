@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError
+from .exposed import expose
 from .torchvision_models import letterbox_side
 
 _PARTS = {"mmdet": "3.3.0", "mmengine": "0.10.7", "mmcv": "2.1.0"}
@@ -163,6 +164,7 @@ def build_model(model: dict[str, Any], source: str) -> nn.Module:
     from .mmdet_attention import expose_products
 
     expose_products(network)
+    expose(network)
     return network.eval().requires_grad_(False)
 
 

@@ -16,6 +16,7 @@ from torchvision.models.detection.faster_rcnn import FasterRCNN_ResNet50_FPN_Wei
 from torchvision.ops import MultiScaleRoIAlign
 
 from ..errors import UserError
+from .exposed import expose
 
 COCO_CLASSES = 91
 """Of torchvision's COCO weights, the background (index 0) and retired category numbers included."""
@@ -25,13 +26,20 @@ def _mobilenet_v2(
     num_classes: int,
     *,
     width: float = 1.0,
+    parts: int | None = None,
     anchors: tuple[int, ...] = (32, 64, 128, 256, 512),
     representation: int = 1024,
     **options: Any,
 ) -> FasterRCNN:
-    """Faster R-CNN on the last map of a MobileNetV2: the network of the SPQ paper."""
-    backbone = mobilenet_v2(weights=None, width_mult=width).features
-    backbone.out_channels = backbone[-1].out_channels
+    """Faster R-CNN on the last map of a MobileNetV2: the network of the SPQ paper.
+
+    Of the backbone's 19 parts the first `parts` are kept; 14 end at stride 16, which suits small
+    images.
+    """
+    backbone = mobilenet_v2(weights=None, width_mult=width).features[:parts]
+    backbone.out_channels = [m for m in backbone.modules() if isinstance(m, nn.Conv2d)][
+        -1
+    ].out_channels
     network = FasterRCNN(
         backbone,
         num_classes,
@@ -104,6 +112,7 @@ def build(
         for layer in network.modules():
             if isinstance(layer, nn.BatchNorm2d):
                 layer.eps = epsilon
+    expose(network)
     return network.eval().requires_grad_(False)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,6 +21,10 @@ from .ranges import SEARCHES
 from .widths import parse_widths
 
 FLOAT_BITS = 32
+
+FLOAT_KINDS = ("deconv", "attention")
+"""Kinds of layers that are listed and stay in float: what is left of transposed convolutions and of
+PyTorch's own attention after `detectors.exposed`."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,11 @@ class Policy:
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """One layer as `dfq inspect` lists it. `macs` is for one image. `kind` is conv, linear or
-    matmul: a product of two activations, without a weight; `weight_bits` are its left operand's."""
+    """One layer as `dfq inspect` lists it. `macs` is for one image.
+
+    `kind` is conv or linear; matmul: a product of two activations, without a weight, whose
+    `weight_bits` are its left operand's; or one of `FLOAT_KINDS`.
+    """
 
     name: str
     kind: str
@@ -111,7 +118,7 @@ def _bits(layer: nn.Module) -> tuple[int, int]:
 
 
 def describe(detector: Detector, image_size: int | None = None) -> list[LayerInfo]:
-    """Every conv and linear layer and product of activations that computes predictions, in
+    """Every layer of weights and every product of activations that computes predictions, in
     execution order.
 
     Layers that `Detector.raw` does not run (a decoder's constant convolution, say) are not listed.
@@ -120,32 +127,24 @@ def describe(detector: Detector, image_size: int | None = None) -> list[LayerInf
     rows: dict[str, LayerInfo] = {}
     handles = []
     for name, module in detector.module.named_modules():
-        if not isinstance(module, nn.Conv2d | nn.Linear | Matmul):
+        if not isinstance(module, _LISTED):
             continue
 
         def after(
-            layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str = name
+            layer: nn.Module,
+            inputs: tuple[Tensor, ...],
+            named: dict[str, Tensor],
+            output: Any,
+            name: str = name,
         ) -> None:
-            # All of the output: rows may be windows or proposals of the one image.
-            if isinstance(layer, Matmul):
-                kind, shape, terms = "matmul", (), inputs[0].shape[-1]
-            else:
-                weight = layer.weight
-                assert isinstance(weight, Tensor)
-                kind = "linear" if isinstance(layer, nn.Linear) else "conv"
-                # Each output element costs one filter: all of the weight but its output axis.
-                shape, terms = tuple(weight.shape), weight[0].numel()
+            kind, shape, macs = _cost(layer, [*inputs, *named.values()], output)
+            first = output[0] if isinstance(output, tuple) else output
             before = rows[name].macs if name in rows else 0
             rows[name] = LayerInfo(
-                name,
-                kind,
-                shape,
-                tuple(output.shape[1:]),
-                output.numel() * terms + before,
-                *_bits(layer),
+                name, kind, shape, tuple(first.shape[1:]), macs + before, *_bits(layer)
             )
 
-        handles.append(module.register_forward_hook(after))
+        handles.append(module.register_forward_hook(after, with_kwargs=True))
     try:
         with torch.no_grad():
             detector.raw(torch.zeros(1, 3, size, size, device=detector.device))
@@ -153,6 +152,30 @@ def describe(detector: Detector, image_size: int | None = None) -> list[LayerInf
         for handle in handles:
             handle.remove()
     return list(rows.values())
+
+
+_LISTED = (nn.Conv2d, nn.Linear, nn.ConvTranspose2d, nn.MultiheadAttention, Matmul)
+
+
+def _cost(
+    layer: nn.Module, inputs: Sequence[Tensor], output: Any
+) -> tuple[str, tuple[int, ...], int]:
+    """Kind, weight shape and MACs of one call of a layer."""
+    # All of the output: rows may be windows or proposals of the one image.
+    if isinstance(layer, Matmul):
+        return "matmul", (), output.numel() * inputs[0].shape[-1]
+    if isinstance(layer, nn.MultiheadAttention):
+        width, queries, keys = layer.embed_dim, inputs[0].numel(), inputs[1].numel()
+        # Projections of queries, output, keys and values, and the two products (one image).
+        return "attention", (), 2 * (queries + keys) * width + 2 * queries * keys // width
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    if isinstance(layer, nn.ConvTranspose2d):
+        # Each input element is multiplied with one filter: all of the weight but its input axis.
+        return "deconv", tuple(weight.shape), inputs[0].numel() * weight[0].numel()
+    kind = "linear" if isinstance(layer, nn.Linear) else "conv"
+    # Each output element costs one filter: all of the weight but its output axis.
+    return kind, tuple(weight.shape), output.numel() * weight[0].numel()
 
 
 def quantized_share(layers: Iterable[LayerInfo]) -> float:
@@ -207,7 +230,7 @@ def insert_quantizers(detector: Detector, policy: Policy) -> Detector:
             )
     for row in layers:
         bits = policy.bits_for(row.name, row.name in edge, detector.backbone)
-        if bits is None:
+        if bits is None or row.kind in FLOAT_KINDS:
             continue
         layer = detector.module.get_submodule(row.name)
         asymmetric = policy.activations == "asymmetric"

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..detectors.base import Detector
 from ..distillation.losses import prediction_divergence
 from ..quantization.convert import (
+    FLOAT_KINDS,
     LayerInfo,
     Policy,
     describe,
@@ -69,7 +70,9 @@ def choices(
     found: list[tuple[LayerInfo, tuple[Widths, ...]]] = []
     for row in describe(detector):
         fixed = policy.bits_for(row.name, row.name in edge, detector.backbone)
-        if row.kind == "matmul" and fixed is not None:
+        if row.kind in FLOAT_KINDS:
+            found.append((row, ()))
+        elif row.kind == "matmul" and fixed is not None:
             # Two activations, and no weight whose width there would be to choose.
             found.append((row, ((fixed[1], fixed[1]),)))
         elif fixed is None or policy.is_fixed(row.name, row.name in edge):

@@ -151,6 +151,42 @@ def test_macs_of_linear_and_shared_layers() -> None:
 # ---- describe
 
 
+class Mixed(nn.Module):
+    """What cannot be quantized between two layers that can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 1)
+        self.enlarge = nn.ConvTranspose2d(4, 6, 4, stride=2, padding=1)
+        self.attend = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.token = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.enlarge(self.stem(x)).flatten(2).mT
+        return self.token(self.attend(tokens[:, :3], key=tokens, value=tokens)[0])
+
+
+def test_what_stays_in_float_counts_all_the_same() -> None:
+    detector = SharedDetector()
+    detector.module = Mixed().eval()
+    insert_quantizers(detector, Policy(weight_bits=8))
+    rows = describe(detector, 8)
+    kinds = {row.name: (row.kind, row.quantized) for row in rows}
+    assert kinds == {
+        "stem": ("conv", True),
+        "enlarge": ("deconv", False),
+        "attend": ("attention", False),
+        "token": ("linear", True),
+    }
+    # Each of 8 x 8 inputs of 4 channels gives 4 x 4 outputs of 6.
+    enlarging = 8 * 8 * 4 * 16 * 6
+    # 3 queries and outputs, 256 keys and values, all of 6 channels; two products.
+    attending = 2 * 3 * 6 * 6 + 2 * 256 * 6 * 6 + 2 * 3 * 256 * 6
+    assert [row.macs for row in rows] == [8 * 8 * 3 * 4, enlarging, attending, 3 * 6 * 5]
+    total = sum(row.macs for row in rows)
+    assert quantized_share(rows) == (8 * 8 * 3 * 4 + 3 * 6 * 5) / total
+
+
 def test_macs_by_hand(detector: YOLOv5) -> None:
     """(output side)^2 * outputs * inputs * kernel^2 of each layer, from the description."""
     half = SIDE // 2
