@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -78,14 +79,19 @@ class Detections:
         boxes: float32 `(n, 4)`, x1 y1 x2 y2 in pixels of the image given to `detect`.
         scores: float32 `(n,)` in [0, 1], descending.
         labels: int64 `(n,)`, category indices into `Detector.names`.
+        masks: float32 `(k, m, m)` in [0, 1], or None: of the first k detections, how likely each
+            cell of an even grid over the box belongs to the object.
     """
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
+    masks: Tensor | None = None
 
     def __post_init__(self) -> None:
         n = self.boxes.shape[0]
+        if self.masks is not None and (self.masks.ndim != 3 or len(self.masks) > n):
+            raise ValueError(f"{n} detections with masks of shape {tuple(self.masks.shape)}")
         if self.boxes.shape != (n, 4) or self.scores.shape != (n,) or self.labels.shape != (n,):
             raise ValueError(
                 f"detections disagree: boxes {tuple(self.boxes.shape)}, scores "
@@ -183,6 +189,13 @@ class Detector(ABC):
         """An independent copy: same family, same weights, its own module (to become a student)."""
         return copy.deepcopy(self)
 
+    @contextmanager
+    def following(self, leader: Detector, batches: Sequence[Tensor]) -> Iterator[None]:
+        """Within this context, what this network computes at places of its own choice it computes,
+        for these very batches, at the places that `leader` chooses: so that what goes on inside
+        the two can be compared place by place. A network that chooses none has nothing to do."""
+        yield
+
     def normalize(self, images: Tensor) -> Tensor:
         """Map images `(n, 3, h, w)` in [0, 1], RGB, to what the network expects."""
         return images
@@ -243,11 +256,22 @@ class Detector(ABC):
     ) -> list[Detections]:
         """Raw predictions to detections, by the framework's own decoder and NMS."""
 
-    def detect(self, images: Tensor, **thresholds: Any) -> list[Detections]:
-        """Detections for images `(n, 3, h, w)` in [0, 1], one per image; see `decode`."""
+    def segment(self, raw: Any, found: Sequence[Detections]) -> list[Detections]:
+        """`found`, what `decode` made of `raw`, with masks where the network predicts them."""
+        return list(found)
+
+    def detect(self, images: Tensor, *, masks: bool = False, **thresholds: Any) -> list[Detections]:
+        """Detections for images `(n, 3, h, w)` in [0, 1], one per image; see `decode`.
+
+        Args:
+            images: RGB.
+            masks: with instance masks, in networks that have them (see `segment`).
+            thresholds: of `decode`.
+        """
         with torch.no_grad():
             raw = self.raw(images)
-            return self.decode(raw, (images.shape[2], images.shape[3]), **thresholds)
+            found = self.decode(raw, (images.shape[2], images.shape[3]), **thresholds)
+            return self.segment(raw, found) if masks else found
 
     @abstractmethod
     def distillation_pairs(self, student_raw: Any, teacher_raw: Any) -> list[DistillationPair]:

@@ -11,19 +11,24 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from .base import Detector, DistillationPair, Targets
+from .base import Detections, Detector, DistillationPair, Targets
 
 DISTILLED_PROPOSALS = 256
 """Of an image, best first, that the second stages of student and teacher are compared on."""
 
 DISTILLED_MASKS = 16
 """Of these, how many masks are predicted for: each costs as much as a hundred rows of classes."""
+
+
+DETECTED_MASKS = 100
+"""Of an image's detections, best first, that get a mask: as many as COCO's evaluation counts."""
 
 
 class SecondStage(NamedTuple):
@@ -72,6 +77,8 @@ class TwoStageDetector(Detector):
     """
 
     background: int
+    _led: Sequence[tuple[Tensor, list[Tensor]]] = ()
+    """Batches for which another network's proposals stand in for this one's."""
 
     @abstractmethod
     def _first_stage(self, x: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -103,23 +110,61 @@ class TwoStageDetector(Detector):
             raise ValueError(f"image sides {height} x {width} are no multiples of {self.stride}")
         features, objectness, deltas = self._first_stage(self.normalize(images))
         raw = TwoStageRaw(features, objectness, deltas, (height, width), None, self)
-        return raw if torch.is_grad_enabled() else raw._replace(second=self.second_stage(raw))
+        if torch.is_grad_enabled():
+            return raw
+        given = next((proposals for batch, proposals in self._led if batch is images), None)
+        return raw._replace(second=self._second_stage(raw, given or self._proposals_of(raw)))
+
+    @contextmanager
+    def following(self, leader: Detector, batches: Sequence[Tensor]) -> Iterator[None]:
+        """See `Detector.following`: the second stage runs on the leader's proposals. A student's
+        own are nearly the same in another order, which to a comparison by place is noise."""
+        assert isinstance(leader, TwoStageDetector)
+        with torch.no_grad():
+            raws = (leader.raw(batch) for batch in batches)
+            self._led = [
+                (batch, leader.second_stage(raw).proposals)
+                for batch, raw in zip(batches, raws, strict=True)
+            ]
+        try:
+            yield
+        finally:
+            self._led = ()
 
     def second_stage(self, raw: TwoStageRaw) -> SecondStage:
         """The second stage of this network on its own proposals."""
         if raw.second is not None:
             return raw.second
-        proposals = [
+        return self._second_stage(raw, self._proposals_of(raw))
+
+    def _proposals_of(self, raw: TwoStageRaw) -> list[Tensor]:
+        return [
             # A network that proposes nothing looks at the whole image.
             found if len(found) else found.new_tensor([[0.0, 0.0, *raw.shape[::-1]]])
             for found in self._propose(raw)
         ]
+
+    def _second_stage(self, raw: TwoStageRaw, proposals: list[Tensor]) -> SecondStage:
         classes, boxes = self._classify(raw.features, proposals, raw.shape)
         masks = None
         if self.has_masks:
             best = [found[:DISTILLED_MASKS] for found in proposals]
             masks = self._segment(raw.features, best, raw.shape)
         return SecondStage(proposals, classes, boxes, masks)
+
+    @torch.no_grad()
+    def segment(self, raw: TwoStageRaw, found: Sequence[Detections]) -> list[Detections]:
+        """`found` with masks of the `DETECTED_MASKS` best, in networks that predict them."""
+        if not self.has_masks:
+            return list(found)
+        best = [one.boxes[:DETECTED_MASKS] for one in found]
+        labels = torch.cat([one.labels[:DETECTED_MASKS] for one in found])
+        logits = self._segment(raw.features, best, raw.shape)
+        masks = _columns(logits, labels, self._column_shift).float().sigmoid()
+        return [
+            replace(one, masks=some)
+            for one, some in zip(found, masks.split([len(box) for box in best]), strict=True)
+        ]
 
     @torch.no_grad()
     def _target_masks(

@@ -240,6 +240,7 @@ def reconstruct(
     # The block a layer ends, if it is the last to run of those in it.
     ends = {_block_of(name, blocks): name for name in order}
     with (
+        student.following(teacher, batches),
         FinishedBlocks(
             student.module, lambda i: student.raw(batches[i]), len(batches), blocks
         ) as ours,

@@ -105,14 +105,20 @@ def test_detections_are_torchvisions_own(name: str, images: Tensor) -> None:
         score_threshold=thresholds[0],
         iou_threshold=thresholds[1],
         max_detections=thresholds[2],
+        masks=True,
     )
-    with torch.no_grad():
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        # It would lay masks over the image; boxes are in its pixels already.
+        patch.setattr(module.transform, "postprocess", lambda result, *_: result)
         expected = module([*images])
     for one, other in zip(found, expected, strict=True):
         assert len(one) == len(other["boxes"]) > 0
         torch.testing.assert_close(one.boxes, other["boxes"], rtol=1e-4, atol=1e-3)
         torch.testing.assert_close(one.scores, other["scores"], rtol=1e-4, atol=1e-5)
         assert torch.equal(one.labels + 1, other["labels"])
+        assert (one.masks is not None) == ("masks" in other)
+        if one.masks is not None:
+            torch.testing.assert_close(one.masks, other["masks"][:, 0], rtol=1e-4, atol=1e-5)
     # What was asked for once is not kept.
     assert thresholds == (owner.score_thresh, owner.nms_thresh, owner.detections_per_img)
     fewer = detector.detect(images, score_threshold=0.0, max_detections=3)
@@ -204,6 +210,28 @@ def test_student_and_teacher_are_compared_on_the_teachers_proposals(
     torch.testing.assert_close(pairs["box"].weight[:, 0], 1 - chance[:, 0])
     itself = teacher.distillation_pairs(theirs, theirs)
     assert all(torch.allclose(pair.student, pair.teacher, atol=1e-5) for pair in itself)
+
+
+@pytest.mark.parametrize("name", RCNNS)
+def test_a_student_can_follow_the_teachers_proposals(name: str, images: Tensor) -> None:
+    teacher = _outspoken(name)
+    student = teacher.twin()
+    generator = torch.Generator().manual_seed(5)
+    for parameter in student.module.parameters():
+        parameter.data += 0.05 * parameter.std() * torch.randn(parameter.shape, generator=generator)
+    other = images.clone()
+    with torch.no_grad():
+        expected, own = teacher.raw(images).second.proposals, student.raw(images).second.proposals
+        assert any(
+            x.shape != y.shape or not torch.equal(x, y) for x, y in zip(expected, own, strict=True)
+        )
+        with student.following(teacher, [images]):
+            led = student.raw(images).second
+            assert all(map(torch.equal, led.proposals, expected))
+            # Its own features and weights classify them.
+            assert not torch.equal(led.classes, teacher.raw(images).second.classes)
+            assert all(map(torch.equal, student.raw(other).second.proposals, own))
+        assert all(map(torch.equal, student.raw(images).second.proposals, own))
 
 
 def test_mask_targets(images: Tensor, targets: Targets) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from tiny_detector import blobs, tiny_detector
@@ -131,3 +134,19 @@ def test_without_images_it_says_so() -> None:
     teacher = fold(tiny_detector().twin())
     with pytest.raises(UserError, match="no images"):
         reconstruct(teacher.twin(), teacher, torch.zeros(0, 3, 64, 64, dtype=torch.uint8))
+
+
+def test_the_student_is_led_by_its_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = fold(tiny_detector())
+    student = insert_quantizers(teacher.twin(), Policy())
+    calibrate(student, [blobs(4)], search="minmax")
+    entered: list[tuple[Detector, list[int]]] = []
+
+    @contextmanager
+    def following(_self: Detector, leader: Detector, batches: list[Tensor]) -> Iterator[None]:
+        entered.append((leader, [len(batch) for batch in batches]))
+        yield
+
+    monkeypatch.setattr(Detector, "following", following)
+    reconstruct(student, teacher, (blobs(4) * 255).to(torch.uint8), batch_size=3)
+    assert entered == [(teacher, [3, 1])]
