@@ -33,7 +33,8 @@ clean:
 KIT ?= ../shared/kit
 BENCH ?= runs/bench
 
-.PHONY: bench-zero-shot bench-demo bench-synthesis bench-synthesis-ablation bench-qat bench-qat-step bench-mmdet
+.PHONY: bench-zero-shot bench-demo bench-synthesis bench-synthesis-ablation bench-qat bench-qat-step
+.PHONY: bench-mmdet bench-mmdet-full bench-mmdet-runner
 
 bench-zero-shot: env
 	$(BIN)/python tools/bench_zero_shot.py --model $(KIT)/weights/yolov5n-coco/yolov5n.pt \
@@ -62,3 +63,11 @@ bench-qat-step: env
 # Trains small two-stage detectors first, or goes on where that stopped.
 bench-mmdet: env
 	$(BIN)/python tools/bench_mmdet.py --out $(BENCH)/mmdet
+
+# Once through everything at full size, random weights; time and memory of each step.
+bench-mmdet-full: env
+	$(BIN)/python tools/bench_mmdet_full.py --data $(KIT)/coco-val --out $(BENCH)/mmdet-full
+
+# After bench-mmdet: the same training by mmdet's own script, in one process and in two.
+bench-mmdet-runner: env
+	$(BIN)/python tools/bench_mmdet_runner.py --bench $(BENCH)/mmdet --out $(BENCH)/mmdet-runner

@@ -39,13 +39,14 @@ def _mask_rcnn(backbone: dict[str, Any], channels: list[int]) -> dict[str, Any]:
     model["rpn_head"]["anchor_generator"]["scales"] = [4]
     head = model["roi_head"]
     for extractor in ("bbox_roi_extractor", "mask_roi_extractor"):
-        head[extractor]["out_channels"] = 64
+        # Below 16 pixels the finest level, then one level up each time the side doubles.
+        head[extractor] |= {"out_channels": 64, "finest_scale": 16}
     head["bbox_head"] |= {"in_channels": 64, "fc_out_channels": 256, "num_classes": len(NAMES)}
     head["mask_head"] |= {
         "in_channels": 64, "conv_out_channels": 64, "num_convs": 2, "num_classes": len(NAMES)
     }  # fmt: skip
-    model["train_cfg"]["rcnn"]["sampler"]["num"] = 64
-    model["train_cfg"]["rpn_proposal"] |= {"nms_pre": 500, "max_per_img": 200}
+    model["train_cfg"]["rcnn"]["sampler"]["num"] = 32
+    model["train_cfg"]["rpn_proposal"] |= {"nms_pre": 200, "max_per_img": 100}
     model["test_cfg"]["rpn"] |= {"nms_pre": 300, "max_per_img": 100}
     return {**_COMMON, "family": "mmdet", "config": prepared(model)}
 
@@ -81,6 +82,7 @@ def _swin() -> dict[str, Any]:
 def _mobilenet() -> dict[str, Any]:
     options = {
         "width": 0.5,
+        "parts": 14,
         "representation": 256,
         "anchors": [12, 24, 48, 96],
         "min_size": SIDE,

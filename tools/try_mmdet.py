@@ -1,0 +1,70 @@
+"""Which of mmdet's detectors dfq can use: a table of configs as mmdet ships them, random weights.
+
+    python tools/try_mmdet.py faster-rcnn_r50_fpn_1x_coco detr_r50_8xb2-150e_coco
+
+Loading one runs its predictions, losses, gradients, distillation and decoder once; then every layer
+is quantized, calibrated and compared.
+"""
+
+from __future__ import annotations
+
+import click
+import torch
+
+from dfq.detectors import load_detector
+from dfq.errors import UserError
+from dfq.quantization.convert import (
+    Policy,
+    calibrate,
+    describe,
+    fold,
+    insert_quantizers,
+    quantized_share,
+)
+
+CONFIGS = (
+    "faster-rcnn_r50_fpn_1x_coco",
+    "mask-rcnn_r50_fpn_1x_coco",
+    "mask-rcnn_swin-t-p4-w7_fpn_1x_coco",
+    "retinanet_r50_fpn_1x_coco",
+    "fcos_r50-caffe_fpn_gn-head-center-normbbox-centeronreg-giou_1x_coco",
+    "atss_r50_fpn_1x_coco",
+    "gfl_r50_fpn_1x_coco",
+    "rtmdet_tiny_8xb32-300e_coco",
+    "yolox_tiny_8xb8-300e_coco",
+    "detr_r50_8xb2-150e_coco",
+    "cascade-rcnn_r50_fpn_1x_coco",
+    "dino-4scale_r50_8xb2-12e_coco",
+    "rtmdet-ins_tiny_8xb32-300e_coco",
+    "mask2former_r50_8xb2-lsj-50e_coco",
+    "solo_r50_fpn_1x_coco",
+)
+
+
+def attempt(config: str, size: int) -> tuple[str, str]:
+    """What became of it, and the share of MACs that are quantized."""
+    try:
+        detector = fold(load_detector(config))
+    except UserError as error:
+        return f"refused: {str(error).partition(': ')[2]}", ""
+    student = insert_quantizers(detector.twin(), Policy(weight_bits=8))
+    image = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    calibrate(student, [image], search="minmax")
+    with torch.no_grad():
+        pairs = student.distillation_pairs(student.raw(image), detector.raw(image))
+    assert all(torch.isfinite(pair.student).all() for pair in pairs)
+    return "works", f"{quantized_share(describe(student, size)):.1%}"
+
+
+@click.command(help=(__doc__ or "").split("\n", maxsplit=1)[0])
+@click.argument("configs", nargs=-1)
+@click.option("--size", default=128, show_default=True, help="Side of the image, pixels.")
+def main(configs: tuple[str, ...], size: int) -> None:
+    torch.set_num_threads(1)
+    click.echo("| config | outcome | MACs quantized |\n| --- | --- | ---: |")
+    for config in configs or CONFIGS:
+        click.echo(f"| {config} | {' | '.join(attempt(config, size))} |")
+
+
+if __name__ == "__main__":
+    main()
