@@ -36,7 +36,6 @@ BENCH ?= runs/bench
 .PHONY: bench-zero-shot bench-demo bench-synthesis bench-synthesis-ablation bench-synthesis-curve
 .PHONY: bench-qat bench-qat-step bench-rounding
 .PHONY: bench-mmdet bench-mmdet-full bench-mmdet-runner
-.PHONY: bench-mmdet bench-mmdet-full bench-mmdet-runner
 
 bench-zero-shot: env
 	$(BIN)/python tools/bench_zero_shot.py --model $(KIT)/weights/yolov5n-coco/yolov5n.pt \
