@@ -155,14 +155,15 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, passed: _Pass, whole: _Pass, *tokens: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.passed, ctx.whole, ctx.token = passed, whole, tokens[0].detach()
+        ctx.passed, ctx.whole = passed, whole
+        ctx.token, ctx.count = tokens[0].detach(), len(tokens)
         return whole.mean.clone(), whole.var.clone()
 
     @staticmethod
     def backward(ctx: Any, mean: Tensor, var: Tensor) -> Any:
         passed = ctx.passed
         passed.slope, passed.offset = ctx.whole.differentiate(mean, var)
-        return None, None, *(ctx.token for _ in passed.tokens)
+        return None, None, *[ctx.token] * ctx.count
 
 
 def has_statistics(module: nn.Module) -> bool:
@@ -319,7 +320,11 @@ class BatchNormStatistics:
         """
         passed, self._pass = self._last(), None
         known = self._constants(relative)
-        mean, var = _Join.apply(passed, self._whole or passed, *passed.tokens.values())
+        ran, tokens = list(passed.tokens), list(passed.tokens.values())
+        # The layers' nodes in the graph hold the pass: through their tokens it would hold them, a
+        # circle that no garbage collector sees, with every activation in it.
+        passed.tokens.clear()
+        mean, var = _Join.apply(passed, self._whole or passed, *tokens)
         to_mean = known.norms((mean - known.mean) * known.to_mean)
         to_var = known.norms((var - known.var) * known.to_var)
-        return (to_mean + to_var)[list(passed.tokens)]
+        return (to_mean + to_var)[ran]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
 from tiny_detector import tiny_detector
@@ -151,6 +154,35 @@ def test_nothing_is_left_behind() -> None:
     network(images)
     with pytest.raises(RuntimeError, match="no forward pass"):
         statistics.distances()
+
+
+class Thing:
+    """Something to see the end of."""
+
+
+class Attached(torch.autograd.Function):
+    """Identity whose node in the graph holds a thing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, thing: Thing) -> Tensor:
+        ctx.thing = thing
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def test_no_graph_outlives_its_gradient() -> None:
+    network, thing = small_network(), Thing()
+    alive = weakref.ref(thing)
+    images = torch.rand(2, 3, 9, 9, requires_grad=True)
+    with BatchNormStatistics(network) as statistics:
+        network(Attached.apply(images, thing))
+        del thing
+        torch.autograd.grad(statistics.distances().sum(), images)
+        # A node that held itself would hold all before it, which no garbage collector sees.
+        assert alive() is None
 
 
 def test_statistics_are_zero_for_what_the_layer_was_fed() -> None:
