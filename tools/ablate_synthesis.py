@@ -6,8 +6,8 @@ The yardstick is what a set is for: a short W4A8 training of weights rounded to 
 where the data matter most, then the divergence of the low-bit network from the float one on real
 images, and its AP. Every variant gets the same seeds; variants of the image stage share the labels
 of a seed. Everything stays in the output folder, a finished cell is not made again, and several
-processes may fill one folder with different `--variants` or `--seeds`. Prints Markdown: mean and
-standard deviation over the seeds.
+processes may fill one folder with different `--seeds`. Prints Markdown: mean and standard deviation
+over the seeds.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import click
 from dfq.dataset.calibration import read_json, write_json
 from dfq.dataset.readers import open_set
 from dfq.detectors import load_detector
+from dfq.errors import UserError
 from dfq.evaluation.coco import evaluate
 from dfq.quantization.convert import fold
 from dfq.recipe import Recipe, load_recipe
@@ -186,12 +187,18 @@ def main(
         f"distillation.epochs={epochs}",
         *overrides,
     ]
-    ablation = Ablation(model, real, out, common)
-    numbers = [int(seed) for seed in seeds.split(",")]
-    base = [ablation.cell("baseline", seed) for seed in numbers]
+    try:
+        print_table(Ablation(model, real, out, common), chosen, [int(s) for s in seeds.split(",")])
+    except UserError as error:
+        raise click.ClickException(str(error)) from None
+
+
+def print_table(ablation: Ablation, variants: Sequence[str], seeds: Sequence[int]) -> None:
+    """Make what is missing, and print a line as soon as its cells are there."""
+    base = [ablation.cell("baseline", seed) for seed in seeds]
     click.echo("| variant | divergence | change | AP |\n| --- | ---: | ---: | ---: |")
-    for name in chosen:
-        cells = [ablation.cell(name, seed) for seed in numbers]
+    for name in variants:
+        cells = [ablation.cell(name, seed) for seed in seeds]
         click.echo(row(VARIANTS[name][0], cells, base))
 
 

@@ -32,7 +32,7 @@ def test_a_table_and_nothing_made_twice(place: Path, model: Path, ablate: Any) -
     words = [
         "--model", str(model), "--real", "real", "--out", "out", "--seeds", "0,1", "--size", "64",
         "--images", "2", "--iterations", "2", "--epochs", "1",
-        "--variants", "baseline,low-pass,task-agnostic",
+        "--variants", "baseline,low-pass",
         "--set", "synthesis.label_stage.iterations=2", "--set", "synthesis.label_stage.updates=1",
         "--set", "synthesis.label_stage.image_size=64",
     ]  # fmt: skip
@@ -40,11 +40,11 @@ def test_a_table_and_nothing_made_twice(place: Path, model: Path, ablate: Any) -
     assert first.exit_code == 0, first.output
     lines = [line for line in first.stdout.splitlines() if line.startswith("|")]
     assert [line.split("|")[1].strip() for line in lines] == [
-        "variant", "---", "the default", "gradient blurred, 1 px", "no labels",
+        "variant", "---", "the default", "gradient blurred, 1 px",
     ]  # fmt: skip
     assert lines[2].split("|")[3].strip() == "0.00 ± 0.00"
     cells = {path.stem for path in (place / "out" / "cells").iterdir()}
-    variants = ("baseline", "low-pass", "task-agnostic")
+    variants = ("baseline", "low-pass")
     assert cells == {f"{name}-{seed}" for name in variants for seed in (0, 1)}
     # The baseline's images and those of a variant have the same labels, up to their order.
     labels = [
@@ -69,3 +69,10 @@ def test_an_unknown_variant(place: Path, model: Path, ablate: Any) -> None:
     result = CliRunner().invoke(ablate.main, words)
     assert result.exit_code == 2
     assert "fog" in result.output
+
+
+def test_a_mistake_is_one_line(place: Path, model: Path, ablate: Any) -> None:
+    words = ["--model", str(model), "--real", "nowhere", "--out", "o", "--size", "60"]
+    result = CliRunner().invoke(ablate.main, words)
+    assert result.exit_code == 1
+    assert "synthesis.image_size: 60 is no multiple" in result.output
