@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from .recipe_section import Section
 
@@ -120,3 +120,11 @@ class Synthesis(Section):
             known = ", ".join(f"'{name}'" for name in LABELS)
             raise ValueError(f"should be {known} or '{REAL_LABELS}SET'")
         return value
+
+    @model_validator(mode="after")
+    def _whole_batches(self) -> Synthesis:
+        for name in ("swing", "per_image"):
+            if self.micro_batch is not None and getattr(self.techniques, name):
+                # One moves the images differently in each pass, the other is no sum over parts.
+                raise ValueError(f"techniques.{name} and micro_batch cannot go together")
+        return self

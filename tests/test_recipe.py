@@ -268,3 +268,10 @@ def test_shipped_recipes_hold_the_defaults(name: str) -> None:
     # `dfq synthesize` without a recipe must make the set that `dfq qat --recipe` looks for.
     shipped = load_recipe(name).model_dump(exclude={"quantization"})
     assert shipped == load_recipe(None).model_dump(exclude={"quantization"})
+
+
+@pytest.mark.parametrize("technique", ["swing=true", "per_image=0.5"])
+def test_what_needs_a_whole_batch_refuses_its_parts(technique: str) -> None:
+    name = technique.partition("=")[0]
+    with pytest.raises(UserError, match=rf"techniques\.{name} and micro_batch cannot go together"):
+        load_recipe(None, [f"synthesis.techniques.{technique}", "synthesis.micro_batch=4"])
