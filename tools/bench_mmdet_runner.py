@@ -1,8 +1,8 @@
 """One small network, one set, one recipe: trained by dfq qat and by mmdet's own training script.
 
-The network is one of tools/small_rcnn.py and the set the one that tools/bench_mmdet.py made with
-it. mmdet's script runs in one process and in two (gloo), and measures with its own CocoMetric.
-Writes `table.md` into --out.
+The network is one of tools/small_rcnn.py, as tools/bench_mmdet.py trained it, and the set is made
+with the settings of that bench. mmdet's script runs in one process and in two (gloo), and measures
+with its own CocoMetric. Writes `table.md` into --out.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import click
 import torch
+from bench_mmdet import BUDGET
 from small_rcnn import FAMILIES, SIDE
 
 import dfq
@@ -112,14 +113,14 @@ def main(
 ) -> None:
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
-    images, scenes = bench / f"{family}-set-zero-shot", bench / "scenes"
+    scenes = bench / "scenes"
     config, checkpoint = write_config(family, bench / f"{family}.safetensors", scenes, out)
+    model = f"{config}@{checkpoint}"
     changes = [*overrides, f"distillation.batch_size={batch}"]
-    rows = {"float": by_dfq(f"{config}@{checkpoint}", scenes)}
-    run = dfq.quantize(
-        load_recipe(recipe, [*changes, "method=qat"]),
-        model=f"{config}@{checkpoint}", data=images, out=out / "dfq", device="cpu",
-    )  # fmt: skip
+    rows = {"float": by_dfq(model, scenes)}
+    settings = load_recipe(recipe, [*BUDGET, *changes, "method=qat"])
+    images = dfq.synthesize(model, settings, out=out / "set", device="cpu", workers=1).root
+    run = dfq.quantize(settings, model=model, data=images, out=out / "dfq", device="cpu")
     rows["dfq qat"] = by_dfq(run, scenes)
     written = out / "mmdet_qat.py"
     words = ["mmdet-config", str(config), "--recipe", recipe, "--checkpoint", str(checkpoint)]
