@@ -217,6 +217,12 @@ class Detector(ABC):
                 f"{key}: {size} is no multiple of the model's stride {self.stride}; try {near}"
             )
 
+    def check_sides(self, images: Tensor) -> None:
+        """Raise a `ValueError` where a side of images `(n, 3, h, w)` is no multiple of `stride`."""
+        height, width = images.shape[2:]
+        if height % self.stride or width % self.stride:
+            raise ValueError(f"image sides {height} x {width} are no multiples of {self.stride}")
+
     @abstractmethod
     def raw(self, images: Tensor) -> Any:
         """Predictions in the family's own structure for images `(n, 3, h, w)` in [0, 1].

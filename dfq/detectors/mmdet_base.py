@@ -69,12 +69,6 @@ class MMDetDetector(Detector):
             x = (x - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)
         return x
 
-    def check_sides(self, images: Tensor) -> None:
-        """Raise a `ValueError` where a side of `images` is no multiple of `stride`."""
-        height, width = images.shape[2:]
-        if height % self.stride or width % self.stride:
-            raise ValueError(f"image sides {height} x {width} are no multiples of {self.stride}")
-
     def features_of(self, x: Tensor) -> list[Tensor]:
         """Feature maps of normalised images, as the heads take them."""
         return list(self.module.extract_feat(x))

@@ -33,9 +33,7 @@ class TorchvisionRetinaNet(TorchvisionDetector):
 
     def raw(self, images: Tensor) -> RetinaNetRaw:
         """Predictions for images `(n, 3, h, w)`, RGB in [0, 1], h and w multiples of `stride`."""
-        height, width = images.shape[2:]
-        if height % self.stride or width % self.stride:
-            raise ValueError(f"image sides {height} x {width} are no multiples of {self.stride}")
+        self.check_sides(images)
         features = self.pyramid(self.normalize(images))
         found = self.module.head(features)
         grids = tuple((level.shape[2], level.shape[3]) for level in features)

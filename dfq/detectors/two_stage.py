@@ -105,11 +105,10 @@ class TwoStageDetector(Detector):
 
         The second stage is run where no gradients are recorded; see `TwoStageRaw.second`.
         """
-        height, width = images.shape[2:]
-        if height % self.stride or width % self.stride:
-            raise ValueError(f"image sides {height} x {width} are no multiples of {self.stride}")
+        self.check_sides(images)
         features, objectness, deltas = self._first_stage(self.normalize(images))
-        raw = TwoStageRaw(features, objectness, deltas, (height, width), None, self)
+        shape = (images.shape[2], images.shape[3])
+        raw = TwoStageRaw(features, objectness, deltas, shape, None, self)
         if torch.is_grad_enabled():
             return raw
         given = next((proposals for batch, proposals in self._led if batch is images), None)

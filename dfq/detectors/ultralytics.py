@@ -153,9 +153,7 @@ class UltralyticsDetector(Detector):
 
     def raw(self, images: Tensor) -> RawPredictions:
         """Predictions for images `(n, 3, h, w)`, RGB in [0, 1], h and w multiples of `stride`."""
-        height, width = images.shape[2:]
-        if height % self.stride or width % self.stride:
-            raise ValueError(f"image sides {height} x {width} are no multiples of {self.stride}")
+        self.check_sides(images)
         current = self.normalize(images)
         outputs: dict[int, Any] = {IMAGE: current}
         layers = list(self.module.model)[:-1]

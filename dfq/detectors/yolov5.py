@@ -156,9 +156,7 @@ class YOLOv5(Detector):
         )
 
     def raw(self, images: Tensor) -> list[Tensor]:
-        height, width = images.shape[2:]
-        if height % self.stride or width % self.stride:
-            raise ValueError(f"image sides {height} x {width} are no multiples of {self.stride}")
+        self.check_sides(images)
         return self.module(self.normalize(images))
 
     def levels(self, raw: list[Tensor]) -> list[Tensor]:
