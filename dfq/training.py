@@ -15,14 +15,14 @@ from .dataset.calibration import CalibrationSet, read_json, write_json
 from .dataset.letterbox import load_letterboxed
 from .dataset.readers import ImageSet, open_set
 from .detectors.base import Detector, Targets
-from .distillation.losses import distillation_terms
+from .distillation.losses import total_divergence
 from .distillation.trainer import LabelledImages, Outcome, Trainer
 from .distributed import World
 from .errors import DivergedError, UserError
 from .evaluation.coco import evaluate as evaluate_detector
 from .progress import Progress
 from .quantization.convert import Policy, calibrate, insert_quantizers
-from .recipe import Recipe
+from .recipe import Quantization, Recipe
 from .reconstruction.second_order import reconstruct
 from .sensitivity.policy import find_bits
 
@@ -126,6 +126,35 @@ def mixed_policy(
     return shared
 
 
+def images_to_prepare(section: Quantization) -> int:
+    """How many images `calibrate_and_round` looks at."""
+    rounding = section.rounding_images if section.rounding == "gptq" else 0
+    return max(section.calibration_images, rounding)
+
+
+def calibrate_and_round(
+    student: Detector,
+    teacher: Detector,
+    pixels: Tensor,
+    section: Quantization,
+    progress: Progress,
+) -> None:
+    """Find the quantizers' initial scales and round the weights as the recipe says.
+
+    Args:
+        student: with quantizers inserted; changed in place.
+        teacher: the folded float detector, on the same device.
+        pixels: uint8 `(n, 3, h, w)`, `images_to_prepare` of them, or all there are.
+        section: of the recipe.
+        progress: told how far rounding is.
+    """
+    batches = (batch.float() / 255 for batch in pixels[: section.calibration_images].split(8))
+    calibrate(student, batches, search=section.ranges)
+    if section.rounding == "gptq":
+        with progress.task("rounding", 1, "layers") as task:
+            reconstruct(student, teacher, pixels[: section.rounding_images], progress=task.update)
+
+
 def quantized(
     teacher: Detector,
     policy: Policy,
@@ -136,17 +165,10 @@ def quantized(
     """A twin of the folded `teacher` with quantizers; unless `data` is None calibrated on it, and
     its weights rounded as the recipe says."""
     student = insert_quantizers(teacher.twin(), policy)
-    if data is None:
-        return student
-    section = recipe.quantization
-    rounds = section.rounding == "gptq"
-    wanted = max(section.calibration_images, section.rounding_images if rounds else 0)
-    pixels = data.load(list(range(min(wanted, len(data)))))
-    batches = (batch.float() / 255 for batch in pixels[: section.calibration_images].split(8))
-    calibrate(student, batches, search=section.ranges)
-    if rounds:
-        with progress.task("rounding", 1, "layers") as task:
-            reconstruct(student, teacher, pixels[: section.rounding_images], progress=task.update)
+    if data is not None:
+        section = recipe.quantization
+        pixels = data.load(list(range(min(images_to_prepare(section), len(data)))))
+        calibrate_and_round(student, teacher, pixels, section, progress)
     return student
 
 
@@ -257,23 +279,18 @@ def judge_on(images: ImageSet, recipe: Recipe) -> Callable[[Detector], float]:
     return judge
 
 
-@torch.no_grad()
 def mean_divergence(student: Detector, teacher: Detector, data: LabelledImages) -> float:
     """How far the predictions of two networks are apart, per image: the training's own divergence
-    (`distillation_terms`) over each distribution of the head. On real images it tells low-bit
+    (`total_divergence`) over each distribution of the head. On real images it tells low-bit
     networks apart that AP, on a few hundred images, cannot.
 
     Args:
         student, teacher: on one device, the teacher is the reference.
         data: all of its images count; its labels do not.
     """
-    total = 0.0
-    for start in range(0, len(data), 16):
-        indices = list(range(start, min(start + 16, len(data))))
-        pixels = data.load(indices).to(teacher.device).float() / 255
-        raw = student.raw(pixels), teacher.raw(pixels)
-        total += float(distillation_terms(student, *raw, batch=1, form="family", temperature=1.0))
-    return total / len(data)
+    batches = torch.arange(len(data)).split(16)
+    total = total_divergence(student, teacher, (data.load(chosen.tolist()) for chosen in batches))
+    return float(total) / len(data)
 
 
 def data_identity(calibration: LabelledImages, source: str | Path | None) -> list[Any]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..detectors.base import Detector, DistillationPair
+from ..detectors.base import Detector, DistillationPair, Targets
+from ..recipe import Distillation
 
 
 def _bernoulli_kl(pair: DistillationPair, temperature: float) -> Tensor:
@@ -147,3 +148,78 @@ def distillation_terms(
         )
     pairs = student.distillation_pairs(student_raw, teacher_raw)
     return prediction_divergence(pairs, batch, temperature=temperature)
+
+
+def training_terms(
+    student: Detector,
+    teacher: Detector,
+    images: Tensor,
+    targets: Targets,
+    settings: Distillation,
+    ours: FeatureTaps,
+    theirs: FeatureTaps,
+    variances: Callable[[Mapping[str, Tensor]], Tensor | None] | None = None,
+) -> dict[str, Tensor]:
+    """The terms that training minimises the sum of, each weighted; means over the images.
+
+    Args:
+        student, teacher: the low-bit network, and the float one, which gets no gradient.
+        images: `(n, 3, h, w)`, RGB in [0, 1].
+        targets: their labels; looked at only where the task term has a weight.
+        settings: the `distillation` section of a recipe.
+        ours, theirs: taps on the distilled layers of student and teacher.
+        variances: gives those of the teacher's features over all of the batch, `(layers,)`, where
+            these images are a part of it; None, or giving None: over these images.
+
+    Returns:
+        "kl", "feature" and "task", scalars, those with a weight.
+    """
+    weights = settings.weights
+    with torch.no_grad():
+        teacher_raw = teacher.raw(images)
+    features = theirs.take()
+    spread = None if variances is None else variances(features)
+    student_raw = student.raw(images)
+    terms = {}
+    if weights.kl > 0:
+        terms["kl"] = weights.kl * distillation_terms(
+            student,
+            student_raw,
+            teacher_raw,
+            batch=len(images),
+            form=settings.kl_form,
+            temperature=settings.temperature,
+        )
+    if weights.feature > 0:
+        terms["feature"] = weights.feature * feature_distance(ours.take(), features, spread)
+    if weights.task > 0:
+        shape = (images.shape[2], images.shape[3])
+        task = student.task_loss(student_raw, targets, shape)
+        terms["task"] = weights.task * torch.stack(list(task.values())).sum()
+    return terms
+
+
+@torch.no_grad()
+def total_divergence(student: Detector, teacher: Detector, batches: Iterable[Tensor]) -> Tensor:
+    """Sum over the images of how far the predictions are apart, whatever form is trained on: the
+    family-aware divergence at temperature 1.
+
+    Args:
+        student, teacher: on one device; the teacher is the reference.
+        batches: uint8 `(n, 3, h, w)`.
+
+    Returns:
+        A scalar on that device.
+    """
+    total = torch.zeros((), device=student.device)
+    for batch in batches:
+        images = batch.to(student.device).float() / 255
+        total += len(images) * distillation_terms(
+            student,
+            student.raw(images),
+            teacher.raw(images),
+            batch=len(images),
+            form="family",
+            temperature=1.0,
+        )
+    return total

@@ -14,6 +14,19 @@ from ..quantization.quantizers import Quantizer
 from ..recipe import Distillation
 
 
+def require_gradients(student: nn.Module, settings: Distillation) -> None:
+    """Mark what training moves: every parameter but quantized weights whose rate is 0 and the zero
+    points of symmetric quantizers."""
+    for parameter in student.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    if settings.weight_lr == 0:
+        for _, layer in quantized_layers(student):
+            layer.weight.requires_grad_(False)
+    for module in student.modules():
+        if isinstance(module, Quantizer):
+            module.zero_point.requires_grad_(module.asymmetric)
+
+
 def parameter_groups(student: nn.Module, settings: Distillation) -> list[dict[str, Any]]:
     """Quantized weights; step sizes and zero points; and all others, each at a rate of its own."""
     scales = {p for m in student.modules() if isinstance(m, Quantizer) for p in m.parameters()}

@@ -18,12 +18,10 @@ from ..dataset.calibration import write_atomic
 from ..detectors.base import Detector, Targets
 from ..distributed import World
 from ..errors import DivergedError, UserError
-from ..quantization.convert import quantized_layers
-from ..quantization.quantizers import Quantizer
 from ..recipe import Distillation
-from .losses import FeatureTaps, distillation_terms, feature_distance
+from .losses import FeatureTaps, total_divergence, training_terms
 from .oscillation import Oscillation
-from .parameters import Average, Best, Leash, WeightSteps, parameter_groups
+from .parameters import Average, Best, Leash, WeightSteps, parameter_groups, require_gradients
 from .sharing import add_up_gradients, batch_variances, labels_of
 
 Report = Callable[[int, int, dict[str, float]], None]
@@ -104,15 +102,7 @@ class Trainer:
         self.steps = math.ceil(len(data) / self.batch_size)
         # Few enough to keep in memory as bytes: 2,000 images of 640 px are 2.3 GiB.
         self.images = data.load(list(range(len(data))))
-        for parameter in student.module.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())
-        if settings.weight_lr == 0:
-            # No gradients for what is not trained.
-            for _, layer in quantized_layers(student.module):
-                layer.weight.requires_grad_(False)
-        for module in student.module.modules():
-            if isinstance(module, Quantizer):
-                module.zero_point.requires_grad_(module.asymmetric)
+        require_gradients(student.module, settings)
         self.optimizer = torch.optim.Adam(
             parameter_groups(student.module, settings), fused=True, betas=(0.9, 0.999)
         )
@@ -133,35 +123,6 @@ class Trainer:
         if step < warmup:
             return (step + 1) / warmup
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-    def _terms(
-        self, images: Tensor, targets: Targets, ours: FeatureTaps, theirs: FeatureTaps
-    ) -> dict[str, Tensor]:
-        """The weighted terms of the loss on this process's part of a batch, means over it."""
-        weights, settings = self.settings.weights, self.settings
-        with torch.no_grad():
-            teacher_raw = self.teacher.raw(images)
-        features = theirs.take()
-        variances = self._variances(features, len(images))
-        student_raw = self.student.raw(images)
-        terms = {}
-        if weights.kl > 0:
-            terms["kl"] = weights.kl * distillation_terms(
-                self.student,
-                student_raw,
-                teacher_raw,
-                batch=len(images),
-                form=settings.kl_form,
-                temperature=settings.temperature,
-            )
-        if weights.feature > 0:
-            distance = feature_distance(ours.take(), features, variances)
-            terms["feature"] = weights.feature * distance
-        if weights.task > 0:
-            shape = (images.shape[2], images.shape[3])
-            task = self.student.task_loss(student_raw, targets, shape)
-            terms["task"] = weights.task * torch.stack(list(task.values())).sum()
-        return terms
 
     def _variances(self, features: Mapping[str, Tensor], images: int) -> Tensor | None:
         """Variance of each layer's features over the whole batch; None where this is all of it."""
@@ -184,22 +145,10 @@ class Trainer:
             images = jitter_colours(images, settings.colour, generator)
         return augment(images, targets, generator, flip=settings.flip, zoom=settings.zoom)
 
-    @torch.no_grad()
     def divergence(self) -> float:
         """Mean prediction divergence from the teacher over the whole set, nothing augmented."""
-        total = torch.zeros((), device=self.student.device)
-        starts = range(0, len(self.data), self.batch_size)
-        for start in starts[self.world.rank :: self.world.size]:
-            images = self.images[start : start + self.batch_size].to(self.student.device)
-            images = images.float() / 255
-            total += len(images) * distillation_terms(
-                self.student,
-                self.student.raw(images),
-                self.teacher.raw(images),
-                batch=len(images),
-                form="family",
-                temperature=1.0,
-            )
+        batches = self.images.split(self.batch_size)[self.world.rank :: self.world.size]
+        total = total_divergence(self.student, self.teacher, batches)
         return float(self.world.add_up(total)) / len(self.data)
 
     def _state(self, epoch: int, history: list[dict[str, float]], start: float) -> dict[str, Any]:
@@ -374,7 +323,17 @@ class Trainer:
         if self.world.size > 1:
             images, targets = images[mine], labels_of(targets, mine)
         if share > 0:
-            terms = list(self._terms(images, targets, ours, theirs).values())
+            weighted = training_terms(
+                self.student,
+                self.teacher,
+                images,
+                targets,
+                self.settings,
+                ours,
+                theirs,
+                lambda features: self._variances(features, len(images)),
+            )
+            terms = list(weighted.values())
             loss = torch.stack(terms).sum()
             # Means over the part, weighted so that they add up to the mean over the batch.
             (loss * share).backward()

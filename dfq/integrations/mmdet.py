@@ -18,7 +18,7 @@ which registers with mmdet
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,13 @@ from torch import Tensor
 from ..dataset.calibration import CalibrationSet
 from ..detectors import Targets, load_detector
 from ..detectors.mmdet_config import require_mmdet
-from ..distillation.losses import FeatureTaps, distillation_terms, feature_distance
-from ..distillation.parameters import Leash
+from ..distillation.losses import FeatureTaps, training_terms
+from ..distillation.parameters import Leash, require_gradients
 from ..errors import UserError
-from ..quantization.convert import calibrate, fold, insert_quantizers, quantized_layers
-from ..quantization.quantizers import Quantizer
+from ..progress import Silent
+from ..quantization.convert import fold, insert_quantizers
 from ..recipe import Distillation, load_recipe
-from ..reconstruction.second_order import reconstruct
-from ..training import policy_of
+from ..training import calibrate_and_round, images_to_prepare, policy_of
 
 require_mmdet()
 
@@ -151,21 +150,10 @@ class DFQDistiller(BaseModel):
         self._student = insert_quantizers(detector.twin(), policy_of(self.recipe))
         self._student.mask_targets = self.recipe.distillation.masks
         self.student = self._student.module
-        for parameter in self.student.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())
-        for quantizer in self.quantizers():
-            quantizer.zero_point.requires_grad_(quantizer.asymmetric)
-        _check_supported(self.recipe.distillation)
-        if self.recipe.distillation.weight_lr == 0:
-            for _, layer in quantized_layers(self.student):
-                layer.weight.requires_grad_(False)
-        self._names: list[str] = []
-        if self.recipe.distillation.weights.feature > 0:
-            self._names = self._student.feature_layers()
-
-    def quantizers(self) -> Iterator[Quantizer]:
-        """Every quantizer of the student."""
-        return (module for module in self.student.modules() if isinstance(module, Quantizer))
+        settings = self.recipe.distillation
+        _check_supported(settings)
+        require_gradients(self.student, settings)
+        self._names = self._student.feature_layers() if settings.weights.feature > 0 else []
 
     def init_weights(self) -> None:
         """Nothing: the weights are the detector's."""
@@ -182,12 +170,10 @@ class DFQDistiller(BaseModel):
         Args:
             images: uint8 `(n, 3, h, w)`, RGB, the first ones of the training set.
         """
-        section = self.recipe.quantization
-        batches = images[: section.calibration_images].split(8)
-        calibrate(self._student, (batch.float() / 255 for batch in batches), search=section.ranges)
-        if section.rounding == "gptq":
-            self._teacher.to(self._student.device)
-            reconstruct(self._student, self._teacher, images[: section.rounding_images])
+        self._teacher.to(self._student.device)
+        calibrate_and_round(
+            self._student, self._teacher, images, self.recipe.quantization, Silent()
+        )
 
     def forward(
         self, inputs: Tensor, data_samples: list[Any] | None = None, mode: str = "tensor"
@@ -203,34 +189,18 @@ class DFQDistiller(BaseModel):
             return self._student.raw(inputs)
         if self._teacher.device != inputs.device:
             self._teacher.to(inputs.device)
-        settings, weights = self.recipe.distillation, self.recipe.distillation.weights
-        ours = FeatureTaps(self.student, self._names)
-        theirs = FeatureTaps(self._teacher.module, self._names)
-        try:
-            with torch.no_grad():
-                teacher_raw = self._teacher.raw(inputs)
-            student_raw = self._student.raw(inputs)
-            terms = {}
-            if weights.kl > 0:
-                terms["loss_kl"] = weights.kl * distillation_terms(
-                    self._student,
-                    student_raw,
-                    teacher_raw,
-                    batch=len(inputs),
-                    form=settings.kl_form,
-                    temperature=settings.temperature,
-                )
-            if weights.feature > 0:
-                distance = feature_distance(ours.take(), theirs.take())
-                terms["loss_feature"] = weights.feature * distance
-        finally:
-            ours.close()
-            theirs.close()
-        if weights.task > 0:
-            shape = (inputs.shape[2], inputs.shape[3])
-            task = self._student.task_loss(student_raw, _targets(data_samples or [], shape), shape)
-            terms["loss_task"] = weights.task * torch.stack(list(task.values())).sum()
-        return terms
+        settings, targets = self.recipe.distillation, Targets.empty()
+        if settings.weights.task > 0:
+            targets = _targets(data_samples or [], (inputs.shape[2], inputs.shape[3]))
+        # Evaluation runs the student as well: the taps are there for this pass only.
+        with (
+            closing(FeatureTaps(self.student, self._names)) as ours,
+            closing(FeatureTaps(self._teacher.module, self._names)) as theirs,
+        ):
+            terms = training_terms(
+                self._student, self._teacher, inputs, targets, settings, ours, theirs
+            )
+        return {f"loss_{name}": term for name, term in terms.items()}
 
     def val_step(self, data: Any) -> list[Any]:
         """Detections of the student, by mmdet."""
@@ -315,8 +285,8 @@ def _distiller(runner: Any) -> DFQDistiller:
 
 def _first_images(runner: Any, model: DFQDistiller) -> Tensor:
     dataset, section = runner.train_dataloader.dataset, model.recipe.quantization
-    wanted = max(section.calibration_images, section.rounding_images)
-    found = [dataset[index]["inputs"] for index in range(min(wanted, len(dataset)))]
+    wanted = min(images_to_prepare(section), len(dataset))
+    found = [dataset[index]["inputs"] for index in range(wanted)]
     if len({tuple(image.shape) for image in found}) != 1:
         raise UserError(
             "DFQCalibrationHook: the images of the training set are not all of one size; train on "
