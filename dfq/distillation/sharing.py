@@ -7,17 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..detectors.base import Targets
 from ..distributed import World
 from .losses import feature_moments
-
-
-def labels_of(targets: Targets, images: slice) -> Targets:
-    """The labels of some images in a row, which are counted from 0 anew."""
-    index = targets.data[:, 0]
-    data = targets.data[(index >= images.start) & (index < images.stop)].clone()
-    data[:, 0] -= images.start
-    return Targets(data)
 
 
 def batch_variances(

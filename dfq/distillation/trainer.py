@@ -22,7 +22,7 @@ from ..recipe import Distillation
 from .losses import FeatureTaps, total_divergence, training_terms
 from .oscillation import Oscillation
 from .parameters import Average, Best, Leash, WeightSteps, parameter_groups, require_gradients
-from .sharing import add_up_gradients, batch_variances, labels_of
+from .sharing import add_up_gradients, batch_variances
 
 Report = Callable[[int, int, dict[str, float]], None]
 """Called after each epoch with epochs done, epochs in all, and the epoch's mean loss terms."""
@@ -321,7 +321,7 @@ class Trainer:
         share = (mine.stop - mine.start) / len(chosen)
         self.optimizer.zero_grad(set_to_none=True)
         if self.world.size > 1:
-            images, targets = images[mine], labels_of(targets, mine)
+            images, targets = images[mine], targets.rows(mine.start, mine.stop)
         if share > 0:
             weighted = training_terms(
                 self.student,
