@@ -23,15 +23,8 @@ from .evaluation.coco import Metrics
 from .evaluation.coco import evaluate as evaluate_detector
 from .evaluation.matching import require_labels
 from .progress import Progress, Silent
-from .quantization.convert import (
-    LayerInfo,
-    Policy,
-    bit_operations,
-    describe,
-    fold,
-    insert_quantizers,
-    quantized_share,
-)
+from .quantization.convert import Policy, fold, insert_quantizers
+from .quantization.listing import LayerInfo, bit_operations, describe, quantized_share
 from .recipe import Recipe, load_recipe
 from .run import Run, identity_of_recipe, is_run, load_run, next_folder, versions
 from .sensitivity.policy import Sensitivity, find_bits

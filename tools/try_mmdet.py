@@ -13,14 +13,8 @@ import torch
 
 from dfq.detectors import load_detector
 from dfq.errors import UserError
-from dfq.quantization.convert import (
-    Policy,
-    calibrate,
-    describe,
-    fold,
-    insert_quantizers,
-    quantized_share,
-)
+from dfq.quantization.convert import Policy, calibrate, fold, insert_quantizers
+from dfq.quantization.listing import describe, quantized_share
 
 CONFIGS = (
     "faster-rcnn_r50_fpn_1x_coco",

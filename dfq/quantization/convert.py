@@ -1,9 +1,9 @@
-"""Put quantizers into a detector by policy, and list what is quantized and what is not."""
+"""Put quantizers into a detector by policy, and set their initial scales."""
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,19 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ..detectors.base import Detector
-from ..detectors.matmul import Matmul
 from ..errors import UserError
 from .folding import fold_batchnorm
 from .layers import QUANTIZED_LAYERS, QuantConv2d, QuantLinear, QuantMatmul
+from .listing import FLOAT_KINDS, describe
 from .quantizers import Quantizer
 from .ranges import SEARCHES
 from .widths import parse_widths
-
-FLOAT_BITS = 32
-
-FLOAT_KINDS = ("deconv", "attention")
-"""Kinds of layers that are listed and stay in float: what is left of transposed convolutions and of
-PyTorch's own attention after `detectors.exposed`."""
 
 
 @dataclass(frozen=True)
@@ -83,111 +77,6 @@ class Policy:
     def from_dict(cls, data: dict[str, Any]) -> Policy:
         overrides = tuple((str(name), bits) for name, bits in data.get("overrides", ()))
         return cls(**{**data, "overrides": overrides})
-
-
-@dataclass(frozen=True)
-class LayerInfo:
-    """One layer as `dfq inspect` lists it. `macs` is for one image.
-
-    `kind` is conv or linear; matmul: a product of two activations, without a weight, whose
-    `weight_bits` are its left operand's; or one of `FLOAT_KINDS`.
-    """
-
-    name: str
-    kind: str
-    weight_shape: tuple[int, ...]
-    output_shape: tuple[int, ...]
-    macs: int
-    weight_bits: int
-    activation_bits: int
-
-    @property
-    def quantized(self) -> bool:
-        return self.weight_bits < FLOAT_BITS and self.activation_bits < FLOAT_BITS
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "quantized": self.quantized}
-
-
-def _bits(layer: nn.Module) -> tuple[int, int]:
-    if isinstance(layer, QUANTIZED_LAYERS):
-        return layer.weight_quantizer.bits, layer.input_quantizer.bits
-    if isinstance(layer, QuantMatmul):
-        return layer.left_quantizer.bits, layer.right_quantizer.bits
-    return FLOAT_BITS, FLOAT_BITS
-
-
-def describe(detector: Detector, image_size: int | None = None) -> list[LayerInfo]:
-    """Every layer of weights and every product of activations that computes predictions, in
-    execution order.
-
-    Layers that `Detector.raw` does not run (a decoder's constant convolution, say) are not listed.
-    """
-    size = image_size or detector.image_size
-    rows: dict[str, LayerInfo] = {}
-    handles = []
-    for name, module in detector.module.named_modules():
-        if not isinstance(module, _LISTED):
-            continue
-
-        def after(
-            layer: nn.Module,
-            inputs: tuple[Tensor, ...],
-            named: dict[str, Tensor],
-            output: Any,
-            name: str = name,
-        ) -> None:
-            kind, shape, macs = _cost(layer, [*inputs, *named.values()], output)
-            first = output[0] if isinstance(output, tuple) else output
-            before = rows[name].macs if name in rows else 0
-            rows[name] = LayerInfo(
-                name, kind, shape, tuple(first.shape[1:]), macs + before, *_bits(layer)
-            )
-
-        handles.append(module.register_forward_hook(after, with_kwargs=True))
-    try:
-        with torch.no_grad():
-            detector.raw(torch.zeros(1, 3, size, size, device=detector.device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return list(rows.values())
-
-
-_LISTED = (nn.Conv2d, nn.Linear, nn.ConvTranspose2d, nn.MultiheadAttention, Matmul)
-
-
-def _cost(
-    layer: nn.Module, inputs: Sequence[Tensor], output: Any
-) -> tuple[str, tuple[int, ...], int]:
-    """Kind, weight shape and MACs of one call of a layer."""
-    # All of the output: rows may be windows or proposals of the one image.
-    if isinstance(layer, Matmul):
-        return "matmul", (), output.numel() * inputs[0].shape[-1]
-    if isinstance(layer, nn.MultiheadAttention):
-        width, queries, keys = layer.embed_dim, inputs[0].numel(), inputs[1].numel()
-        # Projections of queries, output, keys and values, and the two products (one image).
-        return "attention", (), 2 * (queries + keys) * width + 2 * queries * keys // width
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    if isinstance(layer, nn.ConvTranspose2d):
-        # Each input element is multiplied with one filter: all of the weight but its input axis.
-        return "deconv", tuple(weight.shape), inputs[0].numel() * weight[0].numel()
-    kind = "linear" if isinstance(layer, nn.Linear) else "conv"
-    # Each output element costs one filter: all of the weight but its output axis.
-    return kind, tuple(weight.shape), output.numel() * weight[0].numel()
-
-
-def quantized_share(layers: Iterable[LayerInfo]) -> float:
-    """Share of the multiply-accumulates that run on quantized weights and inputs, in [0, 1]."""
-    layers = list(layers)
-    total = sum(layer.macs for layer in layers)
-    return sum(layer.macs for layer in layers if layer.quantized) / total if total else 0.0
-
-
-def bit_operations(layers: Iterable[LayerInfo]) -> int:
-    """BOPs of one image: weight bits * activation bits * MACs, summed over the layers."""
-    return sum(row.weight_bits * row.activation_bits * row.macs for row in layers)
 
 
 def fold(detector: Detector) -> Detector:

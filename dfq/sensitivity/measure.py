@@ -12,16 +12,14 @@ from torch import Tensor
 from ..detectors.base import Detector
 from ..distillation.losses import prediction_divergence
 from ..quantization.convert import (
-    FLOAT_KINDS,
-    LayerInfo,
     Policy,
-    describe,
     float_mode,
     insert_quantizers,
     observe,
     quantized_layers,
     set_ranges,
 )
+from ..quantization.listing import FLOAT_KINDS, LayerInfo, describe
 from ..quantization.widths import Widths, format_widths
 
 

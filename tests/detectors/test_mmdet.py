@@ -24,14 +24,8 @@ from dfq.detectors.mmdet_config import one_line, plain, read_config, unplain
 from dfq.detectors.two_stage import ellipse_masks, pixel_boxes
 from dfq.errors import UserError
 from dfq.evaluation.coco import _predict, evaluate, score
-from dfq.quantization.convert import (
-    Policy,
-    calibrate,
-    describe,
-    fold,
-    insert_quantizers,
-    quantized_layers,
-)
+from dfq.quantization.convert import Policy, calibrate, fold, insert_quantizers, quantized_layers
+from dfq.quantization.listing import describe
 
 TWO_STAGE = ["mask-rcnn-resnet", "mask-rcnn-swin"]
 SMALL = [*TWO_STAGE, "retinanet"]

@@ -26,14 +26,8 @@ from dfq.detectors.torchvision_models import (
 from dfq.detectors.torchvision_rcnn import TorchvisionRCNN
 from dfq.detectors.two_stage import ellipse_masks, pixel_boxes
 from dfq.errors import UserError
-from dfq.quantization.convert import (
-    Policy,
-    calibrate,
-    describe,
-    fold,
-    insert_quantizers,
-    quantized_layers,
-)
+from dfq.quantization.convert import Policy, calibrate, fold, insert_quantizers, quantized_layers
+from dfq.quantization.listing import describe
 from dfq.recipe_synthesis import Synthesis
 from dfq.synthesis.inversion import Inversion
 

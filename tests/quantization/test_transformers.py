@@ -16,11 +16,11 @@ from dfq.quantization.convert import (
     Policy,
     activation_quantizers,
     calibrate,
-    describe,
     float_mode,
     insert_quantizers,
 )
 from dfq.quantization.layers import QuantMatmul
+from dfq.quantization.listing import describe
 from dfq.quantization.quantizers import Quantizer
 
 

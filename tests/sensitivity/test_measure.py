@@ -10,7 +10,8 @@ from tiny_detector import blobs, tiny_detector
 
 from dfq.detectors.base import Detector
 from dfq.distillation.losses import prediction_divergence
-from dfq.quantization.convert import Policy, calibrate, describe, fold, insert_quantizers
+from dfq.quantization.convert import Policy, calibrate, fold, insert_quantizers
+from dfq.quantization.listing import describe
 from dfq.sensitivity.measure import LayerSensitivity, measure
 
 CANDIDATES = [(2, 8), (4, 8), (8, 8), (4, 4)]
