@@ -11,8 +11,8 @@ from rich.table import Table
 from .quantization.widths import format_widths
 
 if TYPE_CHECKING:
+    from .quantization.listing import Inspection
     from .sensitivity.policy import Sensitivity
-    from .verbs import Inspection
 
 
 def _console() -> Console:

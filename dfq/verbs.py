@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from .evaluation.coco import evaluate as evaluate_detector
 from .evaluation.matching import require_labels
 from .progress import Progress, Silent
 from .quantization.convert import Policy, fold, insert_quantizers
-from .quantization.listing import LayerInfo, bit_operations, describe, quantized_share
+from .quantization.listing import Inspection, bit_operations, describe, quantized_share
 from .recipe import Recipe, load_recipe
 from .run import Run, identity_of_recipe, is_run, load_run, next_folder, versions
 from .sensitivity.policy import Sensitivity, find_bits
@@ -365,32 +363,6 @@ def evaluate(
     progress = progress or Silent()
     with progress.task("evaluation", len(images), "images") as task:
         return evaluate_detector(detector, images, image_size=image_size, progress=task.update)
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What `dfq inspect` shows: every layer, and the sums over them."""
-
-    source: str
-    family: str
-    image_size: int
-    layers: Sequence[LayerInfo]
-
-    @property
-    def quantized_share(self) -> float:
-        """Share of the multiply-accumulates that are quantized, in [0, 1]."""
-        return quantized_share(self.layers)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "model": self.source,
-            "family": self.family,
-            "image_size": self.image_size,
-            "macs": sum(layer.macs for layer in self.layers),
-            "bit_operations": bit_operations(self.layers),
-            "quantized_share_of_macs": self.quantized_share,
-            "layers": [layer.to_dict() for layer in self.layers],
-        }
 
 
 def inspect(model: str | Path | Detector, *, trust: bool = False) -> Inspection:

@@ -122,3 +122,29 @@ def quantized_share(layers: Iterable[LayerInfo]) -> float:
 def bit_operations(layers: Iterable[LayerInfo]) -> int:
     """BOPs of one image: weight bits * activation bits * MACs, summed over the layers."""
     return sum(row.weight_bits * row.activation_bits * row.macs for row in layers)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `dfq inspect` shows: every layer, and the sums over them."""
+
+    source: str
+    family: str
+    image_size: int
+    layers: Sequence[LayerInfo]
+
+    @property
+    def quantized_share(self) -> float:
+        """Share of the multiply-accumulates that are quantized, in [0, 1]."""
+        return quantized_share(self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.source,
+            "family": self.family,
+            "image_size": self.image_size,
+            "macs": sum(layer.macs for layer in self.layers),
+            "bit_operations": bit_operations(self.layers),
+            "quantized_share_of_macs": self.quantized_share,
+            "layers": [layer.to_dict() for layer in self.layers],
+        }
