@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import click
 import numpy as np
 import pytest
+import train_demo_detector as tool
 from PIL import Image
 from pycocotools.coco import COCO
 from safetensors import safe_open
@@ -32,18 +30,6 @@ SIZE = 160
 @pytest.fixture(scope="module")
 def scenes() -> list[Scene]:
     return [draw_scene(seed, SIZE) for seed in range(500, 800)]
-
-
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    path = Path(__file__).parents[2] / "tools" / "train_demo_detector.py"
-    spec = importlib.util.spec_from_file_location("train_demo_detector", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_a_scene_is_a_function_of_its_seed() -> None:
@@ -154,7 +140,7 @@ def test_write_coco_agrees_with_the_scenes(tmp_path: Path) -> None:
             np.testing.assert_array_equal(coco.annToMask(row).astype(bool), mask)
 
 
-def test_training_never_reaches_a_validation_seed(tool: ModuleType) -> None:
+def test_training_never_reaches_a_validation_seed() -> None:
     monitor = VALIDATION_SEED_START - tool.MONITOR_SCENES
     default = {option.name: option.default for option in tool.main.params}["scenes"]
     assert TRAINING_SEED_START + default <= monitor
@@ -178,7 +164,7 @@ def test_the_weights_are_small_and_describe_themselves() -> None:
     assert {"model.0.bn.running_mean", "model.0.bn.running_var"} <= names
 
 
-def test_the_shipped_detector_finds_objects_it_never_saw(tool: ModuleType) -> None:
+def test_the_shipped_detector_finds_objects_it_never_saw() -> None:
     ap, ap50 = tool.evaluate(tool.rebuild(demo_weights()), VALIDATION_SEED_START, 60)
     assert ap > 0.55
     assert ap50 > 0.7

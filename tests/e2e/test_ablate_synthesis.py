@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from typing import Any
 
-import pytest
+import ablate_synthesis
 from click.testing import CliRunner
 from test_cli import real_set, stamps
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-@pytest.fixture
-def ablate(monkeypatch: pytest.MonkeyPatch) -> Any:
-    spec = importlib.util.spec_from_file_location("ablate", ROOT / "tools" / "ablate_synthesis.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up by name.
-    monkeypatch.setitem(sys.modules, "ablate", module)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_a_table_and_nothing_made_twice(place: Path, model: Path, ablate: Any) -> None:
+def test_a_table_and_nothing_made_twice(place: Path, model: Path) -> None:
     real_set(place / "real", count=3)
     words = [
         "--model", str(model), "--real", "real", "--out", "out", "--seeds", "0,1", "--size", "64",
@@ -36,7 +19,7 @@ def test_a_table_and_nothing_made_twice(place: Path, model: Path, ablate: Any) -
         "--set", "synthesis.label_stage.iterations=2", "--set", "synthesis.label_stage.updates=1",
         "--set", "synthesis.label_stage.image_size=64",
     ]  # fmt: skip
-    first = CliRunner().invoke(ablate.main, words, catch_exceptions=False)
+    first = CliRunner().invoke(ablate_synthesis.main, words, catch_exceptions=False)
     assert first.exit_code == 0, first.output
     lines = [line for line in first.stdout.splitlines() if line.startswith("|")]
     assert [line.split("|")[1].strip() for line in lines] == [
@@ -59,20 +42,20 @@ def test_a_table_and_nothing_made_twice(place: Path, model: Path, ablate: Any) -
     assert labels[0] == labels[1] != []
 
     before = stamps(place / "out")
-    again = CliRunner().invoke(ablate.main, words, catch_exceptions=False)
+    again = CliRunner().invoke(ablate_synthesis.main, words, catch_exceptions=False)
     assert again.stdout == first.stdout
     assert stamps(place / "out") == before
 
 
-def test_an_unknown_variant(place: Path, model: Path, ablate: Any) -> None:
+def test_an_unknown_variant(place: Path, model: Path) -> None:
     words = ["--model", str(model), "--real", "r", "--out", "o", "--variants", "baseline,fog"]
-    result = CliRunner().invoke(ablate.main, words)
+    result = CliRunner().invoke(ablate_synthesis.main, words)
     assert result.exit_code == 2
     assert "fog" in result.output
 
 
-def test_a_mistake_is_one_line(place: Path, model: Path, ablate: Any) -> None:
+def test_a_mistake_is_one_line(place: Path, model: Path) -> None:
     words = ["--model", str(model), "--real", "nowhere", "--out", "o", "--size", "60"]
-    result = CliRunner().invoke(ablate.main, words)
+    result = CliRunner().invoke(ablate_synthesis.main, words)
     assert result.exit_code == 1
     assert "synthesis.image_size: 60 is no multiple" in result.output

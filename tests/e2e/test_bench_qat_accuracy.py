@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from typing import Any
 
-import pytest
+import bench_qat_accuracy
 from click.testing import CliRunner
 from test_cli import real_set, stamps
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    spec = importlib.util.spec_from_file_location("bench", ROOT / "tools" / "bench_qat_accuracy.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up by name.
-    monkeypatch.setitem(sys.modules, "bench", module)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_a_table_and_nothing_made_twice(place: Path, model: Path, bench: Any) -> None:
+def test_a_table_and_nothing_made_twice(place: Path, model: Path) -> None:
     real_set(place / "train", count=3)
     real_set(place / "val", count=4)
     settings = [
@@ -44,7 +27,7 @@ def test_a_table_and_nothing_made_twice(place: Path, model: Path, bench: Any) ->
         "--ablations", "task-agnostic", "--ablation-rows", "w4a8",
         *(word for text in settings for word in ("--set", text)),
     ]  # fmt: skip
-    first = CliRunner().invoke(bench.main, words, catch_exceptions=False)
+    first = CliRunner().invoke(bench_qat_accuracy.main, words, catch_exceptions=False)
     assert first.exit_code == 0, first.output
     lines = [line for line in first.stdout.splitlines() if line.startswith("|")]
     assert lines[0] == "| bits | PTQ, MSE ranges, synthetic | LSQ, 3 real | ours, 3 synthetic |"
@@ -64,13 +47,13 @@ def test_a_table_and_nothing_made_twice(place: Path, model: Path, bench: Any) ->
     assert weights == {"kl": 0, "feature": 0, "task": 1}
 
     before = stamps(place / "out")
-    again = CliRunner().invoke(bench.main, words, catch_exceptions=False)
+    again = CliRunner().invoke(bench_qat_accuracy.main, words, catch_exceptions=False)
     assert again.stdout == first.stdout
     assert stamps(place / "out") == before
 
 
-def test_an_unknown_column(place: Path, model: Path, bench: Any) -> None:
+def test_an_unknown_column(place: Path, model: Path) -> None:
     words = ["--model", str(model), "--train", "t", "--val", "v", "--out", "o"]
-    result = CliRunner().invoke(bench.main, [*words, "--columns", "ours,theirs"])
+    result = CliRunner().invoke(bench_qat_accuracy.main, [*words, "--columns", "ours,theirs"])
     assert result.exit_code == 2
     assert "--columns theirs: choose from ptq-noise" in result.output

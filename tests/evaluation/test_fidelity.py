@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from pathlib import Path
 
+import label_fidelity as tool
 import numpy as np
 import pytest
 from numpy.random import default_rng
@@ -117,12 +117,6 @@ def test_what_cannot_be_compared() -> None:
 
 
 def test_the_table(kit: Path) -> None:
-    place = Path(__file__).parents[2] / "tools" / "label_fidelity.py"
-    spec = importlib.util.spec_from_file_location("label_fidelity", place)
-    assert spec is not None
-    assert spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
     source = str(kit / "coco-val")
     lines = tool.table([source], source).splitlines()
     assert len({line.count("|") for line in lines}) == 1
