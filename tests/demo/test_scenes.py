@@ -9,7 +9,8 @@ from pathlib import Path
 import click
 import numpy as np
 import pytest
-import train_demo_detector as tool
+import train_demo_detector
+from demo_detector import evaluate, rebuild
 from PIL import Image
 from pycocotools.coco import COCO
 from safetensors import safe_open
@@ -141,11 +142,11 @@ def test_write_coco_agrees_with_the_scenes(tmp_path: Path) -> None:
 
 
 def test_training_never_reaches_a_validation_seed() -> None:
-    monitor = VALIDATION_SEED_START - tool.MONITOR_SCENES
-    default = {option.name: option.default for option in tool.main.params}["scenes"]
+    monitor = VALIDATION_SEED_START - train_demo_detector.MONITOR_SCENES
+    default = {option.name: option.default for option in train_demo_detector.main.params}["scenes"]
     assert TRAINING_SEED_START + default <= monitor
     with pytest.raises(click.BadParameter, match="training range"):
-        tool.Pool(monitor - TRAINING_SEED_START + 1, workers=1)
+        train_demo_detector.Pool(monitor - TRAINING_SEED_START + 1, workers=1)
 
 
 def test_the_weights_are_small_and_describe_themselves() -> None:
@@ -165,6 +166,6 @@ def test_the_weights_are_small_and_describe_themselves() -> None:
 
 
 def test_the_shipped_detector_finds_objects_it_never_saw() -> None:
-    ap, ap50 = tool.evaluate(tool.rebuild(demo_weights()), VALIDATION_SEED_START, 60)
+    ap, ap50 = evaluate(rebuild(demo_weights()), VALIDATION_SEED_START, 60)
     assert ap > 0.55
     assert ap50 > 0.7
