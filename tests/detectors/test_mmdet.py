@@ -61,21 +61,6 @@ def detectors(configs: Callable[[str], Path]) -> dict[str, Detector]:
     return {name: enliven(load_detector(configs(name))) for name in SMALL}
 
 
-@pytest.fixture
-def images() -> Tensor:
-    return torch.rand(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(2))
-
-
-@pytest.fixture
-def targets() -> Targets:
-    rows = [
-        [0, 3, 0.30, 0.40, 0.35, 0.50],
-        [0, 7, 0.70, 0.60, 0.40, 0.60],
-        [1, 3, 0.5, 0.5, 0.8, 0.7],
-    ]
-    return Targets(torch.tensor(rows))
-
-
 def _samples(targets: Targets, batch: int) -> list[Any]:
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks

@@ -73,21 +73,6 @@ def _outspoken(name: str) -> Detector:
     return detector
 
 
-@pytest.fixture
-def images() -> Tensor:
-    return torch.rand(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(2))
-
-
-@pytest.fixture
-def targets() -> Targets:
-    rows = [
-        [0, 3, 0.30, 0.40, 0.35, 0.50],
-        [0, 7, 0.70, 0.60, 0.40, 0.60],
-        [1, 3, 0.5, 0.5, 0.8, 0.7],
-    ]
-    return Targets(torch.tensor(rows))
-
-
 @pytest.mark.parametrize("name", [*RCNNS, "retinanet_resnet50_fpn"])
 def test_detections_are_torchvisions_own(name: str, images: Tensor) -> None:
     detector = _outspoken(name)

@@ -58,19 +58,6 @@ def images() -> Tensor:
     return torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(2))
 
 
-@pytest.fixture
-def targets() -> Targets:
-    return Targets(
-        torch.tensor(
-            [
-                [0, 3, 0.30, 0.40, 0.35, 0.50],
-                [0, 7, 0.70, 0.60, 0.40, 0.60],
-                [1, 3, 0.50, 0.50, 0.80, 0.70],
-            ]
-        )
-    )
-
-
 def _same_rows(found: Any, rows: Tensor) -> None:
     assert len(found) == len(rows) > 0
     torch.testing.assert_close(found.boxes, rows[:, :4], rtol=1e-4, atol=1e-3)
