@@ -1,7 +1,9 @@
-"""Calling `dfq` in this process, and what its answers have in common."""
+"""Calling `dfq` in this process, what its answers have in common, and its whole flow."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from click.testing import CliRunner, Result
@@ -53,3 +55,34 @@ def has_one_error_after_output(result: Result) -> str:
     assert len(errors) == 1, result.stderr
     assert "Traceback" not in result.output
     return errors[0]
+
+
+def whole_flow(place: Path, network: Sequence[str | Path], *options: str, layer: str) -> str:
+    """Synthesis, training on its set, and a look at the run, which is measured on two images.
+
+    Args:
+        place: the folder to work in, with `tiny.yaml`, and `scenes` of the network's categories.
+        network: the words that name it.
+        options: more words for `synthesize`.
+        layer: the run has one of this name.
+
+    Returns:
+        What `eval` said.
+    """
+    made = command("synthesize", *network, "--recipe", "tiny.yaml", "--out", "set", *options)
+    assert made.exit_code == 0, made.output
+    trained = command(
+        "qat", *network, "--recipe", "tiny.yaml", "--data", "set", "--out", "run",
+        "--set", "distillation.weights.task=0.1",
+    )  # fmt: skip
+    assert trained.exit_code == 0, trained.output
+    metrics = json.loads((place / "run" / "metrics.json").read_text())
+    assert metrics["quantized_share_of_macs"] == 1.0
+    assert {"kl", "feature", "task"} <= set(metrics["history"][0])
+    shown = command("inspect", "--model", "run")
+    assert shown.exit_code == 0, shown.output
+    assert layer in shown.output
+    measured = command("eval", "--model", "run", "--data", "scenes")
+    assert measured.exit_code == 0, measured.output
+    assert "2 images at 64 px" in measured.output
+    return measured.output

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from harness import command, has_one_error
+from harness import command, has_one_error, whole_flow
 from small_mmdet import NAMES, enliven, write_config
 
 from dfq.demo.scenes import write_coco
@@ -19,29 +18,13 @@ def test_the_whole_flow(place: Path, name: str) -> None:
     config = write_config(place, name)
     detector = enliven(load_detector(config))
     torch.save({"meta": {}, "state_dict": detector.module.state_dict()}, place / "w.pth")
-    network = ("--model", config, "--checkpoint", "w.pth")
-    made = command(
-        "synthesize", *network, "--recipe", "tiny.yaml", "--out", "set",
-        "--set", "synthesis.masks=own",
-    )  # fmt: skip
-    assert made.exit_code == 0, made.output
-    trained = command(
-        "qat", *network, "--recipe", "tiny.yaml", "--data", "set", "--out", "run",
-        "--set", "distillation.weights.task=0.1",
-    )  # fmt: skip
-    assert trained.exit_code == 0, trained.output
-    metrics = json.loads((place / "run" / "metrics.json").read_text())
-    assert metrics["quantized_share_of_macs"] == 1.0
-    assert {"kl", "feature", "task"} <= set(metrics["history"][0])
-    shown = command("inspect", "--model", "run")
-    assert shown.exit_code == 0, shown.output
-    assert "roi_head.mask_head.conv_logits" in shown.output
     write_coco(place / "scenes", 2, 64)
-    measured = command("eval", "--model", "run", "--data", "scenes")
-    assert measured.exit_code == 0, measured.output
-    assert "2 images at 64 px" in measured.output
+    network = ("--model", config, "--checkpoint", "w.pth")
+    measured = whole_flow(
+        place, network, "--set", "synthesis.masks=own", layer="roi_head.mask_head.conv_logits"
+    )
     # Categories come from the config, so that the scenes' are matched by name.
-    assert "not measured" not in measured.output
+    assert "not measured" not in measured
     assert len(detector.names) == len(NAMES)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import command, has_one_error
+from harness import command, has_one_error, whole_flow
 
 from dfq.demo.scenes import NAMES, write_coco
 from dfq.detectors import load_detector, save_detector
@@ -36,24 +36,8 @@ def test_the_whole_flow(place: Path) -> None:
         "box_batch_size_per_image": 16,
     }
     save_detector(from_name("fasterrcnn_mobilenet_v2", options=options), place / "m.safetensors")
-    network = ("--model", "m.safetensors")
-    made = command("synthesize", *network, "--recipe", "tiny.yaml", "--out", "set")
-    assert made.exit_code == 0, made.output
-    trained = command(
-        "qat", *network, "--recipe", "tiny.yaml", "--data", "set", "--out", "run",
-        "--set", "distillation.weights.task=0.1",
-    )  # fmt: skip
-    assert trained.exit_code == 0, trained.output
-    metrics = json.loads((place / "run" / "metrics.json").read_text())
-    assert metrics["quantized_share_of_macs"] == 1.0
-    assert {"kl", "feature", "task"} <= set(metrics["history"][0])
-    shown = command("inspect", "--model", "run")
-    assert shown.exit_code == 0, shown.output
-    assert "roi_heads.box_predictor.cls_score" in shown.output
     write_scenes(place / "scenes", load_detector("m.safetensors").names)
-    measured = command("eval", "--model", "run", "--data", "scenes")
-    assert measured.exit_code == 0, measured.output
-    assert "2 images at 64 px" in measured.output
+    whole_flow(place, ("--model", "m.safetensors"), layer="roi_heads.box_predictor.cls_score")
 
 
 def write_scenes(folder: Path, names: list[str]) -> None:
