@@ -154,6 +154,9 @@ class Distillation(Section):
     """Probability that a batch is made into mosaics of four images at half their size."""
     colour: float = Field(0.0, ge=0, lt=1)
     """Channels are scaled and shifted at random by up to this share."""
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"
+    """What convolutions compute in while training; quantizers, losses and parameters stay in
+    float32. Auto: bfloat16 where the device computes in it natively."""
     checkpoint_minutes: float = Field(1.0, ge=0)
     """A checkpoint is written at the first epoch's end after so many minutes."""
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..detectors.base import Detector, DistillationPair, Targets
+from ..precision import computing_in, float32
 from ..recipe import Distillation
 
 
@@ -159,6 +160,7 @@ def training_terms(
     ours: FeatureTaps,
     theirs: FeatureTaps,
     variances: Callable[[Mapping[str, Tensor]], Tensor | None] | None = None,
+    precision: str = "float32",
 ) -> dict[str, Tensor]:
     """The terms that training minimises the sum of, each weighted; means over the images.
 
@@ -170,16 +172,19 @@ def training_terms(
         ours, theirs: taps on the distilled layers of student and teacher.
         variances: gives those of the teacher's features over all of the batch, `(layers,)`, where
             these images are a part of it; None, or giving None: over these images.
+        precision: what convolutions compute in, "float32" or "bfloat16"; the terms are summed in
+            float32.
 
     Returns:
         "kl", "feature" and "task", scalars, those with a weight.
     """
     weights = settings.weights
-    with torch.no_grad():
-        teacher_raw = teacher.raw(images)
-    features = theirs.take()
+    with torch.no_grad(), computing_in(precision, images.device):
+        teacher_raw = float32(teacher.raw(images))
+    features: dict[str, Tensor] = float32(theirs.take())
     spread = None if variances is None else variances(features)
-    student_raw = student.raw(images)
+    with computing_in(precision, images.device):
+        student_raw = float32(student.raw(images))
     terms = {}
     if weights.kl > 0:
         terms["kl"] = weights.kl * distillation_terms(
@@ -191,7 +196,9 @@ def training_terms(
             temperature=settings.temperature,
         )
     if weights.feature > 0:
-        terms["feature"] = weights.feature * feature_distance(ours.take(), features, spread)
+        terms["feature"] = weights.feature * feature_distance(
+            float32(ours.take()), features, spread
+        )
     if weights.task > 0:
         shape = (images.shape[2], images.shape[3])
         task = student.task_loss(student_raw, targets, shape)

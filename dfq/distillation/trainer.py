@@ -18,6 +18,7 @@ from ..dataset.calibration import write_atomic
 from ..detectors.base import Detector, Targets
 from ..distributed import World
 from ..errors import DivergedError, UserError
+from ..precision import resolve_precision
 from ..recipe import Distillation
 from .losses import FeatureTaps, total_divergence, training_terms
 from .oscillation import Oscillation
@@ -96,6 +97,7 @@ class Trainer:
         for detector in (student, teacher):
             detector.module.to(memory_format=torch.channels_last)
         self.settings, self.seed = settings, seed
+        self.precision = resolve_precision(settings.precision, student.device, "distillation")
         self.checkpoint = folder / "checkpoint.pt"
         self.batch_size = min(settings.batch_size, len(data))
         # The last, smaller batch of an epoch is trained on too: no image is left out.
@@ -332,6 +334,7 @@ class Trainer:
                 ours,
                 theirs,
                 lambda features: self._variances(features, len(images)),
+                self.precision,
             )
             terms = list(weighted.values())
             loss = torch.stack(terms).sum()

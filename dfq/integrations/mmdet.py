@@ -31,6 +31,7 @@ from ..detectors.mmdet_config import require_mmdet
 from ..distillation.losses import FeatureTaps, training_terms
 from ..distillation.parameters import Leash, require_gradients
 from ..errors import UserError
+from ..precision import resolve_precision
 from ..progress import Silent
 from ..quantization.convert import fold, insert_quantizers
 from ..recipe import Distillation, load_recipe
@@ -198,7 +199,14 @@ class DFQDistiller(BaseModel):
             closing(FeatureTaps(self._teacher.module, self._names)) as theirs,
         ):
             terms = training_terms(
-                self._student, self._teacher, inputs, targets, settings, ours, theirs
+                self._student,
+                self._teacher,
+                inputs,
+                targets,
+                settings,
+                ours,
+                theirs,
+                precision=resolve_precision(settings.precision, inputs.device, "distillation"),
             )
         return {f"loss_{name}": term for name, term in terms.items()}
 

@@ -179,6 +179,9 @@ class Quantizer(nn.Module):
         if not self.enabled:
             return x
         qmin, qmax = self.bounds
+        # bfloat16 has 8 bits for a value: too few to divide and round to one of 256 levels in.
+        if x.dtype in (torch.bfloat16, torch.float16):
+            x = x.float()
         # LSQ eq. 5: balance the step size's gradient against that of the values it quantizes.
         factor = 1.0 / math.sqrt(max(1, x.numel() // self.channels) * qmax)
         shape = (self.channels, *([1] * (x.ndim - 1))) if self.channels > 1 else (1,)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
-from torch.utils._pytree import tree_map_only
 
 from ..detectors.base import Detector, Targets
 from ..errors import UserError
+from ..precision import computing_in, float32, resolve_precision
 from ..quantization.convert import fold
 from ..recipe_synthesis import Synthesis
 from .adaptive import AdaptiveSampler
@@ -42,32 +42,6 @@ def generator_for(seed: int, shard: int, stage: str) -> Generator:
     stages = {"labels": 1, "images": 2, "augment": 3}
     mixed = (seed * 1_000_003 + shard) * 8 + stages[stage]
     return Generator().manual_seed(mixed)
-
-
-def resolve_precision(wanted: str, device: torch.device) -> str:
-    """ "float32" or "bfloat16", the latter for "auto" where the device computes in it natively.
-
-    Raises:
-        UserError: where bfloat16 is demanded of a device that is slower in it than in float32.
-    """
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        # Older torch does not tell.
-        found: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-        native = bool(found.get("avx512_bf16") or found.get("amx_bf16"))
-    if wanted == "auto":
-        return "bfloat16" if native else "float32"
-    if wanted == "bfloat16" and not native:
-        raise UserError(
-            f"synthesis.precision: {device} has no instructions for bfloat16; use auto or float32"
-        )
-    return wanted
-
-
-def _float32(raw: Any) -> Any:
-    """A family's predictions, whatever holds them, with every floating tensor in float32."""
-    return tree_map_only(Tensor, lambda x: x.float() if x.is_floating_point() else x, raw)
 
 
 def initial_images(count: int, size: int, kind: str, generator: Generator) -> Tensor:
@@ -162,7 +136,7 @@ class Inversion:
         # A transformer need not have BatchNorm, which is a mistake to ask for in other networks.
         if self.uses_bn and not (attention and not has_statistics(self.detector.module)):
             self.statistics = BatchNormStatistics(self.detector.module, self._glance)
-        self.precision = resolve_precision(settings.precision, detector.device)
+        self.precision = resolve_precision(settings.precision, detector.device, "synthesis")
         self.image_size = settings.image_size or detector.image_size
         self.start_labels = label_start(settings, detector.names)
         self.techniques = Techniques(
@@ -189,13 +163,12 @@ class Inversion:
     def _run(self, images: Tensor, targets: Targets) -> Tensor | None:
         """One forward pass, and the task's loss on it, where it counts."""
         # Convolutions alone take fewer bits; statistics and losses are summed in float32.
-        half = self.precision == "bfloat16"
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
+        with computing_in(self.precision, images.device):
             raw = self.detector.raw(images)
         if self.settings.weights.task == 0 or self.settings.labels == "none":
             return None
         size = images.shape[2]
-        given = raw if self.detector.half_loss else _float32(raw)
+        given = raw if self.detector.half_loss else float32(raw)
         return torch.stack(
             list(self.detector.task_loss(given, targets, (size, size)).values())
         ).sum()

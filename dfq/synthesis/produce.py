@@ -19,8 +19,9 @@ from ..dataset.preview import write_preview
 from ..detectors.base import Detector
 from ..distributed import World, one_thread
 from ..errors import UserError
+from ..precision import resolve_precision
 from ..recipe_synthesis import Synthesis
-from .inversion import Inversion, resolve_precision
+from .inversion import Inversion
 from .labels import label_source_identity
 from .shards import Plan, ShardMaker, ShardReport, make_shards
 from .workers import Workers, worker_count
@@ -39,7 +40,7 @@ def determinants(detector: Detector, settings: Synthesis, seed: int) -> dict[str
     """All that decides what is in a set, JSON-able; equal determinants mean an equal set."""
     values = settings.model_dump(mode="json")
     values["image_size"] = settings.image_size or detector.image_size
-    values["precision"] = resolve_precision(settings.precision, detector.device)
+    values["precision"] = resolve_precision(settings.precision, detector.device, "synthesis")
     # What does not apply does not count.
     if not detector.attention_layers():
         del values["weights"]["entropy"]

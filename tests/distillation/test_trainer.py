@@ -252,6 +252,25 @@ def test_epochs_since_the_last_checkpoint_are_done_again(
     assert_same(state(resumed.student), state(unbroken.student))
 
 
+def test_bfloat16_follows_float32(
+    teacher: Detector, data: Blobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Emulated where the processor has no instructions for it: slower, and of the same values.
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        folder = tmp_path / precision
+        folder.mkdir()
+        trained = trainer(
+            teacher, data, folder, epochs=1, lr=2e-4, scale_lr=5e-4, precision=precision
+        )
+        losses[precision] = [epoch["loss"] for epoch in trained.train().history]
+        for parameter in trained.student.module.parameters():
+            assert parameter.dtype == torch.float32
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.1)
+
+
 def test_the_seed_counts(teacher: Detector, data: Blobs, tmp_path: Path) -> None:
     students = []
     for seed in (1, 2):

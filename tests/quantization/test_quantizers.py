@@ -259,3 +259,10 @@ def test_only_what_is_learned_wants_gradients() -> None:
     assert Quantizer(4).log_scale.requires_grad
     assert not Quantizer(4).zero_point.requires_grad
     assert Quantizer(4, asymmetric=True).zero_point.requires_grad
+
+
+def test_levels_are_found_in_float32_whatever_comes_in() -> None:
+    quantizer = Quantizer(8, asymmetric=True)
+    quantizer.initialise(torch.tensor([0.0217]), torch.tensor([3.0]))
+    x = torch.linspace(-0.1, 5.5, 4001).bfloat16()
+    assert torch.equal(quantizer(x), quantizer(x.float()))

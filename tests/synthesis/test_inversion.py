@@ -21,7 +21,6 @@ from dfq.synthesis.inversion import (
     generator_for,
     initial_images,
     random_erasing_mask,
-    resolve_precision,
 )
 from dfq.synthesis.priors import total_variation
 from dfq.synthesis.statistics import BatchNormStatistics
@@ -441,11 +440,3 @@ def test_micro_batches_give_the_gradient_of_the_batch(
             assert terms.keys() == known.keys()
             for name, term in terms.items():
                 torch.testing.assert_close(term, known[name], rtol=1e-3, atol=1e-5)
-
-
-def test_bfloat16_without_instructions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True}, raising=False)
-    cpu = torch.device("cpu")
-    assert resolve_precision("auto", cpu) == "float32"
-    with pytest.raises(UserError, match=r"synthesis\.precision: cpu has no instructions"):
-        resolve_precision("bfloat16", cpu)
