@@ -64,7 +64,7 @@ class Quantization(Section):
     rounding: Literal["gptq", "nearest"] = "gptq"
     """How weights get onto their grids, before any training: each making up for the errors of those
     before it, or each to the nearest level."""
-    rounding_images: int = Field(128, ge=1)
+    rounding_images: int = Field(512, ge=1)
     """Images of the set that the former looks at."""
     scope: Literal["all", "backbone"] = "all"
     """Layers that are quantized at all; with backbone, neck and heads stay in float."""
@@ -118,8 +118,8 @@ class Distillation(Section):
     lr: float = Field(1e-4, gt=0)
     """Adam, biases and whatever is not quantized; cosine to zero."""
     weight_lr: float | None = Field(0.0, ge=0)
-    """Adam, quantized weights, in quantization steps of their channel; 0 keeps them as they were
-    rounded, and step sizes, zero points and biases alone are trained; None: `lr`, in units."""
+    """Adam, quantized weights, in quantization steps of their channel; 0 keeps the integers they
+    were rounded to, and trains step sizes, zero points and biases alone; None: `lr`, in units."""
     scale_lr: float = Field(3e-4, gt=0)
     """Adam, logarithms of the step sizes and zero points; cosine to zero."""
     drift: float = Field(0.5, ge=0)

@@ -19,6 +19,8 @@ from ..detectors.base import Detector, Targets
 from ..distributed import World
 from ..errors import DivergedError, UserError
 from ..precision import resolve_precision
+from ..quantization.convert import quantized_layers
+from ..quantization.layers import HeldLevels
 from ..recipe import Distillation
 from .losses import FeatureTaps, total_divergence, training_terms
 from .oscillation import Oscillation
@@ -105,6 +107,9 @@ class Trainer:
         # Few enough to keep in memory as bytes: 2,000 images of 640 px are 2.3 GiB.
         self.images = data.load(list(range(len(data))))
         require_gradients(student.module, settings)
+        # What weights were rounded to stays: their step sizes alone are trained.
+        rounded = [layer for _, layer in quantized_layers(student.module)]
+        self.held = HeldLevels(rounded if settings.weight_lr == 0 else [])
         self.optimizer = torch.optim.Adam(
             parameter_groups(student.module, settings), fused=True, betas=(0.9, 0.999)
         )
@@ -207,6 +212,7 @@ class Trainer:
             return
         tensors = [*self.average.parameters, *self.average.shadow, *self.leash.state()]
         tensors += self.weight_steps.state()
+        tensors += self.held.levels()
         for tensor in tensors:
             same = tensor.detach().contiguous()
             tensor.copy_(self.world.add_up(same if self.world.leads else torch.zeros_like(same)))
@@ -244,7 +250,9 @@ class Trainer:
         finally:
             ours.close()
             theirs.close()
-        return self._choose(start, history)
+        outcome = self._choose(start, history)
+        self.held.release()
+        return outcome
 
     def _epoch(self, epoch: int, ours: FeatureTaps, theirs: FeatureTaps) -> dict[str, float]:
         # Seeded by the epoch alone: a resumed run draws what an unbroken one would have.

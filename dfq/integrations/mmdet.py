@@ -33,7 +33,8 @@ from ..distillation.parameters import Leash, require_gradients
 from ..errors import UserError
 from ..precision import resolve_precision
 from ..progress import Silent
-from ..quantization.convert import fold, insert_quantizers
+from ..quantization.convert import fold, insert_quantizers, quantized_layers
+from ..quantization.layers import HeldLevels
 from ..recipe import Distillation, load_recipe
 from ..training import calibrate_and_round, images_to_prepare, policy_of
 
@@ -151,6 +152,7 @@ class DFQDistiller(BaseModel):
         self._student = insert_quantizers(detector.twin(), policy_of(self.recipe))
         self._student.mask_targets = self.recipe.distillation.masks
         self.student = self._student.module
+        self._held: HeldLevels | None = None
         settings = self.recipe.distillation
         _check_supported(settings)
         require_gradients(self.student, settings)
@@ -191,6 +193,9 @@ class DFQDistiller(BaseModel):
         if self._teacher.device != inputs.device:
             self._teacher.to(inputs.device)
         settings, targets = self.recipe.distillation, Targets.empty()
+        if settings.weight_lr == 0 and self._held is None:
+            # Not before: only now are they rounded, or loaded from a checkpoint.
+            self._held = HeldLevels(layer for _, layer in quantized_layers(self.student))
         if settings.weights.task > 0:
             targets = _targets(data_samples or [], (inputs.shape[2], inputs.shape[3]))
         # Evaluation runs the student as well: the taps are there for this pass only.

@@ -137,6 +137,9 @@ class Quantizer(nn.Module):
 
     State (all of it in the state dict): `log_scale` `(channels,)`, `zero_point` `(channels,)`,
     `initialised` (bool scalar).
+
+    Attributes:
+        levels: see `hold`; None where values are rounded as they come.
     """
 
     def __init__(self, bits: int, *, channels: int = 1, asymmetric: bool = False) -> None:
@@ -151,6 +154,9 @@ class Quantizer(nn.Module):
         self.zero_point = nn.Parameter(torch.zeros(channels), requires_grad=asymmetric)
         self.register_buffer("initialised", torch.tensor(False))
         self.initialised: Tensor
+        # Not saved: it follows from the weights.
+        self.register_buffer("levels", None, persistent=False)
+        self.levels: Tensor | None
 
     @property
     def bounds(self) -> tuple[int, int]:
@@ -175,6 +181,22 @@ class Quantizer(nn.Module):
             self.zero_point.copy_(zero_point)
         self.initialised.fill_(True)
 
+    @torch.no_grad()
+    def hold(self, x: Tensor) -> None:
+        """Keep the integers that `x` is rounded to, whatever becomes of the step sizes.
+
+        These are then the gains of what is computed with the integers: d x_hat / d s = q, exactly,
+        where rounding anew would have q - x / s, which is nothing for values on the grid, and would
+        turn single integers over as the step size moves. For symmetric quantizers.
+        """
+        if self.asymmetric:
+            raise ValueError("levels are held of symmetric quantizers alone")
+        self.levels = torch.round(x / self.scale_of(x)).clamp_(*self.bounds)
+
+    def release(self) -> None:
+        """Round what comes in again."""
+        self.levels = None
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return x
@@ -186,6 +208,8 @@ class Quantizer(nn.Module):
         factor = 1.0 / math.sqrt(max(1, x.numel() // self.channels) * qmax)
         shape = (self.channels, *([1] * (x.ndim - 1))) if self.channels > 1 else (1,)
         scale = _ScaleGradient.apply(self.scale, factor).view(shape)
+        if self.levels is not None:
+            return scale * self.levels
         zero = self.zero_point
         if self.asymmetric:
             zero = _ScaleGradient.apply(zero, factor)

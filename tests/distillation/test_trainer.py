@@ -454,18 +454,33 @@ def test_a_rate_in_steps_moves_each_channel_by_its_own(
         torch.testing.assert_close(moved.amax(1), 0.02 * steps[name], rtol=1e-2, atol=1e-7)
 
 
-def test_rounded_weights_stay_while_all_else_is_trained(
+def integers(layer: nn.Module) -> Tensor:
+    scale = layer.weight_quantizer.scale_of(layer.weight)
+    return (layer.weight / scale).detach().clone()
+
+
+def test_rounded_weights_keep_their_integers_while_all_else_is_trained(
     teacher: Detector, data: Blobs, tmp_path: Path
 ) -> None:
-    run = trainer(teacher, data, tmp_path, weight_lr=0.0)
+    run = trainer(teacher, data, tmp_path, weight_lr=0.0, scale_lr=0.05)
     layers = dict(quantized_layers(run.student.module))
-    before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    before = {
+        name: integers(layer).round().clamp(*layer.weight_quantizer.bounds)
+        for name, layer in layers.items()
+    }
+    scales = {name: layer.weight_quantizer.scale.detach() for name, layer in layers.items()}
     biases = {name: layer.bias.detach().clone() for name, layer in layers.items()}
     outcome = run.train()
     assert outcome.agreement[outcome.selected] < outcome.agreement["start"]
     for name, layer in layers.items():
-        assert torch.equal(layer.weight, before[name])
+        torch.testing.assert_close(integers(layer), before[name], rtol=0, atol=1e-4)
         assert not torch.equal(layer.bias, biases[name])
+        assert not torch.equal(layer.weight_quantizer.scale, scales[name])
+        # Nothing is held any more.
+        assert layer.weight_quantizer.levels is None
+    moved = [scales[n] / layer.weight_quantizer.scale.detach() for n, layer in layers.items()]
+    # So far that rounding anew would have turned the largest ones over.
+    assert max(float((ratio - 1).abs().max()) for ratio in moved) > 0.5 / 4
 
 
 def test_a_rate_in_steps_resumes_to_the_same_weights(
