@@ -115,12 +115,12 @@ class Distillation(Section):
 
     epochs: int = Field(6, ge=1)
     batch_size: int = Field(16, ge=1)
-    lr: float = Field(1e-4, gt=0)
+    lr: float = Field(3e-4, gt=0)
     """Adam, biases and whatever is not quantized; cosine to zero."""
     weight_lr: float | None = Field(0.0, ge=0)
     """Adam, quantized weights, in quantization steps of their channel; 0 keeps the integers they
     were rounded to, and trains step sizes, zero points and biases alone; None: `lr`, in units."""
-    scale_lr: float = Field(3e-4, gt=0)
+    scale_lr: float = Field(1e-3, gt=0)
     """Adam, logarithms of the step sizes and zero points; cosine to zero."""
     drift: float = Field(0.5, ge=0)
     """Trained weights stay within so many quantization steps of their start; 0: no bound."""
@@ -154,7 +154,7 @@ class Distillation(Section):
     """Probability that a batch is made into mosaics of four images at half their size."""
     colour: float = Field(0.0, ge=0, lt=1)
     """Channels are scaled and shifted at random by up to this share."""
-    precision: Literal["float32", "bfloat16", "auto"] = "float32"
+    precision: Literal["float32", "bfloat16", "auto"] = "auto"
     """What convolutions compute in while training; quantizers, losses and parameters stay in
     float32. Auto: bfloat16 where the device computes in it natively."""
     checkpoint_minutes: float = Field(1.0, ge=0)

@@ -33,7 +33,9 @@ PTQ = ("method=ptq", "quantization.rounding=nearest")
 TRAINED = (
     "quantization.rounding=nearest",
     "distillation.weight_lr=null",
+    "distillation.lr=1e-4",
     "distillation.scale_lr=1e-3",
+    "distillation.precision=float32",
     "distillation.epochs=30",
 )
 

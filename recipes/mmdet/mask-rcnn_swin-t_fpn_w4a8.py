@@ -50,9 +50,9 @@ train_cfg = dict(
 optim_wrapper = dict(
     _delete_=True,
     type="OptimWrapper",
-    optimizer=dict(type="Adam", lr=0.0001),
+    optimizer=dict(type="Adam", lr=0.0003),
     # Step sizes and zero points live on scales of their own.
-    paramwise_cfg=dict(custom_keys=dict(quantizer=dict(lr_mult=3))),
+    paramwise_cfg=dict(custom_keys=dict(quantizer=dict(lr_mult=3.33333))),
     clip_grad=dict(max_norm=10.0),
 )
 param_scheduler = [

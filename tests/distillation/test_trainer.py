@@ -67,6 +67,8 @@ def settings(**changes: Any) -> Distillation:
         "scale_lr": 5e-3,
         "ema": 0.5,
         "zoom": 0.2,
+        # On every processor the same.
+        "precision": "float32",
         "checkpoint_minutes": 0,
         **changes,
     }
