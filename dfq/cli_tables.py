@@ -33,9 +33,12 @@ def print_layers(found: Inspection) -> None:
     console.print(table)
     total = sum(layer.macs for layer in found.layers)
     quantized = sum(layer.quantized for layer in found.layers)
+    joined, joins = found.joins
     console.print(
         f"{quantized} of {len(found.layers)} layers quantized: {found.quantized_share:.1%} of "
         f"{total / 1e6:.1f} M MACs",
+        f"sums and concatenations quantized: {joined} of {joins}",
+        sep="\n",
         highlight=False,
     )
 

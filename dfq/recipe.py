@@ -68,6 +68,9 @@ class Quantization(Section):
     """Images of the set that the former looks at."""
     scope: Literal["all", "backbone"] = "all"
     """Layers that are quantized at all; with backbone, neck and heads stay in float."""
+    placement: Literal["inputs", "everywhere"] = "inputs"
+    """Where activations are quantized: on the inputs of layers, or also on their outputs (but for
+    the predictions) and on all that is added or concatenated, as onnxruntime computes."""
     overrides: dict[str, int | str] = Field({})
     """Layer name or wildcard -> "float", a bit width, or "w4a8"; the first match wins."""
     mixed: Mixed = Mixed()

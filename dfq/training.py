@@ -93,6 +93,7 @@ def policy_of(recipe: Recipe) -> Policy:
         activations=section.activations,
         overrides=tuple(section.overrides.items()),
         scope=section.scope,
+        placement=section.placement,
     )
 
 

@@ -23,6 +23,7 @@ from .evaluation.matching import require_labels
 from .progress import Progress, Silent
 from .quantization.convert import Policy, fold, insert_quantizers
 from .quantization.listing import Inspection, bit_operations, describe, quantized_share
+from .quantization.results import count_joins
 from .recipe import Recipe, load_recipe
 from .run import Run, identity_of_recipe, is_run, load_run, next_folder, versions
 from .sensitivity.policy import Sensitivity, find_bits
@@ -366,6 +367,8 @@ def evaluate(
 
 
 def inspect(model: str | Path | Detector, *, trust: bool = False) -> Inspection:
-    """Every conv and linear layer of a detector or a run: shape, MACs, bits."""
+    """Every conv and linear layer of a detector or a run, its shape, MACs and bits; how many of its
+    sums and concatenations of activations are quantized."""
     detector = model if isinstance(model, Detector) else load_model(model, trust=trust)
-    return Inspection(detector.source, detector.family, detector.image_size, describe(detector))
+    layers, joins = describe(detector), count_joins(detector)
+    return Inspection(detector.source, detector.family, detector.image_size, layers, joins)

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from ..detectors.base import Detector
 from ..errors import UserError
 from .folding import fold_batchnorm
+from .joins import trace
 from .layers import QUANTIZED_LAYERS, QuantConv2d, QuantLinear, QuantMatmul
 from .listing import FLOAT_KINDS, describe
 from .quantizers import Quantizer
 from .ranges import SEARCHES
-from .widths import parse_widths
+from .results import quantize_results, result_quantizers
+from .widths import Widths, parse_widths
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Policy:
         overrides: qualified layer name or wildcard -> "float", a bit width for both, or "w4a8";
             the first match counts and wins over everything else.
         scope: "all", or "backbone": layers outside it stay in float.
+        placement: "inputs": weights and inputs of layers are quantized; "everywhere": also their
+            outputs and what is added or concatenated (see `results`).
     """
 
     weight_bits: int = 4
@@ -43,6 +47,7 @@ class Policy:
     activations: str = "asymmetric"
     overrides: tuple[tuple[str, int | str], ...] = ()
     scope: str = "all"
+    placement: str = "inputs"
 
     def bits_for(
         self, name: str, boundary: bool, backbone: str | None = None
@@ -117,12 +122,18 @@ def insert_quantizers(detector: Detector, policy: Policy) -> Detector:
                 f"quantization.overrides: no layer is called '{pattern}' "
                 f"(for example '{layers[0].name}'; dfq inspect lists them all)"
             )
+    asymmetric = policy.activations == "asymmetric"
+    chosen: dict[str, Widths] = {}
     for row in layers:
         bits = policy.bits_for(row.name, row.name in edge, detector.backbone)
-        if bits is None or row.kind in FLOAT_KINDS:
+        if bits is not None and row.kind not in FLOAT_KINDS:
+            chosen[row.name] = bits
+    found = trace(detector, chosen) if policy.placement == "everywhere" else None
+    for row in layers:
+        if row.name not in chosen:
             continue
+        bits = chosen[row.name]
         layer = detector.module.get_submodule(row.name)
-        asymmetric = policy.activations == "asymmetric"
         if row.kind == "matmul":
             product = QuantMatmul(
                 Quantizer(bits[1], asymmetric=asymmetric), Quantizer(bits[1], asymmetric=asymmetric)
@@ -140,6 +151,8 @@ def insert_quantizers(detector: Detector, policy: Policy) -> Detector:
             wrapped = QuantLinear.wrap(layer, inputs, weights)
         wrapped.train(layer.training).to(detector.device)
         _replace(detector.module, layer, wrapped)
+    if found is not None:
+        quantize_results(detector, found, asymmetric=asymmetric)
     return detector
 
 
@@ -160,10 +173,13 @@ def product_quantizers(module: nn.Module) -> Iterator[tuple[str, Quantizer]]:
 
 def activation_quantizers(module: nn.Module) -> Iterator[tuple[str, Quantizer]]:
     """(name, quantizer) of every activation that is quantized: a layer's input under the name of
-    the layer, operands of products under their own."""
-    for name, layer in quantized_layers(module):
-        yield name, layer.input_quantizer
-    yield from product_quantizers(module)
+    the layer, all others under their own. One that is in several places has the first's name."""
+    inputs = [(name, layer.input_quantizer) for name, layer in quantized_layers(module)]
+    seen: set[Quantizer] = set()
+    for name, quantizer in (*inputs, *product_quantizers(module), *result_quantizers(module)):
+        if quantizer not in seen:
+            seen.add(quantizer)
+            yield name, quantizer
 
 
 @contextmanager
@@ -209,7 +225,7 @@ def observe(
     samples: int = 16384,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Tensor]:
-    """What reaches the input quantizer of each layer while all of them let everything through.
+    """What reaches each quantizer of activations while all of them let everything through.
 
     Args:
         detector: with quantizers inserted.
@@ -218,7 +234,7 @@ def observe(
         progress: called with the number of images after each batch.
 
     Returns:
-        Layer name -> values `(n,)`.
+        Name, as `activation_quantizers` gives it -> values `(n,)`.
 
     Raises:
         UserError: if there is no image at all.
@@ -256,14 +272,26 @@ def set_ranges(layer: QuantConv2d | QuantLinear, values: Tensor, search: str) ->
         values: that reached its input, `(n,)`.
         search: a key of `ranges.SEARCHES`.
     """
-    find = SEARCHES[search]
-    weights, inputs = layer.weight_quantizer, layer.input_quantizer
+    _set_weight_range(layer, search)
+    _set_range(layer.input_quantizer, values, search)
+
+
+def _set_weight_range(layer: QuantConv2d | QuantLinear, search: str) -> None:
+    weights = layer.weight_quantizer
     rows = layer.weight.detach().float().reshape(weights.channels, -1)
-    weights.initialise(*find(rows, weights.bits, asymmetric=weights.asymmetric))
-    column = values[None].to(rows.device)
-    inputs.initialise(*find(column, inputs.bits, asymmetric=inputs.asymmetric))
+    weights.initialise(*SEARCHES[search](rows, weights.bits, asymmetric=weights.asymmetric))
 
 
+def _set_range(quantizer: Quantizer, values: Tensor, search: str) -> None:
+    """Set the initial scale of a quantizer of activations from values `(n,)` that reach it."""
+    column = values[None].to(quantizer.log_scale.device)
+    if quantizer.rectified:
+        column = column.clamp_min(0)
+    found = SEARCHES[search](column, quantizer.bits, asymmetric=quantizer.asymmetric)
+    quantizer.initialise(*found)
+
+
+@torch.no_grad()
 def calibrate(
     detector: Detector,
     batches: Iterable[Tensor],
@@ -272,7 +300,7 @@ def calibrate(
     samples: int = 16384,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Set every quantizer's initial scale: weights from themselves, inputs from calibration images.
+    """Set every quantizer's initial scale: of weights from themselves, all others from images.
 
     Args:
         detector: with quantizers inserted; they let everything through while this runs.
@@ -285,10 +313,7 @@ def calibrate(
         UserError: if there is no image at all.
     """
     values = observe(detector, batches, samples=samples, progress=progress)
-    for name, layer in quantized_layers(detector.module):
-        set_ranges(layer, values[name], search)
-    for name, quantizer in product_quantizers(detector.module):
-        column = values[name][None].to(detector.device)
-        quantizer.initialise(
-            *SEARCHES[search](column, quantizer.bits, asymmetric=quantizer.asymmetric)
-        )
+    for _, layer in quantized_layers(detector.module):
+        _set_weight_range(layer, search)
+    for name, quantizer in activation_quantizers(detector.module):
+        _set_range(quantizer, values[name], search)

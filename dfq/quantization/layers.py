@@ -18,11 +18,13 @@ class QuantConv2d(nn.Conv2d):
     """A convolution whose input and weight are fake-quantized.
 
     `input_quantizer` is per tensor; `weight_quantizer` per tensor or per output channel. The bias
-    stays in float: runtimes keep it in 32 bits.
+    stays in float: runtimes keep it in 32 bits. `output_quantizer`, per tensor, is for runtimes
+    that compute in integers only what they can put on a grid at once (see `results`).
     """
 
     input_quantizer: Quantizer
     weight_quantizer: Quantizer
+    output_quantizer: Quantizer | None
 
     @classmethod
     def wrap(cls, layer: nn.Conv2d, inputs: Quantizer, weights: Quantizer) -> QuantConv2d:
@@ -39,7 +41,8 @@ class QuantConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         weight = self.weight_quantizer(self.weight)
-        return self._conv_forward(self.input_quantizer(input), weight, self.bias)
+        output = self._conv_forward(self.input_quantizer(input), weight, self.bias)
+        return output if self.output_quantizer is None else self.output_quantizer(output)
 
 
 class QuantLinear(nn.Linear):
@@ -47,6 +50,7 @@ class QuantLinear(nn.Linear):
 
     input_quantizer: Quantizer
     weight_quantizer: Quantizer
+    output_quantizer: Quantizer | None
 
     @classmethod
     def wrap(cls, layer: nn.Linear, inputs: Quantizer, weights: Quantizer) -> QuantLinear:
@@ -60,7 +64,8 @@ class QuantLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         weight = self.weight_quantizer(self.weight)
-        return F.linear(self.input_quantizer(input), weight, self.bias)
+        output = F.linear(self.input_quantizer(input), weight, self.bias)
+        return output if self.output_quantizer is None else self.output_quantizer(output)
 
 
 _Layer = TypeVar("_Layer", QuantConv2d, QuantLinear)
@@ -74,6 +79,7 @@ def _take_over(
     quantized.register_parameter("bias", layer.bias)
     quantized.input_quantizer = inputs
     quantized.weight_quantizer = weights
+    quantized.output_quantizer = None
     return quantized
 
 

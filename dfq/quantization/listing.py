@@ -126,12 +126,14 @@ def bit_operations(layers: Iterable[LayerInfo]) -> int:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `dfq inspect` shows: every layer, and the sums over them."""
+    """What `dfq inspect` shows: every layer, and the sums over them; of the sums and concatenations
+    of activations, how many are quantized and how many there are."""
 
     source: str
     family: str
     image_size: int
     layers: Sequence[LayerInfo]
+    joins: tuple[int, int]
 
     @property
     def quantized_share(self) -> float:
@@ -146,5 +148,6 @@ class Inspection:
             "macs": sum(layer.macs for layer in self.layers),
             "bit_operations": bit_operations(self.layers),
             "quantized_share_of_macs": self.quantized_share,
+            "sums_and_concatenations": {"quantized": self.joins[0], "all": self.joins[1]},
             "layers": [layer.to_dict() for layer in self.layers],
         }

@@ -135,6 +135,11 @@ class Quantizer(nn.Module):
         channels: number of scales; 1 is per tensor, more is per channel of axis 0.
         asymmetric: learn a zero point on an unsigned grid (LSQ+); else a signed grid (LSQ).
 
+    Attributes:
+        enabled: otherwise everything is let through.
+        rectified: whether only a ReLU reads what it gives, so that its grid needs no level below
+            zero: clipping there does what the ReLU does.
+
     State (all of it in the state dict): `log_scale` `(channels,)`, `zero_point` `(channels,)`,
     `initialised` (bool scalar).
 
@@ -150,6 +155,7 @@ class Quantizer(nn.Module):
         self.channels = channels
         self.asymmetric = asymmetric
         self.enabled = True
+        self.rectified = False
         self.log_scale = nn.Parameter(torch.zeros(channels))
         self.zero_point = nn.Parameter(torch.zeros(channels), requires_grad=asymmetric)
         self.register_buffer("initialised", torch.tensor(False))
@@ -200,6 +206,11 @@ class Quantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return x
+        # Modes that watch a network's functions (see `results`) count its own, and none of these.
+        with torch._C.DisableTorchFunction():
+            return self._quantize(x)
+
+    def _quantize(self, x: Tensor) -> Tensor:
         qmin, qmax = self.bounds
         # bfloat16 has 8 bits for a value: too few to divide and round to one of 256 levels in.
         if x.dtype in (torch.bfloat16, torch.float16):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -105,7 +105,8 @@ def measure(
     """
     images = [batch.to(teacher.device) for batch in batches]
     options = choices(teacher, policy, candidates)
-    student = insert_quantizers(teacher.twin(), policy)
+    # One layer at a time: what others share with it is not to be quantized along.
+    student = insert_quantizers(teacher.twin(), replace(policy, placement="inputs"))
     layers = dict(quantized_layers(student.module))
     values = observe(student, images)
     expected = [teacher.raw(batch) for batch in images]

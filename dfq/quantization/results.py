@@ -1,0 +1,221 @@
+"""Quantizers on what layers, sums and concatenations give, as integer runtimes need them.
+
+onnxruntime computes a convolution in integers only where its output is quantized before anything
+is done to it, and a sum or a concatenation only where all that goes into it and what comes out is.
+What is put here is one quantizer a tensor:
+
+- on the output of each quantized layer, but for those whose outputs are the predictions;
+- on the result of each sum and concatenation of what such layers compute;
+- on whatever else goes into one of these (the result of an activation function, mostly).
+
+A layer that is given a tensor which is on a grid already has that grid for its input, where it is
+as wide as the layer's own is to be: its input quantizer *is* the one of the tensor.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Container
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from ..detectors.base import Detector
+from .joins import CONCATENATIONS, SUMS, Key, Trace, Value, trace
+from .layers import QUANTIZED_LAYERS, QuantConv2d, QuantLinear
+from .quantizers import Quantizer
+
+RESULT_BITS = 8
+"""Narrower results gain nothing: runtimes add and concatenate in 8 bits, and a convolution's output
+takes no room, being consumed as it is written."""
+
+RESULTS = "result_quantizers"
+"""Name, in the network, of the module that holds the quantizers of functions' results."""
+
+
+class _Watching(TorchFunctionMode):
+    """Quantizes results within one forward pass of their owner."""
+
+    _running: ClassVar[threading.local] = threading.local()
+
+    def __init__(self, quantizers: dict[tuple[str, int], Quantizer]) -> None:
+        super().__init__()
+        self.quantizers = quantizers
+        self.functions = {function for function, _ in quantizers}
+        self.calls: Counter[str] = Counter()
+
+    @classmethod
+    def _stack(cls) -> list[_Watching]:
+        if not hasattr(cls._running, "stack"):
+            cls._running.stack = []
+        return cls._running.stack
+
+    def __enter__(self) -> _Watching:
+        self._stack().append(self)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack().pop()
+        super().__exit__(*error)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = func.__name__
+        # A function called within an inner owner passes through the outer ones as well.
+        if name not in self.functions or self._stack()[-1] is not self:
+            return func(*args, **(kwargs or {}))
+        quantizer = self.quantizers.get((name, self.calls[name]))
+        self.calls[name] += 1
+        if quantizer is None:
+            return func(*args, **(kwargs or {}))
+        if name == "add_":
+            # What it would write into may be a quantizer's output, which its gradient needs.
+            func = torch.add
+        return quantizer(func(*args, **(kwargs or {})))
+
+
+class _Watched:
+    """Mixed into the class of a module whose results are quantized: so that its own forward pass
+    may still be replaced on the module, as `FinishedBlocks` does."""
+
+    _quantized_results: dict[tuple[str, int], Quantizer]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with _Watching(self._quantized_results):
+            # What it is mixed into has one.
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+def _watched(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Watched{kind.__name__}", (_Watched, kind), {"__module__": kind.__module__})
+
+
+def _watch(owner: nn.Module, key: Key, quantizer: Quantizer) -> None:
+    if not isinstance(owner, _Watched):
+        owner.__class__ = _watched(type(owner))
+        # In a dictionary, for modules that run whatever modules they have, as nn.Sequential does.
+        owner._quantized_results = {}
+    owner._quantized_results[key.function, key.number] = quantizer
+
+
+def quantize_results(detector: Detector, found: Trace, *, asymmetric: bool) -> None:
+    """Put quantizers on the outputs of layers and on the operands and results of sums and
+    concatenations, in place; scales are not set yet.
+
+    Args:
+        detector: its layers quantized.
+        found: what `trace` saw before they were.
+        asymmetric: whether the grids have zero points.
+    """
+    last = detector.boundary_layers().last
+    grids: dict[Value, Quantizer] = {}
+    for value in found.values:
+        if value.layer is None or value.layer in last:
+            continue
+        layer = detector.module.get_submodule(value.layer)
+        if isinstance(layer, QUANTIZED_LAYERS):
+            if layer.output_quantizer is None:
+                layer.output_quantizer = _quantizer(detector, asymmetric)
+                layer.output_quantizer.rectified = True
+            # All calls of a layer that is shared have to agree.
+            layer.output_quantizer.rectified &= value.rectified and not value.read
+            grids[value] = layer.output_quantizer
+    _quantize_functions(detector, found, grids, asymmetric)
+    _share_inputs(detector.module, found, grids)
+    # An activation function that writes into a quantizer's output destroys what its gradient needs.
+    for module in detector.module.modules():
+        if getattr(module, "inplace", False) is True:
+            module.inplace = False
+
+
+def _quantizer(detector: Detector, asymmetric: bool) -> Quantizer:
+    quantizer = Quantizer(RESULT_BITS, asymmetric=asymmetric)
+    return quantizer.train(detector.module.training).to(detector.device)
+
+
+def _quantize_functions(
+    detector: Detector, found: Trace, grids: dict[Value, Quantizer], asymmetric: bool
+) -> None:
+    """Quantize sums, concatenations, and what goes into them; `grids` is added to."""
+    chosen: dict[Value, None] = {}
+    for join in found.joins():
+        new = [value for value in join.operands if value not in grids]
+        # What is computed outside of every module cannot be reached.
+        if all(found.owner_of(value) is not None for value in (*new, join)):
+            chosen |= dict.fromkeys([*new, join])
+    holder = nn.ModuleDict()
+    quantizers: dict[Key, Quantizer] = {}
+    for value, key in zip(chosen, found.keys(list(chosen)), strict=True):
+        operands = {grids[operand] for operand in value.operands}
+        if key not in quantizers:
+            if key.function in CONCATENATIONS and len(operands) == 1:
+                # Of tensors on one grid, as are the poolings of one: it is on it too.
+                quantizers[key] = operands.pop()
+            else:
+                quantizers[key] = _quantizer(detector, asymmetric)
+                quantizers[key].rectified = value.rectified and not value.read
+            owner = found.owner_of(value)
+            assert owner is not None
+            _watch(owner, key, quantizers[key])
+            # A name with dots would be a path.
+            path = key.owner.replace(".", "/")
+            holder[f"{path}:{key.function}:{key.number}"] = quantizers[key]
+        grids[value] = quantizers[key]
+    detector.module.add_module(RESULTS, holder)
+
+
+def _share_inputs(module: nn.Module, found: Trace, grids: dict[Value, Quantizer]) -> None:
+    """Give layers that read the same tensor one input quantizer, the tensor's own if it has one:
+    on the same grid for the second time, rounding changes nothing."""
+    first: dict[tuple[Value, int], Quantizer] = {}
+    for name, values in found.inputs.items():
+        layer = module.get_submodule(name)
+        value = values[0]
+        if not isinstance(layer, QUANTIZED_LAYERS) or value is None:
+            continue
+        own = layer.input_quantizer
+        if value in grids:
+            wanted = grids[value]
+            if any(other is None or grids.get(other) is not wanted for other in values):
+                continue
+        elif all(other is value for other in values):
+            wanted = first.setdefault((value, own.bits), own)
+        else:
+            continue
+        if (wanted.bits, wanted.asymmetric) == (own.bits, own.asymmetric):
+            layer.input_quantizer = wanted
+
+
+def result_quantizers(module: nn.Module) -> list[tuple[str, Quantizer]]:
+    """(name, quantizer) of every layer's output and every function's result that is quantized."""
+    found = [
+        (f"{name}.output_quantizer", layer.output_quantizer)
+        for name, layer in module.named_modules()
+        if isinstance(layer, (QuantConv2d, QuantLinear)) and layer.output_quantizer is not None
+    ]
+    holder = getattr(module, RESULTS, None)
+    if isinstance(holder, nn.ModuleDict):
+        for name, quantizer in holder.items():
+            assert isinstance(quantizer, Quantizer)
+            found.append((f"{RESULTS}.{name}", quantizer))
+    return found
+
+
+class _Everything(Container[str]):
+    def __contains__(self, _: object) -> bool:
+        return True
+
+
+def count_joins(detector: Detector) -> tuple[int, int]:
+    """How many of a detector's sums and concatenations of activations are quantized, and how many
+    there are. BatchNorm may be unfolded."""
+    found = trace(detector, _Everything(), through=lambda m: isinstance(m, Quantizer))
+    every = set(found.keys(found.joins()))
+    holder = getattr(detector.module, RESULTS, None)
+    names = list(holder) if isinstance(holder, nn.ModuleDict) else []
+    functions = [name.split(":")[1] for name in names]
+    return sum(function in SUMS | CONCATENATIONS for function in functions), len(every)
