@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ from .joins import trace
 from .layers import QUANTIZED_LAYERS, QuantConv2d, QuantLinear, QuantMatmul
 from .listing import FLOAT_KINDS, describe
 from .quantizers import Quantizer
-from .ranges import SEARCHES
+from .ranges import READERS, SEARCHES, mse
 from .results import quantize_results, result_quantizers
 from .widths import Widths, parse_widths
 
@@ -285,10 +286,13 @@ def _set_weight_range(layer: QuantConv2d | QuantLinear, search: str) -> None:
 def _set_range(quantizer: Quantizer, values: Tensor, search: str) -> None:
     """Set the initial scale of a quantizer of activations from values `(n,)` that reach it."""
     column = values[None].to(quantizer.log_scale.device)
-    if quantizer.rectified:
+    find, reader = SEARCHES[search], quantizer.reader
+    if reader == "relu":
+        # Clipping below zero does what the ReLU does: no level is to be spent there.
         column = column.clamp_min(0)
-    found = SEARCHES[search](column, quantizer.bits, asymmetric=quantizer.asymmetric)
-    quantizer.initialise(*found)
+    elif find is mse and reader in READERS:
+        find = functools.partial(mse, through=READERS[reader])
+    quantizer.initialise(*find(column, quantizer.bits, asymmetric=quantizer.asymmetric))
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +21,7 @@ from torch.utils._pytree import tree_leaves
 from ..detectors.base import Detector
 
 CONCATENATIONS = frozenset({"cat", "concat", "concatenate"})
-SUMS = frozenset({"add", "add_"})
-_RECTIFIERS = frozenset({"relu", "relu_"})
+SUMS = frozenset({"add"})
 
 _LAYERS = (nn.Conv2d, nn.Linear, nn.ConvTranspose2d, nn.MultiheadAttention)
 
@@ -36,9 +35,15 @@ _KEEPING = {
 }
 
 
+def name_of(function: Any) -> str:
+    """A function's name, the same for the one that writes into its first operand."""
+    name: str = function.__name__
+    return name if name.endswith("__") else name.removesuffix("_")
+
+
 class Key(NamedTuple):
-    """Which result of a network: that of the `number`th call of the function called `function` in
-    one forward pass of the module `owner`, calls within owners of other results left out."""
+    """Which result of a network: that of the `number`th call of the function called `function`
+    that one forward pass of the module `owner` makes itself."""
 
     owner: str
     function: str
@@ -52,10 +57,10 @@ class Value:
     Attributes:
         layer: name of the layer; None: it is no layer's output.
         call: number of the function's call in the trace; None for layers, and outside of modules.
-        live: whether it comes from quantized layers, through whatever functions.
+        live: whether it comes from quantized layers alone, through whatever functions.
         predicted: whether it comes from the layers that give the predictions.
         operands: of a sum or a concatenation of activations; empty for all others.
-        rectified, read: whether a ReLU reads it, and whether anything else does.
+        readers: names of the functions that read it.
     """
 
     layer: str | None
@@ -63,8 +68,12 @@ class Value:
     live: bool
     predicted: bool
     operands: tuple[Value, ...] = ()
-    rectified: bool = False
-    read: bool = False
+    readers: set[str] = field(default_factory=set)
+
+    @property
+    def reader(self) -> str | None:
+        """The only function that reads it; None where there are several."""
+        return next(iter(self.readers)) if len(self.readers) == 1 else None
 
 
 class _Frame(NamedTuple):
@@ -111,7 +120,7 @@ class Trace(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        name = func.__name__
+        name = name_of(func)
         call = None
         if self._stack:
             call = len(self._calls)
@@ -123,21 +132,21 @@ class Trace(TorchFunctionMode):
         outputs = _floats(result)
         if not outputs or not known:
             return result
-        if name in _RECTIFIERS:
-            value = known[0].value
-            value.rectified = value.rectified or not known[0].rectified
-            self._note(outputs, _Seen(value, True))
-        elif _keeps(name, args, kwargs):
-            self._note(outputs, known[0])
-        else:
+        kept = _keeps(name, args, kwargs)
+        if not kept:
             for seen in known:
-                seen.value.read = seen.value.read or not seen.rectified
+                if not seen.rectified:
+                    seen.value.readers.add(name)
+        if kept:
+            self._note(outputs, known[0])
+        elif name == "relu":
+            self._note(outputs, _Seen(known[0].value, True))
+        else:
             values = [seen.value for seen in known]
-            live = any(value.live for value in values)
+            live = all(value.live for value in values)
             predicted = any(value.predicted for value in values)
             joins = call is not None and len(known) == len(given) and _joins(name, given)
-            counts = joins and all(value.live for value in values) and not predicted
-            operands = tuple(values) if counts else ()
+            operands = tuple(values) if joins and live and not predicted else ()
             self._add(outputs, Value(None, call, live, predicted, operands))
         return result
 
@@ -179,8 +188,11 @@ class Trace(TorchFunctionMode):
         """
         if value.call is None:
             return None
-        _, stack = self._calls[value.call]
-        return next((one.module for one in reversed(stack) if self._owns(one.module)), None)
+        frame = self._owner(self._calls[value.call][1])
+        return frame.module if frame else None
+
+    def _owner(self, stack: Sequence[_Frame]) -> _Frame | None:
+        return next((frame for frame in reversed(stack) if self._owns(frame.module)), None)
 
     def _owns(self, module: nn.Module) -> bool:
         if any(module.children()):
@@ -188,20 +200,33 @@ class Trace(TorchFunctionMode):
         return self._runs[id(module)] == 1 and not type(module).__module__.startswith("torch.nn.")
 
     def keys(self, values: Sequence[Value]) -> list[Key]:
-        """The key of each of `values`, none a layer's: the same for each call of a module."""
-        owners = {id(self.owner_of(value)) for value in values}
-        wanted = {value.call for value in values}
-        found: dict[int | None, Key] = {}
+        """The key of each of `values`, which all have owners: one for all calls of a module."""
+        found: list[Key | None] = []
         counts: Counter[tuple[int, str]] = Counter()
-        for call, (function, stack) in enumerate(self._calls):
-            frame = next((one for one in reversed(stack) if id(one.module) in owners), None)
-            if frame is None:
-                continue
-            if call in wanted:
+        for function, stack in self._calls:
+            frame = self._owner(stack)
+            found.append(None)
+            if frame is not None:
                 number = counts[frame.number, function]
-                found[call] = Key(self._names[id(frame.module)], function, number)
-            counts[frame.number, function] += 1
-        return [found[value.call] for value in values]
+                found[-1] = Key(self._names[id(frame.module)], function, number)
+                counts[frame.number, function] += 1
+        keys = (found[value.call] for value in values if value.call is not None)
+        return [key for key in keys if key is not None]
+
+    def bystanders(self, values: Sequence[Value]) -> list[nn.Module]:
+        """Modules within the owners of `values` that call the same functions themselves."""
+        functions: dict[int, set[str]] = {}
+        for value in values:
+            if value.call is not None:
+                owner = id(self.owner_of(value))
+                functions.setdefault(owner, set()).add(self._calls[value.call][0])
+        found: dict[nn.Module, None] = {}
+        for function, stack in self._calls:
+            frame = self._owner(stack)
+            inside = any(function in functions.get(id(one.module), ()) for one in stack)
+            if frame is not None and inside and id(frame.module) not in functions:
+                found[frame.module] = None
+        return list(found)
 
     def follow(self, tensor: Tensor, output: Tensor) -> None:
         """`output` is `tensor` for all that comes."""

@@ -137,8 +137,8 @@ class Quantizer(nn.Module):
 
     Attributes:
         enabled: otherwise everything is let through.
-        rectified: whether only a ReLU reads what it gives, so that its grid needs no level below
-            zero: clipping there does what the ReLU does.
+        reader: name of the one function that reads what it gives (as "silu"), which says how much
+            which errors matter: see `ranges`. None: nothing is known of what reads it.
 
     State (all of it in the state dict): `log_scale` `(channels,)`, `zero_point` `(channels,)`,
     `initialised` (bool scalar).
@@ -155,7 +155,7 @@ class Quantizer(nn.Module):
         self.channels = channels
         self.asymmetric = asymmetric
         self.enabled = True
-        self.rectified = False
+        self.reader: str | None = None
         self.log_scale = nn.Parameter(torch.zeros(channels))
         self.zero_point = nn.Parameter(torch.zeros(channels), requires_grad=asymmetric)
         self.register_buffer("initialised", torch.tensor(False))

@@ -5,10 +5,12 @@ Every function takes values `(channels, n)` and returns `(scale, zero_point)`, `
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .quantizers import grid
@@ -54,12 +56,22 @@ def lsq(values: Tensor, bits: int, *, asymmetric: bool) -> Range:
     return scale, torch.clamp(torch.round(-low / scale), qmin, qmax)
 
 
-def mse(values: Tensor, bits: int, *, asymmetric: bool, steps: int = 80) -> Range:
+def mse(
+    values: Tensor,
+    bits: int,
+    *,
+    asymmetric: bool,
+    steps: int = 80,
+    through: Callable[[Tensor], Tensor] | None = None,
+) -> Range:
     """The grid with the least mean squared rounding and clipping error on `values`.
 
     Shrinks the upper bound (and, on an asymmetric grid, the lower one apart from it) from the full
-    range in `steps` steps and keeps the best of all pairs, per channel.
+    range in `steps` steps and keeps the best of all pairs, per channel. Where only an activation
+    function reads the values, errors are those that come `through` it: what is far below zero in
+    front of a SiLU then hardly counts.
     """
+    wanted = values if through is None else through(values)
     low, high = values.aminmax(dim=1)
     low, high = low.clamp_max(0), high.clamp_min(0)
     qmin, qmax = grid(bits, signed=not asymmetric)
@@ -76,13 +88,23 @@ def mse(values: Tensor, bits: int, *, asymmetric: bool, steps: int = 80) -> Rang
             rounded = torch.round(values / column)
             rounded = torch.maximum(rounded, (qmin - zero)[:, None])
             rounded = torch.minimum(rounded, (qmax - zero)[:, None])
-            error = (rounded * column - values).square_().mean(dim=1)
+            got = rounded * column
+            error = ((got if through is None else through(got)) - wanted).square_().mean(dim=1)
             better = error < best_error
             best_error = torch.where(better, error, best_error)
             best_scale = torch.where(better, scale, best_scale)
             best_zero = torch.where(better, zero, best_zero)
     return best_scale, best_zero
 
+
+READERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+    "gelu": F.gelu,
+    "leaky_relu": functools.partial(F.leaky_relu, negative_slope=0.1),
+    "sigmoid": torch.sigmoid,
+}
+"""Functions that `mse` can look through, by their names."""
 
 SEARCHES: dict[str, RangeSearch] = {
     "minmax": minmax,

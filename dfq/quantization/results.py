@@ -24,7 +24,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..detectors.base import Detector
-from .joins import CONCATENATIONS, SUMS, Key, Trace, Value, trace
+from .joins import CONCATENATIONS, Key, Trace, Value, name_of, trace
 from .layers import QUANTIZED_LAYERS, QuantConv2d, QuantLinear
 from .quantizers import Quantizer
 
@@ -37,7 +37,11 @@ RESULTS = "result_quantizers"
 
 
 class _Watching(TorchFunctionMode):
-    """Quantizes results within one forward pass of their owner."""
+    """Quantizes results within one forward pass of a module.
+
+    Args:
+        quantizers: by function, and number of its call.
+    """
 
     _running: ClassVar[threading.local] = threading.local()
 
@@ -64,15 +68,15 @@ class _Watching(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        name = func.__name__
-        # A function called within an inner owner passes through the outer ones as well.
+        name = name_of(func)
+        # What an inner module calls passes through here as well.
         if name not in self.functions or self._stack()[-1] is not self:
             return func(*args, **(kwargs or {}))
         quantizer = self.quantizers.get((name, self.calls[name]))
         self.calls[name] += 1
         if quantizer is None:
             return func(*args, **(kwargs or {}))
-        if name == "add_":
+        if func.__name__ == "add_":
             # What it would write into may be a quantizer's output, which its gradient needs.
             func = torch.add
         return quantizer(func(*args, **(kwargs or {})))
@@ -94,12 +98,12 @@ def _watched(kind: type[nn.Module]) -> type[nn.Module]:
     return type(f"Watched{kind.__name__}", (_Watched, kind), {"__module__": kind.__module__})
 
 
-def _watch(owner: nn.Module, key: Key, quantizer: Quantizer) -> None:
+def _watch(owner: nn.Module) -> dict[tuple[str, int], Quantizer]:
     if not isinstance(owner, _Watched):
         owner.__class__ = _watched(type(owner))
         # In a dictionary, for modules that run whatever modules they have, as nn.Sequential does.
         owner._quantized_results = {}
-    owner._quantized_results[key.function, key.number] = quantizer
+    return owner._quantized_results
 
 
 def quantize_results(detector: Detector, found: Trace, *, asymmetric: bool) -> None:
@@ -120,9 +124,10 @@ def quantize_results(detector: Detector, found: Trace, *, asymmetric: bool) -> N
         if isinstance(layer, QUANTIZED_LAYERS):
             if layer.output_quantizer is None:
                 layer.output_quantizer = _quantizer(detector, asymmetric)
-                layer.output_quantizer.rectified = True
+                layer.output_quantizer.reader = value.reader
             # All calls of a layer that is shared have to agree.
-            layer.output_quantizer.rectified &= value.rectified and not value.read
+            if layer.output_quantizer.reader != value.reader:
+                layer.output_quantizer.reader = None
             grids[value] = layer.output_quantizer
     _quantize_functions(detector, found, grids, asymmetric)
     _share_inputs(detector.module, found, grids)
@@ -157,15 +162,21 @@ def _quantize_functions(
                 quantizers[key] = operands.pop()
             else:
                 quantizers[key] = _quantizer(detector, asymmetric)
-                quantizers[key].rectified = value.rectified and not value.read
+                quantizers[key].reader = value.reader
             owner = found.owner_of(value)
             assert owner is not None
-            _watch(owner, key, quantizers[key])
-            # A name with dots would be a path.
-            path = key.owner.replace(".", "/")
-            holder[f"{path}:{key.function}:{key.number}"] = quantizers[key]
+            _watch(owner)[key.function, key.number] = quantizers[key]
+            holder[_name(key)] = quantizers[key]
         grids[value] = quantizers[key]
+    # So that their calls are not taken for those of the modules they are in.
+    for module in found.bystanders(list(chosen)):
+        _watch(module)
     detector.module.add_module(RESULTS, holder)
+
+
+def _name(key: Key) -> str:
+    # With dots it would be a path.
+    return f"{key.owner.replace('.', '/')}:{key.function}:{key.number}"
 
 
 def _share_inputs(module: nn.Module, found: Trace, grids: dict[Value, Quantizer]) -> None:
@@ -214,8 +225,7 @@ def count_joins(detector: Detector) -> tuple[int, int]:
     """How many of a detector's sums and concatenations of activations are quantized, and how many
     there are. BatchNorm may be unfolded."""
     found = trace(detector, _Everything(), through=lambda m: isinstance(m, Quantizer))
-    every = set(found.keys(found.joins()))
+    every = {_name(key) for key in found.keys(found.joins())}
     holder = getattr(detector.module, RESULTS, None)
-    names = list(holder) if isinstance(holder, nn.ModuleDict) else []
-    functions = [name.split(":")[1] for name in names]
-    return sum(function in SUMS | CONCATENATIONS for function in functions), len(every)
+    there = set(holder) if isinstance(holder, nn.ModuleDict) else set()
+    return len(every & there), len(every)

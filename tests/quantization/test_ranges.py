@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 
 from dfq.quantization.quantizers import fake_quantize, grid
 from dfq.quantization.ranges import SEARCHES, lsq, minmax, mse, percentile
@@ -149,3 +150,17 @@ def test_percentile_leaves_out_the_tails() -> None:
     values[0, 0], values[0, -1] = -50, 80
     scale, _ = percentile(values, 8, asymmetric=False)
     assert float(scale) == pytest.approx(1 / 127, rel=1e-3)
+
+
+def test_errors_count_as_they_come_through_the_reader() -> None:
+    """In front of a SiLU, what is far below zero may be clipped for finer steps above."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(1, 5000, generator=generator) * 3 - 4
+
+    def behind(found: tuple[Tensor, Tensor]) -> float:
+        got = quantized(values, found, 4, asymmetric=True)
+        return float((silu(got) - silu(values)).square().mean())
+
+    plain, aware = mse(values, 4, asymmetric=True), mse(values, 4, asymmetric=True, through=silu)
+    assert behind(aware) < 0.5 * behind(plain)
+    assert aware[0] < plain[0]
