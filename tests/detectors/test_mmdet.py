@@ -26,6 +26,7 @@ from dfq.errors import UserError
 from dfq.evaluation.coco import _predict, evaluate, score
 from dfq.quantization.convert import Policy, calibrate, fold, insert_quantizers, quantized_layers
 from dfq.quantization.listing import describe
+from dfq.quantization.results import count_joins, result_quantizers
 
 TWO_STAGE = ["mask-rcnn-resnet", "mask-rcnn-swin"]
 SMALL = [*TWO_STAGE, "retinanet"]
@@ -245,6 +246,24 @@ def _worn(segment: dict[str, Any], generator: torch.Generator) -> dict[str, Any]
     pixels = pixels * (torch.rand(pixels.shape, generator=generator) < share)
     again = coco_mask.encode(np.asfortranarray(pixels.numpy()))
     return {**again, "counts": again["counts"].decode()}
+
+
+@pytest.mark.parametrize(
+    ("name", "joins"),
+    # Two sums for each of five Swin blocks, one for each of eight of a ResNet-18; the pyramid's.
+    [("mask-rcnn-swin", 2 * 5 + 3), ("mask-rcnn-resnet", 8 + 3), ("retinanet", 8 + 2)],
+)
+def test_all_sums_are_found(
+    name: str, joins: int, detectors: dict[str, Detector], images: Tensor
+) -> None:
+    student = fold(detectors[name].twin())
+    assert count_joins(student) == (0, joins)
+    insert_quantizers(student, Policy(8, 8, placement="everywhere"))
+    assert count_joins(student) == (joins, joins)
+    calibrate(student, [images], search="minmax")
+    assert all(bool(quantizer.initialised) for _, quantizer in result_quantizers(student.module))
+    raw = student.raw(images)
+    assert all(level.isfinite().all() for level in student.levels(raw))
 
 
 @pytest.mark.parametrize("name", SMALL)

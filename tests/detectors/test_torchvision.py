@@ -28,6 +28,7 @@ from dfq.detectors.two_stage import ellipse_masks, pixel_boxes
 from dfq.errors import UserError
 from dfq.quantization.convert import Policy, calibrate, fold, insert_quantizers, quantized_layers
 from dfq.quantization.listing import describe
+from dfq.quantization.results import count_joins, result_quantizers
 from dfq.recipe_synthesis import Synthesis
 from dfq.synthesis.inversion import Inversion
 
@@ -263,6 +264,32 @@ def test_every_layer_can_be_folded_and_quantized(name: str, images: Tensor) -> N
     assert {*edge.first, *edge.last} <= {name for name, _ in layers}
     for part in (*student.feature_layers(), *student.blocks()):
         student.module.get_submodule(part)
+
+
+@pytest.mark.parametrize(
+    ("name", "joins"),
+    # Blocks with a residual sum (MobileNetV2's only where the widths agree), steps of the pyramid.
+    [
+        ("fasterrcnn_mobilenet_v2", 10),
+        ("maskrcnn_resnet50_fpn", 3 + 4 + 6 + 3 + 3),
+        ("retinanet_resnet50_fpn", 3 + 4 + 6 + 3 + 2),
+    ],
+)
+def test_all_sums_are_found_and_can_be_trained(name: str, joins: int, images: Tensor) -> None:
+    student = fold(_outspoken(name).twin())
+    assert count_joins(student) == (0, joins)
+    insert_quantizers(student, Policy(8, 8, placement="everywhere"))
+    assert count_joins(student) == (joins, joins)
+    calibrate(student, [images], search="minmax")
+    added = dict(result_quantizers(student.module))
+    assert all(bool(quantizer.initialised) for quantizer in added.values())
+    student.module.requires_grad_(True)
+    raw = student.raw(images)
+    torch.stack([level.square().mean() for level in student.levels(raw)]).sum().backward()
+    for part, quantizer in added.items():
+        # The second stage waits for the labels.
+        if not part.startswith("roi_heads"):
+            assert quantizer.log_scale.grad is not None, part
 
 
 def test_proposals_count_in_the_macs() -> None:

@@ -325,6 +325,10 @@ def test_inspect(place: Path, model: Path, run: Path) -> None:
     assert first["name"] in result.stdout
     assert before["macs"] == sum(row["macs"] for row in before["layers"])
 
+    # One residual sum; two blocks, a pooling and the neck concatenate.
+    assert before["sums_and_concatenations"] == {"quantized": 0, "all": 5}
+    assert "sums and concatenations quantized: 0 of 5" in result.stdout
+
     result = command("inspect", "--model", run, "--json", "run.json")
     after = json.loads((place / "run.json").read_text())
     count = len(after["layers"])

@@ -101,13 +101,16 @@ def test_without_room_what_nobody_looks_at_is_forgotten() -> None:
         assert ran == {"3": 1}
 
 
+@pytest.mark.parametrize("placement", ["inputs", "everywhere"])
 @pytest.mark.parametrize("room", [0, 10_000])
-def test_rounding_does_not_depend_on_it(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+def test_rounding_does_not_depend_on_it(
+    monkeypatch: pytest.MonkeyPatch, room: int, placement: str
+) -> None:
     images = (blobs(6) * 255).to(torch.uint8)
 
     def rounded() -> dict[str, Tensor]:
         teacher = fold(tiny_detector().twin())
-        student = insert_quantizers(teacher.twin(), Policy(4, 8))
+        student = insert_quantizers(teacher.twin(), Policy(4, 8, placement=placement))
         calibrate(student, [images.float() / 255])
         reconstruct(student, teacher, images, batch_size=2)
         return student.module.state_dict()

@@ -70,6 +70,16 @@ def test_divergence_is_that_of_the_layer_alone(
         assert value == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
+def test_what_else_is_quantized_does_not_count(
+    teacher: Detector, rows: dict[str, LayerSensitivity]
+) -> None:
+    policy = replace(POLICY, placement="everywhere")
+    few = [CANDIDATES[0], CANDIDATES[-1]]
+    for row in measure(teacher, policy, blobs(6).split(4), few, search="minmax"):
+        known = dict(zip(rows[row.name].widths, rows[row.name].divergence, strict=True))
+        assert row.divergence == tuple(known[widths] for widths in row.widths)
+
+
 def test_fewer_bits_do_more(rows: dict[str, LayerSensitivity]) -> None:
     free = [row for row in rows.values() if row.free]
     assert len(free) > 5
