@@ -97,6 +97,8 @@ ABLATIONS = {
     "symmetric": Method(
         "symmetric activations", "synthetic", ("quantization.activations=symmetric",)
     ),
+    # A rate that moves no weight, but has them rounded anew at every step.
+    "straight-through": Method("integers not held", "synthetic", ("distillation.weight_lr=1e-9",)),
     "nearest": Method("nearest rounding", "synthetic", ("quantization.rounding=nearest",)),
     "weights": Method("nearest rounding, trained weights", "synthetic", TRAINED),
     "no-drift-bound": Method(
