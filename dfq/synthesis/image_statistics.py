@@ -28,17 +28,13 @@ class ImageStatistics:
 
     def __enter__(self) -> ImageStatistics:
         for name, layer in self.layers.items():
-            mean, var, factor, stored = expected_statistics(layer)
-            to_mean, to_var = factor, factor.square()
-            if self.relative:
-                spread, root = stored + 1e-5, len(stored) ** 0.5
-                to_mean, to_var = to_mean * spread.rsqrt() / root, to_var / spread / root
+            expected = expected_statistics(layer, relative=self.relative)
 
             def watch(
                 _m: nn.Module,
                 inputs: tuple[Tensor, ...],
                 name: str = name,
-                known: tuple[Tensor, ...] = (mean, var, to_mean, to_var),
+                known: tuple[Tensor, ...] = expected,
             ) -> None:
                 if torch.is_grad_enabled():
                     self._seen[name] = _distance(inputs[0].float(), *known)

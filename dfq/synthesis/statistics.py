@@ -24,23 +24,34 @@ from .kernels import moments, moments_backward
 
 
 def expected_statistics(
-    layer: _BatchNorm | FoldedBatchNorm,
+    layer: _BatchNorm | FoldedBatchNorm, *, relative: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What a layer says of its input y, per channel: its mean, its variance, the factor that takes
-    y - mean back to the input x of the BatchNorm, and the stored variance of x."""
+    """What a layer says of its input y, and what a difference from it counts, each `(c,)`.
+
+    Args:
+        layer: folded or not.
+        relative: see `BatchNormStatistics.distances`.
+
+    Returns:
+        Mean and variance of y; and the factors that a difference from them is multiplied by before
+        the norm over the channels is taken: back to the input x of the BatchNorm, in the units
+        asked for.
+    """
     if isinstance(layer, FoldedBatchNorm):
         # y = factor * (x - mean_l) + shift. A channel whose gamma has died says nothing about x.
         alive = layer.factor.abs() > 1e-3 * layer.factor.abs().median()
         inverse = torch.where(alive, 1 / layer.factor, 0.0)
-        return layer.shift, layer.var * layer.factor.square(), inverse, layer.var
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
-    return (
-        layer.running_mean,
-        layer.running_var,
-        torch.ones_like(layer.running_var),
-        (layer.running_var),
-    )
+        mean, var, stored = layer.shift, layer.var * layer.factor.square(), layer.var
+    else:
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        mean, var, stored = layer.running_mean, layer.running_var, layer.running_var
+        inverse = torch.ones_like(var)
+    to_mean, to_var = inverse, inverse.square()
+    if relative:
+        spread, root = stored + 1e-5, math.sqrt(len(stored))
+        to_mean, to_var = to_mean * spread.rsqrt() / root, to_var / spread / root
+    return mean, var, to_mean, to_var
 
 
 class _Constants:
@@ -58,11 +69,7 @@ class _Constants:
     def __init__(self, layers: Iterable[_BatchNorm | FoldedBatchNorm], relative: bool) -> None:
         means, variances, to_means, to_vars, owners = [], [], [], [], []
         for index, layer in enumerate(layers):
-            mean, var, factor, stored = expected_statistics(layer)
-            to_mean, to_var = factor, factor.square()
-            if relative:
-                spread, root = stored + 1e-5, math.sqrt(len(stored))
-                to_mean, to_var = to_mean * spread.rsqrt() / root, to_var / spread / root
+            mean, var, to_mean, to_var = expected_statistics(layer, relative=relative)
             means.append(mean)
             variances.append(var)
             to_means.append(to_mean)
@@ -87,7 +94,6 @@ class _Pass:
     Attributes:
         mean, var: float32 `(channels of all,)`; zero for a layer that did not run.
         counts: by layer, over how many values they were taken.
-        tokens: by layer, in the order they ran, empty tensors that tie it to the pass in autograd.
         slope, offset: the gradient of the input x by way of its moments is slope * x + offset;
             known once the gradient of the moments is.
     """
@@ -99,7 +105,6 @@ class _Pass:
         self.layer = known.layer
         self.mean, self.var = torch.zeros_like(known.mean), torch.zeros_like(known.var)
         self.counts = [0] * known.count
-        self.tokens: dict[int, Tensor] = {}
 
     def _count(self) -> Tensor:
         counts = torch.tensor(self.counts, dtype=torch.float32, device=self.mean.device)
@@ -208,6 +213,10 @@ class BatchNormStatistics:
         self._silus = [child for child in module.modules() if type(child) is nn.SiLU]
         self._known: dict[bool, _Constants] = {}
         self._pass: _Pass | None = None
+        # Of the last pass, by layer in the order they ran: empty tensors that tie it to the graph.
+        # Not in the pass itself: the layers' nodes hold that, and would hold themselves through
+        # it, a circle that no garbage collector sees, with every activation in it.
+        self._tokens: dict[int, Tensor] = {}
         self._whole: _Pass | None = None
         # What a layer gave whose SiLU comes next, and its index.
         self._due: tuple[Tensor, int] | None = None
@@ -259,6 +268,7 @@ class BatchNormStatistics:
             del silu.forward
         self._handles.clear()
         self._pass = self._whole = self._due = None
+        self._tokens = {}
 
     def _tap(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor] | None:
         if layer in self._fused:
@@ -276,11 +286,11 @@ class BatchNormStatistics:
     def _watch(self, x: Tensor, index: int, silu: bool) -> Tensor:
         known = self._constants(relative=False)
         if self._pass is None:
-            self._pass = _Pass(known)
+            self._pass, self._tokens = _Pass(known), {}
         passed, channels = self._pass, known.channels[index]
         out, token = _Watch.apply(x, passed, channels, known.mean[channels], silu)
         # Of a layer that runs more than once, the last time counts.
-        passed.counts[index], passed.tokens[index] = x.numel() // x.shape[1], token
+        passed.counts[index], self._tokens[index] = x.numel() // x.shape[1], token
         return out
 
     def _constants(self, relative: bool) -> _Constants:
@@ -294,7 +304,7 @@ class BatchNormStatistics:
         From then on `distances` tells of all the parts together, until `release`; its gradient is
         that of the images of the last pass alone, which has to be of one of the parts.
         """
-        passed, self._pass = self._last(), None
+        passed = self._take()
         if self._whole is None:
             self._whole = passed
         else:
@@ -304,10 +314,11 @@ class BatchNormStatistics:
         """Forget the parts: `distances` again tells of the last forward pass."""
         self._whole = None
 
-    def _last(self) -> _Pass:
-        if self._pass is None:
+    def _take(self) -> _Pass:
+        passed, self._pass = self._pass, None
+        if passed is None:
             raise RuntimeError("no forward pass to tell of")
-        return self._pass
+        return passed
 
     def distances(self, *, relative: bool = False) -> Tensor:
         """Of the last forward pass: ||mu - mu_l||_2 + ||var - var_l||_2 of each layer, `(layers,)`
@@ -318,12 +329,9 @@ class BatchNormStatistics:
                 square over the channels, so that no layer counts for more because its values are
                 larger or its channels more.
         """
-        passed, self._pass = self._last(), None
-        known = self._constants(relative)
-        ran, tokens = list(passed.tokens), list(passed.tokens.values())
-        # The layers' nodes in the graph hold the pass: through their tokens it would hold them, a
-        # circle that no garbage collector sees, with every activation in it.
-        passed.tokens.clear()
+        passed, known = self._take(), self._constants(relative)
+        ran, tokens = list(self._tokens), list(self._tokens.values())
+        self._tokens = {}
         mean, var = _Join.apply(passed, self._whole or passed, *tokens)
         to_mean = known.norms((mean - known.mean) * known.to_mean)
         to_var = known.norms((var - known.var) * known.to_var)
