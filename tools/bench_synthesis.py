@@ -27,8 +27,9 @@ from torch import Generator, Tensor
 from dfq.detectors import load_detector
 from dfq.detectors.base import Detector
 from dfq.recipe import load_recipe
-from dfq.synthesis.inversion import Inversion, initial_images
+from dfq.synthesis.inversion import Inversion
 from dfq.synthesis.labels import single
+from dfq.synthesis.views import initial_images
 
 
 def bare_loop(detector: Detector, images: Tensor, precision: str) -> Callable[[int], None]:

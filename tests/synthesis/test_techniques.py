@@ -14,9 +14,10 @@ from dfq.detectors.base import Detector, Targets
 from dfq.recipe_synthesis import LabelStage, Synthesis, SynthesisWeights
 from dfq.recipe_synthesis import Techniques as Settings
 from dfq.synthesis.image_statistics import ImageStatistics
-from dfq.synthesis.inversion import Inversion, initial_images
+from dfq.synthesis.inversion import Inversion
 from dfq.synthesis.statistics import BatchNormStatistics
 from dfq.synthesis.techniques import Techniques, blurred, smoothed
+from dfq.synthesis.views import initial_images
 
 SIDE = 64
 
