@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Generator, Tensor
 from torchvision.ops import box_iou
 
-from ..detectors.base import Detections, Detector
+from ..detectors.base import Detections
 from ..recipe_synthesis import LabelStage
 from .labels import to_corners
 
@@ -26,7 +26,7 @@ class AdaptiveSampler:
     else is found. The paper's are added and dropped from the first update on.
 
     Args:
-        detector: the teacher.
+        detect: what the teacher finds in images, see `Detector.detect`.
         stage: settings of the label stage.
         labels: per image `(n, 5)`, as they begin.
         generator: makes the draws.
@@ -36,9 +36,13 @@ class AdaptiveSampler:
     """
 
     def __init__(
-        self, detector: Detector, stage: LabelStage, labels: list[Tensor], generator: Generator
+        self,
+        detect: Callable[..., list[Detections]],
+        stage: LabelStage,
+        labels: list[Tensor],
+        generator: Generator,
     ) -> None:
-        self.detector, self.stage, self.generator = detector, stage, generator
+        self.detect, self.stage, self.generator = detect, stage, generator
         self.labels = labels
         self.updates = update_steps(
             stage.iterations, start=stage.start, stop=stage.stop, updates=stage.updates
@@ -56,7 +60,7 @@ class AdaptiveSampler:
         stage, size = self.stage, images.shape[2]
         scattered = stage.sampler == "scattered"
         first = scattered and step == min(self.updates)
-        found = self.detector.detect(
+        found = self.detect(
             images, score_threshold=FAINT if first else stage.score_threshold, iou_threshold=0.6
         )
         if first:

@@ -6,11 +6,12 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-from ..detectors.base import Detector, Targets
+from ..detectors.base import Detections, Detector, Targets
 from ..errors import UserError
 from ..precision import computing_in, float32, resolve_precision
 from ..quantization.convert import fold
@@ -153,6 +154,17 @@ class Inversion:
         if self.statistics is not None:
             self.statistics.release()
 
+    def detect(self, images: Tensor, **thresholds: Any) -> list[Detections]:
+        """What the teacher finds in images `(n, 3, h, w)` in [0, 1], by image; as many go through
+        the network at once as in the optimisation.
+
+        Args:
+            images: RGB.
+            thresholds: of `Detector.decode`.
+        """
+        parts = images.split(self.settings.micro_batch or len(images))
+        return [found for part in parts for found in self.detector.detect(part, **thresholds)]
+
     def optimise(
         self,
         images: Tensor,
@@ -239,7 +251,7 @@ class Inversion:
         if settings.labels != "adaptive":
             return labels, None
         noise = initial_images(count, stage.image_size, settings.init, generator)
-        sampler = AdaptiveSampler(self.detector, stage, labels, generator)
+        sampler = AdaptiveSampler(self.detect, stage, labels, generator)
         images = self.optimise(
             noise,
             labels,
@@ -306,12 +318,6 @@ class Inversion:
         noise = generator_for(seed, shard, "images")
         images = self.image_stage(labels, noise, augment, report, start)
         stored = (images * 255).round_().clamp_(0, 255).to(torch.uint8)
-        found = [
-            detections
-            for part in stored.split(self.settings.micro_batch or count)
-            for detections in self.detector.detect(
-                part.float() / 255, score_threshold=0.01, iou_threshold=0.6
-            )
-        ]
+        found = self.detect(stored.float() / 255, score_threshold=0.01, iou_threshold=0.6)
         scores = teacher_scores(labels, found, self.image_size)
         return Batch(stored.cpu(), list(labels), scores)

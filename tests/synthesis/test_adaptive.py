@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from label_rows import NOTHING, SIZE, A, B, found, label
@@ -158,8 +156,8 @@ class Teacher:
 
 
 def run(stage: LabelStage, labels: list[Tensor]) -> tuple[list[list[Tensor] | None], Teacher]:
-    teacher: Any = Teacher()
-    sampler = AdaptiveSampler(teacher, stage, labels, Generator().manual_seed(0))
+    teacher = Teacher()
+    sampler = AdaptiveSampler(teacher.detect, stage, labels, Generator().manual_seed(0))
     images = torch.zeros(len(labels), 3, SIZE, SIZE)
     return [sampler(step, images) for step in range(stage.iterations)], teacher
 

@@ -278,6 +278,32 @@ def test_adaptive_labels_come_from_detections(
         assert len(rows) <= 2
 
 
+def test_no_more_images_at_once_than_a_micro_batch_holds(
+    demo: Detector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most, found = [], []
+    images = initial_images(5, SIZE, "uniform", Generator().manual_seed(0))
+    for size in (None, 2):
+        inversion = Inversion(demo, settings(micro_batch=size, precision="float32"))
+        seen: list[int] = []
+        plain = inversion.detector.raw
+
+        def raw(images: Tensor, plain: Any = plain, seen: list[int] = seen) -> Any:
+            seen.append(len(images))
+            return plain(images)
+
+        monkeypatch.setattr(inversion.detector, "raw", raw)
+        inversion.batch(5, 0, 0)
+        most.append(max(seen))
+        found.append(inversion.detect(images, score_threshold=0.01))
+    assert most == [5, 2]
+    assert sum(len(of_one) for of_one in found[0])
+    for parts, whole in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(parts.boxes, whole.boxes, rtol=0, atol=0.01)
+        torch.testing.assert_close(parts.scores, whole.scores, rtol=0, atol=1e-3)
+        assert torch.equal(parts.labels, whole.labels)
+
+
 def without_batchnorm() -> Detector:
     detector = tiny_detector()
     for parent in list(detector.module.modules()):
