@@ -3,10 +3,11 @@
     python tools/bench_synthesis.py --model yolov5n.pt --size 160 --size 320
     python tools/bench_synthesis.py --model yolo11n.yaml
 
-The bare loop runs the same frozen network on the same batch, in the same precision, folded and laid
-out the same, and takes the gradient of the sum of its outputs with respect to the images; nothing
-can invert a network with less. The real loop is the product's own: all losses, flips, erasing,
-clamping, Adam, logging. A third one is the bare loop on the network as it was loaded, in float32.
+The bare loop runs the same frozen network on the same batch, in the same precision, folded, laid
+out and with freed memory kept the same, and takes the gradient of the sum of its outputs with
+respect to the images; nothing can invert a network with less. The real loop is the product's own:
+all losses, flips, erasing, clamping, Adam, logging. A third one is the bare loop on the network as
+it was loaded, in float32.
 With --micro-batch the real loop takes the batch in parts. Memory is what its first two iterations
 add at their peak to what the process holds (on CUDA, to what is allocated).
 Rounds alternate in one process, so that a noisy machine slows all; ratios are those of the medians.
@@ -26,6 +27,7 @@ from torch import Generator, Tensor
 
 from dfq.detectors import load_detector
 from dfq.detectors.base import Detector
+from dfq.memory import freed_memory_kept
 from dfq.recipe import load_recipe
 from dfq.synthesis.inversion import Inversion
 from dfq.synthesis.labels import single
@@ -37,11 +39,12 @@ def bare_loop(detector: Detector, images: Tensor, precision: str) -> Callable[[i
     half = precision == "bfloat16"
 
     def run(iterations: int) -> None:
-        for _ in range(iterations):
-            pixels = images.clone(memory_format=torch.channels_last).requires_grad_()
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
-                levels = detector.levels(detector.raw(pixels))
-            torch.autograd.backward(levels, [torch.ones_like(level) for level in levels])
+        with freed_memory_kept():
+            for _ in range(iterations):
+                pixels = images.clone(memory_format=torch.channels_last).requires_grad_()
+                with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
+                    levels = detector.levels(detector.raw(pixels))
+                torch.autograd.backward(levels, [torch.ones_like(level) for level in levels])
 
     return run
 

@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 
 from ..detectors.base import Detections, Detector, Targets
 from ..errors import UserError
+from ..memory import freed_memory_kept
 from ..precision import computing_in, float32, resolve_precision
 from ..quantization.convert import fold
 from ..recipe_synthesis import Synthesis
@@ -199,7 +200,7 @@ class Inversion:
         settings = self.settings
         combine = COMBINATIONS[settings.balance](settings.weights)
         every = max(1, iterations // 20)
-        with self._watching(generator):
+        with self._watching(generator), freed_memory_kept():
             for step in range(iterations):
                 rate = learning_rate * 0.5 * (1 + math.cos(math.pi * step / iterations))
                 optimizer.param_groups[0]["lr"] = rate
