@@ -152,12 +152,15 @@ class Detector(ABC):
             nothing (boxes only).
         backbone: qualified name of the module that is the backbone, without neck and heads; None
             where the network has no such part.
+        half_images: whether `raw` takes half-precision images too, and gives the same for them as
+            for float32 ones where its convolutions compute in half precision anyway.
         half_loss: whether `task_loss` takes half-precision predictions as they are and computes in
             float32 what it reads of them; else they have to be float32.
     """
 
     mask_targets: Literal["ellipse", "own", "none"] = "ellipse"
     backbone: str | None = None
+    half_images: ClassVar[bool] = False
     half_loss: ClassVar[bool] = False
     family: ClassVar[str]
     module: nn.Module

@@ -46,6 +46,7 @@ class UltralyticsDetector(Detector):
     """Any detection network of Ultralytics whose head is `Detect` or `v10Detect`."""
 
     family = "ultralytics"
+    half_images = True
 
     def __init__(
         self,

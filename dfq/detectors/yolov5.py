@@ -34,6 +34,7 @@ class YOLOv5(Detector):
     """
 
     family = "yolov5"
+    half_images = True
     half_loss = True
     module: YOLOv5Network
 

@@ -37,7 +37,8 @@ class Combination(Protocol):
     """Turns the terms of an iteration into the gradient the optimizer sees."""
 
     def __call__(self, parts: Parts, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The gradient of what the network saw, `(n, 3, h, w)`, and the batch's terms for logs.
+        """The gradient of what the network saw, `(n, 3, h, w)` of its type, and the batch's terms
+        for logs.
 
         Args:
             parts: a part is done with before the next one is asked for.
@@ -126,21 +127,24 @@ class GradientShares:
                 scaled = [self._factor(n, share) * term for n, (share, term) in groups.items()]
                 gradients.append(_gradient(scaled, view))
         if apart:
-            whole = {name: torch.cat(ones) for name, ones in apart.items()}
+            # Of half-precision images they are of that type: too coarse for sums over all pixels.
+            whole = {name: torch.cat(ones).float() for name, ones in apart.items()}
             for name, one in whole.items():
                 norm, seen = torch.linalg.vector_norm(one), self.norms.get(name)
                 self.norms[name] = norm if seen is None else torch.lerp(norm, seen, _DECAY)
             total = [self._factor(name, shares[name]) * one for name, one in whole.items()]
-            return torch.stack(total).sum(0), logged
+            return torch.stack(total).sum(0).to(view.dtype), logged
         return torch.cat(gradients), logged
 
     def smoothed(self, gradient: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
         if self.weights.tv == 0:
             return gradient, gradient.new_zeros(())
-        roughness, smooth = squared_variation(pixels.detach())
-        one = torch.ones((), device=smooth.device)
-        weight = one if self._alone else _norm_ratio(gradient, smooth)
-        return gradient.addcmul_(smooth, self.weights.tv * weight), roughness.sqrt()
+        roughness, smooth, norms = squared_variation(pixels.detach())
+        weight = torch.full_like(norms, self.weights.tv)
+        if not self._alone:
+            reference = torch.linalg.vector_norm(gradient, dim=(1, 2, 3))
+            weight *= reference / norms.clamp_min(1e-12)
+        return gradient.addcmul_(smooth, weight[:, None, None, None]), roughness.sqrt()
 
 
 def _gradient(terms: list[Tensor], view: Tensor) -> Tensor:
@@ -148,13 +152,6 @@ def _gradient(terms: list[Tensor], view: Tensor) -> Tensor:
     if not terms:
         return torch.zeros_like(view)
     return torch.autograd.grad(torch.stack(terms).sum(), view)[0]
-
-
-def _norm_ratio(wanted: Tensor, present: Tensor) -> Tensor:
-    """Norm of `wanted` over that of `present`, image by image; both `(n, c, h, w)`."""
-    dims = (1, 2, 3)
-    reference = torch.linalg.vector_norm(wanted, dim=dims, keepdim=True)
-    return reference / torch.linalg.vector_norm(present, dim=dims, keepdim=True).clamp_min(1e-12)
 
 
 COMBINATIONS: dict[str, Callable[[SynthesisWeights], Combination]] = {

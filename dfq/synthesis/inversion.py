@@ -23,7 +23,7 @@ from .labels import label_start, teacher_scores
 from .patch_similarity import PatchSimilarity
 from .statistics import BatchNormStatistics, has_statistics
 from .techniques import Techniques
-from .views import Augmented, initial_images, random_erasing_mask, resized
+from .views import initial_images, random_erasing, resized, shown
 
 Report = Callable[[str, int, int, dict[str, float]], None]
 """Called now and then with stage, iteration, iterations of the stage, and loss terms."""
@@ -71,6 +71,10 @@ class Inversion:
         if self.uses_bn and not (attention and not has_statistics(self.detector.module)):
             self.statistics = BatchNormStatistics(self.detector.module, self._glance)
         self.precision = resolve_precision(settings.precision, detector.device, "synthesis")
+        # The first convolution would take no more bits; a zoom would.
+        exact = settings.techniques.zoom > 0 or not detector.half_images
+        half = self.precision == "bfloat16" and not exact
+        self.seen_in = torch.bfloat16 if half else torch.float32
         self.image_size = settings.image_size or detector.image_size
         self.start_labels = label_start(settings, detector.names)
         self.techniques = Techniques(
@@ -204,15 +208,15 @@ class Inversion:
             for step in range(iterations):
                 rate = learning_rate * 0.5 * (1 + math.cos(math.pi * step / iterations))
                 optimizer.param_groups[0]["lr"] = rate
-                flipped, kept, seen = None, None, targets
+                flipped, erased, seen = None, None, targets
                 if settings.flip > 0:
                     flipped = torch.rand(count, generator=generator) < settings.flip
                     flipped = flipped.to(device, non_blocking=True)
                     seen = targets.flip_horizontal(flipped)
                 if settings.erase > 0:
-                    kept = random_erasing_mask(count, size, settings.erase, generator)
-                    kept = kept.to(device, non_blocking=True)
-                view = Augmented.apply(pixels, flipped, kept)
+                    erased = random_erasing(count, size, settings.erase, generator)
+                    erased = erased.to(device, non_blocking=True)
+                view = shown(pixels, flipped, erased, self.seen_in)
                 view, seen = self.techniques.view(view, seen, generator)
                 gradient, terms = combine(self._parts(view, seen), step)
                 (gradient,) = torch.autograd.grad(view, pixels, gradient)

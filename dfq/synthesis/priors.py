@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .compiled import call, usable
+
 
 def total_variation(images: Tensor) -> Tensor:
     """L2 norms of the neighbour differences in four directions, over the whole batch, summed.
@@ -26,7 +28,7 @@ def total_variation(images: Tensor) -> Tensor:
     return torch.stack([torch.linalg.vector_norm(d) for d in differences]).sum()
 
 
-def squared_variation(images: Tensor) -> tuple[Tensor, Tensor]:
+def squared_variation(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean squared neighbour difference, and the direction in which it grows.
 
     The gradient of the sum of squared differences to the eight neighbours is a Laplacian, which
@@ -35,12 +37,30 @@ def squared_variation(images: Tensor) -> tuple[Tensor, Tensor]:
     directions against each other.
 
     Args:
-        images: `(n, 3, h, w)`.
+        images: float32 `(n, 3, h, w)`.
 
     Returns:
         A scalar, the sum over the four directions of squared differences, over the number of
-        pixels; and the gradient `(n, 3, h, w)` of half the sum of squared differences.
+        pixels; the gradient `(n, 3, h, w)` of half the sum of squared differences; and that
+        gradient's norm in each image, `(n,)`.
     """
+    if images.dtype == torch.float32 and images.is_contiguous() and usable(images):
+        gradient = torch.empty_like(images)
+        count, channels, height, width = images.shape
+        sums = torch.empty(count, 2, dtype=torch.float64)
+        line = images.new_empty(width + 2)
+        sizes = (count, channels * height, height, width)
+        call("variation", images.dtype, images, gradient, sums, line, *sizes)
+        norms, inner = sums[:, 0].sqrt().float(), sums[:, 1].sum().float()
+    else:
+        gradient = _laplacian(images)
+        norms = torch.linalg.vector_norm(gradient, dim=(1, 2, 3))
+        inner = torch.dot(images.reshape(-1), gradient.reshape(-1))
+    # For a quadratic form, the value is half the inner product with the gradient.
+    return inner / images.numel(), gradient, norms
+
+
+def _laplacian(images: Tensor) -> Tensor:
     padded = F.pad(images, (1, 1, 1, 1))
     rows = padded[:, :, :-2] + padded[:, :, 1:-1]
     rows += padded[:, :, 2:]
@@ -54,7 +74,4 @@ def squared_variation(images: Tensor) -> tuple[Tensor, Tensor]:
     down[-1] -= 1
     across[:, 0] -= 1
     across[:, -1] -= 1
-    gradient = torch.addcmul(around, images, down * across, value=-1).neg_()
-    # For a quadratic form, the value is half the inner product with the gradient.
-    inner = torch.dot(images.reshape(-1), gradient.reshape(-1))
-    return inner / images.numel(), gradient
+    return torch.addcmul(around, images, down * across, value=-1).neg_()

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import UserError
 from ..quantization.folding import FoldedBatchNorm
-from .kernels import moments, moments_backward
+from .moments import moments, moments_backward
 
 
 def expected_statistics(

@@ -125,7 +125,7 @@ def test_flips_keep_labels_with_their_objects(
     detector: Detector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What the network is shown must be the image and its labels, or both mirrored.
-    inversion = Inversion(detector, settings(flip=0.5, erase=0.0))
+    inversion = Inversion(detector, settings(flip=0.5, erase=0.0, precision="float32"))
     labels = [
         torch.tensor([[1.0, 0.2, 0.3, 0.1, 0.2]]),
         torch.tensor([[0.0, 0.7, 0.4, 0.3, 0.3], [2.0, 0.1, 0.9, 0.1, 0.1]]),
@@ -368,6 +368,22 @@ def test_bfloat16_follows_the_float32_loss(demo: Detector, monkeypatch: pytest.M
     fall = wide[0] - wide[-1]
     assert (fall > 0).all()
     assert ((wide - narrow).abs().amax(0) < 0.1 * fall).all()
+
+
+@pytest.mark.parametrize("name", ["demo", "yolo11n.yaml", "yolov10n.yaml"])
+def test_half_precision_images_are_what_convolutions_would_make_of_them(name: str) -> None:
+    detector = load_detector(demo_weights() if name == "demo" else name)
+    assert detector.half_images
+    images = initial_images(2, SIZE, "uniform", Generator().manual_seed(0))
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        seen = images.to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            levels = detector.levels(detector.raw(seen))
+        (gradient,) = torch.autograd.grad([level.sum() for level in levels], seen)
+        found.append([*levels, gradient.float()])
+    for half, full in zip(found[1], found[0], strict=True):
+        assert torch.equal(half, full)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dfq.synthesis import compiled
 from dfq.synthesis.priors import squared_variation, total_variation
 
 
@@ -30,8 +31,13 @@ def test_total_variation_is_the_sum_of_four_norms() -> None:
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("size", [(5, 7), (1, 4), (4, 1), (2, 2)])
-def test_squared_variation_and_its_gradient(size: tuple[int, int], layout: torch.memory_format):
+@pytest.mark.parametrize("size", [(5, 7), (1, 4), (4, 1), (2, 2), (3, 40)])
+@pytest.mark.parametrize("way", ["compiled", "torch"])
+def test_squared_variation_and_its_gradient(
+    size: tuple[int, int], layout: torch.memory_format, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way == "torch":
+        monkeypatch.setattr(compiled, "_library", lambda: None)
     images = torch.rand(2, 3, *size).contiguous(memory_format=layout).requires_grad_()
     height, width = size
     small = [
@@ -46,13 +52,14 @@ def test_squared_variation_and_its_gradient(size: tuple[int, int], layout: torch
             total, sum(d.square().sum() for d in neighbour_differences(images))
         )
     (expected,) = torch.autograd.grad(total / 2, images)
-    value, gradient = squared_variation(images.detach())
+    value, gradient, norms = squared_variation(images.detach())
     torch.testing.assert_close(gradient, expected)
+    torch.testing.assert_close(norms, torch.stack([image.norm() for image in expected]))
     torch.testing.assert_close(value, total.detach() / images.numel())
 
 
 def test_both_forms_pull_the_same_way() -> None:
     images = torch.rand(1, 3, 16, 16).requires_grad_()
     (norm,) = torch.autograd.grad(total_variation(images), images)
-    _, squared = squared_variation(images.detach())
+    _, squared, _ = squared_variation(images.detach())
     assert torch.nn.functional.cosine_similarity(norm.flatten(), squared.flatten(), dim=0) > 0.99

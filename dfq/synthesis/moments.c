@@ -4,35 +4,13 @@
  * `shift`, the mean that is expected, so that little cancels; of BLOCK rows in float, of all blocks
  * in double. Plain C that compilers vectorise; one thread, as every process of a synthesis has.
  */
-#include <stddef.h>
-#include <stdint.h>
-#include <string.h>
+#include "values.h"
 
 /* Channels of a layer at most; kernels.py asks no more. */
 #define WIDEST 8192
 /* Shorter rows are taken several at a time, or the loop over them would hardly be vectorised. */
 #define SHORT 64
 #define BLOCK 64
-
-typedef uint16_t bfloat16;
-typedef float float32;
-
-static inline float from_bits(uint32_t bits) {
-  union { uint32_t bits; float value; } both = {.bits = bits};
-  return both.value;
-}
-
-static inline float load_bfloat16(bfloat16 value) { return from_bits((uint32_t)value << 16); }
-
-/* To nearest, ties to even, as PyTorch rounds; NaN stays NaN, for its top bits do. */
-static inline bfloat16 store_bfloat16(float value) {
-  union { float value; uint32_t bits; } both = {.value = value};
-  uint32_t rounded = both.bits + 0x7fffu + ((both.bits >> 16) & 1u);
-  return (bfloat16)((value != value ? both.bits | 0x400000u : rounded) >> 16);
-}
-
-static inline float load_float32(float value) { return value; }
-static inline float store_float32(float value) { return value; }
 
 /* e^x to one unit in the last place (the polynomial of Cephes' expf), without a call or a branch. */
 static inline float exponential(float x) {

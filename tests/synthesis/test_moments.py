@@ -1,40 +1,25 @@
-"""The compiled kernels, and PyTorch in their place, against the plain definitions."""
+"""Moments taken by compiled functions, and by PyTorch in their place, against the definitions."""
 
 from __future__ import annotations
-
-import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from dfq.synthesis import kernels
+from dfq.synthesis import compiled
+from dfq.synthesis.moments import moments, moments_backward
 
 
 @pytest.fixture(params=["compiled", "torch"])
 def _either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "torch":
-        monkeypatch.setattr(kernels, "_library", lambda: None)
+        monkeypatch.setattr(compiled, "_library", lambda: None)
 
 
 def values(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
     drawn = 3 * torch.randn(shape, generator=Generator().manual_seed(seed)) + 1
     return drawn.to(dtype).contiguous(memory_format=torch.channels_last)
-
-
-def test_a_compiler_is_made_use_of() -> None:
-    assert (kernels._library() is None) == (shutil.which("cc") is None)
-
-
-def test_they_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(kernels.SWITCH, "0")
-    assert kernels._library.__wrapped__() is None
-
-
-def test_a_compiler_that_fails_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CC", "false")
-    assert kernels._library.__wrapped__() is None
 
 
 # Fewer channels than a vector has lanes, and neither they nor the rows a round number.
@@ -47,8 +32,8 @@ def test_moments_and_their_gradient(shape: tuple[int, ...], dtype: torch.dtype, 
     channels = shape[1]
     slope, offset = torch.randn(2, channels, generator=Generator().manual_seed(2))
     mean, var = torch.empty(channels), torch.empty(channels)
-    out = kernels.moments(x, torch.full((channels,), 0.5), mean, var, silu)
-    back = kernels.moments_backward(x, grad, slope, offset, silu)
+    out = moments(x, torch.full((channels,), 0.5), mean, var, silu)
+    back = moments_backward(x, grad, slope, offset, silu)
 
     exact = x.double().requires_grad_()
     expected_var, expected_mean = torch.var_mean(exact, (0, 2, 3), correction=0)
@@ -71,6 +56,6 @@ def test_what_is_not_finite_stays_so() -> None:
         x = values((2, 4, 4, 4), torch.bfloat16, 0)
         x[0, 1, 2, 2] = bad
         mean, var = torch.zeros(4), torch.zeros(4)
-        out = kernels.moments(x, torch.zeros(4), mean, var, True)
+        out = moments(x, torch.zeros(4), mean, var, True)
         assert torch.isfinite(mean).tolist() == [True, False, True, True]
         torch.testing.assert_close(out, F.silu(x), rtol=2**-7, atol=0, equal_nan=True)

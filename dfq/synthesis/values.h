@@ -1,0 +1,29 @@
+/* The types that values come in: arithmetic is done in float, whatever they are kept in. */
+#ifndef DFQ_VALUES_H
+#define DFQ_VALUES_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef uint16_t bfloat16;
+typedef float float32;
+
+static inline float from_bits(uint32_t bits) {
+  union { uint32_t bits; float value; } both = {.bits = bits};
+  return both.value;
+}
+
+static inline float load_bfloat16(bfloat16 value) { return from_bits((uint32_t)value << 16); }
+
+/* To nearest, ties to even, as PyTorch rounds; NaN stays NaN, for its top bits do. */
+static inline bfloat16 store_bfloat16(float value) {
+  union { float value; uint32_t bits; } both = {.value = value};
+  uint32_t rounded = both.bits + 0x7fffu + ((both.bits >> 16) & 1u);
+  return (bfloat16)((value != value ? both.bits | 0x400000u : rounded) >> 16);
+}
+
+static inline float load_float32(float value) { return value; }
+static inline float store_float32(float value) { return value; }
+
+#endif
