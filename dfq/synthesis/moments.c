@@ -6,33 +6,56 @@
  */
 #include "values.h"
 
-/* Channels of a layer at most; kernels.py asks no more. */
+/* Channels of a layer at most; moments.py asks no more. */
 #define WIDEST 8192
-/* Shorter rows are taken several at a time, or the loop over them would hardly be vectorised. */
+/* Rows are taken several at a time until they are no shorter than that, and a multiple of EVEN: the
+ * loop over them would hardly be vectorised, or have a rest that is not. */
 #define SHORT 64
+#define EVEN 32
 #define BLOCK 64
 
-/* e^x to one unit in the last place (the polynomial of Cephes' expf), without a call or a branch. */
-static inline float exponential(float x) {
-  x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
-  float n = __builtin_rintf(x * 1.44269504f);
-  float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+/* e^r for |r| <= ln(2) / 2: to one unit in the last place (Cephes' expf), and to 17 bits. */
+static inline float exponential_float32(float r) {
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  return p * from_bits((uint32_t)((int32_t)n + 127) << 23);
+  return p * r * r + r + 1.0f;
 }
 
-static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+static inline float exponential_bfloat16(float r) {
+  float p = 4.1277747e-02f;
+  p = p * r + 1.6753514e-01f;
+  p = p * r + 5.0005116e-01f;
+  p = p * r + 1.0f;
+  return p * r + 1.0f;
+}
+
+/* 1 / (1 + e^y) with y = -x, and e^y = 2^n e^r, without a call or a branch. Adding 1.5 * 2^23
+ * leaves n in the lowest bits, from where it goes to the exponent of e^r. Beyond 87 it would not
+ * fit there; |x| is limited as an integer, for compilers make a mess of limits of floats. */
+#define LARGEST 0x42ae0000u /* 87.0f */
+#define SIGMOID(T, EXPONENTIAL)                                                                    \
+  static inline float sigmoid_##T(float x) {                                                       \
+    uint32_t bits = to_bits(x), size = bits & 0x7fffffffu;                                         \
+    size = size < LARGEST ? size : LARGEST;                                                        \
+    float y = from_bits(size | (~bits & 0x80000000u));                                             \
+    float shifted = y * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;                      \
+    float r = y - n * 0.693359375f + n * 2.12194440e-4f;                                           \
+    return 1.0f / (1.0f + from_bits(to_bits(EXPONENTIAL(r)) + (to_bits(shifted) << 23)));          \
+  }
+
+SIGMOID(float32, exponential_float32)
+SIGMOID(bfloat16, exponential_bfloat16)
 
 /* Rows to take at a time: a power of two that divides `rows`. */
 static inline ptrdiff_t together(ptrdiff_t rows, ptrdiff_t channels) {
   ptrdiff_t count = 1;
-  while (channels * count < SHORT && rows % (2 * count) == 0) count *= 2;
+  while ((channels * count < SHORT || channels * count % EVEN) && count < SHORT &&
+         2 * channels * count <= WIDEST && rows % (2 * count) == 0)
+    count *= 2;
   return count;
 }
 
@@ -62,7 +85,7 @@ static inline void repeat(float *to, const float *from, ptrdiff_t channels, ptrd
           float value = load_##T(from[j]), away = value - base[j];                                 \
           sum[j] += away;                                                                          \
           square[j] += away * away;                                                                \
-          if (out) to[j] = store_##T(value * sigmoid(value));                                      \
+          if (out) to[j] = store_##T(value * sigmoid_##T(value));                                  \
         }                                                                                          \
       }                                                                                            \
       for (ptrdiff_t j = 0; j < width; j++) {                                                      \
@@ -116,7 +139,7 @@ static inline void repeat(float *to, const float *from, ptrdiff_t channels, ptrd
     repeat(b, offset, channels, count);                                                            \
     for (ptrdiff_t start = 0; start < rows * channels; start += width)                             \
       for (ptrdiff_t j = 0; j < width; j++) {                                                      \
-        float value = load_##T(x[start + j]), p = sigmoid(value);                                  \
+        float value = load_##T(x[start + j]), p = sigmoid_##T(value);                              \
         float through = load_##T(grad[start + j]) * p * (1.0f + value * (1.0f - p));               \
         out[start + j] = store_##T(through + (a[j] * value + b[j]));                               \
       }                                                                                            \

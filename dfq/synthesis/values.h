@@ -14,13 +14,18 @@ static inline float from_bits(uint32_t bits) {
   return both.value;
 }
 
+static inline uint32_t to_bits(float value) {
+  union { float value; uint32_t bits; } both = {.value = value};
+  return both.bits;
+}
+
 static inline float load_bfloat16(bfloat16 value) { return from_bits((uint32_t)value << 16); }
 
-/* To nearest, ties to even, as PyTorch rounds; NaN stays NaN, for its top bits do. */
+/* To nearest, ties to even, as PyTorch rounds. NaN stays NaN where its low bits are 0: such as
+ * arithmetic makes, and such as come from a bfloat16. */
 static inline bfloat16 store_bfloat16(float value) {
-  union { float value; uint32_t bits; } both = {.value = value};
-  uint32_t rounded = both.bits + 0x7fffu + ((both.bits >> 16) & 1u);
-  return (bfloat16)((value != value ? both.bits | 0x400000u : rounded) >> 16);
+  uint32_t bits = to_bits(value);
+  return (bfloat16)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
 static inline float load_float32(float value) { return value; }

@@ -22,8 +22,12 @@ def values(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
     return drawn.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
-# Fewer channels than a vector has lanes, and neither they nor the rows a round number.
-@pytest.mark.parametrize("shape", [(4, 3, 6, 6), (3, 16, 9, 5), (2, 70, 7, 3), (1, 5, 1, 1)])
+# Fewer channels than a vector has lanes, and neither they nor the rows a round number; rows that
+# are taken several at a time; and too many channels for that.
+@pytest.mark.parametrize(
+    "shape",
+    [(4, 3, 6, 6), (3, 16, 9, 5), (2, 70, 7, 3), (1, 5, 1, 1), (2, 80, 4, 4), (1, 5001, 2, 2)],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.usefixtures("_either")
@@ -59,3 +63,21 @@ def test_what_is_not_finite_stays_so() -> None:
         out = moments(x, torch.zeros(4), mean, var, True)
         assert torch.isfinite(mean).tolist() == [True, False, True, True]
         torch.testing.assert_close(out, F.silu(x), rtol=2**-7, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("_either")
+def test_activations_of_large_values(dtype: torch.dtype) -> None:
+    sizes = torch.tensor([0.0, 1e-30, 1e-3, 20, 86.9, 87.1, 88, 90, 200, 1e6, 1e15, 1e30])
+    x = torch.cat([sizes, -sizes]).to(dtype)[None, :, None, None]
+    x = x.repeat(1, 1, 4, 4).contiguous(memory_format=torch.channels_last)
+    zeros = torch.zeros(x.shape[1])
+    exact = x.double().requires_grad_()
+    activated = F.silu(exact)
+    (through,) = torch.autograd.grad(activated.sum(), exact)
+    out = moments(x, zeros, zeros.clone(), zeros.clone(), True)
+    back = moments_backward(x, torch.ones_like(x), zeros, zeros, True)
+    # Far below zero next to nothing is left, of values however large.
+    rtol = 2**-8 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(out.double(), activated.detach(), rtol=rtol, atol=1e-6)
+    torch.testing.assert_close(back.double(), through, rtol=rtol, atol=1e-6)
