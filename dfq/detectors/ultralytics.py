@@ -175,10 +175,11 @@ class UltralyticsDetector(Detector):
         two branches, those of the one2many branch before those of the one2one branch."""
         levels = []
         for _, branch in raw.branches():
-            both = torch.cat([branch.boxes, branch.scores], dim=1)
-            pieces = both.split([height * width for height, width in branch.shapes], dim=2)
+            # Place after place, as they lie in memory.
+            both = torch.cat([branch.boxes.mT, branch.scores.mT], dim=2)
+            pieces = both.split([height * width for height, width in branch.shapes], dim=1)
             levels += [
-                piece.unflatten(2, shape)
+                piece.mT.unflatten(2, shape)
                 for piece, shape in zip(pieces, branch.shapes, strict=True)
             ]
         return levels

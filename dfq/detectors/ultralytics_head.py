@@ -67,11 +67,14 @@ def predict(boxes: Any, scores: Any, features: Sequence[Tensor]) -> Branch:
     """Run the convolutions of one branch, `boxes[level]` and `scores[level]`, on each level."""
     box_maps = [boxes[level](feature) for level, feature in enumerate(features)]
     score_maps = [scores[level](feature) for level, feature in enumerate(features)]
-    return Branch(
-        torch.cat([level.flatten(2) for level in box_maps], dim=2),
-        torch.cat([level.flatten(2) for level in score_maps], dim=2),
-        tuple((level.shape[2], level.shape[3]) for level in box_maps),
-    )
+    shapes = tuple((level.shape[2], level.shape[3]) for level in box_maps)
+    return Branch(_end_to_end(box_maps), _end_to_end(score_maps), shapes)
+
+
+def _end_to_end(maps: Sequence[Tensor]) -> Tensor:
+    """The places of all levels, `(n, c, A)`. In memory the channels are innermost, as convolutions
+    may leave them and as Ultralytics' losses, which look at place after place, want them."""
+    return torch.cat([level.flatten(2).mT for level in maps], dim=1).mT
 
 
 def best_pairs(boxes: Tensor, scores: Tensor, threshold: float, count: int) -> list[Tensor]:
