@@ -3,11 +3,11 @@
     python tools/bench_synthesis.py --model yolov5n.pt --size 160 --size 320
     python tools/bench_synthesis.py --model yolo11n.yaml
 
-The bare loop runs the same frozen network on the same batch, in the same precision, folded, laid
-out and with freed memory kept the same, and takes the gradient of the sum of its outputs with
-respect to the images; nothing can invert a network with less. The real loop is the product's own:
-all losses, flips, erasing, clamping, Adam, logging. A third one is the bare loop on the network as
-it was loaded, in float32.
+The bare loop runs the same frozen network on the same batch, in the same precision, folded and laid
+out the same, and takes the gradient of the sum of its outputs with respect to the images, with
+PyTorch's own operations; nothing else can invert a network with less. The real loop is the
+product's own: all losses, flips, erasing, clamping, Adam, logging. A third one is the bare loop on
+the network as it was loaded, in float32. Freed memory is kept for all of them.
 With --micro-batch the real loop takes the batch in parts. Memory is what its first two iterations
 add at their peak to what the process holds (on CUDA, to what is allocated).
 Rounds alternate in one process, so that a noisy machine slows all; ratios are those of the medians.
@@ -39,12 +39,11 @@ def bare_loop(detector: Detector, images: Tensor, precision: str) -> Callable[[i
     half = precision == "bfloat16"
 
     def run(iterations: int) -> None:
-        with freed_memory_kept():
-            for _ in range(iterations):
-                pixels = images.clone(memory_format=torch.channels_last).requires_grad_()
-                with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
-                    levels = detector.levels(detector.raw(pixels))
-                torch.autograd.backward(levels, [torch.ones_like(level) for level in levels])
+        for _ in range(iterations):
+            pixels = images.clone(memory_format=torch.channels_last).requires_grad_()
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
+                levels = detector.levels(detector.raw(pixels))
+            torch.autograd.backward(levels, [torch.ones_like(level) for level in levels])
 
     return run
 
@@ -125,18 +124,19 @@ def main(
             real_loop(inversion, images, labels),
             bare_loop(detector, images, "float32"),
         ]
-        memory = peak_memory(lambda loop=loops[1]: loop(2), device)  # type: ignore[misc]
-        times: list[list[float]] = [[], [], []]
-        for number in range(rounds + 1):
-            for loop, spent in zip(loops, times, strict=True):
-                if device != "cpu":
-                    torch.cuda.synchronize()
-                started = time.perf_counter()
-                loop(iterations)
-                if device != "cpu":
-                    torch.cuda.synchronize()
-                if number:  # the first round warms up
-                    spent.append((time.perf_counter() - started) / iterations * 1e3)
+        with freed_memory_kept():
+            memory = peak_memory(lambda loop=loops[1]: loop(2), device)  # type: ignore[misc]
+            times: list[list[float]] = [[], [], []]
+            for number in range(rounds + 1):
+                for loop, spent in zip(loops, times, strict=True):
+                    if device != "cpu":
+                        torch.cuda.synchronize()
+                    started = time.perf_counter()
+                    loop(iterations)
+                    if device != "cpu":
+                        torch.cuda.synchronize()
+                    if number:  # the first round warms up
+                        spent.append((time.perf_counter() - started) / iterations * 1e3)
         bare, real, loaded = (statistics.median(spent) for spent in times)
         print(
             f"| {model.rsplit('/', 1)[-1]} | {size} | {batch_size} | {inversion.precision} | "

@@ -13,7 +13,6 @@ from torch import Generator, Tensor
 
 from ..detectors.base import Detections, Detector, Targets
 from ..errors import UserError
-from ..memory import freed_memory_kept
 from ..precision import computing_in, float32, resolve_precision
 from ..quantization.convert import fold
 from ..recipe_synthesis import Synthesis
@@ -204,7 +203,7 @@ class Inversion:
         settings = self.settings
         combine = COMBINATIONS[settings.balance](settings.weights)
         every = max(1, iterations // 20)
-        with self._watching(generator), freed_memory_kept():
+        with self._watching(generator):
             for step in range(iterations):
                 rate = learning_rate * 0.5 * (1 + math.cos(math.pi * step / iterations))
                 optimizer.param_groups[0]["lr"] = rate

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..dataset.calibration import CalibrationWriter
+from ..memory import freed_memory_kept
 from .inversion import Batch, Inversion
 
 ShardReport = Callable[[int, str, int, int, dict[str, float]], None]
@@ -104,7 +105,7 @@ def make_shards(
         UserError: where the loss stops being finite.
         OSError: where a shard cannot be written.
     """
-    with Committer(writer, plan) as committer:
+    with freed_memory_kept(), Committer(writer, plan) as committer:
         for index in indices:
 
             def progress(
