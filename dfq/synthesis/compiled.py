@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +22,17 @@ SWITCH = "DFQ_KERNELS"
 
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 """Of values, as the functions' names end; not every function is there for each of them."""
+
+_ARGUMENTS = {
+    "moments": (4, 2),
+    "silu_and_moments": (5, 2),
+    "add_linear": (5, 2),
+    "silu_backward": (5, 2),
+    "view": (5, 3),
+    "view_backward": (4, 3),
+    "variation": (4, 4),
+}
+"""Of each function: how many pointers, then how many sizes."""
 
 _SOURCES = ("moments.c", "pixels.c")
 # OpenMP for the order of sums to be the compiler's choice, not for threads.
@@ -53,24 +65,29 @@ def _library() -> ctypes.CDLL | None:
             return None
 
 
-def usable(*tensors: Tensor) -> bool:
-    """Whether the functions can be had, and take tensors of these types on this device."""
-    fit = all(x.device.type == "cpu" and x.dtype in TYPES and x.numel() > 0 for x in tensors)
-    return fit and _library() is not None
+def usable(x: Tensor) -> bool:
+    """Whether the functions can be had, and take values of this type on this device."""
+    return x.device.type == "cpu" and x.dtype in TYPES and x.numel() > 0 and _library() is not None
 
 
-def call(name: str, dtype: torch.dtype, *arguments: Tensor | int) -> None:
-    """Call the function `name` for values of a type, which `usable` has to have been asked before.
+def call(name: str, dtype: torch.dtype, tensors: Sequence[Tensor], *sizes: int) -> None:
+    """Call the function `name` for values of a type, for which `usable` has to have said yes.
 
     Args:
         name: of the function, less the type's.
         dtype: one of `TYPES`.
-        arguments: as in C, a tensor for each pointer; each dense, laid out as the function says.
+        tensors: where its pointers point, each dense and laid out as the function says.
+        sizes: its further arguments.
     """
-    function = getattr(_library(), f"{name}_of_{TYPES[dtype]}")
-    function(
-        *(
-            ctypes.c_void_p(x.data_ptr()) if isinstance(x, Tensor) else ctypes.c_ssize_t(x)
-            for x in arguments
-        )
-    )
+    _function(name, dtype)(*[x.data_ptr() for x in tensors], *sizes)
+
+
+@functools.cache
+def _function(name: str, dtype: torch.dtype) -> ctypes._NamedFuncPointer:
+    library = _library()
+    assert library is not None
+    function = library[f"{name}_of_{TYPES[dtype]}"]
+    pointers, sizes = _ARGUMENTS[name]
+    function.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_ssize_t] * sizes
+    function.restype = None
+    return function

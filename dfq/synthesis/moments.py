@@ -27,7 +27,7 @@ def _fits(x: Tensor) -> bool:
 
 def _call(name: str, x: Tensor, *others: Tensor) -> None:
     channels = x.shape[1]
-    call(name, x.dtype, x, *others, x.numel() // channels, channels)
+    call(name, x.dtype, (x, *others), x.numel() // channels, channels)
 
 
 def moments(x: Tensor, expected: Tensor, mean: Tensor, var: Tensor, silu: bool) -> Tensor:

@@ -50,7 +50,7 @@ def squared_variation(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         sums = torch.empty(count, 2, dtype=torch.float64)
         line = images.new_empty(width + 2)
         sizes = (count, channels * height, height, width)
-        call("variation", images.dtype, images, gradient, sums, line, *sizes)
+        call("variation", images.dtype, (images, gradient, sums, line), *sizes)
         norms, inner = sums[:, 0].sqrt().float(), sums[:, 1].sum().float()
     else:
         gradient = _laplacian(images)

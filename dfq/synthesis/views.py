@@ -76,8 +76,8 @@ class _Shown(torch.autograd.Function):
         if not (pixels.is_contiguous() and _compiled(pixels)):
             return _blanked(_mirrored(pixels, flipped), erased).to(dtype)
         view = torch.empty_like(pixels, dtype=dtype, memory_format=torch.channels_last)
-        line = pixels.new_empty(3 * pixels.shape[3])
-        call("view", dtype, pixels, view, *_drawn(pixels, flipped, erased), line, *_extent(pixels))
+        drawn, line = _drawn(pixels, flipped, erased), pixels.new_empty(3 * pixels.shape[3])
+        call("view", dtype, (pixels, view, *drawn, line), *_extent(pixels))
         return view
 
     @staticmethod
@@ -90,7 +90,7 @@ class _Shown(torch.autograd.Function):
         grad = grad.contiguous(memory_format=torch.channels_last)
         out = torch.empty_like(grad, dtype=torch.float32, memory_format=torch.contiguous_format)
         drawn = _drawn(grad, flipped, erased)
-        call("view_backward", grad.dtype, grad, out, *drawn, *_extent(grad))
+        call("view_backward", grad.dtype, (grad, out, *drawn), *_extent(grad))
         return out, None, None, None
 
 
