@@ -32,6 +32,7 @@ from .ultralytics_layout import (
     kept_outputs,
     wiring,
 )
+from .ultralytics_loss import branch_loss, rules_of
 from .ultralytics_resolve import build, checked_yaml, other_task, read_yaml
 from .ultralytics_weights import (
     category_names,
@@ -47,6 +48,7 @@ class UltralyticsDetector(Detector):
 
     family = "ultralytics"
     half_images = True
+    half_loss = True
 
     def __init__(
         self,
@@ -66,7 +68,7 @@ class UltralyticsDetector(Detector):
         self.source = source
         self._yaml = yaml
         self._nms_free = False
-        self._criterion: Any = None
+        self._rules = rules_of(module.init_criterion())
         # Read off once: a layer that a quantizer puts in another's place has no wiring of its own.
         self._inputs = wiring(module.model)
         self._kept = kept_outputs(self._inputs)
@@ -192,18 +194,12 @@ class UltralyticsDetector(Detector):
         The term "dfl" is the distribution focal loss, or the L1 distance where reg_max is 1.
         Networks with two branches weigh them as Ultralytics does at the start of training.
         """
-        device = raw.one2many.boxes.device
-        if self._criterion is None or self._criterion[0] != device:
-            self._criterion = (device, self.module.init_criterion())
-        # Ultralytics numbers an image's objects by their distance from its first row.
-        data = targets.data.to(device, torch.float32)
-        data = data[data[:, 0].argsort(stable=True)]
-        batch = {"batch_idx": data[:, 0], "cls": data[:, 1:2], "bboxes": data[:, 2:6]}
-        predictions: dict[str, Any] = raw.one2many.as_ultralytics()
-        if raw.one2one is not None:
-            predictions = {"one2many": predictions, "one2one": raw.one2one.as_ultralytics()}
-        summed, _ = self._criterion[1](predictions, batch)
-        box, category, distance = summed / raw.one2many.boxes.shape[0]
+        data = targets.data.to(raw.one2many.boxes.device, torch.float32)
+        parts = [
+            weight * branch_loss(branch, data, self._head.stride, rule)
+            for (_, branch), (weight, rule) in zip(raw.branches(), self._rules, strict=True)
+        ]
+        box, category, distance = torch.stack(parts).sum(0)
         return {"box": box, "class": category, "dfl": distance}
 
     @torch.no_grad()

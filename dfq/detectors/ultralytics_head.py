@@ -26,8 +26,9 @@ class Branch:
     shapes: tuple[tuple[int, int], ...]
 
     def grids(self) -> list[Tensor]:
-        """Empty stand-ins for the feature maps, of which Ultralytics needs shape and type only."""
-        return [self.boxes.new_empty(1, 0, height, width) for height, width in self.shapes]
+        """Empty stand-ins for the feature maps, of which Ultralytics needs shape and type only;
+        float32, for the places of anchor points to be exact."""
+        return [self.boxes.new_empty(1, 0, *shape, dtype=torch.float32) for shape in self.shapes]
 
     def distances(self) -> Tensor:
         """`(n, 4, A)` float32, in strides: the mean over the bins (GFL, eq. 3)."""
@@ -36,10 +37,6 @@ class Branch:
             return bins.squeeze(2)
         place = torch.arange(bins.shape[2], device=bins.device, dtype=bins.dtype)
         return (bins.softmax(2) * place.view(1, 1, -1, 1)).sum(2)
-
-    def as_ultralytics(self) -> dict[str, Any]:
-        """The structure Ultralytics' losses take, in float32."""
-        return {"boxes": self.boxes.float(), "scores": self.scores.float(), "feats": self.grids()}
 
 
 @dataclass(frozen=True)
