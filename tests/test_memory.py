@@ -1,9 +1,14 @@
-"""Freed memory is kept within the context, and given back after it."""
+"""Freed memory is kept within the context, and given back after it.
+
+Each check runs in a process of its own: what others have left on the heap would be used first.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,7 +37,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def test_what_is_freed_is_allocated_again_without_new_pages() -> None:
+def freed_is_allocated_again_without_new_pages() -> None:
     outside = faults()
     with freed_memory_kept():
         faults()
@@ -42,7 +47,7 @@ def test_what_is_freed_is_allocated_again_without_new_pages() -> None:
     assert faults() > 0.8 * outside
 
 
-def test_it_is_given_back_in_the_end() -> None:
+def given_back_in_the_end() -> None:
     before = resident()
     with freed_memory_kept():
         faults()
@@ -50,7 +55,7 @@ def test_it_is_given_back_in_the_end() -> None:
     assert resident() < before + 0.5 * BYTES
 
 
-def test_it_is_given_back_after_an_exception() -> None:
+def given_back_after_an_exception() -> None:
     def fail() -> None:
         with freed_memory_kept():
             faults()
@@ -60,3 +65,19 @@ def test_it_is_given_back_after_an_exception() -> None:
     with pytest.raises(KeyError):
         fail()
     assert resident() < before + 0.5 * BYTES
+
+
+CHECKS = (
+    freed_is_allocated_again_without_new_pages,
+    given_back_in_the_end,
+    given_back_after_an_exception,
+)
+
+
+@pytest.mark.parametrize("check", [check.__name__ for check in CHECKS])
+def test_memory_that_is_freed_is(check: str) -> None:
+    subprocess.run([sys.executable, __file__, check], check=True, timeout=120)
+
+
+if __name__ == "__main__":
+    {check.__name__: check for check in CHECKS}[sys.argv[1]]()

@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 
 
 def words_for(model: Path, data: Path, *more: str) -> list[str]:
+    # Sums in another order round single activations to another level, and networks part from there
+    # on, the sooner the larger the rates.
     return [
         "qat", "--recipe", "tiny.yaml", "--model", str(model), "--data", str(data),
-        "--out", "run", "--set", "distillation.lr=1e-4", "--set", "distillation.scale_lr=1e-4",
-        "--set", "distillation.batch_size=3", *more,
+        "--out", "run", "--set", "distillation.lr=1e-4", "--set", "distillation.scale_lr=1e-5",
+        "--set", "distillation.batch_size=3", "--set", "distillation.precision=float32", *more,
     ]  # fmt: skip
 
 
