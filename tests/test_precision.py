@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dfq.detectors import load_detector
 from dfq.errors import UserError
 from dfq.precision import computing_in, float32, resolve_precision
 
@@ -37,3 +38,14 @@ def test_whatever_holds_them_predictions_become_float32() -> None:
     (first, second) = float32([{"a": half}, whole])
     assert first["a"].dtype == torch.float32
     assert second is whole
+
+
+@pytest.mark.parametrize("model", ["yolo11n.yaml", "yolov10n.yaml"])
+def test_ultralytics_predictions_become_float32_for_the_divergence(model: str) -> None:
+    detector = load_detector(model)
+    with torch.no_grad(), computing_in("bfloat16", CPU):
+        raw = detector.raw(torch.rand(1, 3, 64, 64))
+    pairs = detector.distillation_pairs(float32(raw), float32(raw))
+    assert {tensor.dtype for pair in pairs for tensor in (pair.student, pair.teacher)} == {
+        torch.float32
+    }

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Branch:
+class Branch(NamedTuple):
     """What one branch of the head predicts; A is the number of anchor points of all levels.
 
     Attributes:
@@ -39,8 +37,7 @@ class Branch:
         return (bins.softmax(2) * place.view(1, 1, -1, 1)).sum(2)
 
 
-@dataclass(frozen=True)
-class RawPredictions:
+class RawPredictions(NamedTuple):
     """What `UltralyticsDetector.raw` returns.
 
     Attributes:
