@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..quantization.convert import quantized_layers
+from ..quantization.layers import QuantConv2d, QuantLinear
 from ..quantization.quantizers import Quantizer
 from ..recipe import Distillation
 
@@ -40,6 +41,51 @@ def parameter_groups(student: nn.Module, settings: Distillation) -> list[dict[st
         (settings.weight_lr, [p for p in trained if p in weights]),
     )
     return [{"params": found, "lr": rate, "peak": rate} for rate, found in groups if found and rate]
+
+
+class HeldLevels:
+    """Keeps the integers of quantized weights while their step sizes are trained; `Quantizer.hold`.
+
+    What the layers' state dicts say of the weights is what they are at the time, and a state that
+    is loaded brings its own integers.
+
+    Args:
+        module: the calibrated student, its weights rounded, or to be rounded to the nearest level.
+        enabled: otherwise weights are rounded as ever, and this does nothing.
+    """
+
+    def __init__(self, module: nn.Module, enabled: bool) -> None:
+        self._layers = [layer for _, layer in quantized_layers(module)] if enabled else []
+        self._handles: list[Any] = []
+        for layer in self._layers:
+            _hold(layer)
+            self._handles += [
+                layer.register_state_dict_pre_hook(lambda module, *_: _settle(module)),
+                layer.register_load_state_dict_post_hook(lambda module, _: _hold(module)),
+            ]
+
+    def levels(self) -> list[Tensor]:
+        """The integers themselves, layer by layer: those that are held, not copies."""
+        return [
+            held for layer in self._layers if (held := layer.weight_quantizer.levels) is not None
+        ]
+
+    def release(self) -> None:
+        """Leave the weights on the grid as it is now, to be rounded as any others."""
+        for handle in self._handles:
+            handle.remove()
+        for layer in self._layers:
+            _settle(layer)
+            layer.weight_quantizer.release()
+
+
+def _hold(layer: QuantConv2d | QuantLinear) -> None:
+    layer.weight_quantizer.hold(layer.weight)
+
+
+@torch.no_grad()
+def _settle(layer: QuantConv2d | QuantLinear) -> None:
+    layer.weight.copy_(layer.weight_quantizer(layer.weight))
 
 
 class WeightSteps:

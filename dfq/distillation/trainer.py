@@ -19,12 +19,18 @@ from ..detectors.base import Detector, Targets
 from ..distributed import World
 from ..errors import DivergedError, UserError
 from ..precision import resolve_precision
-from ..quantization.convert import quantized_layers
-from ..quantization.layers import HeldLevels
 from ..recipe import Distillation
 from .losses import FeatureTaps, total_divergence, training_terms
 from .oscillation import Oscillation
-from .parameters import Average, Best, Leash, WeightSteps, parameter_groups, require_gradients
+from .parameters import (
+    Average,
+    Best,
+    HeldLevels,
+    Leash,
+    WeightSteps,
+    parameter_groups,
+    require_gradients,
+)
 from .sharing import add_up_gradients, batch_variances
 
 Report = Callable[[int, int, dict[str, float]], None]
@@ -108,8 +114,7 @@ class Trainer:
         self.images = data.load(list(range(len(data))))
         require_gradients(student.module, settings)
         # What weights were rounded to stays: their step sizes alone are trained.
-        rounded = [layer for _, layer in quantized_layers(student.module)]
-        self.held = HeldLevels(rounded if settings.weight_lr == 0 else [])
+        self.held = HeldLevels(student.module, settings.weight_lr == 0)
         self.optimizer = torch.optim.Adam(
             parameter_groups(student.module, settings), fused=True, betas=(0.9, 0.999)
         )

@@ -29,12 +29,11 @@ from ..dataset.calibration import CalibrationSet
 from ..detectors import Targets, load_detector
 from ..detectors.mmdet_config import require_mmdet
 from ..distillation.losses import FeatureTaps, training_terms
-from ..distillation.parameters import Leash, require_gradients
+from ..distillation.parameters import HeldLevels, Leash, require_gradients
 from ..errors import UserError
 from ..precision import resolve_precision
 from ..progress import Silent
-from ..quantization.convert import fold, insert_quantizers, quantized_layers
-from ..quantization.layers import HeldLevels
+from ..quantization.convert import fold, insert_quantizers
 from ..recipe import Distillation, load_recipe
 from ..training import calibrate_and_round, images_to_prepare, policy_of
 
@@ -193,9 +192,9 @@ class DFQDistiller(BaseModel):
         if self._teacher.device != inputs.device:
             self._teacher.to(inputs.device)
         settings, targets = self.recipe.distillation, Targets.empty()
-        if settings.weight_lr == 0 and self._held is None:
-            # Not before: only now are they rounded, or loaded from a checkpoint.
-            self._held = HeldLevels(layer for _, layer in quantized_layers(self.student))
+        if self._held is None:
+            # Not before: only now are weights rounded, or loaded from a checkpoint.
+            self._held = HeldLevels(self.student, settings.weight_lr == 0)
         if settings.weights.task > 0:
             targets = _targets(data_samples or [], (inputs.shape[2], inputs.shape[3]))
         # Evaluation runs the student as well: the taps are there for this pass only.

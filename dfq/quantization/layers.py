@@ -3,10 +3,8 @@ and the quantized product of two activations."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -85,50 +83,6 @@ def _take_over(
 
 QUANTIZED_LAYERS = (QuantConv2d, QuantLinear)
 """Those with a weight."""
-
-
-class HeldLevels:
-    """Keeps the integers of quantized weights while their step sizes are trained; `Quantizer.hold`.
-
-    What the layers' state dicts say of the weights is what they are at the time, and a state that
-    is loaded brings its own integers.
-
-    Args:
-        layers: calibrated, their weights rounded or to be rounded to the nearest level here.
-    """
-
-    def __init__(self, layers: Iterable[QuantConv2d | QuantLinear]) -> None:
-        self._layers = list(layers)
-        self._handles: list[Any] = []
-        for layer in self._layers:
-            _hold(layer)
-            self._handles += [
-                layer.register_state_dict_pre_hook(lambda module, *_: _settle(module)),
-                layer.register_load_state_dict_post_hook(lambda module, _: _hold(module)),
-            ]
-
-    def levels(self) -> list[Tensor]:
-        """The integers themselves, layer by layer: those that are held, not copies."""
-        return [
-            held for layer in self._layers if (held := layer.weight_quantizer.levels) is not None
-        ]
-
-    def release(self) -> None:
-        """Leave the weights on the grid as it is now, to be rounded as any others."""
-        for handle in self._handles:
-            handle.remove()
-        for layer in self._layers:
-            _settle(layer)
-            layer.weight_quantizer.release()
-
-
-def _hold(layer: QuantConv2d | QuantLinear) -> None:
-    layer.weight_quantizer.hold(layer.weight)
-
-
-@torch.no_grad()
-def _settle(layer: QuantConv2d | QuantLinear) -> None:
-    layer.weight.copy_(layer.weight_quantizer(layer.weight))
 
 
 class QuantMatmul(Matmul):

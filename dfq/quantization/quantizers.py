@@ -139,12 +139,10 @@ class Quantizer(nn.Module):
         enabled: otherwise everything is let through.
         reader: name of the one function that reads what it gives (as "silu"), which says how much
             which errors matter: see `ranges`. None: nothing is known of what reads it.
+        levels: see `hold`; None where values are rounded as they come.
 
     State (all of it in the state dict): `log_scale` `(channels,)`, `zero_point` `(channels,)`,
     `initialised` (bool scalar).
-
-    Attributes:
-        levels: see `hold`; None where values are rounded as they come.
     """
 
     def __init__(self, bits: int, *, channels: int = 1, asymmetric: bool = False) -> None:
