@@ -115,34 +115,34 @@ static inline void repeat(float *to, const float *from, ptrdiff_t channels, ptrd
     moments_##T(x, out, shift, mean, var, rows, channels);                                         \
   }                                                                                                \
                                                                                                    \
-  /* out = grad + slope * x + offset, the gradient of x by way of its moments added. */            \
-  void add_linear_of_##T(const T *restrict x, const T *restrict grad, T *restrict out,             \
-                         const float *slope, const float *offset, ptrdiff_t rows,                  \
-                         ptrdiff_t channels) {                                                     \
-    float a[WIDEST], b[WIDEST];                                                                    \
-    ptrdiff_t count = together(rows, channels), width = channels * count;                          \
-    repeat(a, slope, channels, count);                                                             \
-    repeat(b, offset, channels, count);                                                            \
-    for (ptrdiff_t start = 0; start < rows * channels; start += width)                             \
-      for (ptrdiff_t j = 0; j < width; j++)                                                        \
-        out[start + j] = store_##T(load_##T(grad[start + j]) +                                     \
-                                   (a[j] * load_##T(x[start + j]) + b[j]));                        \
-  }                                                                                                \
-                                                                                                   \
-  /* The same with grad that of silu(x). */                                                        \
-  void silu_backward_of_##T(const T *restrict x, const T *restrict grad, T *restrict out,          \
-                            const float *slope, const float *offset, ptrdiff_t rows,               \
-                            ptrdiff_t channels) {                                                  \
+  /* out = grad + slope * x + offset, the gradient of x by way of its moments added; with `silu`,  \
+   * grad is that of silu(x). */                                                                   \
+  static inline void backward_##T(const T *restrict x, const T *restrict grad, T *restrict out,    \
+                                  const float *slope, const float *offset, ptrdiff_t rows,         \
+                                  ptrdiff_t channels, int silu) {                                  \
     float a[WIDEST], b[WIDEST];                                                                    \
     ptrdiff_t count = together(rows, channels), width = channels * count;                          \
     repeat(a, slope, channels, count);                                                             \
     repeat(b, offset, channels, count);                                                            \
     for (ptrdiff_t start = 0; start < rows * channels; start += width)                             \
       for (ptrdiff_t j = 0; j < width; j++) {                                                      \
-        float value = load_##T(x[start + j]), p = sigmoid_##T(value);                              \
-        float through = load_##T(grad[start + j]) * p * (1.0f + value * (1.0f - p));               \
+        float value = load_##T(x[start + j]), through = load_##T(grad[start + j]);                 \
+        if (silu) {                                                                                \
+          float p = sigmoid_##T(value);                                                            \
+          through = through * p * (1.0f + value * (1.0f - p));                                     \
+        }                                                                                          \
         out[start + j] = store_##T(through + (a[j] * value + b[j]));                               \
       }                                                                                            \
+  }                                                                                                \
+                                                                                                   \
+  void add_linear_of_##T(const T *x, const T *grad, T *out, const float *slope,                    \
+                         const float *offset, ptrdiff_t rows, ptrdiff_t channels) {                \
+    backward_##T(x, grad, out, slope, offset, rows, channels, 0);                                  \
+  }                                                                                                \
+                                                                                                   \
+  void silu_backward_of_##T(const T *x, const T *grad, T *out, const float *slope,                 \
+                            const float *offset, ptrdiff_t rows, ptrdiff_t channels) {             \
+    backward_##T(x, grad, out, slope, offset, rows, channels, 1);                                  \
   }
 
 DEFINE(bfloat16)
