@@ -10,6 +10,7 @@ depends on Ultralytics' training flag, and in eval mode is a decoding that `raw`
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -32,7 +33,7 @@ from .ultralytics_layout import (
     kept_outputs,
     wiring,
 )
-from .ultralytics_loss import branch_loss, rules_of
+from .ultralytics_loss import Rule, branch_loss, rules_of
 from .ultralytics_resolve import build, checked_yaml, other_task, read_yaml
 from .ultralytics_weights import (
     category_names,
@@ -68,7 +69,6 @@ class UltralyticsDetector(Detector):
         self.source = source
         self._yaml = yaml
         self._nms_free = False
-        self._rules = rules_of(module.init_criterion())
         # Read off once: a layer that a quantizer puts in another's place has no wiring of its own.
         self._inputs = wiring(module.model)
         self._kept = kept_outputs(self._inputs)
@@ -171,6 +171,11 @@ class UltralyticsDetector(Detector):
         if not self._has_one2one:
             return RawPredictions(one2many)
         return RawPredictions(one2many, predict(head.one2one_cv2, head.one2one_cv3, features))
+
+    @functools.cached_property
+    def _rules(self) -> list[tuple[float, Rule]]:
+        # Of no use to a network that only detects.
+        return rules_of(self.module.init_criterion())
 
     def levels(self, raw: RawPredictions) -> list[Tensor]:
         """Per level one tensor `(n, 4 * reg_max + classes, h, w)`, finest first; in networks with

@@ -19,11 +19,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ..detectors.base import Detector
+from .listing import WEIGHTED
 
 CONCATENATIONS = frozenset({"cat", "concat", "concatenate"})
 SUMS = frozenset({"add"})
-
-_LAYERS = (nn.Conv2d, nn.Linear, nn.ConvTranspose2d, nn.MultiheadAttention)
 
 # Every value of what they give is one of what they are given, or zero: a tensor on a grid stays on
 # it. (Names as `torch.overrides` gives them.)
@@ -132,14 +131,13 @@ class Trace(TorchFunctionMode):
         outputs = _floats(result)
         if not outputs or not known:
             return result
-        kept = _keeps(name, args, kwargs)
-        if not kept:
-            for seen in known:
-                if not seen.rectified:
-                    seen.value.readers.add(name)
-        if kept:
+        if _keeps(name, args, kwargs):
             self._note(outputs, known[0])
-        elif name == "relu":
+            return result
+        for seen in known:
+            if not seen.rectified:
+                seen.value.readers.add(name)
+        if name == "relu":
             self._note(outputs, _Seen(known[0].value, True))
         else:
             values = [seen.value for seen in known]
@@ -163,7 +161,7 @@ class Trace(TorchFunctionMode):
         """Before every module's forward pass."""
         self._stack.append(_Frame(self._runs.total(), module))
         self._runs[id(module)] += 1
-        if isinstance(module, _LAYERS):
+        if isinstance(module, WEIGHTED):
             seen = self._seen.get(id(tree_leaves((args, kwargs))[0]))
             calls = self.inputs.setdefault(self._names[id(module)], [])
             calls.append(seen.value if seen else None)
@@ -171,7 +169,7 @@ class Trace(TorchFunctionMode):
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """After every module's forward pass."""
         self._stack.pop()
-        if isinstance(module, _LAYERS):
+        if isinstance(module, WEIGHTED):
             name = self._names[id(module)]
             value = Value(name, None, name in self._quantized, name in self._last)
             self._add(_floats(output), value)

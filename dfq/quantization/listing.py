@@ -19,7 +19,10 @@ FLOAT_KINDS = ("deconv", "attention")
 """Kinds of layers that are listed and stay in float: what is left of transposed convolutions and of
 PyTorch's own attention after `detectors.exposed`."""
 
-_LISTED = (nn.Conv2d, nn.Linear, nn.ConvTranspose2d, nn.MultiheadAttention, Matmul)
+WEIGHTED = (nn.Conv2d, nn.Linear, nn.ConvTranspose2d, nn.MultiheadAttention)
+"""Layers of weights, quantized or not."""
+
+_LISTED = (*WEIGHTED, Matmul)
 
 
 @dataclass(frozen=True)

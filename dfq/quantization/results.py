@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Container
 from typing import Any, ClassVar
 
 import torch
@@ -216,15 +215,11 @@ def result_quantizers(module: nn.Module) -> list[tuple[str, Quantizer]]:
     return found
 
 
-class _Everything(Container[str]):
-    def __contains__(self, _: object) -> bool:
-        return True
-
-
 def count_joins(detector: Detector) -> tuple[int, int]:
     """How many of a detector's sums and concatenations of activations are quantized, and how many
     there are. BatchNorm may be unfolded."""
-    found = trace(detector, _Everything(), through=lambda m: isinstance(m, Quantizer))
+    layers = dict(detector.module.named_modules())
+    found = trace(detector, layers, through=lambda m: isinstance(m, Quantizer))
     every = {_name(key) for key in found.keys(found.joins())}
     holder = getattr(detector.module, RESULTS, None)
     there = set(holder) if isinstance(holder, nn.ModuleDict) else set()
