@@ -70,8 +70,8 @@ def test_what_jumps_back_and_forth_is_frozen_where_it_mostly_was() -> None:
             assert frequency > 0.2
     assert frozen_at is not None
     assert one.weights[0].frozen.tolist() == [[True, False, False]]
-    assert float(made.weight[0, 0]) == 0, "level 0 is where it was two times of three"
-    assert float(made.weight[0, 1]) == pytest.approx(0.1 + 0.02 * 59)
+    assert made.weight[0, 0].item() == 0, "level 0 is where it was two times of three"
+    assert made.weight[0, 1].item() == pytest.approx(0.1 + 0.02 * 59)
     assert one.frozen_share() == pytest.approx(1 / 3)
 
 
@@ -84,7 +84,7 @@ def test_what_is_frozen_follows_its_step_size() -> None:
     made.weight.data += 5
     one.hold(1.0)
     assert float(made.weight[0, 0]) == pytest.approx(0.7)
-    assert float(made.weight[0, 1]) == pytest.approx(5.1)
+    assert made.weight[0, 1].item() == pytest.approx(5.1)
 
 
 def test_the_threshold_comes_down() -> None:
