@@ -56,6 +56,8 @@ class Quantization(Section):
     first_last_bits: Literal["float", "same", 8] = 8
     """Of the layers that see the image and those that give the predictions."""
     weights: Literal["per_channel", "per_tensor"] = "per_channel"
+    weight_grid: Literal["asymmetric", "symmetric"] = "asymmetric"
+    """Whether grids of weights below 8 bits may reach further to one side of zero."""
     activations: Literal["asymmetric", "symmetric"] = "asymmetric"
     ranges: Literal["mse", "minmax", "percentile", "lsq"] = "mse"
     """How the initial scales are found."""

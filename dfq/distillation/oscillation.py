@@ -41,8 +41,8 @@ class _Weight:
 
     def levels(self) -> Tensor:
         """The integer each value is rounded to, as floats."""
-        qmin, qmax = self.quantizer.bounds
-        return (self.weight.detach() / self.scale()).round_().clamp_(qmin, qmax)
+        steps = self.weight.detach() / self.scale()
+        return steps.round_().clamp_(*self.quantizer.limits_of(steps))
 
     def tensors(self) -> dict[str, Tensor]:
         names = ("level", "mean", "frequency", "direction", "frozen")
@@ -85,9 +85,9 @@ class Oscillation:
             if one.weight.grad is None:
                 continue
             scale = one.scale()
-            qmin, qmax = one.quantizer.bounds
+            least, largest = one.quantizer.limits_of(one.weight)
             # Clipped values are at no level's edge.
-            off = one.weight.clamp(qmin * scale, qmax * scale) - one.levels() * scale
+            off = one.weight.clamp(least * scale, largest * scale) - one.levels() * scale
             one.weight.grad.add_(off, alpha=2 * factor)
 
     @torch.no_grad()

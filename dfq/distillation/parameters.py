@@ -16,16 +16,16 @@ from ..recipe import Distillation
 
 
 def require_gradients(student: nn.Module, settings: Distillation) -> None:
-    """Mark what training moves: every parameter but quantized weights whose rate is 0 and the zero
-    points of symmetric quantizers."""
+    """Mark what training moves: every parameter but quantized weights whose rate is 0, the zero
+    points of weights and those of symmetric quantizers."""
     for parameter in student.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
-    if settings.weight_lr == 0:
-        for _, layer in quantized_layers(student):
-            layer.weight.requires_grad_(False)
     for module in student.modules():
         if isinstance(module, Quantizer):
             module.zero_point.requires_grad_(module.asymmetric)
+    for _, layer in quantized_layers(student):
+        layer.weight.requires_grad_(settings.weight_lr != 0)
+        layer.weight_quantizer.zero_point.requires_grad_(False)
 
 
 def parameter_groups(student: nn.Module, settings: Distillation) -> list[dict[str, Any]]:

@@ -33,6 +33,9 @@ class Policy:
         first_last_bits: of the layers that see the image and those that give the predictions:
             8, "float", or "same" as the others.
         weights: "per_channel" or "per_tensor".
+        weight_grid: "asymmetric": below 8 bits each scale's grid has a zero point, so that its
+            levels need not reach as far below zero as above; "symmetric". Either way values are
+            integers of at most 8 bits times a step size, as runtimes multiply with.
         activations: "asymmetric" (LSQ+) or "symmetric" (LSQ).
         overrides: qualified layer name or wildcard -> "float", a bit width for both, or "w4a8";
             the first match counts and wins over everything else.
@@ -49,6 +52,7 @@ class Policy:
     overrides: tuple[tuple[str, int | str], ...] = ()
     scope: str = "all"
     placement: str = "inputs"
+    weight_grid: str = "asymmetric"
 
     def bits_for(
         self, name: str, boundary: bool, backbone: str | None = None
@@ -82,7 +86,8 @@ class Policy:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Policy:
         overrides = tuple((str(name), bits) for name, bits in data.get("overrides", ()))
-        return cls(**{**data, "overrides": overrides})
+        # What was saved before there was a choice had no zero points of weights.
+        return cls(**{"weight_grid": "symmetric", **data, "overrides": overrides})
 
 
 def fold(detector: Detector) -> Detector:
@@ -142,7 +147,9 @@ def insert_quantizers(detector: Detector, policy: Policy) -> Detector:
             _replace(detector.module, layer, product.train(layer.training).to(detector.device))
             continue
         channels = row.weight_shape[0] if policy.weights == "per_channel" else 1
-        weights = Quantizer(bits[0], channels=channels)
+        # At 8 bits the grid is the runtimes' own, and has levels enough on either side.
+        shifted = policy.weight_grid == "asymmetric" and bits[0] < 8
+        weights = Quantizer(bits[0], channels=channels, asymmetric=shifted)
         inputs = Quantizer(bits[1], asymmetric=asymmetric)
         wrapped: nn.Module
         if isinstance(layer, nn.Conv2d):
@@ -278,9 +285,12 @@ def set_ranges(layer: QuantConv2d | QuantLinear, values: Tensor, search: str) ->
 
 
 def _set_weight_range(layer: QuantConv2d | QuantLinear, search: str) -> None:
-    weights = layer.weight_quantizer
+    weights, find = layer.weight_quantizer, SEARCHES[search]
+    if find is mse and weights.asymmetric:
+        # Bounds that are searched apart from each other: coarsely, as there are six times as many.
+        find = functools.partial(mse, steps=16)
     rows = layer.weight.detach().float().reshape(weights.channels, -1)
-    weights.initialise(*SEARCHES[search](rows, weights.bits, asymmetric=weights.asymmetric))
+    weights.initialise(*find(rows, weights.bits, asymmetric=weights.asymmetric))
 
 
 def _set_range(quantizer: Quantizer, values: Tensor, search: str) -> None:

@@ -133,7 +133,8 @@ class Quantizer(nn.Module):
     Args:
         bits: bit width, 2 to 8.
         channels: number of scales; 1 is per tensor, more is per channel of axis 0.
-        asymmetric: learn a zero point on an unsigned grid (LSQ+); else a signed grid (LSQ).
+        asymmetric: a zero point on an unsigned grid (LSQ+), which training may move; else a signed
+            grid (LSQ).
 
     Attributes:
         enabled: otherwise everything is let through.
@@ -167,6 +168,14 @@ class Quantizer(nn.Module):
         """(qmin, qmax) of the integer grid."""
         return grid(self.bits, signed=not self.asymmetric)
 
+    @torch.no_grad()
+    def limits_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Least and largest integer counted from the zero point, in a shape that goes with values
+        `x` channel by channel: what x_hat is made of step sizes with."""
+        qmin, qmax = self.bounds
+        zero = self.zero_point.round().clamp(qmin, qmax).view(-1, *([1] * (x.ndim - 1)))
+        return qmin - zero, qmax - zero
+
     @property
     def scale(self) -> Tensor:
         """Step sizes `(channels,)`, always positive and finite."""
@@ -191,11 +200,10 @@ class Quantizer(nn.Module):
 
         These are then the gains of what is computed with the integers: d x_hat / d s = q, exactly,
         where rounding anew would have q - x / s, which is nothing for values on the grid, and would
-        turn single integers over as the step size moves. For symmetric quantizers.
+        turn single integers over as the step size moves. The zero point then has no say, and gets
+        no gradient.
         """
-        if self.asymmetric:
-            raise ValueError("levels are held of symmetric quantizers alone")
-        self.levels = torch.round(x / self.scale_of(x)).clamp_(*self.bounds)
+        self.levels = torch.round(x / self.scale_of(x)).clamp_(*self.limits_of(x))
 
     def release(self) -> None:
         """Round what comes in again."""

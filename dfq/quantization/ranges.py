@@ -19,7 +19,7 @@ Range = tuple[Tensor, Tensor]
 RangeSearch = Callable[..., Range]
 
 
-def _grid_from_bounds(low: Tensor, high: Tensor, bits: int, asymmetric: bool) -> Range:
+def grid_between(low: Tensor, high: Tensor, bits: int, asymmetric: bool) -> Range:
     """Step size and zero point of the grid that spans [low, high] (with zero always on it)."""
     low, high = low.clamp_max(0), high.clamp_min(0)
     qmin, qmax = grid(bits, signed=not asymmetric)
@@ -34,7 +34,7 @@ def _grid_from_bounds(low: Tensor, high: Tensor, bits: int, asymmetric: bool) ->
 def minmax(values: Tensor, bits: int, *, asymmetric: bool) -> Range:
     """The grid that spans every value: no clipping, and so the coarsest."""
     low, high = values.aminmax(dim=1)
-    return _grid_from_bounds(low, high, bits, asymmetric)
+    return grid_between(low, high, bits, asymmetric)
 
 
 def percentile(values: Tensor, bits: int, *, asymmetric: bool, keep: float = 0.9999) -> Range:
@@ -42,7 +42,7 @@ def percentile(values: Tensor, bits: int, *, asymmetric: bool, keep: float = 0.9
     ordered = values.sort(dim=1).values
     last = values.shape[1] - 1
     cut = round((1 - keep) / 2 * last)
-    return _grid_from_bounds(ordered[:, cut], ordered[:, last - cut], bits, asymmetric)
+    return grid_between(ordered[:, cut], ordered[:, last - cut], bits, asymmetric)
 
 
 def lsq(values: Tensor, bits: int, *, asymmetric: bool) -> Range:
@@ -76,14 +76,14 @@ def mse(
     low, high = low.clamp_max(0), high.clamp_min(0)
     qmin, qmax = grid(bits, signed=not asymmetric)
     best_error = torch.full_like(low, float("inf"))
-    best_scale, best_zero = _grid_from_bounds(low, high, bits, asymmetric)
+    best_scale, best_zero = grid_between(low, high, bits, asymmetric)
     # A lower bound that is a small part of the range (SiLU's -0.278) needs few candidates.
     low_shares = [1.0, 0.8, 0.6, 0.4, 0.2, 0.0] if asymmetric else [1.0]
     for low_share in low_shares:
         for step in range(steps):
             share = 1.0 - step / steps
             factor = low_share if asymmetric else share
-            scale, zero = _grid_from_bounds(low * factor, high * share, bits, asymmetric)
+            scale, zero = grid_between(low * factor, high * share, bits, asymmetric)
             column = scale[:, None]
             rounded = torch.round(values / column)
             rounded = torch.maximum(rounded, (qmin - zero)[:, None])

@@ -27,6 +27,7 @@ from ..errors import UserError
 from ..quantization.convert import quantized_layers
 from ..quantization.layers import QuantConv2d, QuantLinear
 from ..quantization.quantizers import Quantizer
+from ..quantization.ranges import grid_between
 from .finished import FinishedBlocks
 from .moments import Moments, MomentSums, execution_order, inputs_of
 
@@ -38,6 +39,12 @@ CROWDED = 20.0
 
 SHARES = (0.5, 0.58, 0.66, 0.74, 0.82, 0.9, 1.0)
 """Shares of a channel's full range that its grid may span."""
+
+SIDES = ((1.0, 1.0), (0.8, 1.0), (0.6, 1.0), (1.0, 0.8), (1.0, 0.6))
+"""How much of such a share below and above zero an asymmetric grid may span."""
+
+TOGETHER = 1 << 24
+"""Weights rounded at once, to as many grids as these are enough for."""
 
 BLOCK = 64
 """Columns rounded before the remaining ones are corrected; changes speed alone."""
@@ -90,7 +97,13 @@ def aim(weight: Tensor, moments: Moments, ridge: float) -> Tensor:
 
 
 def round_compensated(
-    target: Tensor, second: Tensor, scale: Tensor, qmin: int, qmax: int, *, damping: float
+    target: Tensor,
+    second: Tensor,
+    scale: Tensor,
+    least: Tensor | int,
+    largest: Tensor | int,
+    *,
+    damping: float,
 ) -> Tensor:
     """Round weights to a grid, each making up for those before it.
 
@@ -98,13 +111,13 @@ def round_compensated(
         target: `(g, o, k)`.
         second: second moments of the inputs, `(g, k, k)`.
         scale: step sizes, broadcastable to `(g, o)`.
-        qmin, qmax: integer bounds.
+        least, largest: integers of the grid's ends, broadcastable to `(g, o)`.
         damping: added to the diagonal, in mean variances of an input.
 
     Returns:
         `(g, o, k)`: `scale` times integers.
     """
-    return _round(target, *_elimination(second, damping), scale, qmin, qmax)
+    return _round(target, *_elimination(second, damping), scale, least, largest)
 
 
 def _elimination(second: Tensor, damping: float) -> tuple[Tensor, Tensor]:
@@ -118,20 +131,28 @@ def _elimination(second: Tensor, damping: float) -> tuple[Tensor, Tensor]:
 
 
 def _round(
-    target: Tensor, order: Tensor, root: Tensor, scale: Tensor, qmin: int, qmax: int
+    target: Tensor,
+    order: Tensor,
+    root: Tensor,
+    scale: Tensor,
+    least: Tensor | int,
+    largest: Tensor | int,
 ) -> Tensor:
     groups, outputs, inputs = target.shape
     back = order.argsort(dim=1)
     left = target.gather(2, order.unsqueeze(1).expand_as(target)).clone()
     result = torch.empty_like(left)
-    scale = scale.expand(groups, outputs)
+    scale, least, largest = (
+        torch.as_tensor(v, dtype=left.dtype, device=left.device).expand(groups, outputs)
+        for v in (scale, least, largest)
+    )
     for start in range(0, inputs, BLOCK):
         end = min(start + BLOCK, inputs)
         block, upper = left[:, :, start:end], root[:, start:end, start:end]
         errors = torch.empty_like(block)
         for j in range(end - start):
             column = block[:, :, j]
-            rounded = torch.round(column / scale).clamp_(qmin, qmax) * scale
+            rounded = torch.round(column / scale).clamp_(least, largest) * scale
             result[:, :, start + j] = rounded
             error = (column - rounded) / upper[:, j, j].unsqueeze(1)
             block[:, :, j + 1 :] -= error.unsqueeze(2) * upper[:, j, j + 1 :].unsqueeze(1)
@@ -144,7 +165,8 @@ def _round(
 def best_grid(quantizer: Quantizer, target: Tensor, second: Tensor, *, damping: float) -> Tensor:
     """Rounded weights on the grid that lets them come closest, which `quantizer` is set to.
 
-    Tried are the grid it has, and those from the full range down to half of it; what counts is the
+    Tried are the grid it has, and those from the full range down to half of it, where they are
+    asymmetric also with less below zero than above and the other way round; what counts is the
     error in the layer's output after making up, not that of the weights.
 
     Args:
@@ -154,29 +176,59 @@ def best_grid(quantizer: Quantizer, target: Tensor, second: Tensor, *, damping: 
     Returns:
         `(g, o, k)`.
     """
-    qmin, qmax = quantizer.bounds
-    groups, outputs, _ = target.shape
-    full = torch.maximum(target.amax(2) / qmax, target.amin(2) / qmin)
-    present = quantizer.scale.detach()
-    single = len(present) == 1
-    present = present.reshape(1, 1) if single else present.reshape(groups, outputs)
-    full = full.max().reshape(1, 1) if single else full
-    order, root = _elimination(second, damping)
+    groups, outputs, inputs = target.shape
+    single = quantizer.channels == 1
+    scales, zeros = _candidates(quantizer, target)
+    elimination = _elimination(second, damping)
     best = torch.full((groups, outputs), torch.inf, device=target.device)
-    scale, result = present.clone(), torch.empty_like(target)
-    for candidate in (present, *(share * full for share in SHARES)):
-        candidate = torch.where(candidate > 0, candidate, present)
-        rounded = _round(target, order, root, candidate, qmin, qmax)
-        off = rounded - target
-        error = ((off @ second) * off).sum(2)
+    result, chosen = torch.empty_like(target), torch.zeros_like(best, dtype=torch.long)
+    qmin, qmax = quantizer.bounds
+    at_once = max(1, TOGETHER // target.numel())
+    for start in range(0, len(scales), at_once):
+        # Grids of the same weights are rounded side by side, as if they were outputs of their own.
+        scale, zero = scales[start : start + at_once], zeros[start : start + at_once]
+        count = len(scale)
+        side_by_side = [v.transpose(0, 1).reshape(groups, -1) for v in (scale, zero)]
+        rounded = _round(
+            target.repeat(1, count, 1),
+            *elimination,
+            side_by_side[0],
+            qmin - side_by_side[1],
+            qmax - side_by_side[1],
+        ).view(groups, count, outputs, inputs)
+        off = rounded - target.unsqueeze(1)
+        error = ((off @ second.unsqueeze(1)) * off).sum(3)
         if single:
-            error = error.sum().expand_as(best)
-        better = error < best
-        best = torch.where(better, error, best)
-        scale = torch.where(better if not single else better[:1, :1], candidate, scale)
-        result = torch.where(better.unsqueeze(2), rounded, result)
-    quantizer.initialise(scale.reshape(-1))
+            error = error.sum((0, 2), keepdim=True).expand_as(error)
+        least, where = error.min(dim=1)
+        better = least < best
+        best = torch.where(better, least, best)
+        chosen = torch.where(better, start + where, chosen)
+        where = where[:, None, :, None].expand(groups, 1, outputs, inputs)
+        result = torch.where(better.unsqueeze(2), rounded.gather(1, where).squeeze(1), result)
+    scale, zero = (v.gather(0, chosen.unsqueeze(0)).reshape(-1) for v in (scales, zeros))
+    quantizer.initialise(scale[:1] if single else scale, zero[:1] if single else zero)
     return result
+
+
+def _candidates(quantizer: Quantizer, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Step sizes and zero points of the grids that are tried for weights `(g, o, k)`: two tensors
+    `(grids, g, o)`."""
+    groups, outputs, _ = target.shape
+    low, high = target.amin(2), target.amax(2)
+    present = quantizer.scale.detach(), quantizer.zero_point.detach()
+    if quantizer.channels == 1:
+        low, high = low.amin().expand_as(low), high.amax().expand_as(high)
+        found = [tuple(v.expand(groups, outputs) for v in present)]
+    else:
+        found = [tuple(v.reshape(groups, outputs) for v in present)]
+    sides = SIDES if quantizer.asymmetric else SIDES[:1]
+    for share in SHARES:
+        for below, above in sides:
+            ends = low * (share * below), high * (share * above)
+            found.append(grid_between(*ends, quantizer.bits, quantizer.asymmetric))
+    scales, zeros = (torch.stack(v) for v in zip(*found, strict=True))
+    return scales, zeros
 
 
 @torch.no_grad()

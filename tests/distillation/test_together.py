@@ -83,7 +83,7 @@ def test_the_same_weights_as_alone(tmp_path: Path, size: int) -> None:
         assert distance(reached.values(), found[0][1].values()) == 0
         assert distance(reached.values(), expected.values()) < 0.05 * moved
         for ours, theirs in zip(outcome.history, alone.history, strict=True):
-            assert ours == pytest.approx(theirs, rel=0.01)
+            assert ours == pytest.approx(theirs, rel=0.03)
     # The first batch is seen before any step: but for the order of sums, it is the same loss.
     assert found[0][0].agreement["start"] == pytest.approx(alone.agreement["start"], rel=1e-5)
 

@@ -56,14 +56,19 @@ def test_first_and_last_layers(
 
 @pytest.mark.parametrize("weights", ["per_channel", "per_tensor"])
 @pytest.mark.parametrize("activations", ["asymmetric", "symmetric"])
-def test_kind_of_quantizers(detector: YOLOv5, weights: str, activations: str) -> None:
-    insert_quantizers(detector, Policy(weights=weights, activations=activations))
-    for _, layer in quantized_layers(detector.module):
+@pytest.mark.parametrize("weight_grid", ["asymmetric", "symmetric"])
+def test_kind_of_quantizers(
+    detector: YOLOv5, weights: str, activations: str, weight_grid: str
+) -> None:
+    policy = Policy(weights=weights, activations=activations, weight_grid=weight_grid)
+    insert_quantizers(detector, policy)
+    for name, layer in quantized_layers(detector.module):
         assert layer.weight_quantizer.channels == (
             layer.weight.shape[0] if weights == "per_channel" else 1
         )
         assert layer.input_quantizer.channels == 1
-        assert not layer.weight_quantizer.asymmetric
+        narrow = name not in (FIRST, *LAST)
+        assert layer.weight_quantizer.asymmetric == (narrow and weight_grid == "asymmetric")
         assert layer.input_quantizer.asymmetric == (activations == "asymmetric")
 
 
@@ -89,7 +94,11 @@ def test_an_override_of_no_layer_is_the_users_mistake(detector: YOLOv5) -> None:
 
 def test_policy_survives_json() -> None:
     policy = Policy(2, 6, "float", "per_tensor", "symmetric", (("a.*", "float"), ("b", 5)))
-    assert Policy.from_dict(json.loads(json.dumps(policy.to_dict()))) == policy
+    saved = json.loads(json.dumps(policy.to_dict()))
+    assert Policy.from_dict(saved) == policy
+    # As runs were saved when weights had no zero points.
+    del saved["weight_grid"]
+    assert Policy.from_dict(saved).weight_grid == "symmetric"
 
 
 def test_a_shared_layer_is_quantized_under_all_its_names() -> None:

@@ -249,6 +249,26 @@ def test_state_dict_round_trip() -> None:
     torch.testing.assert_close(second.scale.detach(), torch.tensor([0.1, 0.2, 1e-30]))
 
 
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_held_levels_are_those_it_would_round_to(asymmetric: bool) -> None:
+    quantizer = Quantizer(3, channels=4, asymmetric=asymmetric)
+    zero = torch.tensor([0.0, 2.4, 5.0, 7.0]) if asymmetric else None
+    quantizer.initialise(torch.tensor([0.1, 0.3, 0.2, 0.4]), zero)
+    x = torch.linspace(-4, 4, 90).expand(4, 90)
+    rounded = quantizer(x).detach()
+    quantizer.hold(x)
+    assert quantizer.levels is not None
+    torch.testing.assert_close(quantizer(x).detach(), rounded)
+    least, largest = quantizer.limits_of(x)
+    assert torch.equal(largest - least, torch.full((4, 1), 7.0))
+    for values, end in ((quantizer.levels.amin(1), least), (quantizer.levels.amax(1), largest)):
+        torch.testing.assert_close(values, end[:, 0])
+    if asymmetric:
+        assert least[:, 0].tolist() == [0, -2, -5, -7]
+    quantizer(x).sum().backward()
+    assert quantizer.zero_point.grad is None
+
+
 @pytest.mark.parametrize("bits", [-1, 0, 1, 9, 16])
 def test_impossible_bit_widths_are_rejected(bits: int) -> None:
     with pytest.raises(ValueError, match="2 to 8"):

@@ -20,8 +20,10 @@ from dfq.quantization.convert import (
     insert_quantizers,
     quantized_layers,
 )
+from dfq.quantization.quantizers import Quantizer
+from dfq.quantization.ranges import minmax
 from dfq.reconstruction.moments import Moments
-from dfq.reconstruction.second_order import aim, reconstruct, round_compensated
+from dfq.reconstruction.second_order import aim, best_grid, reconstruct, round_compensated
 
 
 def correlated(count: int, size: int, seed: int = 0) -> Tensor:
@@ -128,6 +130,43 @@ def test_a_reconstructed_network_is_closer_to_its_teacher(weights: str) -> None:
         # Already on the grid: fake quantization changes nothing any more.
         torch.testing.assert_close(quantizer(layer.weight), layer.weight, rtol=1e-5, atol=1e-7)
         assert not torch.equal(layer.weight, teacher.module.get_submodule(name).weight)
+
+
+def skewed() -> tuple[Tensor, Tensor]:
+    """Weights of which each channel reaches further to one side of zero, and second moments."""
+    x = correlated(500, 30)
+    weight = torch.rand(1, 8, 30) - torch.linspace(0, 1, 8)[None, :, None]
+    return weight, (x.T @ x / 500)[None]
+
+
+@pytest.mark.parametrize("channels", [1, 8])
+def test_the_best_grid_of_skewed_weights_is_skewed(channels: int) -> None:
+    weight, second = skewed()
+    weight = weight if channels > 1 else weight.abs()
+    error = {}
+    for asymmetric in (False, True):
+        quantizer = Quantizer(3, channels=channels, asymmetric=asymmetric)
+        rows = weight[0] if channels > 1 else weight.reshape(1, -1)
+        quantizer.initialise(*minmax(rows, 3, asymmetric=asymmetric))
+        rounded = best_grid(quantizer, weight, second, damping=0.01)
+        torch.testing.assert_close(quantizer(rounded[0]), rounded[0])
+        off = (rounded - weight)[0]
+        error[asymmetric] = float(((off @ second[0]) * off).sum())
+    assert error[True] < 0.5 * error[False]
+
+
+def test_grids_are_tried_side_by_side_as_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, second = skewed()
+    found = []
+    for at_once in (1, 500, 1 << 24):
+        monkeypatch.setattr("dfq.reconstruction.second_order.TOGETHER", at_once)
+        quantizer = Quantizer(3, channels=8, asymmetric=True)
+        quantizer.initialise(*minmax(weight[0], 3, asymmetric=True))
+        rounded = best_grid(quantizer, weight, second, damping=0.01)
+        found.append((rounded, quantizer.scale.detach(), quantizer.zero_point.detach()))
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
 
 
 def test_without_images_it_says_so() -> None:
