@@ -23,6 +23,7 @@ from .evaluation.coco import evaluate as evaluate_detector
 from .progress import Progress
 from .quantization.convert import Policy, calibrate, insert_quantizers
 from .recipe import Quantization, Recipe
+from .reconstruction.activation_grids import narrow_activations, refine_grids
 from .reconstruction.second_order import reconstruct
 from .sensitivity.policy import find_bits
 
@@ -130,7 +131,7 @@ def mixed_policy(
 def images_to_prepare(section: Quantization) -> int:
     """How many images `calibrate_and_round` looks at."""
     rounding = section.rounding_images if section.rounding == "gptq" else 0
-    return max(section.calibration_images, rounding)
+    return max(section.calibration_images, section.refine_images, rounding)
 
 
 def calibrate_and_round(
@@ -151,6 +152,11 @@ def calibrate_and_round(
     """
     batches = (batch.float() / 255 for batch in pixels[: section.calibration_images].split(8))
     calibrate(student, batches, search=section.ranges)
+    # The other searches are rules of their own, to be compared with.
+    refined = section.refine_images if section.ranges == "mse" else 0
+    if refined and narrow_activations(student):
+        with progress.task("ranges", 1, "activations") as task:
+            refine_grids(student, teacher, pixels[:refined], progress=task.update)
     if section.rounding == "gptq":
         with progress.task("rounding", 1, "layers") as task:
             reconstruct(student, teacher, pixels[: section.rounding_images], progress=task.update)

@@ -27,11 +27,12 @@ from dfq.progress import Live
 from dfq.recipe import Recipe, load_recipe
 from dfq.verbs import load_model, quantize, synthesize
 
-PTQ = ("method=ptq", "quantization.rounding=nearest")
+PTQ = ("method=ptq", "quantization.rounding=nearest", "quantization.refine_images=0")
 
 # Weights that are trained from where they are nearest to, as everywhere but in our recipes.
 TRAINED = (
     "quantization.rounding=nearest",
+    "quantization.weight_grid=symmetric",
     "distillation.weight_lr=null",
     "distillation.lr=1e-4",
     "distillation.scale_lr=1e-3",
@@ -96,6 +97,12 @@ ABLATIONS = {
     "per-tensor": Method("a scale a tensor", "synthetic", ("quantization.weights=per_tensor",)),
     "symmetric": Method(
         "symmetric activations", "synthetic", ("quantization.activations=symmetric",)
+    ),
+    "symmetric-weights": Method(
+        "symmetric weights", "synthetic", ("quantization.weight_grid=symmetric",)
+    ),
+    "least-squares": Method(
+        "ranges by least squares alone", "synthetic", ("quantization.refine_images=0",)
     ),
     # A rate that moves no weight, but has them rounded anew at every step.
     "straight-through": Method("integers not held", "synthetic", ("distillation.weight_lr=1e-9",)),

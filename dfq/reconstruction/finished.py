@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -143,3 +143,8 @@ class FinishedBlocks:
 
 def _same(a: Any, b: Any) -> bool:
     return torch.equal(a, b) if isinstance(a, Tensor) else bool(a == b)
+
+
+def block_of(layer: str, blocks: Sequence[str]) -> str | None:
+    """The block that holds a layer, by qualified names."""
+    return next((block for block in blocks if f"{layer}.".startswith(f"{block}.")), None)

@@ -16,7 +16,7 @@ overfits them as training does, nor takes more than a few passes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -28,7 +28,7 @@ from ..quantization.convert import quantized_layers
 from ..quantization.layers import QuantConv2d, QuantLinear
 from ..quantization.quantizers import Quantizer
 from ..quantization.ranges import grid_between
-from .finished import FinishedBlocks
+from .finished import FinishedBlocks, block_of
 from .moments import Moments, MomentSums, execution_order, inputs_of
 
 PLACES = 24_000
@@ -290,7 +290,7 @@ def reconstruct(
     layers = dict(quantized_layers(student.module))
     blocks = student.blocks()
     # The block a layer ends, if it is the last to run of those in it.
-    ends = {_block_of(name, blocks): name for name in order}
+    ends = {block_of(name, blocks): name for name in order}
     with (
         student.following(teacher, batches),
         FinishedBlocks(
@@ -309,14 +309,9 @@ def reconstruct(
                 for x, y in zip(x_of_calls, y_of_calls, strict=True):
                     sums.add(x, y)
             reconstruct_layer(layer, original, sums.moments(), damping=damping, ridge=ridge)
-            block = _block_of(name, blocks)
+            block = block_of(name, blocks)
             if block is not None and ends[block] == name:
                 ours.finish(block)
                 theirs.finish(block)
             if progress is not None:
                 progress(done + 1, len(order))
-
-
-def _block_of(layer: str, blocks: Sequence[str]) -> str | None:
-    """The block that holds a layer, by qualified names."""
-    return next((block for block in blocks if f"{layer}.".startswith(f"{block}.")), None)
