@@ -75,6 +75,11 @@ class Policy:
             return int(self.first_last_bits), int(self.first_last_bits)
         return self.weight_bits, self.activation_bits
 
+    def shifts_weights(self, bits: int) -> bool:
+        """Whether grids of weights of so many bits have zero points."""
+        # At 8 bits the grid is the runtimes' own, and has levels enough on either side.
+        return self.weight_grid == "asymmetric" and bits < 8
+
     def is_fixed(self, name: str, boundary: bool) -> bool:
         """Whether a layer's bits are given by more than `weight_bits` and `activation_bits`."""
         named = any(fnmatch.fnmatchcase(name, pattern) for pattern, _ in self.overrides)
@@ -147,8 +152,7 @@ def insert_quantizers(detector: Detector, policy: Policy) -> Detector:
             _replace(detector.module, layer, product.train(layer.training).to(detector.device))
             continue
         channels = row.weight_shape[0] if policy.weights == "per_channel" else 1
-        # At 8 bits the grid is the runtimes' own, and has levels enough on either side.
-        shifted = policy.weight_grid == "asymmetric" and bits[0] < 8
+        shifted = policy.shifts_weights(bits[0])
         weights = Quantizer(bits[0], channels=channels, asymmetric=shifted)
         inputs = Quantizer(bits[1], asymmetric=asymmetric)
         wrapped: nn.Module

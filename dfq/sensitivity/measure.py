@@ -123,6 +123,7 @@ def measure(
                 for quantizer, bits in zip(quantizers, pair, strict=True):
                     quantizer.bits = bits
                     quantizer.enabled = True
+                layer.weight_quantizer.asymmetric = policy.shifts_weights(pair[0])
                 set_ranges(layer, values[info.name], search)
                 sums = [
                     len(batch)
