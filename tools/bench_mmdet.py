@@ -38,6 +38,7 @@ NAIVE = (
     "method=ptq",
     "quantization.ranges=minmax",
     "quantization.rounding=nearest",
+    "quantization.weight_grid=symmetric",
 )
 
 _HEADER = """\

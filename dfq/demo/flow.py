@@ -38,7 +38,12 @@ def run_demo(out: Path, progress: Progress) -> dict[str, Any]:
     )
     synthesize("demo", noise, out=out / "noise", progress=progress)
 
-    minmax = ["method=ptq", "quantization.ranges=minmax", "quantization.rounding=nearest"]
+    minmax = [
+        "method=ptq",
+        "quantization.ranges=minmax",
+        "quantization.rounding=nearest",
+        "quantization.weight_grid=symmetric",
+    ]
     per_channel = load_recipe("demo", minmax)
     naive = load_recipe("demo", [*minmax, "quantization.weights=per_tensor"])
     models: dict[str, str | Path] = {
