@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ from dfq.evaluation.coco import _predict, evaluate, score
 from dfq.quantization.convert import Policy, calibrate, fold, insert_quantizers, quantized_layers
 from dfq.quantization.listing import describe
 from dfq.quantization.results import count_joins, result_quantizers
+from dfq.reconstruction.activation_grids import narrow_activations, refine_grids
 
 TWO_STAGE = ["mask-rcnn-resnet", "mask-rcnn-swin"]
 SMALL = [*TWO_STAGE, "retinanet"]
@@ -291,6 +293,20 @@ def test_every_layer_can_be_folded_and_quantized(
         assert pair.student.requires_grad
     for part in (*student.feature_layers(), *student.blocks()):
         student.module.get_submodule(part)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_grids_of_activations_can_be_refined(
+    name: str, detectors: dict[str, Detector], images: Tensor
+) -> None:
+    folded = fold(detectors[name].twin())
+    student = insert_quantizers(folded.twin(), Policy(activation_bits=4))
+    calibrate(student, [images])
+    before = [q.scale.item() for _, q in narrow_activations(student)]
+    refine_grids(student, folded, (images[:2] * 255).byte())
+    after = [q.scale.item() for _, q in narrow_activations(student)]
+    assert before != after
+    assert all(math.isfinite(scale) for scale in after)
 
 
 def test_the_blocks_of_a_swin_are_distilled(detectors: dict[str, Detector]) -> None:

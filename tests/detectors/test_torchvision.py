@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from dfq.quantization.convert import Policy, calibrate, fold, insert_quantizers,
 from dfq.quantization.listing import describe
 from dfq.quantization.results import count_joins, result_quantizers
 from dfq.recipe_synthesis import Synthesis
+from dfq.reconstruction.activation_grids import narrow_activations, refine_grids
 from dfq.synthesis.inversion import Inversion
 
 SIDE = 64
@@ -290,6 +292,19 @@ def test_all_sums_are_found_and_can_be_trained(name: str, joins: int, images: Te
         # The second stage waits for the labels.
         if not part.startswith("roi_heads"):
             assert quantizer.log_scale.grad is not None, part
+
+
+def test_grids_of_activations_can_be_refined(images: Tensor) -> None:
+    folded = fold(_outspoken("maskrcnn_resnet50_fpn").twin())
+    narrow = (("backbone.body.conv1", 4), ("roi_heads.box_head.*", 4))
+    student = insert_quantizers(folded.twin(), Policy(8, 8, overrides=narrow))
+    calibrate(student, [images])
+    before = [q.scale.item() for _, q in narrow_activations(student)]
+    assert len(before) == 3
+    refine_grids(student, folded, (images[:2] * 255).byte())
+    after = [q.scale.item() for _, q in narrow_activations(student)]
+    assert before != after
+    assert all(math.isfinite(scale) for scale in after)
 
 
 def test_proposals_count_in_the_macs() -> None:
