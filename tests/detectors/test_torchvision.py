@@ -295,12 +295,12 @@ def test_all_sums_are_found_and_can_be_trained(name: str, joins: int, images: Te
 
 
 def test_grids_of_activations_can_be_refined(images: Tensor) -> None:
-    folded = fold(_outspoken("maskrcnn_resnet50_fpn").twin())
-    narrow = (("backbone.body.conv1", 4), ("roi_heads.box_head.*", 4))
+    folded = fold(_outspoken("fasterrcnn_mobilenet_v2").twin())
+    narrow = (("rpn.*", 4), ("roi_heads.box_head.*", 4))
     student = insert_quantizers(folded.twin(), Policy(8, 8, overrides=narrow))
     calibrate(student, [images])
     before = [q.scale.item() for _, q in narrow_activations(student)]
-    assert len(before) == 3
+    assert len(before) >= 3
     refine_grids(student, folded, (images[:2] * 255).byte())
     after = [q.scale.item() for _, q in narrow_activations(student)]
     assert before != after
