@@ -64,8 +64,8 @@ class Quantization(Section):
     calibration_images: int = Field(64, ge=1)
     """Images of the set the initial scales are found on."""
     refine_images: int = Field(16, ge=0)
-    """Images of the set on which the grids of activations below 8 bits that `mse` found are moved
-    to where the predictions stay closest; 0: they stay where they are."""
+    """Images of the set on which the grids that `mse` found for activations of 5 to 7 bits are
+    moved to where the predictions stay closest; 0: they stay where they are."""
     rounding: Literal["gptq", "nearest"] = "gptq"
     """How weights get onto their grids, before any training: each making up for the errors of those
     before it, or each to the nearest level."""

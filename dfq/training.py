@@ -91,6 +91,7 @@ def policy_of(recipe: Recipe) -> Policy:
         activation_bits=section.activation_bits,
         first_last_bits=section.first_last_bits,
         weights=section.weights,
+        weight_grid=section.weight_grid,
         activations=section.activations,
         overrides=tuple(section.overrides.items()),
         scope=section.scope,

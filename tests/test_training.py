@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import fields
+
 import pytest
 import torch
 from tiny_detector import blobs, tiny_detector
 from torch import Tensor
 
 from dfq.detectors.base import Targets
-from dfq.training import mean_divergence
+from dfq.quantization.convert import Policy
+from dfq.recipe import load_recipe
+from dfq.training import mean_divergence, policy_of
 
 
 class Images:
@@ -40,3 +45,16 @@ def test_the_divergence_is_a_mean_over_the_images() -> None:
     found = mean_divergence(student, teacher, images)
     assert found == pytest.approx(sum(each) / 19, rel=1e-4)
     assert mean_divergence(teacher, teacher, images) == pytest.approx(0, abs=1e-5)
+
+
+def test_the_policy_has_all_that_the_recipe_says_of_it() -> None:
+    other = {
+        "weight_bits": 3, "activation_bits": 6, "first_last_bits": "same", "weights": "per_tensor",
+        "weight_grid": "symmetric", "activations": "symmetric", "scope": "backbone",
+        "placement": "everywhere", "overrides": {"model.0.*": 5},
+    }  # fmt: skip
+    assert set(other) == {field.name for field in fields(Policy)}
+    recipe = load_recipe(None, [f"quantization={json.dumps(other)}"])
+    found = policy_of(recipe).to_dict()
+    assert found == {**other, "overrides": [["model.0.*", 5]]}
+    assert all(found[name] != value for name, value in Policy().to_dict().items())

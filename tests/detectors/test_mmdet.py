@@ -300,7 +300,7 @@ def test_grids_of_activations_can_be_refined(
     name: str, detectors: dict[str, Detector], images: Tensor
 ) -> None:
     folded = fold(detectors[name].twin())
-    student = insert_quantizers(folded.twin(), Policy(activation_bits=4))
+    student = insert_quantizers(folded.twin(), Policy(activation_bits=5))
     calibrate(student, [images])
     before = [q.scale.item() for _, q in narrow_activations(student)]
     refine_grids(student, folded, (images[:2] * 255).byte())
