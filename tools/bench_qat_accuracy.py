@@ -32,7 +32,6 @@ PTQ = ("method=ptq", "quantization.rounding=nearest", "quantization.refine_image
 # Weights that are trained from where they are nearest to, as everywhere but in our recipes.
 TRAINED = (
     "quantization.rounding=nearest",
-    "quantization.weight_grid=symmetric",
     "distillation.weight_lr=null",
     "distillation.lr=1e-4",
     "distillation.scale_lr=1e-3",
@@ -44,6 +43,7 @@ TRAINED = (
 LSQ = [
     *TRAINED,
     "quantization.weights=per_tensor",
+    "quantization.weight_grid=symmetric",
     "quantization.ranges=lsq",
     "distillation.weights.task=1",
     "distillation.weights.kl=0",

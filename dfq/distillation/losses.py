@@ -204,10 +204,15 @@ def training_terms(
     return terms
 
 
+def summed_divergence(student: Detector, student_raw: Any, teacher_raw: Any) -> Tensor:
+    """Sum over the images of how far the predictions are apart, whatever form is trained on: the
+    family-aware divergence at temperature 1."""
+    return prediction_divergence(student.distillation_pairs(student_raw, teacher_raw), 1)
+
+
 @torch.no_grad()
 def total_divergence(student: Detector, teacher: Detector, batches: Iterable[Tensor]) -> Tensor:
-    """Sum over the images of how far the predictions are apart, whatever form is trained on: the
-    family-aware divergence at temperature 1.
+    """`summed_divergence` of two networks on images.
 
     Args:
         student, teacher: on one device; the teacher is the reference.
@@ -219,12 +224,5 @@ def total_divergence(student: Detector, teacher: Detector, batches: Iterable[Ten
     total = torch.zeros((), device=student.device)
     for batch in batches:
         images = batch.to(student.device).float() / 255
-        total += len(images) * distillation_terms(
-            student,
-            student.raw(images),
-            teacher.raw(images),
-            batch=len(images),
-            form="family",
-            temperature=1.0,
-        )
+        total += summed_divergence(student, student.raw(images), teacher.raw(images))
     return total

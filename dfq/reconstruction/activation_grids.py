@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from ..detectors.base import Detector
-from ..distillation.losses import distillation_terms
+from ..distillation.losses import summed_divergence
 from ..quantization.convert import activation_quantizers, float_mode, observe
 from ..quantization.quantizers import Quantizer
-from .finished import FinishedBlocks, block_of
+from .finished import FinishedBlocks, calls_in_order, ended_blocks
 
 BITS = range(5, 8)
 """Of activations whose grids are moved. With 8 there is nothing to gain. With 4, grids that suit
@@ -91,23 +91,20 @@ def refine_grids(
         return
     with float_mode(student.module), student.following(teacher, batches):
         values = observe(student, batches)
-        order = _order(narrow, lambda: student.raw(batches[0][:1]))
+        order = list(calls_in_order(narrow.items(), lambda: student.raw(batches[0][:1])))
         blocks = student.blocks()
-        ends = {block_of(name, blocks): name for name in order}
+        ended = ended_blocks(order, blocks)
         expected = [teacher.raw(batch) for batch in batches]
         with FinishedBlocks(
             student.module, lambda i: student.raw(batches[i]), len(batches), blocks
         ) as ours:
 
             def divergence() -> float:
-                total = torch.zeros((), device=student.device)
-                for number, wanted in enumerate(expected):
-                    size = len(batches[number])
-                    total += size * distillation_terms(
-                        student, ours.run(number), wanted,
-                        batch=size, form="family", temperature=1.0,
-                    )  # fmt: skip
-                return float(total)
+                each = [
+                    summed_divergence(student, ours.run(number), wanted)
+                    for number, wanted in enumerate(expected)
+                ]
+                return float(torch.stack(each).sum())
 
             before = {name: (narrow[name].scale, narrow[name].zero_point.clone()) for name in order}
             _enable(narrow, True)
@@ -115,9 +112,8 @@ def refine_grids(
             _enable(narrow, False)
             for done, name in enumerate(order):
                 _refine(narrow[name], values[name], divergence)
-                block = block_of(name, blocks)
-                if block is not None and ends[block] == name:
-                    ours.finish(block)
+                if name in ended:
+                    ours.finish(ended[name])
                 if progress is not None:
                     progress(done + 1, len(order))
             # What served each may not serve all of them together.
@@ -129,21 +125,6 @@ def refine_grids(
 def _enable(quantizers: dict[str, Quantizer], enabled: bool) -> None:
     for quantizer in quantizers.values():
         quantizer.enabled = enabled
-
-
-def _order(quantizers: dict[str, Quantizer], run: Callable[[], object]) -> list[str]:
-    """Names of those that run in a forward pass, in the order they first do."""
-    seen: dict[str, None] = {}
-    handles = [
-        quantizer.register_forward_pre_hook(lambda _m, _i, name=name: seen.setdefault(name))
-        for name, quantizer in quantizers.items()
-    ]
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return list(seen)
 
 
 def _refine(quantizer: Quantizer, values: Tensor, divergence: Callable[[], float]) -> None:
@@ -171,7 +152,7 @@ def candidates(quantizer: Quantizer, values: Tensor) -> list[tuple[Tensor, Tenso
         values: `(n,)` that reach it.
     """
     qmin, qmax = quantizer.bounds
-    present, zero = quantizer.scale.detach().clone(), quantizer.zero_point.detach().clone()
+    present, zero = quantizer.scale.detach(), quantizer.zero_point.detach()
     zeros = torch.zeros_like(zero)
     if quantizer.asymmetric:
         zeros = torch.arange(qmin, qmax + 1, device=values.device, dtype=values.dtype)

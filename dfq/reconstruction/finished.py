@@ -49,21 +49,8 @@ class FinishedBlocks:
         self._modules = {name: module.get_submodule(name) for name in names}
         self._kept: dict[str, list[Any]] = {}
         self._batch = 0
-        calls = self._calls()
+        calls = calls_in_order(self._modules.items(), lambda: self.run(0))
         self._modules = {name: m for name, m in self._modules.items() if calls[name] == 1}
-
-    def _calls(self) -> Counter[str]:
-        calls: Counter[str] = Counter()
-        handles = [
-            block.register_forward_pre_hook(lambda _m, _i, name=name: calls.update([name]))
-            for name, block in self._modules.items()
-        ]
-        try:
-            self.run(0)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return calls
 
     def run(self, batch: int) -> Any:
         """The forward pass over batch number `batch`, finished blocks answering from memory."""
@@ -145,6 +132,37 @@ def _same(a: Any, b: Any) -> bool:
     return torch.equal(a, b) if isinstance(a, Tensor) else bool(a == b)
 
 
-def block_of(layer: str, blocks: Sequence[str]) -> str | None:
-    """The block that holds a layer, by qualified names."""
-    return next((block for block in blocks if f"{layer}.".startswith(f"{block}.")), None)
+def calls_in_order(
+    modules: Iterable[tuple[str, nn.Module]], run: Callable[[], object]
+) -> Counter[str]:
+    """How often each of the modules `(name, module)` is called in `run`, in the order they first
+    are; 0 for one that is not."""
+    calls: Counter[str] = Counter()
+    handles = [
+        module.register_forward_pre_hook(lambda _m, _i, name=name: calls.update([name]))
+        for name, module in modules
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def ended_blocks(order: Iterable[str], blocks: Sequence[str]) -> dict[str, str]:
+    """The blocks that are finished with certain layers: the last of those in them.
+
+    Args:
+        order: qualified names of the layers, as they run.
+        blocks: qualified names.
+
+    Returns:
+        Layer -> block.
+    """
+    last = {}
+    for layer in order:
+        for block in blocks:
+            if f"{layer}.".startswith(f"{block}."):
+                last[block] = layer
+    return {layer: block for block, layer in last.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from torch import Generator, Tensor, nn
 
 from ..quantization.convert import quantized_layers
 from ..quantization.layers import QuantConv2d, QuantLinear
-from .finished import Reached
+from .finished import Reached, calls_in_order
 
 UNPAIRED = 0.75
 """Mean squared difference of paired inputs, over the sum of their variances, from which they are
@@ -21,20 +20,7 @@ taken for no pairs: independent draws of one distribution have 1."""
 
 def execution_order(module: nn.Module, run: Callable[[], object]) -> dict[str, int]:
     """Names of the quantized layers in the order they first run, with the calls in one pass."""
-    calls: Counter[str] = Counter()
-    handles = []
-    for name, layer in quantized_layers(module):
-
-        def before(_m: nn.Module, _i: object, name: str = name) -> None:
-            calls[name] += 1
-
-        handles.append(layer.register_forward_pre_hook(before))
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return dict(calls)
+    return calls_in_order(quantized_layers(module), run)
 
 
 def inputs_of(layer: nn.Module, calls: int, run: Callable[[], object]) -> list[Tensor]:

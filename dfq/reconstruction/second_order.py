@@ -28,7 +28,7 @@ from ..quantization.convert import quantized_layers
 from ..quantization.layers import QuantConv2d, QuantLinear
 from ..quantization.quantizers import Quantizer
 from ..quantization.ranges import grid_between
-from .finished import FinishedBlocks, block_of
+from .finished import FinishedBlocks, ended_blocks
 from .moments import Moments, MomentSums, execution_order, inputs_of
 
 PLACES = 24_000
@@ -186,16 +186,11 @@ def best_grid(quantizer: Quantizer, target: Tensor, second: Tensor, *, damping: 
     at_once = max(1, TOGETHER // target.numel())
     for start in range(0, len(scales), at_once):
         # Grids of the same weights are rounded side by side, as if they were outputs of their own.
-        scale, zero = scales[start : start + at_once], zeros[start : start + at_once]
-        count = len(scale)
-        side_by_side = [v.transpose(0, 1).reshape(groups, -1) for v in (scale, zero)]
-        rounded = _round(
-            target.repeat(1, count, 1),
-            *elimination,
-            side_by_side[0],
-            qmin - side_by_side[1],
-            qmax - side_by_side[1],
-        ).view(groups, count, outputs, inputs)
+        some = slice(start, start + at_once)
+        scale, zero = (v[some].transpose(0, 1).reshape(groups, -1) for v in (scales, zeros))
+        repeated = target.repeat(1, scale.shape[1] // outputs, 1)
+        rounded = _round(repeated, *elimination, scale, qmin - zero, qmax - zero)
+        rounded = rounded.view(groups, -1, outputs, inputs)
         off = rounded - target.unsqueeze(1)
         error = ((off @ second.unsqueeze(1)) * off).sum(3)
         if single:
@@ -289,8 +284,7 @@ def reconstruct(
     order = execution_order(student.module, lambda: student.raw(batches[0][:1]))
     layers = dict(quantized_layers(student.module))
     blocks = student.blocks()
-    # The block a layer ends, if it is the last to run of those in it.
-    ends = {block_of(name, blocks): name for name in order}
+    ended = ended_blocks(order, blocks)
     with (
         student.following(teacher, batches),
         FinishedBlocks(
@@ -309,9 +303,8 @@ def reconstruct(
                 for x, y in zip(x_of_calls, y_of_calls, strict=True):
                     sums.add(x, y)
             reconstruct_layer(layer, original, sums.moments(), damping=damping, ridge=ridge)
-            block = block_of(name, blocks)
-            if block is not None and ends[block] == name:
-                ours.finish(block)
-                theirs.finish(block)
+            if name in ended:
+                ours.finish(ended[name])
+                theirs.finish(ended[name])
             if progress is not None:
                 progress(done + 1, len(order))

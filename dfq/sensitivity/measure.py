@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..detectors.base import Detector
-from ..distillation.losses import prediction_divergence
+from ..distillation.losses import summed_divergence
 from ..quantization.convert import (
     Policy,
     float_mode,
@@ -126,10 +126,7 @@ def measure(
                 layer.weight_quantizer.asymmetric = policy.shifts_weights(pair[0])
                 set_ranges(layer, values[info.name], search)
                 sums = [
-                    len(batch)
-                    * prediction_divergence(
-                        student.distillation_pairs(student.raw(batch), raw), len(batch)
-                    )
+                    summed_divergence(student, student.raw(batch), raw)
                     for batch, raw in zip(images, expected, strict=True)
                 ]
                 divergence[index] = float(torch.stack(sums).sum()) / count
