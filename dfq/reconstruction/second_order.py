@@ -46,6 +46,9 @@ SIDES = ((1.0, 1.0), (0.8, 1.0), (0.6, 1.0), (1.0, 0.8), (1.0, 0.6))
 TOGETHER = 1 << 24
 """Weights rounded at once, to as many grids as these are enough for."""
 
+DAMPING, RIDGE = 0.1, 0.1
+"""See `round_compensated` and `aim`."""
+
 BLOCK = 64
 """Columns rounded before the remaining ones are corrected; changes speed alone."""
 
@@ -232,10 +235,11 @@ def reconstruct_layer(
     original: nn.Module,
     moments: Moments,
     *,
-    damping: float,
-    ridge: float,
+    damping: float = DAMPING,
+    ridge: float = RIDGE,
 ) -> None:
-    """Set weight and bias of one quantized layer from its float original and the moments."""
+    """Set weight, its grid and bias of one quantized layer from its float original and the
+    moments."""
     weight, bias = original.weight, original.bias
     assert isinstance(weight, Tensor)
     shape = weight.shape
@@ -259,8 +263,8 @@ def reconstruct(
     teacher: Detector,
     images: Tensor,
     *,
-    damping: float = 0.1,
-    ridge: float = 0.1,
+    damping: float = DAMPING,
+    ridge: float = RIDGE,
     batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:

@@ -96,7 +96,7 @@ def find_bits(
         teacher: the float detector, BatchNorm folded.
         policy: what `settings` says but for mixed precision.
         settings: the `quantization` section of a recipe.
-        data: its first images are measured on.
+        data: its first images are measured on, and calibrated with.
         progress: told how far it is.
 
     Raises:
@@ -104,14 +104,17 @@ def find_bits(
     """
     mixed = settings.mixed
     count = min(mixed.images, len(data))
-    batches = (data.load(list(range(count))).float() / 255).split(_BATCH)
+    seen = min(max(mixed.images, settings.calibration_images), len(data))
+    images = data.load(list(range(seen))).float() / 255
     with progress.task("sensitivity", 1, "measurements") as task:
         rows = measure(
             teacher,
             policy,
-            batches,
+            images[:count].split(_BATCH),
             settings.candidates(),
             search=settings.ranges,
+            rounding=settings.rounding,
+            calibration=images.split(_BATCH),
             progress=task.update,
         )
     if not any(row.free for row in rows):

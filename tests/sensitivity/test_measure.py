@@ -12,6 +12,7 @@ from dfq.detectors.base import Detector
 from dfq.distillation.losses import prediction_divergence
 from dfq.quantization.convert import Policy, calibrate, fold, insert_quantizers
 from dfq.quantization.listing import describe
+from dfq.reconstruction.second_order import reconstruct
 from dfq.sensitivity.measure import LayerSensitivity, measure
 
 CANDIDATES = [(2, 8), (4, 8), (8, 8), (4, 4)]
@@ -68,6 +69,30 @@ def test_divergence_is_that_of_the_layer_alone(
             pairs = alone.distillation_pairs(alone.raw(blobs(6)), teacher.raw(blobs(6)))
             expected = float(prediction_divergence(pairs, 6))
         assert value == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["model.1.conv", "model.8.cv3.conv"])
+def test_rounding_makes_up_within_the_layer(
+    teacher: Detector, rows: dict[str, LayerSensitivity], name: str
+) -> None:
+    images = (blobs(6) * 255).round().to(torch.uint8)
+    batch, options = images.float() / 255, [(4, 8), (4, 5), (6, 8)]
+    others = tuple((info.name, "float") for info in describe(teacher) if info.name != name)
+    policy = replace(POLICY, overrides=others)
+    found = measure(teacher, policy, [batch], options, search="minmax", rounding="gptq")
+    (row,) = (row for row in found if row.name == name)
+    for widths, value in zip(row.widths, row.divergence, strict=True):
+        alone = insert_quantizers(
+            teacher.twin(), replace(policy, weight_bits=widths[0], activation_bits=widths[1])
+        )
+        calibrate(alone, [batch], search="minmax")
+        reconstruct(alone, teacher, images)
+        with torch.no_grad():
+            pairs = alone.distillation_pairs(alone.raw(batch), teacher.raw(batch))
+            expected = float(prediction_divergence(pairs, 6))
+        assert value == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    nearest = dict(zip(rows[name].widths, rows[name].divergence, strict=True))
+    assert row.divergence[0] < nearest[4, 8]
 
 
 def test_what_else_is_quantized_does_not_count(
