@@ -26,6 +26,7 @@ from ..quantization.layers import QuantConv2d, QuantLinear
 from ..quantization.listing import FLOAT_KINDS, LayerInfo, describe
 from ..quantization.quantizers import Quantizer
 from ..quantization.widths import Widths, format_widths
+from ..reconstruction.finished import FinishedBlocks, ended_blocks
 from ..reconstruction.moments import Moments, MomentSums, execution_order, inputs_of
 from ..reconstruction.second_order import PLACES, reconstruct_layer
 
@@ -137,7 +138,7 @@ def measure(
         # A layer that none of the images gets to has nothing to make up for.
         if rounding == "gptq" and calls[name]:
             inputs = _quantizers(layer, [bits for _, bits in widths], values[name], search)
-            moments = _moments(layer, original, calls[name], inputs, teacher, known)
+            moments = _moments(layer, original, calls[name], inputs, theirs, len(known))
         quantizers = (layer.weight_quantizer, layer.input_quantizer)
         for pair in widths:
             for quantizer, bits in zip(quantizers, pair, strict=True):
@@ -148,8 +149,8 @@ def measure(
             if moments:
                 reconstruct_layer(layer, original, moments[pair[1]])
             sums = [
-                summed_divergence(student, student.raw(batch), raw)
-                for batch, raw in zip(images, expected, strict=True)
+                summed_divergence(student, ours.run(number), raw)
+                for number, raw in enumerate(expected)
             ]
             for quantizer in quantizers:
                 quantizer.enabled = False
@@ -157,19 +158,37 @@ def measure(
             layer.load_state_dict(original.state_dict(), strict=False)
             yield float(torch.stack(sums).sum()) / count
 
-    rows = []
-    with float_mode(student.module):
-        for info, widths in options:
-            divergence = [0.0] * len(widths)
-            if len(widths) > 1:
-                for index, value in enumerate(alone(info.name, widths)):
-                    divergence[index] = value
-                    done += 1
-                    if progress is not None:
-                        progress(done, total)
-            weights = math.prod(info.weight_shape)
-            rows.append(LayerSensitivity(info.name, info.macs, weights, widths, tuple(divergence)))
-    return rows
+    free = {info.name: widths for info, widths in options if len(widths) > 1}
+    # As they run, so that what comes before a layer need not be computed again; first those that
+    # one image does not get to.
+    order = [*(name for name in free if not calls[name]), *calls]
+    blocks = student.blocks()
+    ended = ended_blocks(order, blocks)
+    found = {info.name: [0.0] * len(widths) for info, widths in options}
+    with (
+        float_mode(student.module),
+        FinishedBlocks(
+            student.module, lambda i: student.raw(images[i]), len(images), blocks
+        ) as ours,
+        FinishedBlocks(
+            teacher.module, lambda i: teacher.raw(known[i]), len(known), blocks
+        ) as theirs,
+    ):
+        for name in order:
+            for index, value in enumerate(alone(name, free[name])) if name in free else ():
+                found[name][index] = value
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+            if name in ended:
+                ours.finish(ended[name])
+                theirs.finish(ended[name])
+    return [
+        LayerSensitivity(
+            info.name, info.macs, math.prod(info.weight_shape), widths, tuple(found[info.name])
+        )
+        for info, widths in options
+    ]
 
 
 def _quantizers(
@@ -190,18 +209,18 @@ def _moments(
     original: nn.Module,
     calls: int,
     inputs: dict[int, Quantizer],
-    teacher: Detector,
-    images: Sequence[Tensor],
+    network: FinishedBlocks,
+    batches: int,
 ) -> dict[int, Moments]:
-    """Of what a layer is given in the float network, once through each of the quantizers `inputs`
+    """Of what a layer is given in the float `network`, once through each of the quantizers `inputs`
     and once not."""
     own = layer.input_quantizer
     sums = {
-        bits: MomentSums(layer, PLACES, len(images) * calls, Generator().manual_seed(0))
+        bits: MomentSums(layer, PLACES, batches * calls, Generator().manual_seed(0))
         for bits in inputs
     }
-    for batch in images:
-        for x in inputs_of(original, calls, partial(teacher.raw, batch)):
+    for number in range(batches):
+        for x in inputs_of(original, calls, partial(network.run, number)):
             for bits, quantizer in inputs.items():
                 layer.input_quantizer = quantizer
                 sums[bits].add(x, x)
