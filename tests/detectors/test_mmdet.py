@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from pycocotools import mask as coco_mask
-from refined import check_grids_move
+from reconstructed import check_grids_move, check_sensitivities
 from small_mmdet import NAMES, SIDE, enliven, write_config
 from torch import Tensor, nn
 
@@ -299,6 +299,13 @@ def test_grids_of_activations_can_be_refined(
     name: str, detectors: dict[str, Detector], images: Tensor
 ) -> None:
     check_grids_move(fold(detectors[name].twin()), Policy(activation_bits=5), images)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_each_layer_can_be_measured(
+    name: str, detectors: dict[str, Detector], images: Tensor
+) -> None:
+    check_sensitivities(fold(detectors[name].twin()), images)
 
 
 def test_the_blocks_of_a_swin_are_distilled(detectors: dict[str, Detector]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from refined import check_grids_move
+from reconstructed import check_grids_move
 from torch import Tensor, nn
 from torchvision.models import detection as zoo
 from torchvision.models.detection.retinanet import RetinaNet_ResNet50_FPN_Weights

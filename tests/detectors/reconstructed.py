@@ -1,4 +1,4 @@
-"""That grids of activations can be refined, whatever the family."""
+"""What is found layer by layer: grids and sensitivities, whatever the family."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from dfq.detectors.base import Detector
 from dfq.quantization.convert import Policy, calibrate, insert_quantizers
 from dfq.reconstruction.activation_grids import narrow_activations, refine_grids
+from dfq.sensitivity.measure import measure
 
 
 def check_grids_move(folded: Detector, policy: Policy, images: Tensor) -> None:
@@ -27,3 +28,18 @@ def check_grids_move(folded: Detector, policy: Policy, images: Tensor) -> None:
     after = [quantizer.scale.item() for _, quantizer in narrow_activations(student)]
     assert before != after
     assert all(math.isfinite(scale) for scale in after)
+
+
+def check_sensitivities(folded: Detector, images: Tensor) -> None:
+    """Measure every free layer of a folded network, rounded: fewer bits do more.
+
+    Args:
+        folded: the float network.
+        images: `(n, 3, h, w)` in [0, 1].
+    """
+    found = measure(folded, Policy(), [images], [(2, 8), (8, 8)], rounding="gptq")
+    free = [row for row in found if row.free]
+    assert len(free) > 5
+    assert all(math.isfinite(value) for row in free for value in row.divergence)
+    two, eight = (sum(row.divergence[index] for row in free) for index in (0, 1))
+    assert two > 3 * eight > 0
