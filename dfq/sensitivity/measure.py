@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from ..detectors.base import Detector
 from ..distillation.losses import summed_divergence
@@ -19,12 +20,10 @@ from ..quantization.convert import (
     float_mode,
     insert_quantizers,
     observe,
-    quantized_layers,
     set_ranges,
 )
 from ..quantization.layers import QuantConv2d, QuantLinear
 from ..quantization.listing import FLOAT_KINDS, LayerInfo, describe
-from ..quantization.quantizers import Quantizer
 from ..quantization.widths import Widths, format_widths
 from ..reconstruction.finished import FinishedBlocks, ended_blocks
 from ..reconstruction.moments import Moments, MomentSums, execution_order, inputs_of
@@ -120,51 +119,22 @@ def measure(
         UserError: where there is no image.
     """
     images = [batch.to(teacher.device) for batch in batches]
+    known = images if calibration is None else [b.to(teacher.device) for b in calibration]
     options = choices(teacher, policy, candidates)
     # One layer at a time: what others share with it is not to be quantized along.
     student = insert_quantizers(teacher.twin(), replace(policy, placement="inputs"))
-    layers = dict(quantized_layers(student.module))
-    known = images if calibration is None else [b.to(teacher.device) for b in calibration]
     values = observe(student, known)
     calls = execution_order(student.module, lambda: student.raw(images[0][:1]))
-    expected = [teacher.raw(batch) for batch in images]
-    count = sum(len(batch) for batch in images)
-    total = sum(len(widths) for _, widths in options if len(widths) > 1)
-    done = 0
-
-    def alone(name: str, widths: Sequence[Widths]) -> Iterator[float]:
-        layer, original = layers[name], teacher.module.get_submodule(name)
-        moments: dict[int, Moments] = {}
-        # A layer that none of the images gets to has nothing to make up for.
-        if rounding == "gptq" and calls[name]:
-            inputs = _quantizers(layer, [bits for _, bits in widths], values[name], search)
-            moments = _moments(layer, original, calls[name], inputs, theirs, len(known))
-        quantizers = (layer.weight_quantizer, layer.input_quantizer)
-        for pair in widths:
-            for quantizer, bits in zip(quantizers, pair, strict=True):
-                quantizer.bits = bits
-                quantizer.enabled = True
-            layer.weight_quantizer.asymmetric = policy.shifts_weights(pair[0])
-            set_ranges(layer, values[name], search)
-            if moments:
-                reconstruct_layer(layer, original, moments[pair[1]])
-            sums = [
-                summed_divergence(student, ours.run(number), raw)
-                for number, raw in enumerate(expected)
-            ]
-            for quantizer in quantizers:
-                quantizer.enabled = False
-            # Rounding has changed weight and bias.
-            layer.load_state_dict(original.state_dict(), strict=False)
-            yield float(torch.stack(sums).sum()) / count
-
     free = {info.name: widths for info, widths in options if len(widths) > 1}
     # As they run, so that what comes before a layer need not be computed again; first those that
     # one image does not get to.
     order = [*(name for name in free if not calls[name]), *calls]
     blocks = student.blocks()
     ended = ended_blocks(order, blocks)
+    expected = [teacher.raw(batch) for batch in images]
     found = {info.name: [0.0] * len(widths) for info, widths in options}
+    count = sum(len(batch) for batch in images)
+    done, total = 0, sum(len(widths) for widths in free.values())
     with (
         float_mode(student.module),
         FinishedBlocks(
@@ -175,8 +145,18 @@ def measure(
         ) as theirs,
     ):
         for name in order:
-            for index, value in enumerate(alone(name, free[name])) if name in free else ():
-                found[name][index] = value
+            layer = _Layer(student, teacher, name, values[name], calls[name], search)
+            widths = free.get(name, ())
+            moments = {}
+            if rounding == "gptq" and calls[name]:
+                moments = layer.moments([bits for _, bits in widths], theirs, len(known))
+            for index, pair in enumerate(widths):
+                with layer.quantized(pair, policy.shifts_weights(pair[0]), moments.get(pair[1])):
+                    sums = [
+                        summed_divergence(student, ours.run(number), raw)
+                        for number, raw in enumerate(expected)
+                    ]
+                found[name][index] = float(torch.stack(sums).sum()) / count
                 done += 1
                 if progress is not None:
                     progress(done, total)
@@ -191,38 +171,66 @@ def measure(
     ]
 
 
-def _quantizers(
-    layer: QuantConv2d | QuantLinear, widths: Sequence[int], values: Tensor, search: str
-) -> dict[int, Quantizer]:
-    """Of a layer's input, by width: with ranges for the values that reach it."""
-    found = {}
-    for bits in dict.fromkeys(widths):
-        layer.input_quantizer.bits = bits
-        set_ranges(layer, values, search)
-        found[bits] = copy.deepcopy(layer.input_quantizer)
-        found[bits].enabled = True
-    return found
+class _Layer:
+    """One layer of a student all of whose quantizers are off.
 
+    Args:
+        student, teacher: the same float network, one with quantizers.
+        name: of the layer.
+        values: that reach its input, `(n,)`.
+        calls: in one forward pass.
+        search: how ranges are found.
+    """
 
-def _moments(
-    layer: QuantConv2d | QuantLinear,
-    original: nn.Module,
-    calls: int,
-    inputs: dict[int, Quantizer],
-    network: FinishedBlocks,
-    batches: int,
-) -> dict[int, Moments]:
-    """Of what a layer is given in the float `network`, once through each of the quantizers `inputs`
-    and once not."""
-    own = layer.input_quantizer
-    sums = {
-        bits: MomentSums(layer, PLACES, batches * calls, Generator().manual_seed(0))
-        for bits in inputs
-    }
-    for number in range(batches):
-        for x in inputs_of(original, calls, partial(network.run, number)):
-            for bits, quantizer in inputs.items():
-                layer.input_quantizer = quantizer
-                sums[bits].add(x, x)
-    layer.input_quantizer = own
-    return {bits: one.moments() for bits, one in sums.items()}
+    def __init__(
+        self,
+        student: Detector,
+        teacher: Detector,
+        name: str,
+        values: Tensor,
+        calls: int,
+        search: str,
+    ) -> None:
+        layer = student.module.get_submodule(name)
+        assert isinstance(layer, QuantConv2d | QuantLinear)
+        self.layer, self.original = layer, teacher.module.get_submodule(name)
+        self.values, self.calls, self.search = values, calls, search
+
+    @contextlib.contextmanager
+    def quantized(self, widths: Widths, shifted: bool, moments: Moments | None) -> Iterator[None]:
+        """Within this context it computes with `widths`, its weights rounded so that they make up
+        for the errors on what `moments` were taken of, or to the nearest level."""
+        weights, inputs = self.layer.weight_quantizer, self.layer.input_quantizer
+        weights.bits, inputs.bits = widths
+        weights.asymmetric = shifted
+        set_ranges(self.layer, self.values, self.search)
+        weights.enabled = inputs.enabled = True
+        if moments is not None:
+            reconstruct_layer(self.layer, self.original, moments)
+        try:
+            yield
+        finally:
+            weights.enabled = inputs.enabled = False
+            # Rounding has changed weight and bias.
+            self.layer.load_state_dict(self.original.state_dict(), strict=False)
+
+    def moments(
+        self, widths: Sequence[int], network: FinishedBlocks, batches: int
+    ) -> dict[int, Moments]:
+        """Of what it is given in the float `network`, with and without a quantizer: by the bits of
+        that, one forward pass for all `widths`."""
+        own, sums = self.layer.input_quantizer, {}
+        for bits in dict.fromkeys(widths):
+            own.bits = bits
+            set_ranges(self.layer, self.values, self.search)
+            quantizer = copy.deepcopy(own)
+            quantizer.enabled = True
+            places = Generator().manual_seed(0)
+            sums[bits] = quantizer, MomentSums(self.layer, PLACES, batches * self.calls, places)
+        for number in range(batches) if sums else ():
+            for x in inputs_of(self.original, self.calls, partial(network.run, number)):
+                for quantizer, some in sums.values():
+                    self.layer.input_quantizer = quantizer
+                    some.add(x, x)
+        self.layer.input_quantizer = own
+        return {bits: some.moments() for bits, (_, some) in sums.items()}
