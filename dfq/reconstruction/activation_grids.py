@@ -95,9 +95,7 @@ def refine_grids(
         blocks = student.blocks()
         ended = ended_blocks(order, blocks)
         expected = [teacher.raw(batch) for batch in batches]
-        with FinishedBlocks(
-            student.module, lambda i: student.raw(batches[i]), len(batches), blocks
-        ) as ours:
+        with FinishedBlocks.of(student, batches, blocks) as ours:
 
             def divergence() -> float:
                 each = [

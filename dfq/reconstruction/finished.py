@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..detectors.base import Detector
+
 ROOM = 2 * 1024**3
 """Bytes that the outputs of one network may take."""
 
@@ -51,6 +53,20 @@ class FinishedBlocks:
         self._batch = 0
         calls = calls_in_order(self._modules.items(), lambda: self.run(0))
         self._modules = {name: m for name, m in self._modules.items() if calls[name] == 1}
+
+    @classmethod
+    def of(
+        cls,
+        detector: Detector,
+        batches: Sequence[Tensor],
+        names: Iterable[str],
+        *,
+        room: int = ROOM,
+    ) -> FinishedBlocks:
+        """Those of a detector, over batches of images `(n, 3, h, w)` in [0, 1]."""
+        return cls(
+            detector.module, lambda i: detector.raw(batches[i]), len(batches), names, room=room
+        )
 
     def run(self, batch: int) -> Any:
         """The forward pass over batch number `batch`, finished blocks answering from memory."""

@@ -291,12 +291,8 @@ def reconstruct(
     ended = ended_blocks(order, blocks)
     with (
         student.following(teacher, batches),
-        FinishedBlocks(
-            student.module, lambda i: student.raw(batches[i]), len(batches), blocks
-        ) as ours,
-        FinishedBlocks(
-            teacher.module, lambda i: teacher.raw(batches[i]), len(batches), blocks
-        ) as theirs,
+        FinishedBlocks.of(student, batches, blocks) as ours,
+        FinishedBlocks.of(teacher, batches, blocks) as theirs,
     ):
         for done, (name, calls) in enumerate(order.items()):
             layer, original = layers[name], teacher.module.get_submodule(name)

@@ -137,12 +137,9 @@ def measure(
     done, total = 0, sum(len(widths) for widths in free.values())
     with (
         float_mode(student.module),
-        FinishedBlocks(
-            student.module, lambda i: student.raw(images[i]), len(images), blocks
-        ) as ours,
-        FinishedBlocks(
-            teacher.module, lambda i: teacher.raw(known[i]), len(known), blocks
-        ) as theirs,
+        FinishedBlocks.of(student, images, blocks) as ours,
+        # Nothing but rounding looks at the float network's features.
+        FinishedBlocks.of(teacher, known, blocks if rounding == "gptq" else ()) as theirs,
     ):
         for name in order:
             layer = _Layer(student, teacher, name, values[name], calls[name], search)

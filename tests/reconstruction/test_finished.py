@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 
 import pytest
@@ -10,7 +11,6 @@ from tiny_detector import blobs, tiny_detector
 from torch import Tensor, nn
 
 from dfq.quantization.convert import Policy, calibrate, fold, insert_quantizers
-from dfq.reconstruction import second_order
 from dfq.reconstruction.finished import FinishedBlocks
 from dfq.reconstruction.second_order import reconstruct
 
@@ -116,10 +116,6 @@ def test_rounding_does_not_depend_on_it(
         return student.module.state_dict()
 
     with_memory = rounded()
-    monkeypatch.setattr(
-        second_order,
-        "FinishedBlocks",
-        lambda *args: FinishedBlocks(*args, room=room),
-    )
+    monkeypatch.setattr(FinishedBlocks, "of", functools.partial(FinishedBlocks.of, room=room))
     without = rounded()
     assert all(torch.equal(without[name], value) for name, value in with_memory.items())
