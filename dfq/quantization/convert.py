@@ -276,19 +276,8 @@ def observe(
 
 
 @torch.no_grad()
-def set_ranges(layer: QuantConv2d | QuantLinear, values: Tensor, search: str) -> None:
-    """Set the initial scales of a layer, of its weight and of its input.
-
-    Args:
-        layer: its quantizers' bits count.
-        values: that reached its input, `(n,)`.
-        search: a key of `ranges.SEARCHES`.
-    """
-    _set_weight_range(layer, search)
-    _set_range(layer.input_quantizer, values, search)
-
-
-def _set_weight_range(layer: QuantConv2d | QuantLinear, search: str) -> None:
+def set_weight_range(layer: QuantConv2d | QuantLinear, search: str) -> None:
+    """Set the initial scales of a layer's weights; `search` is a key of `ranges.SEARCHES`."""
     weights, find = layer.weight_quantizer, SEARCHES[search]
     if find is mse and weights.asymmetric:
         # Bounds that are searched apart from each other: coarsely, as there are six times as many.
@@ -297,7 +286,7 @@ def _set_weight_range(layer: QuantConv2d | QuantLinear, search: str) -> None:
     weights.initialise(*find(rows, weights.bits, asymmetric=weights.asymmetric))
 
 
-def _set_range(quantizer: Quantizer, values: Tensor, search: str) -> None:
+def set_range(quantizer: Quantizer, values: Tensor, search: str) -> None:
     """Set the initial scale of a quantizer of activations from values `(n,)` that reach it."""
     column = values[None].to(quantizer.log_scale.device)
     find, reader = SEARCHES[search], quantizer.reader
@@ -332,6 +321,6 @@ def calibrate(
     """
     values = observe(detector, batches, samples=samples, progress=progress)
     for _, layer in quantized_layers(detector.module):
-        _set_weight_range(layer, search)
+        set_weight_range(layer, search)
     for name, quantizer in activation_quantizers(detector.module):
-        _set_range(quantizer, values[name], search)
+        set_range(quantizer, values[name], search)

@@ -20,10 +20,12 @@ from ..quantization.convert import (
     float_mode,
     insert_quantizers,
     observe,
-    set_ranges,
+    set_range,
+    set_weight_range,
 )
 from ..quantization.layers import QuantConv2d, QuantLinear
 from ..quantization.listing import FLOAT_KINDS, LayerInfo, describe
+from ..quantization.quantizers import Quantizer
 from ..quantization.widths import Widths, format_widths
 from ..reconstruction.finished import FinishedBlocks, ended_blocks
 from ..reconstruction.moments import Moments, MomentSums, execution_order, inputs_of
@@ -142,11 +144,11 @@ def measure(
         FinishedBlocks.of(teacher, known, blocks if rounding == "gptq" else ()) as theirs,
     ):
         for name in order:
-            layer = _Layer(student, teacher, name, values[name], calls[name], search)
             widths = free.get(name, ())
+            layer = _Layer(student, teacher, name, values[name], widths, search)
             moments = {}
-            if rounding == "gptq" and calls[name]:
-                moments = layer.moments([bits for _, bits in widths], theirs, len(known))
+            if rounding == "gptq" and widths and calls[name]:
+                moments = layer.moments(theirs, len(known), calls[name])
             for index, pair in enumerate(widths):
                 with layer.quantized(pair, policy.shifts_weights(pair[0]), moments.get(pair[1])):
                     sums = [
@@ -175,7 +177,7 @@ class _Layer:
         student, teacher: the same float network, one with quantizers.
         name: of the layer.
         values: that reach its input, `(n,)`.
-        calls: in one forward pass.
+        widths: it will have.
         search: how ranges are found.
     """
 
@@ -185,49 +187,48 @@ class _Layer:
         teacher: Detector,
         name: str,
         values: Tensor,
-        calls: int,
+        widths: Sequence[Widths],
         search: str,
     ) -> None:
         layer = student.module.get_submodule(name)
         assert isinstance(layer, QuantConv2d | QuantLinear)
         self.layer, self.original = layer, teacher.module.get_submodule(name)
-        self.values, self.calls, self.search = values, calls, search
+        self.search = search
+        self.inputs: dict[int, Quantizer] = {}
+        for bits in dict.fromkeys(bits for _, bits in widths):
+            self.inputs[bits] = copy.deepcopy(layer.input_quantizer)
+            self.inputs[bits].bits, self.inputs[bits].enabled = bits, True
+            set_range(self.inputs[bits], values, search)
 
     @contextlib.contextmanager
     def quantized(self, widths: Widths, shifted: bool, moments: Moments | None) -> Iterator[None]:
         """Within this context it computes with `widths`, its weights rounded so that they make up
         for the errors on what `moments` were taken of, or to the nearest level."""
-        weights, inputs = self.layer.weight_quantizer, self.layer.input_quantizer
-        weights.bits, inputs.bits = widths
-        weights.asymmetric = shifted
-        set_ranges(self.layer, self.values, self.search)
-        weights.enabled = inputs.enabled = True
+        weights, off = self.layer.weight_quantizer, self.layer.input_quantizer
+        weights.bits, weights.asymmetric, weights.enabled = widths[0], shifted, True
+        set_weight_range(self.layer, self.search)
+        self.layer.input_quantizer = self.inputs[widths[1]]
         if moments is not None:
             reconstruct_layer(self.layer, self.original, moments)
         try:
             yield
         finally:
-            weights.enabled = inputs.enabled = False
+            weights.enabled, self.layer.input_quantizer = False, off
             # Rounding has changed weight and bias.
             self.layer.load_state_dict(self.original.state_dict(), strict=False)
 
-    def moments(
-        self, widths: Sequence[int], network: FinishedBlocks, batches: int
-    ) -> dict[int, Moments]:
-        """Of what it is given in the float `network`, with and without a quantizer: by the bits of
-        that, one forward pass for all `widths`."""
-        own, sums = self.layer.input_quantizer, {}
-        for bits in dict.fromkeys(widths):
-            own.bits = bits
-            set_ranges(self.layer, self.values, self.search)
-            quantizer = copy.deepcopy(own)
-            quantizer.enabled = True
-            places = Generator().manual_seed(0)
-            sums[bits] = quantizer, MomentSums(self.layer, PLACES, batches * self.calls, places)
-        for number in range(batches) if sums else ():
-            for x in inputs_of(self.original, self.calls, partial(network.run, number)):
-                for quantizer, some in sums.values():
-                    self.layer.input_quantizer = quantizer
+    def moments(self, network: FinishedBlocks, batches: int, calls: int) -> dict[int, Moments]:
+        """Of what it is given in the float `network`, in `calls` calls of a pass, with and without
+        a quantizer: by the bits of that, one pass for all of them."""
+        sums = {
+            bits: MomentSums(self.layer, PLACES, batches * calls, Generator().manual_seed(0))
+            for bits in self.inputs
+        }
+        off = self.layer.input_quantizer
+        for number in range(batches):
+            for x in inputs_of(self.original, calls, partial(network.run, number)):
+                for bits, some in sums.items():
+                    self.layer.input_quantizer = self.inputs[bits]
                     some.add(x, x)
-        self.layer.input_quantizer = own
-        return {bits: some.moments() for bits, (_, some) in sums.items()}
+        self.layer.input_quantizer = off
+        return {bits: some.moments() for bits, some in sums.items()}
