@@ -128,6 +128,9 @@ class Distillation(Section):
     weight_lr: float | None = Field(0.0, ge=0)
     """Adam, quantized weights, in quantization steps of their channel; 0 keeps the integers they
     were rounded to, and trains step sizes, zero points and biases alone; None: `lr`, in units."""
+    train_last: bool = True
+    """With a `weight_lr` of 0, weights of 8 bits in layers that give the predictions are trained
+    all the same, at `lr`."""
     scale_lr: float = Field(1e-3, gt=0)
     """Adam, logarithms of the step sizes and zero points; cosine to zero."""
     drift: float = Field(0.5, ge=0)

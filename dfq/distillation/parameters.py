@@ -9,30 +9,53 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..detectors.base import Detector
 from ..quantization.convert import quantized_layers
 from ..quantization.layers import QuantConv2d, QuantLinear
 from ..quantization.quantizers import Quantizer
 from ..recipe import Distillation
 
 
-def require_gradients(student: nn.Module, settings: Distillation) -> None:
-    """Mark what training moves: every parameter but quantized weights whose rate is 0, the zero
-    points of weights and those of symmetric quantizers."""
-    for parameter in student.parameters():
+def held_layers(student: Detector, settings: Distillation) -> list[QuantConv2d | QuantLinear]:
+    """The quantized layers whose integers stay what they were rounded to.
+
+    With a `weight_lr` of 0 these are all of them but, with `train_last`, those that give the
+    predictions and have 8 bits. How far those predictions are off is convex in such a layer's
+    weights, it can make up for errors of the whole network before it, and to round 8 bits anew at
+    every step costs next to nothing.
+    """
+    if settings.weight_lr != 0:
+        return []
+    last = set()
+    if settings.train_last:
+        last = {student.module.get_submodule(name) for name in student.boundary_layers().last}
+    return [
+        layer
+        for _, layer in quantized_layers(student.module)
+        if layer not in last or layer.weight_quantizer.bits < 8
+    ]
+
+
+def require_gradients(student: Detector, settings: Distillation) -> None:
+    """Mark what training moves: every parameter but the weights of `held_layers`, the zero points
+    of weights and those of symmetric quantizers."""
+    for parameter in student.module.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
-    for module in student.modules():
+    for module in student.module.modules():
         if isinstance(module, Quantizer):
             module.zero_point.requires_grad_(module.asymmetric)
-    for _, layer in quantized_layers(student):
-        layer.weight.requires_grad_(settings.weight_lr != 0)
+    for _, layer in quantized_layers(student.module):
         layer.weight_quantizer.zero_point.requires_grad_(False)
+    for layer in held_layers(student, settings):
+        layer.weight.requires_grad_(False)
 
 
 def parameter_groups(student: nn.Module, settings: Distillation) -> list[dict[str, Any]]:
-    """Quantized weights; step sizes and zero points; and all others, each at a rate of its own."""
+    """What requires gradients: step sizes and zero points; quantized weights, where they have a
+    rate of their own; and all others."""
     scales = {p for m in student.modules() if isinstance(m, Quantizer) for p in m.parameters()}
     weights: set[nn.Parameter] = set()
-    if settings.weight_lr is not None:
+    if settings.weight_lr:
         weights = {layer.weight for _, layer in quantized_layers(student)}
     trained = [p for p in student.parameters() if p.requires_grad]
     groups = (
@@ -50,12 +73,11 @@ class HeldLevels:
     is loaded brings its own integers.
 
     Args:
-        module: the calibrated student, its weights rounded, or to be rounded to the nearest level.
-        enabled: otherwise weights are rounded as ever, and this does nothing.
+        layers: calibrated; their weights are rounded, or to be rounded to the nearest level.
     """
 
-    def __init__(self, module: nn.Module, enabled: bool) -> None:
-        self._layers = [layer for _, layer in quantized_layers(module)] if enabled else []
+    def __init__(self, layers: Sequence[QuantConv2d | QuantLinear]) -> None:
+        self._layers = list(layers)
         self._handles: list[Any] = []
         for layer in self._layers:
             _hold(layer)

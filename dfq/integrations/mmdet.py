@@ -29,7 +29,7 @@ from ..dataset.calibration import CalibrationSet
 from ..detectors import Targets, load_detector
 from ..detectors.mmdet_config import require_mmdet
 from ..distillation.losses import FeatureTaps, training_terms
-from ..distillation.parameters import HeldLevels, Leash, require_gradients
+from ..distillation.parameters import HeldLevels, Leash, held_layers, require_gradients
 from ..errors import UserError
 from ..precision import resolve_precision
 from ..progress import Silent
@@ -154,7 +154,7 @@ class DFQDistiller(BaseModel):
         self._held: HeldLevels | None = None
         settings = self.recipe.distillation
         _check_supported(settings)
-        require_gradients(self.student, settings)
+        require_gradients(self._student, settings)
         self._names = self._student.feature_layers() if settings.weights.feature > 0 else []
 
     def init_weights(self) -> None:
@@ -194,7 +194,7 @@ class DFQDistiller(BaseModel):
         settings, targets = self.recipe.distillation, Targets.empty()
         if self._held is None:
             # Not before: only now are weights rounded, or loaded from a checkpoint.
-            self._held = HeldLevels(self.student, settings.weight_lr == 0)
+            self._held = HeldLevels(held_layers(self._student, settings))
         if settings.weights.task > 0:
             targets = _targets(data_samples or [], (inputs.shape[2], inputs.shape[3]))
         # Evaluation runs the student as well: the taps are there for this pass only.

@@ -26,7 +26,7 @@ def test_held_integers_outlast_any_step_size_and_its_gradient_is_theirs() -> Non
     layer = held_layer()
     quantizer = layer.weight_quantizer
     integers = (layer.weight / quantizer.scale_of(layer.weight)).round().clamp(-4, 3).detach()
-    held = HeldLevels(layer, True)
+    held = HeldLevels([layer])
     with torch.no_grad():
         quantizer.log_scale.add_(torch.tensor([0.5, -0.5, 1.0, 0.0]))
     upstream = torch.randn(4, 3, 3, 3)
@@ -45,7 +45,7 @@ def test_held_integers_outlast_any_step_size_and_its_gradient_is_theirs() -> Non
 
 def test_states_of_held_layers_are_what_they_are_at_the_time() -> None:
     layer, other = held_layer(), held_layer()
-    held = HeldLevels(layer, True), HeldLevels(other, True)
+    held = HeldLevels([layer]), HeldLevels([other])
     with torch.no_grad():
         layer.weight_quantizer.levels.neg_().clamp_(-4, 3)
         layer.weight_quantizer.log_scale.add_(0.7)

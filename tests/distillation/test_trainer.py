@@ -462,11 +462,13 @@ def integers(layer: nn.Module) -> Tensor:
     return (layer.weight / scale).detach().clone()
 
 
+@pytest.mark.parametrize("train_last", [True, False])
 def test_rounded_weights_keep_their_integers_while_all_else_is_trained(
-    teacher: Detector, data: Blobs, tmp_path: Path
+    teacher: Detector, data: Blobs, tmp_path: Path, train_last: bool
 ) -> None:
-    run = trainer(teacher, data, tmp_path, weight_lr=0.0, scale_lr=0.03)
+    run = trainer(teacher, data, tmp_path, weight_lr=0.0, scale_lr=0.03, train_last=train_last)
     layers = dict(quantized_layers(run.student.module))
+    weights = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     before = {
         name: integers(layer).round().clamp(*layer.weight_quantizer.limits_of(layer.weight))
         for name, layer in layers.items()
@@ -475,8 +477,13 @@ def test_rounded_weights_keep_their_integers_while_all_else_is_trained(
     biases = {name: layer.bias.detach().clone() for name, layer in layers.items()}
     outcome = run.train()
     assert outcome.agreement[outcome.selected] < outcome.agreement["start"]
+    last = run.student.boundary_layers().last if train_last else ()
     for name, layer in layers.items():
-        torch.testing.assert_close(integers(layer), before[name], rtol=0, atol=1e-4)
+        if name in last:
+            assert layer.weight_quantizer.bits == 8
+            assert not torch.equal(layer.weight, weights[name])
+        else:
+            torch.testing.assert_close(integers(layer), before[name], rtol=0, atol=1e-4)
         assert not torch.equal(layer.bias, biases[name])
         assert not torch.equal(layer.weight_quantizer.scale, scales[name])
         # Nothing is held any more.
@@ -486,14 +493,15 @@ def test_rounded_weights_keep_their_integers_while_all_else_is_trained(
     assert max(float((ratio - 1).abs().max()) for ratio in moved) > 0.5 / 4
 
 
+@pytest.mark.parametrize("rate", [0.02, 0.0])
 def test_a_rate_in_steps_resumes_to_the_same_weights(
-    teacher: Detector, data: Blobs, tmp_path: Path
+    teacher: Detector, data: Blobs, tmp_path: Path, rate: float
 ) -> None:
     for name in ("whole", "broken"):
         (tmp_path / name).mkdir()
-    whole = trainer(teacher, data, tmp_path / "whole", weight_lr=0.02)
+    whole = trainer(teacher, data, tmp_path / "whole", weight_lr=rate)
     whole.train()
-    broken = trainer(teacher, data, tmp_path / "broken", weight_lr=0.02)
+    broken = trainer(teacher, data, tmp_path / "broken", weight_lr=rate)
 
     def stop(done: int, _total: int, _terms: dict[str, float]) -> None:
         if done == 2:
@@ -501,6 +509,6 @@ def test_a_rate_in_steps_resumes_to_the_same_weights(
 
     with pytest.raises(KeyboardInterrupt):
         broken.train(stop)
-    resumed = trainer(teacher, data, tmp_path / "broken", weight_lr=0.02, calibrated=False)
+    resumed = trainer(teacher, data, tmp_path / "broken", weight_lr=rate, calibrated=False)
     resumed.train()
     assert_same(state(whole.student), state(resumed.student))

@@ -208,10 +208,15 @@ def test_mistakes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no detector of mmdet"):
         integration.DFQDistiller("torchvision/fasterrcnn_mobilenet_v3_large_320_fpn")
     config = write_config(tmp_path, "retinanet")
-    kept = integration.DFQDistiller(str(config), recipe="w8a8")
-    trained = {name for name, value in kept.named_parameters() if value.requires_grad}
-    assert "student.bbox_head.retina_cls.bias" in trained
-    assert "student.bbox_head.retina_cls.weight" not in trained  # It stays as it was rounded.
+    for train_last in (True, False):
+        kept = integration.DFQDistiller(
+            str(config), recipe="w8a8", overrides=[f"distillation.train_last={train_last}"]
+        )
+        trained = {name for name, value in kept.named_parameters() if value.requires_grad}
+        assert "student.bbox_head.cls_convs.0.conv.bias" in trained
+        # It stays as it was rounded.
+        assert "student.bbox_head.cls_convs.0.conv.weight" not in trained
+        assert ("student.bbox_head.retina_cls.weight" in trained) is train_last
     for override in ("distillation.weight_lr=0.1", "distillation.dampen=0.1"):
         with pytest.raises(UserError, match="use dfq qat"):
             integration.DFQDistiller(str(config), overrides=[override])
