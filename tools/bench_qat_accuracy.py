@@ -40,8 +40,10 @@ TRAINED = (
 )
 
 # The papers' own ingredients: a scale a tensor, initial steps by their rule, the task's loss alone.
+# And trained in any case: with that loss a network may well end further from the float one.
 LSQ = [
     *TRAINED,
+    "method=qat",
     "quantization.weights=per_tensor",
     "quantization.weight_grid=symmetric",
     "quantization.ranges=lsq",
