@@ -477,7 +477,8 @@ def test_rounded_weights_keep_their_integers_while_all_else_is_trained(
     biases = {name: layer.bias.detach().clone() for name, layer in layers.items()}
     outcome = run.train()
     assert outcome.agreement[outcome.selected] < outcome.agreement["start"]
-    last = run.student.boundary_layers().last if train_last else ()
+    last = layers.keys() & run.student.boundary_layers().last if train_last else set()
+    assert bool(last) is train_last
     for name, layer in layers.items():
         if name in last:
             assert layer.weight_quantizer.bits == 8
