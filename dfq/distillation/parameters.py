@@ -36,17 +36,17 @@ def held_layers(student: Detector, settings: Distillation) -> list[QuantConv2d |
     ]
 
 
-def require_gradients(student: Detector, settings: Distillation) -> None:
-    """Mark what training moves: every parameter but the weights of `held_layers`, the zero points
-    of weights and those of symmetric quantizers."""
-    for parameter in student.module.parameters():
+def require_gradients(student: nn.Module, held: Sequence[QuantConv2d | QuantLinear]) -> None:
+    """Mark what training moves: every parameter but the weights of the `held` layers, the zero
+    points of weights and those of symmetric quantizers."""
+    for parameter in student.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
-    for module in student.module.modules():
+    for module in student.modules():
         if isinstance(module, Quantizer):
             module.zero_point.requires_grad_(module.asymmetric)
-    for _, layer in quantized_layers(student.module):
+    for _, layer in quantized_layers(student):
         layer.weight_quantizer.zero_point.requires_grad_(False)
-    for layer in held_layers(student, settings):
+    for layer in held:
         layer.weight.requires_grad_(False)
 
 

@@ -113,9 +113,10 @@ class Trainer:
         self.steps = math.ceil(len(data) / self.batch_size)
         # Few enough to keep in memory as bytes: 2,000 images of 640 px are 2.3 GiB.
         self.images = data.load(list(range(len(data))))
-        require_gradients(student, settings)
-        # What weights were rounded to stays: their step sizes alone are trained.
-        self.held = HeldLevels(held_layers(student, settings))
+        held = held_layers(student, settings)
+        require_gradients(student.module, held)
+        # What these weights were rounded to stays: their step sizes alone are trained.
+        self.held = HeldLevels(held)
         self.optimizer = torch.optim.Adam(
             parameter_groups(student.module, settings), fused=True, betas=(0.9, 0.999)
         )

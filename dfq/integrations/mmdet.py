@@ -154,7 +154,7 @@ class DFQDistiller(BaseModel):
         self._held: HeldLevels | None = None
         settings = self.recipe.distillation
         _check_supported(settings)
-        require_gradients(self._student, settings)
+        require_gradients(self.student, held_layers(self._student, settings))
         self._names = self._student.feature_layers() if settings.weights.feature > 0 else []
 
     def init_weights(self) -> None:
