@@ -101,7 +101,7 @@ class DFQCalibrationSet(CocoDataset):
     """
 
     def __init__(self, data_root: str, **options: Any) -> None:
-        found = CalibrationSet.open(Path(data_root))
+        found = CalibrationSet.open(Path(data_root)).require_intact()
         options.setdefault("metainfo", {"classes": tuple(found.names)})
         options.setdefault("ann_file", "annotations.json")
         options.setdefault("data_prefix", {"img": "images/"})
