@@ -107,20 +107,25 @@ def synthesize(
     """
     from .distributed import leads
     from .progress import Live
+    from .recipe import as_noise, load_recipe
     from .verbs import synthesize as verb
 
+    init, iterations, labels = as_noise(init, iterations, labels, overrides)
+    settings = load_recipe(
+        recipe,
+        overrides,
+        seed=seed,
+        synthesis__images=images,
+        synthesis__image_size=image_size,
+        synthesis__iterations=iterations,
+        synthesis__batch_size=batch_size,
+        synthesis__labels=labels,
+        synthesis__init=init,
+    )
     made = verb(
         model,
-        recipe,
+        settings,
         out=output_folder(out),
-        images=images,
-        image_size=image_size,
-        iterations=iterations,
-        batch_size=batch_size,
-        labels=labels,
-        init=init,
-        seed=seed,
-        overrides=overrides,
         device=device,
         trust=trust,
         progress=Live(),

@@ -4,12 +4,16 @@ such a line names arguments and shows what files and users gave.
 
 from __future__ import annotations
 
+import errno
 import functools
+import os
 import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
 
 
 class UserError(Exception):
@@ -64,6 +68,12 @@ def for_python(function: F) -> F:
         except UserError as error:
             error.args = (in_python(str(error)),)
             raise
+        except OSError as error:
+            # A name that cannot be one; what disks and networks do is no mistake of the caller's.
+            if error.errno not in _NAMES or error.filename is None:
+                raise
+            problem = os.strerror(error.errno)
+            raise UserError(f"{shown(error.filename)}: {problem.lower()}") from error
 
     return wrapped  # type: ignore[return-value]
 

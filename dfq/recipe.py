@@ -313,11 +313,24 @@ def _override(data: dict[str, Any], overrides: Overrides, values: dict[str, Any]
             _assign(data, key.replace("__", "."), given)
 
 
-def overridden(overrides: Overrides) -> set[str]:
-    """The keys, with dots, of values that replace a recipe's."""
+def as_noise(
+    init: str | None, iterations: int | None, labels: str | None, overrides: Overrides
+) -> tuple[str | None, int | None, str | None]:
+    """Start, iterations and labels of synthesis, where the start may be "noise": uniform noise that
+    stays as it is, without labels unless some are asked for.
+
+    Raises:
+        UserError: noise, and iterations.
+    """
+    if init != "noise":
+        return init, iterations, labels
     if isinstance(overrides, Mapping):
-        return {key for key, _ in _flat(overrides)}
-    return {text.partition("=")[0] for text in overrides}
+        given = {key for key, _ in _flat(overrides)}
+    else:
+        given = {text.partition("=")[0] for text in overrides}
+    if iterations or "synthesis.iterations" in given:
+        raise UserError("--init noise stays as it is: leave the iterations out")
+    return "uniform", 0, labels or (None if "synthesis.labels" in given else "none")
 
 
 def _flat(overrides: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

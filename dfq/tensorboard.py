@@ -82,6 +82,9 @@ class WithCurves:
     def __init__(self, progress: Progress, curves: Curves) -> None:
         self.progress, self.curves = progress, curves
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.progress, name)
+
     @contextlib.contextmanager
     def task(self, name: str, total: int, unit: str) -> Iterator[Task]:
         with self.progress.task(name, total, unit) as task:
@@ -91,6 +94,9 @@ class WithCurves:
 class _WithCurves:
     def __init__(self, task: Task, name: str, curves: Curves) -> None:
         self.task, self.name, self.curves = task, name, curves
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.task, name)
 
     def update(self, done: int, total: int) -> None:
         self.task.update(done, total)

@@ -23,7 +23,7 @@ from .progress import Progress
 from .quantization.convert import Policy, fold, insert_quantizers
 from .quantization.listing import Inspection, bit_operations, describe, quantized_share
 from .quantization.results import count_joins
-from .recipe import Overrides, Recipe, changed_recipe, overridden
+from .recipe import Overrides, Recipe, as_noise, changed_recipe
 from .run import Run, identity_of_recipe, is_run, load_run, next_folder, versions
 from .sensitivity.policy import Sensitivity, find_bits
 from .surroundings import Report, cache_folder, own_device, pick_device, reporter
@@ -98,12 +98,7 @@ def synthesize(
     Raises:
         UserError: for anything the user can mend.
     """
-    if init == "noise":
-        given = overridden(overrides)
-        if iterations or "synthesis.iterations" in given:
-            raise UserError("--init noise stays as it is: leave the iterations out")
-        iterations, init = 0, "uniform"
-        labels = labels or (None if "synthesis.labels" in given else "none")
+    init, iterations, labels = as_noise(init, iterations, labels, overrides)
     settings = changed_recipe(
         recipe,
         overrides,

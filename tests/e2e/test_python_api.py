@@ -111,6 +111,9 @@ WRONG: dict[str, tuple[Callable[[Path, Path], object], str]] = {
         lambda m, s: dfq.quantize("w4a8", model=m, data=s, image_size=96),
         "'image_size' 96: the images of",
     ),
+    "a long name": (lambda *_: dfq.inspect("x" * 300), "xxx...: file name too long"),
+    "a long name of a set": (lambda m, _: dfq.evaluate(m, "x" * 300), "no such file or folder"),
+    "a home of nobody": (lambda *_: dfq.load_detector("~nobody-here/x.pt"), "no home folder"),
     "a checkpoint that runs code": (lambda *_: dfq.load_detector("evil.pt"), "pass trust=True"),
 }  # fmt: skip
 
