@@ -6,6 +6,7 @@ is first written to is always new.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -75,7 +76,7 @@ def user_path(given: str | Path, what: str = "") -> Path:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a whole file or nothing: to a temporary name beside it, synced, then renamed. A file
-    that is there keeps its mode; a link that is there is replaced and not followed."""
+    that is there keeps its mode and owner; a link that is there is replaced and not followed."""
     temporary = _temporary(path)
     try:
         # One that a killed process left; or a link that somebody put there, not to be followed.
@@ -84,7 +85,11 @@ def write_atomic(path: Path, data: bytes) -> None:
         with os.fdopen(os.open(temporary, flags, 0o666), "wb") as file:
             status = _lstat(path)
             if status is not None and stat.S_ISREG(status.st_mode):
-                os.fchmod(file.fileno(), stat.S_IMODE(status.st_mode))
+                # As far as user and file system can.
+                with contextlib.suppress(OSError):
+                    os.fchown(file.fileno(), status.st_uid, status.st_gid)
+                with contextlib.suppress(OSError):
+                    os.fchmod(file.fileno(), stat.S_IMODE(status.st_mode))
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -51,7 +51,7 @@ class Metrics:
         seconds: wall time of reading and detecting (not of the matching), where known.
         images_per_second: the same, as a rate.
         AP_interval: between which values AP is in 95 % of all draws of as many images from this
-            set (bootstrap); None where it was not asked for.
+            set (bootstrap); None where it was not asked for, or all draws are of one image.
         split: which of the set's splits was measured; None where it has none.
         dropped: boxes of the set that cannot be measured: without a positive size, not finite, or
             there twice.
@@ -136,18 +136,20 @@ def evaluate(
     detections, segments = map(list, zip(*rows, strict=True))
     seconds = time.perf_counter() - start
     names = detector.names
-    masks = None
+    between = masks = None
+    if interval and len(imageset) > 1:
+        between = bootstrap_ap(imageset, detections, names)
     if outlined is not None:
         chosen = [index for index, item in enumerate(imageset.items) if item.segmented]
         found = [detections[index] for index in chosen]
         shapes = [segments[index] for index in chosen]
         masks = score(outlined, found, names, shapes)
-        if interval:
-            between = bootstrap_ap(outlined, found, names, segments=shapes)
-            masks = replace(masks, AP_interval=between)
+        if interval and len(outlined) > 1:
+            of_masks = bootstrap_ap(outlined, found, names, segments=shapes)
+            masks = replace(masks, AP_interval=of_masks)
     return replace(
         score(imageset, detections, names),
-        AP_interval=bootstrap_ap(imageset, detections, names) if interval else None,
+        AP_interval=between,
         image_size=size,
         seconds=seconds,
         images_per_second=len(imageset) / seconds,

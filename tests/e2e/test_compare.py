@@ -149,6 +149,14 @@ def test_the_interval_of_an_evaluation(place: Path, model: Path) -> None:
     assert json.loads((place / "a.json").read_text())["AP_interval"] is None
 
 
+def test_one_image_has_no_interval(place: Path, model: Path) -> None:
+    data = real_set(place / "real", count=1)
+    result = command("eval", "--model", model, "--data", data, "--interval", "--json", "a.json")
+    assert result.exit_code == 0, result.output
+    assert json.loads((place / "a.json").read_text())["AP_interval"] is None
+    assert "between" not in result.stdout
+
+
 def test_an_interval_of_nothing(place: Path, model: Path) -> None:
     data = real_set(place / "real")
     path = data / "annotations.json"
