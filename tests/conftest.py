@@ -24,6 +24,14 @@ def _own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def event_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard's files sort as they are written. Within a second their numbers decide, and those
+    sort as text: 10 before 9, if so many were written before."""
+    writer = pytest.importorskip("tensorboard.summary.writer.event_file_writer")
+    monkeypatch.setattr(writer, "_global_uid", writer.AtomicCounter(0))
+
+
 @pytest.fixture(scope="session")
 def kit() -> Path:
     """The folder of real images and networks: `$DFQ_KIT`, else `../shared/kit` beside the clone."""

@@ -175,10 +175,10 @@ def curve(folder: Path, tag: str) -> dict[int, float]:
     return {point.step: point.value for point in found.Scalars(tag)}
 
 
+@pytest.mark.usefixtures("event_files")
 def test_curves_of_training(
     place: Path, model: Path, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("tensorboard")
     words = (
         "qat", "--recipe", "tiny.yaml", "--model", model, "--data", made, "--out", "run",
         "--set", "distillation.epochs=3", "--tensorboard", "curves",
