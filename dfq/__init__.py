@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .comparison import compare as compare
     from .detectors import load_detector as load_detector
     from .errors import UserError as UserError
     from .recipe import Recipe as Recipe
@@ -37,6 +38,7 @@ _HOMES = {
     "sensitivity": "verbs",
     "evaluate": "verbs",
     "inspect": "verbs",
+    "compare": "comparison",
 }
 __all__ = ["__version__", *sorted(_HOMES)]
 
@@ -44,7 +46,16 @@ __all__ = ["__version__", *sorted(_HOMES)]
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'dfq' has no attribute '{name}'")
-    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    found = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    if isinstance(found, type):
+        return found
+    if name == "sensitivity":
+        # A package has this name too, which importing it gives back in any case.
+        return importlib.import_module(".sensitivity", __name__)
+    from .errors import for_python
+
+    # Kept, so that the name stands for one function.
+    return globals().setdefault(name, for_python(found))
 
 
 def __dir__() -> list[str]:

@@ -8,32 +8,31 @@ from pathlib import Path
 import click
 
 from . import __version__
-from .cli_common import F, check_output, checkpoint_option, mendable
+from .cli_common import (
+    PATH,
+    F,
+    checkpoint_option,
+    common_options,
+    mendable,
+    output_file,
+    output_folder,
+    require_streams,
+    settings_options,
+    write_json_output,
+)
+from .cli_compare import compare
 from .cli_data import data
 from .cli_mmdet import mmdet_config
-from .errors import UserError
+from .cli_sensitivity import sensitivity
 
 
-def _common(command: F) -> F:
-    """`--device` and `--trust`."""
-    command = click.option(
-        "--trust", is_flag=True, help="Run what is in the checkpoint: only if you trust its author."
-    )(command)
+def _tensorboard(command: F) -> F:
     return click.option(
-        "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:0, ..."
+        "--tensorboard",
+        type=PATH,
+        show_default="none are written",
+        help="Folder for the curves of the loss.",
     )(command)
-
-
-def _settings(command: F) -> F:
-    """`--seed` and `--set`."""
-    command = click.option(
-        "--set",
-        "overrides",
-        multiple=True,
-        metavar="KEY=VALUE",
-        help="Override a value of the recipe, e.g. distillation.epochs=10.",
-    )(command)
-    return click.option("--seed", type=int, help="Fixes the result.")(command)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -42,35 +41,48 @@ def cli() -> None:
     """Make a trained object detector small without its training data.
 
     A SET is a folder with annotations.json and images/ (COCO; also what dfq writes), a COCO
-    .json beside its images, a YOLO data.yaml, or a Pascal VOC folder.
+    .json beside its images, a YOLO data.yaml, or a Pascal VOC folder. Where no labels are needed
+    (qat, sensitivity, data show), a folder of photos will do.
     """
 
 
 @cli.command()
 @click.option("--model", required=True, help="Checkpoint, yaml, published name (yolo11s) or demo.")
 @checkpoint_option
-@click.option("--out", type=click.Path(path_type=Path), help="Folder; default: the cache.")
-@click.option("--images", type=int, help="How many.")
-@click.option("--image-size", type=int, help="Side in pixels; default: the model's.")
-@click.option("--iterations", type=int, help="Of the image stage.")
-@click.option("--batch-size", type=int, help="Images optimised together.")
-@click.option("--labels", help="adaptive, single, multi, tile, none, or real:SET to take a SET's.")
+@click.option("--out", type=PATH, show_default="in the cache", help="Folder of the set.")
+@click.option("--images", type=int, show_default="512, or the recipe's", help="How many.")
+@click.option("--image-size", type=int, show_default="the model's", help="Side in pixels.")
+@click.option(
+    "--iterations", type=int, show_default="200, or the recipe's", help="Of the image stage."
+)
+@click.option(
+    "--batch-size", type=int, show_default="32, or the recipe's", help="Images optimised together."
+)
+@click.option(
+    "--labels",
+    show_default="adaptive, or the recipe's",
+    help="adaptive, single, multi, tile, none, or real:SET to take a SET's.",
+)
 @click.option(
     "--init",
     type=click.Choice(["uniform", "gaussian", "noise"]),
+    show_default="uniform, or the recipe's",
     help="What images start from; noise: uniform, and left as it is, without labels.",
 )
-@click.option("--recipe", help="File or shipped recipe whose synthesis section is used.")
+@click.option(
+    "--recipe",
+    show_default="built-in values",
+    help="File or shipped recipe whose synthesis section is used.",
+)
 @click.option(
     "--workers",
     type=click.IntRange(min=1),
-    help="Processes on this machine's CPU cores; default: as many as are worth starting.",
+    show_default="as many as are worth starting",
+    help="Processes on this machine's CPU cores.",
 )
-@click.option(
-    "--tensorboard", type=click.Path(path_type=Path), help="Folder for the curves of the loss."
-)
-@_settings
-@_common
+@_tensorboard
+@settings_options
+@common_options
 @mendable
 def synthesize(
     model: str,
@@ -95,15 +107,10 @@ def synthesize(
     """
     from .distributed import leads
     from .progress import Live
-    from .recipe import load_recipe
+    from .recipe import as_noise, load_recipe
     from .verbs import synthesize as verb
 
-    if init == "noise":
-        given = {text.partition("=")[0] for text in overrides}
-        if iterations or "synthesis.iterations" in given:
-            raise UserError("--init noise stays as it is: leave the iterations out")
-        iterations, init = 0, "uniform"
-        labels = labels or (None if "synthesis.labels" in given else "none")
+    init, iterations, labels = as_noise(init, iterations, labels, overrides)
     settings = load_recipe(
         recipe,
         overrides,
@@ -118,12 +125,12 @@ def synthesize(
     made = verb(
         model,
         settings,
-        out=out,
+        out=output_folder(out),
         device=device,
         trust=trust,
         progress=Live(),
         workers=workers,
-        tensorboard=tensorboard,
+        tensorboard=output_folder(tensorboard, "tensorboard"),
     )
     if not leads():
         return
@@ -133,23 +140,42 @@ def synthesize(
 
 @cli.command()
 @click.option("--recipe", required=True, help="File or shipped recipe (w4a8).")
-@click.option("--model", help="The float detector; default: the recipe's.")
+@click.option("--model", show_default="the recipe's", help="The float detector.")
 @checkpoint_option
-@click.option("--data", help="A SET to train on; default: the synthetic one, made if need be.")
-@click.option("--out", type=click.Path(path_type=Path), help="Run folder.")
+@click.option(
+    "--data",
+    show_default="the synthetic one, made if need be",
+    help="A SET to train on; labels are needed for a task loss only.",
+)
+@click.option(
+    "--image-size",
+    type=int,
+    show_default="the model's",
+    help="Side in pixels of the images to train on.",
+)
+@click.option(
+    "--out",
+    type=PATH,
+    show_default="runs/RECIPE-MODEL-N",
+    help="Run folder.",
+)
 @click.option(
     "--select-on",
+    show_default="none",
     help="A labelled real SET: keep the epoch with the best AP on it, as the paper does.",
 )
-@_settings
-@_common
+@_tensorboard
+@settings_options
+@common_options
 @mendable
 def qat(
     recipe: str,
     model: str | None,
     data: str | None,
+    image_size: int | None,
     out: Path | None,
     select_on: str | None,
+    tensorboard: Path | None,
     seed: int | None,
     overrides: tuple[str, ...],
     device: str,
@@ -164,16 +190,24 @@ def qat(
     from .recipe import find_recipe, load_recipe
     from .verbs import quantize
 
-    settings = load_recipe(recipe, overrides, seed=seed, distillation__select_on=select_on)
+    settings = load_recipe(
+        recipe,
+        overrides,
+        seed=seed,
+        distillation__select_on=select_on,
+        synthesis__image_size=image_size,
+    )
     folder = quantize(
         settings,
         model=model,
         data=data,
-        out=out,
+        image_size=image_size,
+        out=output_folder(out),
         name=find_recipe(recipe).stem,
         device=device,
         trust=trust,
         progress=Live(),
+        tensorboard=output_folder(tensorboard, "tensorboard"),
     )
     if not leads():
         return
@@ -187,89 +221,43 @@ def qat(
     click.echo(str(folder))
 
 
-@cli.command()
-@click.option("--model", required=True, help="The float detector.")
-@click.option("--data", help="A SET to measure on; default: the synthetic one, made if need be.")
-@click.option("--recipe", help="File or shipped recipe whose quantization section is used.")
-@click.option(
-    "--budget",
-    help="What all layers may cost together: as much as w4a8 throughout, or a number (12.5G).",
-)
-@click.option(
-    "--cost",
-    type=click.Choice(["bit_operations", "bytes"]),
-    help="What the budget is in: bit operations of an image, or bytes of weights.",
-)
-@click.option("--images", type=int, help="Images of the set it is measured on.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the result here.")
-@_settings
-@_common
-@mendable
-def sensitivity(
-    model: str,
-    data: str | None,
-    recipe: str | None,
-    budget: str | None,
-    cost: str | None,
-    images: int | None,
-    json_file: Path | None,
-    seed: int | None,
-    overrides: tuple[str, ...],
-    device: str,
-    trust: bool,
-) -> None:
-    """Measure what each layer's bits do to the predictions, and spread a budget over the layers.
-
-    Recipes with quantization.mixed.budget do this by themselves.
-    """
-    from .cli_tables import print_sensitivity
-    from .dataset.calibration import write_json
-    from .distributed import leads
-    from .progress import Live
-    from .recipe import load_recipe
-    from .verbs import sensitivity as verb
-
-    check_output(json_file)
-    settings = load_recipe(
-        recipe,
-        overrides,
-        seed=seed,
-        quantization__mixed__budget=budget,
-        quantization__mixed__cost=cost,
-        quantization__mixed__images=images,
-    )
-    found = verb(model, settings, data=data, device=device, trust=trust, progress=Live())
-    if not leads():
-        return
-    print_sensitivity(found, model)
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(json_file, found.to_dict())
-
-
 @cli.command("eval")
 @click.option("--model", required=True, help="A detector or a run folder.")
 @checkpoint_option
 @click.option("--data", required=True, help="A labelled SET.")
-@click.option("--image-size", type=int, help="Side in pixels; default: the model's.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the result here.")
-@_common
+@click.option("--image-size", type=int, show_default="the model's", help="Side in pixels.")
+@click.option(
+    "--interval",
+    is_flag=True,
+    help="Also say between which values AP would be on other draws of images (95 %, bootstrap).",
+)
+@click.option("--json", "json_file", type=PATH, help="Write the result here.")
+@common_options
 @mendable
 def evaluate(
-    model: str, data: str, image_size: int | None, json_file: Path | None, device: str, trust: bool
+    model: str,
+    data: str,
+    image_size: int | None,
+    interval: bool,
+    json_file: Path | None,
+    device: str,
+    trust: bool,
 ) -> None:
     """Measure COCO AP."""
-    from .dataset.calibration import write_json
     from .progress import Live
     from .verbs import evaluate as verb
 
-    check_output(json_file)
+    json_file = output_file(json_file, inputs=(model, data))
     found = verb(
-        model, data, image_size=image_size, device=device, trust=trust, progress=Live()
+        model,
+        data,
+        image_size=image_size,
+        interval=interval,
+        device=device,
+        trust=trust,
+        progress=Live(),
     ).to_dict()
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(json_file, found)
+    write_json_output(json_file, found)
     masks = found["masks"]
     if masks is not None:
         click.echo(f"{'':<10} boxes   masks")
@@ -277,7 +265,14 @@ def evaluate(
         values = [one[key] for one in (found, masks) if one is not None]
         cells = ("none  " if value is None else format(value, ".4f") for value in values)
         click.echo(f"{key:<10} {'  '.join(cells)}".rstrip())
-    click.echo(f"{found['images']} images at {found['image_size']} px")
+    for name, one in (("AP", found), ("mask AP", masks)):
+        low, high = (one or {}).get("AP_interval") or (None, None)
+        if low is not None:
+            click.echo(f"{name} between {low:.4f} and {high:.4f} (95 %, over the draw of images)")
+    split = f", split {found['split']}" if found["split"] else ""
+    click.echo(f"{found['images']} images at {found['image_size']} px{split}")
+    if found["dropped"]:
+        click.echo(found["dropped_boxes"])
     if masks is not None and masks["images"] < found["images"]:
         click.echo(f"masks on {masks['images']} of them, whose objects all have an outline")
     if found["missing_categories"]:
@@ -287,40 +282,46 @@ def evaluate(
 @cli.command()
 @click.option("--model", required=True, help="A detector or a run folder.")
 @checkpoint_option
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the result here.")
+@click.option("--json", "json_file", type=PATH, help="Write the result here.")
 @click.option("--trust", is_flag=True, help="Run what is in the checkpoint.")
 @mendable
 def inspect(model: str, json_file: Path | None, trust: bool) -> None:
-    """List every layer: shape, MACs, bits."""
+    """List every layer (shape, MACs, bits) and the categories."""
     from .cli_tables import print_layers
-    from .dataset.calibration import write_json
     from .verbs import inspect as verb
 
-    check_output(json_file)
+    json_file = output_file(json_file, inputs=(model,))
     found = verb(model, trust=trust)
     print_layers(found)
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(json_file, found.to_dict())
+    write_json_output(json_file, found.to_dict())
 
 
-@cli.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("demo-run"), show_default=True)
+@cli.command(short_help="Run the whole flow in minutes on a small detector.")
+@click.option(
+    "--out",
+    type=PATH,
+    default=Path("demo-run"),
+    show_default=True,
+    help="Folder for all that it makes.",
+)
 @mendable
 def demo(out: Path) -> None:
     """The whole flow in minutes, on the small detector that comes with dfq."""
     from .demo.flow import run_demo
     from .progress import Live
 
-    run_demo(out, Live())
+    run_demo(output_folder(out) or out, Live())
 
 
+cli.add_command(compare)
 cli.add_command(data)
 cli.add_command(mmdet_config)
+cli.add_command(sensitivity)
 
 
 def main() -> None:
     """Entry point of `dfq`."""
+    require_streams()
     cli()
 
 

@@ -4,33 +4,44 @@ from __future__ import annotations
 
 import errno
 import functools
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from .errors import UserError
+from .errors import UserError, shown
+from .files import (
+    json_bytes,
+    reason,
+    require_output_file,
+    require_output_folder,
+    user_path,
+    write_atomic,
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_DISK = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EACCES: "permission denied",
-    errno.EROFS: "the file system is read-only",
-    errno.EPERM: "permission denied",
-    errno.ENOTDIR: "a file is where a folder should be",
-}
+PATH = click.Path(path_type=Path, readable=False)
+"""A path as it is given; what is wrong with it, the command says in a line."""
+
+# With these, more of the same will do once there is room: nothing that was done is lost.
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+# Errors without a file's name that are the surroundings' all the same.
+_SURROUNDINGS = _FULL | {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EMFILE}
 
 # How torch's own file writer puts it, which knows no errno.
 _TORCH_DISK = ("No space left", "PytorchStreamWriter failed", "inline_container", "iostream error")
 
+_GO_ON = "what is finished is kept, run the command again"
+
 
 def _fail(message: str) -> None:
     for line in message.splitlines():
-        click.echo(f"error: {line}", err=True)
+        click.echo(f"error: {shown(line, limit=2000)}", err=True)
     sys.exit(2)
 
 
@@ -40,27 +51,60 @@ def mendable(command: F) -> F:
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
-            return command(*args, **kwargs)
+            result = command(*args, **kwargs)
+            sys.stdout.flush()
         except UserError as error:
             _fail(str(error))
         except OSError as error:
-            if error.errno not in _DISK:
+            lost = _drop_output()
+            if lost and isinstance(error, BrokenPipeError):
+                # Whoever read the output has read enough.
+                sys.exit(1)
+            if error.filename is None and error.errno not in _SURROUNDINGS:
                 raise
-            where = f"{error.filename}: " if error.filename else ""
-            _fail(f"{where}{_DISK[error.errno]}; what is finished is kept, run the command again")
+            where = f"{shown(error.filename)}: " if error.filename is not None else ""
+            more = f"; {_GO_ON}" if error.errno in _FULL else ""
+            _fail(f"{where}{reason(error)}{more}")
         except RuntimeError as error:
             # torch reports a full disk and a full device as plain RuntimeErrors.
             text = str(error).splitlines()[0] if str(error) else ""
             if any(sign in text for sign in _TORCH_DISK):
-                _fail("the disk is full; what is finished is kept, run the command again")
+                _fail(f"the disk is full; {_GO_ON}")
             if "out of memory" in text:
                 _fail(f"out of memory ({text}); lower the batch size or the image size")
             raise
         except KeyboardInterrupt:
             click.echo("stopped; the same command goes on from here", err=True)
             sys.exit(130)
+        return result
 
     return wrapped  # type: ignore[return-value]
+
+
+def _drop_output() -> bool:
+    """Let go of what standard output cannot take, if so: Python would try again when it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+def require_streams() -> None:
+    """Give a process whose standard streams were closed others, before a file that it opens takes
+    their numbers; without standard output there is no work to do."""
+    closed = sys.stdout is None
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            # The lowest number that is free, which is its own.
+            setattr(
+                sys,
+                name,
+                os.fdopen(os.open(os.devnull, os.O_RDWR), "r" if name == "stdin" else "w"),
+            )
+    if closed:
+        _fail("standard output is closed, and results go there; give it a file, or > /dev/null")
 
 
 def checkpoint_option(command: F) -> F:
@@ -83,12 +127,60 @@ def checkpoint_option(command: F) -> F:
     return wrapped  # type: ignore[return-value]
 
 
-def check_output(path: Path | None, option: str = "--json") -> None:
-    """Refuse a file that cannot be written before the work, not after it."""
+def common_options(command: F) -> F:
+    """`--device` and `--trust`."""
+    command = click.option(
+        "--trust", is_flag=True, help="Run what is in the checkpoint: only if you trust its author."
+    )(command)
+    return click.option(
+        "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:0, ..."
+    )(command)
+
+
+def settings_options(command: F) -> F:
+    """`--seed` and `--set`."""
+    command = click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Override a value of the recipe, e.g. distillation.epochs=10.",
+    )(command)
+    return click.option(
+        "--seed", type=int, show_default="0, or the recipe's", help="Fixes the result."
+    )(command)
+
+
+def output_file(
+    path: Path | None, name: str = "json", inputs: Iterable[str | Path | None] = ()
+) -> Path | None:
+    """An output's path as the user means it, refused where it cannot be written: before the work,
+    not after it. Arguments and errors are those of `require_output_file`."""
     if path is None:
-        return
-    if path.is_dir():
-        raise UserError(f"{option} {path}: is a folder; name a file")
-    for parent in path.parents:
-        if parent.exists() and not parent.is_dir():
-            raise UserError(f"{option} {path}: {parent} is a file, not a folder")
+        return None
+    path = user_path(path, f"--{name}")
+    require_output_file(path, name, inputs)
+    return path
+
+
+def output_folder(path: Path | None, name: str = "out", *, link: bool = True) -> Path | None:
+    """The same of a folder; arguments and errors are those of `require_output_folder`."""
+    if path is None:
+        return None
+    path = user_path(path, f"--{name}")
+    require_output_folder(path, name, link=link)
+    return path
+
+
+def write_output(path: Path, data: bytes, name: str = "json") -> None:
+    """Write an output's file, and make the folder it is to be in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Looked at again: the work took its time.
+    require_output_file(path, name)
+    write_atomic(path, data)
+
+
+def write_json_output(path: Path | None, value: Any) -> None:
+    """The same of JSON for `--json`; nothing where none is asked for."""
+    if path is not None:
+        write_output(path, json_bytes(value))

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .cli_common import check_output, mendable
-from .errors import UserError
+from .cli_common import PATH, mendable, output_file, output_folder, write_json_output, write_output
+from .errors import UserError, shown
+from .files import require_apart, require_not_read, user_path
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from .dataset.calibration import CalibrationSet
+    from .dataset.image_set import ImageSet
     from .dataset.summary import Summary
 
 TOP = 20
@@ -23,58 +26,73 @@ _BAR = 40
 """Characters of the longest bar."""
 
 
-@click.group()
+@click.group(short_help="Look at a set; check or export a calibration set.")
 def data() -> None:
-    """Look at a calibration set, check it, export it."""
+    """Look at a set, check and export a calibration set.
+
+    A calibration set is the folder that dfq synthesize writes.
+    """
 
 
-@data.command()
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--grid", type=click.Path(path_type=Path), help="Write a PNG of its first images.")
-@click.option(
-    "--json", "json_file", type=click.Path(path_type=Path), help="Write the figures here."
-)
+@data.command(short_help="Say what is in a SET, or in a folder of photos.")
+@click.argument("source", metavar="SET")
+@click.option("--grid", type=PATH, help="Write a PNG of its first images.")
+@click.option("--json", "json_file", type=PATH, help="Write the figures here.")
 @mendable
-def show(folder: Path, grid: Path | None, json_file: Path | None) -> None:
-    """Say what is in the set in DIR."""
+def show(source: str, grid: Path | None, json_file: Path | None) -> None:
+    """Say what is in a SET: a calibration set, a real one, or a folder of photos."""
     from rich.console import Console
 
-    from .dataset.calibration import CalibrationSet, write_json
-    from .dataset.preview import write_preview
-    from .dataset.summary import Objects, summarize
+    from .dataset.preview import draw_preview
+    from .dataset.summary import Objects, open_any, summarize
 
-    check_output(grid, "--grid")
-    check_output(json_file)
+    # A picture in the folder of a set may be an image of it: that shows when it is opened.
+    grid = output_file(grid, "grid")
+    json_file = output_file(json_file, inputs=(source,))
+    require_apart(("grid", grid), ("json", json_file))
     if grid is not None and grid.suffix.lower() != ".png":
         raise UserError(f"--grid {grid}: is written as PNG; end its name in .png")
-    found = CalibrationSet.open(folder)
+    found = open_any(source)
+    _require_apart_from_set(grid, "grid", source, found)
+    _require_apart_from_set(json_file, "json", source, found)
     summary = summarize(Objects.of(found))
     # Wide enough for every column when the output is a file or a pipe.
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    for table in _tables(summary, str(folder)):
+    for table in _tables(summary, source):
         console.print(table)
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(json_file, summary.to_dict())
+    if summary.remark:
+        click.echo(summary.remark)
+    write_json_output(json_file, summary.to_dict())
     if grid is not None:
-        grid.parent.mkdir(parents=True, exist_ok=True)
-        write_preview(found, grid)
+        write_output(grid, draw_preview(found), "grid")
+
+
+def _require_apart_from_set(
+    path: Path | None, name: str, source: str, found: CalibrationSet | ImageSet
+) -> None:
+    """Refuse an output that is a file of the set, or would become one."""
+    from .dataset.calibration import CalibrationSet
+
+    if path is None:
+        return
+    root = user_path(source)
+    if isinstance(found, CalibrationSet):
+        require_not_read(path, name, [root / file for file in found.files])
+        return
+    require_not_read(path, name, [root, *(item.path for item in found.items)])
+    if not found.labelled and name == "grid" and path.resolve().is_relative_to(root.resolve()):
+        raise UserError(f"--grid {path}: would be one of the photos in {root}; write it elsewhere")
 
 
 @data.command()
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="DIR", type=PATH)
 @mendable
 def verify(folder: Path) -> None:
     """Check the set in DIR against what it was when it was made."""
     from .dataset.calibration import CalibrationSet
 
-    found = CalibrationSet.open(folder)
-    try:
-        problems = found.verify()
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(
-            f"{folder / 'manifest.json'}: not as dfq wrote it; make the set again"
-        ) from None
+    found = CalibrationSet.open(user_path(folder))
+    problems = found.verify()
     if problems:
         raise UserError("\n".join(problems))
     objects = sum(len(label) for label in found.labels)
@@ -82,7 +100,7 @@ def verify(folder: Path) -> None:
 
 
 @data.command()
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="DIR", type=PATH)
 @click.option(
     "--format",
     "layout",
@@ -91,7 +109,7 @@ def verify(folder: Path) -> None:
     show_default=True,
     help="yolo: as Ultralytics reads it (yolo val data=OUT/data.yaml).",
 )
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="A new folder.")
+@click.option("--out", type=PATH, required=True, help="A new folder.")
 @mendable
 def export(folder: Path, layout: str, out: Path) -> None:
     """Write the set in DIR in the layout of another tool."""
@@ -99,12 +117,15 @@ def export(folder: Path, layout: str, out: Path) -> None:
     from .dataset.export import export_yolo
 
     exporters = {"yolo": export_yolo}
-    found = CalibrationSet.open(folder)
+    out = output_folder(out, link=False) or out
+    found = CalibrationSet.open(user_path(folder))
     click.echo(f"{len(found)} images: {exporters[layout](found, out)}")
 
 
 def _tables(summary: Summary, title: str) -> list[Table]:
     tables = [_overview(summary, title)]
+    if not summary.labelled:
+        return tables
     if summary.objects:
         tables.append(_quantiles(summary))
     per_image = [(str(n), images) for n, images in summary.per_image.items() if n <= TOP]
@@ -123,7 +144,7 @@ def _overview(summary: Summary, title: str) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=escape(title), show_header=False)
+    table = Table(title=escape(shown(title)), show_header=False)
     table.add_column()
     table.add_column(justify="right")
     width, height, count = summary.sizes[0]
@@ -133,6 +154,7 @@ def _overview(summary: Summary, title: str) -> Table:
     rows = {
         "images": str(summary.images),
         "pixels": size,
+        "labels": "yes" if summary.labelled else "none: photos only",
         "objects": str(summary.objects),
         "objects an image": f"{summary.objects / summary.images:.2f}",
         "images without objects": str(summary.per_image.get(0, 0)),
@@ -143,8 +165,12 @@ def _overview(summary: Summary, title: str) -> Table:
     }
     if summary.mean_score is not None:
         rows["teacher's score, mean"] = f"{summary.mean_score:.3f}"
+    if summary.split is not None:
+        rows["split"] = shown(summary.split)
+    if not summary.labelled:
+        rows = {name: rows[name] for name in ("images", "pixels", "labels")}
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     return table
 
 
@@ -178,5 +204,5 @@ def _histogram(of: str, counted: str, rows: list[tuple[str, int]]) -> Table:
     total, most = sum(count for _, count in rows), max(count for _, count in rows)
     for name, count in rows:
         bar = "#" * max(1, round(_BAR * count / most)) if count else ""
-        table.add_row(escape(name), str(count), f"{count / total:.1%}", bar)
+        table.add_row(escape(shown(name)), str(count), f"{count / total:.1%}", bar)
     return table

@@ -6,22 +6,27 @@ from pathlib import Path
 
 import click
 
-from .cli_common import check_output, mendable
+from .cli_common import PATH, mendable, output_file, write_output
 from .errors import UserError
 
 
-@click.command("mmdet-config")
-@click.argument("base", type=click.Path(path_type=Path))
+@click.command("mmdet-config", short_help="Write a config for mmdet's own training script.")
+@click.argument("base", type=PATH)
 @click.option("--recipe", required=True, help="File or shipped recipe (w8a8).")
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="Float weights of BASE.")
+@click.option(
+    "--checkpoint",
+    type=PATH,
+    show_default="random ones",
+    help="Float weights of BASE.",
+)
 @click.option(
     "--data",
-    type=click.Path(path_type=Path),
+    type=PATH,
     default=Path("calibration-set"),
     show_default=True,
     help="The calibration set, made by dfq synthesize.",
 )
-@click.option("--out", type=click.Path(path_type=Path), help="File; default: BASE-RECIPE.py here.")
+@click.option("--out", type=PATH, show_default="BASE-RECIPE.py here", help="File.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value.")
 @mendable
 def mmdet_config(
@@ -36,7 +41,6 @@ def mmdet_config(
 
     BASE is the detector's own config, a file.
     """
-    from .dataset.calibration import write_atomic
     from .detectors.mmdet_config import read_config
     from .integrations.mmdet_recipe import mmdet_config as text_of
     from .recipe import find_recipe, load_recipe
@@ -50,7 +54,8 @@ def mmdet_config(
     found = find_recipe(recipe)
     own = Path(recipe).is_file()
     target = out or Path(f"{base.stem}-{found.stem}.py")
-    check_output(target, "--out")
+    inputs = (base, recipe if own else None, checkpoint, data)
+    target = output_file(target, "out", inputs) or target
     text = text_of(
         settings,
         str(found.resolve()) if own else found.stem,
@@ -61,6 +66,5 @@ def mmdet_config(
         overrides=overrides,
         inherited=inherited,
     )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(target, text.encode())
+    write_output(target, text.encode(), "out")
     click.echo(str(target))

@@ -6,11 +6,16 @@ import sys
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from .errors import shown
 from .quantization.widths import format_widths
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .comparison import Row
     from .quantization.listing import Inspection
     from .sensitivity.policy import Sensitivity
 
@@ -34,12 +39,15 @@ def print_layers(found: Inspection) -> None:
     total = sum(layer.macs for layer in found.layers)
     quantized = sum(layer.quantized for layer in found.layers)
     joined, joins = found.joins
+    names = ", ".join(shown(name, limit=60) for name in found.names)
     console.print(
         f"{quantized} of {len(found.layers)} layers quantized: {found.quantized_share:.1%} of "
         f"{total / 1e6:.1f} M MACs",
         f"sums and concatenations quantized: {joined} of {joins}",
+        f"{len(found.names)} categories: {names}",
         sep="\n",
         highlight=False,
+        markup=False,
     )
 
 
@@ -69,3 +77,37 @@ def print_sensitivity(found: Sensitivity, model: str) -> None:
             f"sum of divergences {found.divergence:.4g}"
         )
     console.print(line, highlight=False)
+
+
+def print_comparison(rows: Sequence[Row]) -> None:
+    """One row a run."""
+    table = Table(title="runs")
+    for column in ("run", "bits", "method", "kept"):
+        table.add_column(column)
+    for column in (
+        "images", "AP float", "AP", "AP kept", "divergence", "of start", "MACs quantized", "weights"
+    ):  # fmt: skip
+        table.add_column(column, justify="right")
+
+    def cell(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    for row in rows:
+        ratio = None
+        if row.divergence is not None and row.divergence_start:
+            ratio = row.divergence / row.divergence_start
+        table.add_row(
+            escape(shown(row.run)),
+            row.bits or "",
+            escape(shown(row.method or "")),
+            escape(shown((row.kept or "").partition(":")[0])),
+            cell(row.images, "d"),
+            cell(row.AP_float, ".4f"),
+            cell(row.AP_quantized, ".4f"),
+            cell(row.AP_kept, ".1%"),
+            cell(row.divergence, ".4g"),
+            cell(ratio, ".1%"),
+            cell(row.quantized_share, ".1%"),
+            f"{row.weight_bytes / 2**20:.2f} of {row.float_weight_bytes / 2**20:.2f} MiB",
+        )
+    _console().print(table)

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import UserError
+from .launch import meet, number, place
 
 BEAT_SECONDS = 2.0
 """How often each process shows that it lives."""
@@ -258,7 +259,8 @@ def gathered() -> Iterator[World]:
         UserError: at the end of the block or in a wait within it, where one of the others died.
     """
     get = os.environ.get
-    size = int(get("WORLD_SIZE", 1))
+    rank, size = place()
+    local_rank, local_size = number("LOCAL_RANK", 0), number("LOCAL_WORLD_SIZE", size)
     if size == 1:
         yield World()
         return
@@ -267,12 +269,11 @@ def gathered() -> Iterator[World]:
         return
     with told_when_stopped():
         end_with_parent(os.getppid())
-        shared, rank, _ = next(dist.rendezvous("env://"))
+        shared, rank, _ = meet()
         # torchrun can start all anew after a failure; they must not read what was left then.
         attempt = get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"dfq-{attempt}-{next(_JOBS)}", shared)
-        local_size = int(get("LOCAL_WORLD_SIZE", size))
-        world = World(rank, size, int(get("LOCAL_RANK", 0)), store, local_size)
+        world = World(rank, size, local_rank, store, local_size)
         ended = threading.Event()
         threading.Thread(target=_beat, args=(store, rank, ended), daemon=True).start()
         _GATHERED.append(world)
@@ -299,7 +300,7 @@ def _beat(store: dist.Store, rank: int, ended: threading.Event) -> None:
 
 def leads() -> bool:
     """Whether this process is alone or the leading one."""
-    return int(os.environ.get("RANK", 0)) == 0
+    return number("RANK", 0) == 0
 
 
 def device_for(world: World, device: str) -> str:

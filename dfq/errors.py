@@ -1,6 +1,19 @@
-"""The one exception that means "the user can mend this": printed as a line, exit code 2."""
+"""The one exception that means "the user can mend this": printed as a line, exit code 2; and how
+such a line names arguments and shows what files and users gave.
+"""
 
 from __future__ import annotations
+
+import errno
+import functools
+import os
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
 
 
 class UserError(Exception):
@@ -8,9 +21,71 @@ class UserError(Exception):
 
     The message is a single line that says what is wrong, where, and what to do. The command line
     prints it without a traceback and exits with code 2; callers of the Python functions catch it
-    like any other exception.
+    like any other exception. Arguments are named as flags, `--image-size`; the functions of `dfq`
+    name them as Python has them (see `in_python`).
     """
 
 
 class DivergedError(UserError):
     """Training whose loss stopped being finite; `method: auto` falls back on the start."""
+
+
+def argument(name: str, value: object | None = None) -> str:
+    """An argument as a message names it, with its value where one is given."""
+    flag = f"--{name.replace('_', '-')}"
+    return flag if value is None else f"{flag} {shown(value)}"
+
+
+_SET = re.compile(r"(?<![\w-])--set ([\w.]+)=((?:\{[^}]*\}|\[[^\]]*\]|[^\s,;:])+)")
+_FLAG = re.compile(
+    r"(?<![\w-])--(against|batch-size|budget|checkpoint|cost|data|device|images|image-size|init|interval"
+    r"|iterations|labels|model|out|photos|recipe|seed|select-on|set|tensorboard|trust|workers)\b"
+)
+
+
+def in_python(message: str) -> str:
+    """A message that names flags, for a caller who has arguments."""
+    message = _SET.sub(lambda found: f"overrides={{'{found[1]}': {found[2]}}}", message)
+
+    def name(found: re.Match[str]) -> str:
+        # A whole command line in a message stays one.
+        clause = re.split(r"[;:]\s|[()]", message[: found.start()])[-1]
+        if re.search(r"\b(dfq|torchrun) ", clause):
+            return found[0]
+        known = {"set": "'overrides'", "trust": "trust=True"}
+        return known.get(found[1], f"'{found[1].replace('-', '_')}'")
+
+    return _FLAG.sub(name, message)
+
+
+def for_python(function: F) -> F:
+    """The same function, whose `UserError`s name arguments and not flags."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except UserError as error:
+            error.args = (in_python(str(error)),)
+            raise
+        except OSError as error:
+            # A name that cannot be one; what disks and networks do is no mistake of the caller's.
+            if error.errno not in _NAMES or error.filename is None:
+                raise
+            problem = os.strerror(error.errno)
+            raise UserError(f"{shown(error.filename)}: {problem.lower()}") from error
+
+    return wrapped  # type: ignore[return-value]
+
+
+def shown(value: object, limit: int = 200) -> str:
+    """Text that a file or a user gave, as a message can hold it: on one line, no longer than
+    `limit` characters, and with whatever a terminal would act on or could not encode escaped."""
+    text = str(value)
+    if len(text) > limit:
+        text = f"{text[: limit - 3]}..."
+    if text.isprintable():
+        return text
+    return "".join(
+        one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from .errors import UserError
+from .files import user_path
 from .quantization.widths import Widths, check_budget, parse_widths
 from .recipe_section import Section
 from .recipe_synthesis import Synthesis
@@ -230,7 +231,7 @@ def shipped_recipes() -> dict[str, Path]:
 
 def find_recipe(name: str | Path) -> Path:
     """A file of that name, else a shipped recipe (`w4a8` and `w4a8.yaml` alike)."""
-    path = Path(name)
+    path = user_path(name)
     if path.is_file():
         return path
     shipped = shipped_recipes()
@@ -243,12 +244,31 @@ def find_recipe(name: str | Path) -> Path:
     )
 
 
-def load_recipe(name: str | Path | None, overrides: Sequence[str] = (), **values: Any) -> Recipe:
+Overrides = Mapping[str, Any] | Sequence[str]
+"""Values that replace a recipe's: `section.key=value` texts, whose values are read as YAML; or a
+mapping of these keys, or of sections, to values."""
+
+
+def changed_recipe(
+    recipe: Recipe | str | Path | None, overrides: Overrides = (), **values: Any
+) -> Recipe:
+    """A recipe, read where it is named, with other values; arguments and errors are those of
+    `load_recipe`."""
+    if not isinstance(recipe, Recipe):
+        return load_recipe(recipe, overrides, **values)
+    if not overrides and all(value is None for value in values.values()):
+        return recipe
+    data = recipe.model_dump()
+    _override(data, overrides, values)
+    return _validated(data, "recipe")
+
+
+def load_recipe(name: str | Path | None, overrides: Overrides = (), **values: Any) -> Recipe:
     """Read, override and validate a recipe.
 
     Args:
         name: file or shipped name; None starts from the defaults.
-        overrides: `section.key=value` texts; the value is read as YAML.
+        overrides: values that replace the file's.
         values: the same with `__` for the dot, from command-line options; None means not given.
 
     Raises:
@@ -268,6 +288,18 @@ def load_recipe(name: str | Path | None, overrides: Sequence[str] = (), **values
             raise UserError(
                 f"{path}: a recipe is a mapping of sections, not a {type(data).__name__}"
             )
+    _override(data, overrides, values)
+    return _validated(data, origin)
+
+
+def _override(data: dict[str, Any], overrides: Overrides, values: dict[str, Any]) -> None:
+    if isinstance(overrides, Mapping):
+        for key, value in _flat(overrides):
+            _assign(data, key, value)
+        overrides = ()
+    if isinstance(overrides, str):
+        # One text is a sequence of texts too, of a letter each.
+        overrides = (overrides,)
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key:
@@ -279,6 +311,49 @@ def load_recipe(name: str | Path | None, overrides: Sequence[str] = (), **values
     for key, given in values.items():
         if given is not None:
             _assign(data, key.replace("__", "."), given)
+
+
+def as_noise(
+    init: str | None, iterations: int | None, labels: str | None, overrides: Overrides
+) -> tuple[str | None, int | None, str | None]:
+    """Start, iterations and labels of synthesis, where the start may be "noise": uniform noise that
+    stays as it is, without labels unless some are asked for.
+
+    Raises:
+        UserError: noise, and iterations.
+    """
+    if init != "noise":
+        return init, iterations, labels
+    if isinstance(overrides, Mapping):
+        given = {key for key, _ in _flat(overrides)}
+    else:
+        given = {text.partition("=")[0] for text in overrides}
+    if iterations or "synthesis.iterations" in given:
+        raise UserError("--init noise stays as it is: leave the iterations out")
+    return "uniform", 0, labels or (None if "synthesis.labels" in given else "none")
+
+
+def _flat(overrides: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys with dots and their values; the mapping that a section has becomes its keys'."""
+    for name, value in overrides.items():
+        key = f"{above}{name}"
+        if isinstance(value, Mapping) and _is_section(key):
+            yield from _flat(value, f"{key}.")
+        else:
+            yield key, value
+
+
+def _is_section(key: str) -> bool:
+    kind: Any = Recipe
+    for part in key.split("."):
+        known = isinstance(kind, type) and issubclass(kind, Section)
+        if not known or part not in kind.model_fields:
+            return False
+        kind = kind.model_fields[part].annotation
+    return isinstance(kind, type) and issubclass(kind, Section)
+
+
+def _validated(data: dict[str, Any], origin: str) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:

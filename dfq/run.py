@@ -28,6 +28,7 @@ from .dataset.calibration import read_json, write_atomic, write_json
 from .detectors import from_spec
 from .detectors.base import Detector
 from .errors import UserError
+from .files import append_line
 from .lock import locked
 from .quantization.convert import Policy, fold, insert_quantizers
 from .recipe import Recipe
@@ -93,8 +94,7 @@ class Run:
 
     def log(self, text: str) -> None:
         """Append a line to `log.txt`, with the time."""
-        with (self.folder / "log.txt").open("a") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
+        append_line(self.folder / "log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")
 
     def finish(
         self, detector: Detector, policy: Policy, metrics: dict[str, Any], extra: dict[str, Any]

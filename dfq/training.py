@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from .dataset.calibration import CalibrationSet, read_json, write_json
+from .dataset.image_set import image_size
 from .dataset.letterbox import load_letterboxed
 from .dataset.readers import ImageSet, open_set
 from .detectors.base import Detector, Targets
 from .distillation.losses import total_divergence
 from .distillation.trainer import LabelledImages, Outcome, Trainer
 from .distributed import World
-from .errors import DivergedError, UserError
+from .errors import DivergedError, UserError, shown
 from .evaluation.coco import evaluate as evaluate_detector
+from .files import user_path
 from .progress import Progress
 from .quantization.convert import Policy, calibrate, insert_quantizers
 from .recipe import Quantization, Recipe
@@ -37,11 +39,13 @@ class LetterboxedImages:
         size: side of the squares in pixels, a multiple of the stride.
 
     Raises:
-        UserError: where the set is labelled, and shares no category with the detector.
+        UserError: where the set is labelled, and shares no category with the detector, or none of
+            its boxes is usable.
     """
 
     def __init__(self, images: ImageSet, detector: Detector, size: int) -> None:
         self.images, self.size, self.stride = images, size, detector.stride
+        images.require_boxes()
         # An unlabelled set has no names to match.
         self.mapping = images.category_mapping(detector.names) if images.labelled else None
         self._labels: list[Tensor] = []
@@ -67,19 +71,23 @@ def open_training_data(source: str | Path, detector: Detector, size: int | None)
     """A calibration set of this very detector, or any real set letterboxed to `size`.
 
     Raises:
-        UserError: where the set is unfinished, empty, broken, or made from another checkpoint.
+        UserError: where the set is unfinished, empty, broken, changed, or made from another
+            checkpoint.
     """
-    path = Path(source)
+    path = user_path(source)
     if not CalibrationSet.is_one(path):
         detector.check_size(size or detector.image_size, "synthesis.image_size")
         return LetterboxedImages(open_set(path), detector, size or detector.image_size)
     found = CalibrationSet.open(path)
-    made_from = found.manifest["determinants"]["checkpoint"]
+    made_from = str(found.manifest["determinants"].get("checkpoint"))
     if made_from != detector.fingerprint:
         raise UserError(
-            f"{path}: this set was made from another checkpoint (sha256 {made_from[:12]}..., the "
-            f"model's is {detector.fingerprint[:12]}...); make one with dfq synthesize"
+            f"{path}: this set was made from another checkpoint (sha256 {shown(made_from, 15)}, "
+            f"the model's is {detector.fingerprint[:12]}...); make one with dfq synthesize"
         )
+    found.require_intact()
+    for side in image_size(path / found.files[0]):
+        detector.check_size(side, f"{path}: the side of its images")
     return found
 
 

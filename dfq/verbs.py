@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
 
 from .dataset.calibration import CalibrationSet, read_json, write_atomic
 from .dataset.readers import ImageSet, open_set
 from .detectors import load_detector
 from .detectors.base import Detector
-from .distillation.trainer import LabelledImages, Outcome
-from .distributed import World, device_for, gathered
+from .distillation.trainer import Outcome
+from .distributed import gathered
 from .errors import UserError
 from .evaluation.coco import Metrics
 from .evaluation.coco import evaluate as evaluate_detector
-from .evaluation.matching import require_labels
-from .progress import Progress, Silent
+from .files import require_output_folder, short_name, user_path
+from .inputs import labelled_set, refuse_set, remark, require_side, training_data
+from .progress import Progress
 from .quantization.convert import Policy, fold, insert_quantizers
 from .quantization.listing import Inspection, bit_operations, describe, quantized_share
 from .quantization.results import count_joins
-from .recipe import Recipe, load_recipe
+from .recipe import Overrides, Recipe, as_noise, changed_recipe
 from .run import Run, identity_of_recipe, is_run, load_run, next_folder, versions
 from .sensitivity.policy import Sensitivity, find_bits
+from .surroundings import Report, cache_folder, own_device, pick_device, reporter
 from .synthesis.produce import set_name, synthesize_set
-from .tensorboard import Curves
+from .tensorboard import Curves, WithCurves
 from .training import (
-    LetterboxedImages,
     data_identity,
     measure,
     mixed_policy,
@@ -40,47 +39,21 @@ from .training import (
 )
 
 
-def cache_folder() -> Path:
-    """Where sets go without `--out`: `$DFQ_HOME`, else the platform's cache folder."""
-    home = os.environ.get("DFQ_HOME")
-    return Path(home) if home else Path(platformdirs.user_cache_dir("dfq"))
-
-
-def pick_device(device: str) -> str:
-    """Resolve "auto" and check that the device is there.
-
-    Raises:
-        UserError: where it is not.
-    """
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        # Read back, which "meta" cannot.
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError):
-        raise UserError(
-            f"--device {device}: there is no such device here; try --device cpu or auto"
-        ) from None
-    return device
-
-
 def load_model(source: str | Path, *, trust: bool = False, device: str = "cpu") -> Detector:
     """A float detector, or the quantized one of a run folder."""
-    if is_run(Path(source)):
-        return load_run(source, device=device)
+    refuse_set(source)
+    if is_run(user_path(source)):
+        return load_run(user_path(source), device=device)
     return load_detector(source, trust=trust, device=device)
 
 
 def _float_model(source: str | Path | None, *, trust: bool, device: str) -> Detector:
     if source is None:
         raise UserError("which model? give --model, or `model:` in the recipe")
-    if is_run(Path(source)):
+    refuse_set(source)
+    if is_run(user_path(source)):
         raise UserError(f"{source}: is a quantized run; give the float detector it was made from")
     return load_detector(source, trust=trust, device=device)
-
-
-def _as_recipe(recipe: Recipe | str | Path | None) -> Recipe:
-    return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
 
 
 def synthesize(
@@ -88,9 +61,17 @@ def synthesize(
     recipe: Recipe | str | Path | None = None,
     *,
     out: str | Path | None = None,
+    images: int | None = None,
+    image_size: int | None = None,
+    iterations: int | None = None,
+    batch_size: int | None = None,
+    labels: str | None = None,
+    init: str | None = None,
+    seed: int | None = None,
+    overrides: Overrides = (),
     device: str = "auto",
     trust: bool = False,
-    progress: Progress | None = None,
+    progress: Report = None,
     workers: int | None = None,
     tensorboard: str | Path | None = None,
 ) -> CalibrationSet:
@@ -102,9 +83,14 @@ def synthesize(
         model: checkpoint, yaml, published name, "demo", or a loaded detector.
         recipe: whose `synthesis` section and `seed` count; None: the defaults.
         out: folder; None: the cache, under a name made from what determines the set.
+        images, image_size, iterations, batch_size, labels, init: values of the `synthesis` section;
+            None: the recipe's. An `init` of "noise" is uniform noise that stays as it is, without
+            labels unless some are asked for.
+        seed: None: the recipe's.
+        overrides: any values of the recipe.
         device: "auto", "cpu", "cuda:0", ...
         trust: run what is in the checkpoint.
-        progress: told how far it is.
+        progress: told how far it is; True: shown on standard error.
         workers: processes on this machine's CPU cores; None: as many as are worth starting. The set
             is the same whatever it is.
         tensorboard: a folder for the curves of the loss; None: none are written.
@@ -112,12 +98,26 @@ def synthesize(
     Raises:
         UserError: for anything the user can mend.
     """
-    settings = _as_recipe(recipe)
+    init, iterations, labels = as_noise(init, iterations, labels, overrides)
+    settings = changed_recipe(
+        recipe,
+        overrides,
+        seed=seed,
+        synthesis__images=images,
+        synthesis__image_size=image_size,
+        synthesis__iterations=iterations,
+        synthesis__batch_size=batch_size,
+        synthesis__labels=labels,
+        synthesis__init=init,
+    )
     with contextlib.ExitStack() as stack:
         world = stack.enter_context(gathered())
-        progress = (progress if world.leads else None) or Silent()
+        progress = reporter(progress, world.leads)
         with world.leader_first():
-            target = _own_device(world, device)
+            if out is not None:
+                out = user_path(out)
+                require_output_folder(out, "out")
+            target = own_device(world, device)
             if isinstance(model, Detector):
                 detector = model.to(target)
             else:
@@ -151,11 +151,16 @@ def quantize(
     *,
     model: str | Path | None = None,
     data: str | Path | None = None,
+    image_size: int | None = None,
     out: str | Path | None = None,
     name: str | None = None,
+    seed: int | None = None,
+    select_on: str | None = None,
+    overrides: Overrides = (),
     device: str = "auto",
     trust: bool = False,
-    progress: Progress | None = None,
+    progress: Report = None,
+    tensorboard: str | Path | None = None,
 ) -> Path:
     """Make a low-bit detector: find or make its calibration set, calibrate, train, save.
 
@@ -165,9 +170,13 @@ def quantize(
         recipe: the experiment.
         model: the float detector; None: the recipe's.
         data: a calibration set or any real one; None: the cache's, made first if it is not there.
+        image_size: side in pixels of the images to train on, made or real; None: the recipe's.
         out: run folder; None: `runs/<recipe>-<model>-<n>`.
         name: of the recipe, for that folder.
-        device, trust, progress: as for `synthesize`.
+        seed: None: the recipe's.
+        select_on: a labelled real set, whose AP chooses the epoch; None: the recipe's.
+        overrides, device, trust, progress: as for `synthesize`.
+        tensorboard: a folder for the curves of the loss, of the training too.
 
     Returns:
         The run folder.
@@ -175,23 +184,39 @@ def quantize(
     Raises:
         UserError: for anything the user can mend.
     """
-    settings = _as_recipe(recipe)
+    settings = changed_recipe(
+        recipe,
+        overrides,
+        seed=seed,
+        distillation__select_on=select_on,
+        synthesis__image_size=image_size,
+    )
     stem = name or (Path(recipe).stem if not isinstance(recipe, Recipe) else "recipe")
     with contextlib.ExitStack() as stack:
         world = stack.enter_context(gathered())
-        progress = (progress if world.leads else None) or Silent()
+        progress = reporter(progress, world.leads)
         # Tried now, so that a mistake shows before hours of training and before a file is written.
         with world.leader_first():
+            if out is not None:
+                out = user_path(out)
+                require_output_folder(out, "out")
             source = model if model is not None else settings.model
-            detector = _float_model(source, trust=trust, device=_own_device(world, device))
+            detector = _float_model(source, trust=trust, device=own_device(world, device))
             settings = settings.model_copy(update={"model": str(source)})
-            measured_on = _labelled_set(settings.evaluation.data, settings, detector)
-            select_on = _labelled_set(settings.distillation.select_on, settings, detector)
+            measured_on = labelled_set(settings.evaluation.data, settings, detector)
+            selected_on = labelled_set(settings.distillation.select_on, settings, detector)
             teacher = fold(detector.twin())
             insert_quantizers(teacher.twin(), policy_of(settings))
-            calibration = None if data is None else _training_data(data, settings, detector)
+            calibration = None if data is None else training_data(data, settings, detector)
+            if calibration is not None and image_size is not None:
+                require_side(calibration, image_size)
+            curves = Curves(Path(tensorboard), goes_on=True) if tensorboard else None
+        if curves is not None:
+            stack.callback(curves.close)
         if calibration is None:
-            calibration = synthesize(detector, settings, device=device, progress=progress)
+            calibration = synthesize(
+                detector, settings, device=device, progress=progress, tensorboard=tensorboard
+            )
         identity = {
             "checkpoint": detector.fingerprint,
             "recipe": identity_of_recipe(settings),
@@ -200,7 +225,7 @@ def quantize(
         run = None
         with world.leader_first():
             if world.leads:
-                numbered = f"{stem}-{Path(detector.source).stem}"
+                numbered = f"{short_name(stem)}-{short_name(Path(detector.source).stem)}"
                 folder = Path(out) if out else next_folder(Path("runs"), numbered, identity)
                 run = Run(folder, identity)
                 if not run.finished:
@@ -213,46 +238,17 @@ def quantize(
                 write_atomic(folder / "recipe.yaml", settings.to_yaml().encode())
                 origin = data or "synthesis"
                 run.log(f"model {detector.source}, {len(calibration)} images from {origin}")
+                if (left_out := remark(calibration)) is not None:
+                    run.log(left_out)
             log = run.log if run is not None else lambda _: None
-            where = (calibration, folder, log, progress, world)
+            told = progress if curves is None else WithCurves(progress, curves)
+            where = (calibration, folder, log, told, world)
             policy = mixed_policy(teacher, settings, *where)
-            trained = train(teacher, policy, settings, *where, select_on)
+            trained = train(teacher, policy, settings, *where, selected_on)
             if run is not None:
                 images = len(calibration)
                 _finish(run, teacher, policy, trained, settings, images, measured_on, progress)
         return folder
-
-
-def _own_device(world: World, device: str) -> str:
-    """The device of this process, checked to be there."""
-    target = pick_device(device_for(world, device))
-    if target.startswith("cuda:") and world.size > 1:
-        # Otherwise all processes take memory on the first one as well.
-        torch.cuda.set_device(target)
-    return target
-
-
-def _labelled_set(source: str | None, settings: Recipe, detector: Detector) -> ImageSet | None:
-    """A set to measure on, checked; None where none is named."""
-    if not source:
-        return None
-    images = open_set(source)
-    require_labels(images)
-    images.category_mapping(detector.names)
-    size = settings.evaluation.image_size or detector.image_size
-    detector.check_size(size, "evaluation.image_size")
-    return images
-
-
-def _training_data(data: str | Path, settings: Recipe, detector: Detector) -> LabelledImages:
-    found = open_training_data(data, detector, settings.synthesis.image_size)
-    unlabelled = isinstance(found, LetterboxedImages) and not found.images.labelled
-    if unlabelled and settings.distillation.weights.task > 0:
-        raise UserError(
-            f"{data}: has no labels for the task loss; "
-            "use a labelled set or --set distillation.weights.task=0"
-        )
-    return found
 
 
 def _finish(
@@ -300,9 +296,14 @@ def sensitivity(
     recipe: Recipe | str | Path | None = None,
     *,
     data: str | Path | None = None,
+    budget: str | float | None = None,
+    cost: str | None = None,
+    images: int | None = None,
+    seed: int | None = None,
+    overrides: Overrides = (),
     device: str = "auto",
     trust: bool = False,
-    progress: Progress | None = None,
+    progress: Report = None,
 ) -> Sensitivity:
     """What each layer's bits do to the predictions, and which to give it under a budget.
 
@@ -311,32 +312,40 @@ def sensitivity(
         recipe: whose `quantization` section counts; None: the defaults. Without a
             `quantization.mixed.budget`, nothing is chosen.
         data: a calibration set or any real one; None: the cache's, made first if it is not there.
-        device, trust, progress: as for `synthesize`.
+        budget, cost, images: values of the `quantization.mixed` section; None: the recipe's.
+        seed, overrides, device, trust, progress: as for `synthesize`.
 
     Raises:
         UserError: for anything the user can mend.
     """
-    settings = _as_recipe(recipe)
+    settings = changed_recipe(
+        recipe,
+        overrides,
+        seed=seed,
+        quantization__mixed__budget=budget,
+        quantization__mixed__cost=cost,
+        quantization__mixed__images=images,
+    )
     with gathered() as world:
-        progress = (progress if world.leads else None) or Silent()
+        progress = reporter(progress, world.leads)
         with world.leader_first():
-            target = _own_device(world, device)
+            target = own_device(world, device)
             if isinstance(model, Detector):
                 detector = model.to(target)
             else:
                 detector = _float_model(model, trust=trust, device=target)
-            images = (
+            calibration = (
                 None
                 if data is None
                 else open_training_data(data, detector, settings.synthesis.image_size)
             )
-        if images is None:
-            images = synthesize(detector, settings, device=device, progress=progress)
+        if calibration is None:
+            calibration = synthesize(detector, settings, device=device, progress=progress)
         found = None
         with world.leader_first():
             if world.leads:
                 policy, section = policy_of(settings), settings.quantization
-                found = find_bits(fold(detector.twin()), policy, section, images, progress)
+                found = find_bits(fold(detector.twin()), policy, section, calibration, progress)
         shared: Sensitivity = world.share(found)
         return shared
 
@@ -346,11 +355,19 @@ def evaluate(
     data: str | Path,
     *,
     image_size: int | None = None,
+    interval: bool = False,
     device: str = "auto",
     trust: bool = False,
-    progress: Progress | None = None,
+    progress: Report = None,
 ) -> Metrics:
     """COCO AP of a float detector or a run on a labelled set; fractions in [0, 1].
+
+    Args:
+        model: a detector, or what names one, or a run folder.
+        data: the set.
+        image_size: side in pixels; None: the detector's own.
+        interval: also find between which values AP is over the draw of images.
+        device, trust, progress: as for `synthesize`.
 
     Raises:
         UserError: for anything the user can mend.
@@ -361,9 +378,10 @@ def evaluate(
         detector = model.to(target)
     else:
         detector = load_model(model, trust=trust, device=target)
-    progress = progress or Silent()
-    with progress.task("evaluation", len(images), "images") as task:
-        return evaluate_detector(detector, images, image_size=image_size, progress=task.update)
+    with reporter(progress).task("evaluation", len(images), "images") as task:
+        return evaluate_detector(
+            detector, images, image_size=image_size, interval=interval, progress=task.update
+        )
 
 
 def inspect(model: str | Path | Detector, *, trust: bool = False) -> Inspection:
@@ -371,4 +389,6 @@ def inspect(model: str | Path | Detector, *, trust: bool = False) -> Inspection:
     sums and concatenations of activations are quantized."""
     detector = model if isinstance(model, Detector) else load_model(model, trust=trust)
     layers, joins = describe(detector), count_joins(detector)
-    return Inspection(detector.source, detector.family, detector.image_size, layers, joins)
+    return Inspection(
+        detector.source, detector.family, detector.image_size, layers, joins, tuple(detector.names)
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("YOLO_OFFLINE", "1")
@@ -13,6 +14,22 @@ import torch
 
 # Small networks on shared cores: threads that wait for each other take most of the time.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is remembered of sets is not the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
+@pytest.fixture
+def event_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard's files sort as they are written. Within a second their numbers decide, and those
+    sort as text: 10 before 9, if so many were written before."""
+    writer = pytest.importorskip("tensorboard.summary.writer.event_file_writer")
+    monkeypatch.setattr(writer, "_global_uid", writer.AtomicCounter(0))
 
 
 @pytest.fixture(scope="session")

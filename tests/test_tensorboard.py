@@ -35,6 +35,7 @@ def test_a_chart_for_each_stage_and_term(tmp_path: Path) -> None:
     assert curves_of(tmp_path / "new" / "folder" / "shard-000001") == {"full/bn": [(1, 0.75)]}
 
 
+@pytest.mark.usefixtures("event_files")
 def test_a_second_attempt_hides_the_first(tmp_path: Path) -> None:
     for steps in ((1, 11), (1,)):
         curves = Curves(tmp_path)

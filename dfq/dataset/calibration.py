@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,41 +27,20 @@ import torch
 from torch import Tensor
 
 from ..detectors.base import Targets
-from ..errors import UserError
+from ..errors import UserError, shown
+from ..files import read_json, read_regular, write_atomic, write_json
 from ..lock import locked
-
-FORMAT = 1
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a whole file or nothing: to a temporary name beside it, synced, then renamed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, value: Any) -> None:
-    """`write_atomic` of indented JSON with sorted keys: equal values give equal bytes."""
-    write_atomic(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
-
-
-def read_json(path: Path) -> Any:
-    """Parse a JSON file of ours; a broken one is a `UserError` that names it."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path}: broken or truncated JSON ({error}); restore or delete it"
-        ) from None
+from .integrity import (
+    FORMAT,
+    changed_shard,
+    checked_manifest,
+    is_readable,
+    label_problems,
+    parse_annotations,
+    require_own_files,
+    require_own_folders,
+    shard_digest,
+)
 
 
 @dataclass(frozen=True)
@@ -98,56 +76,79 @@ class CalibrationSet:
 
     @classmethod
     def open(cls, root: str | Path) -> CalibrationSet:
-        """Open a complete set.
+        """Open a complete set. Nothing out of its folder is read, whatever its files say.
 
         Raises:
-            UserError: where there is none, where it is unfinished, or a file of it is broken.
+            UserError: where there is none, where it is unfinished, or a file of it is broken, a
+                link, or names something elsewhere.
         """
         root = Path(root)
-        if not (root / "manifest.json").is_file():
+        manifest_file, annotations = root / "manifest.json", root / "annotations.json"
+        if not manifest_file.is_file():
             if (root / "shards").is_dir():
                 done = len(list((root / "shards").glob("[0-9]*.json")))
                 raise UserError(
                     f"{root}: this set is unfinished ({done} shards so far); run the same "
                     f"'dfq synthesize' command again to finish it"
                 )
-            raise UserError(f"{root}: no calibration set here (no manifest.json)")
-        manifest = read_json(root / "manifest.json")
+            raise UserError(f"{shown(root)}: no calibration set here (no manifest.json)")
+        require_own_files(root, [manifest_file.name, annotations.name])
+        manifest = read_json(manifest_file)
         if not _is_set_manifest(manifest):
             raise UserError(f"{root}: no calibration set here (manifest.json is of something else)")
-        document = read_json(root / "annotations.json")
-        try:
-            return cls._parse(root, manifest, document)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(
-                f"{root / 'annotations.json'}: not as dfq wrote it ({type(error).__name__}: "
-                f"{error}); restore it or make the set again"
-            ) from None
+        manifest = checked_manifest(manifest_file, manifest)
+        found = cls(root, *parse_annotations(annotations, read_json(annotations)), manifest)
+        require_own_files(root, found.files)
+        return found
 
-    @classmethod
-    def _parse(cls, root: Path, manifest: dict[str, Any], document: Any) -> CalibrationSet:
-        categories = sorted(document["categories"], key=lambda c: c["id"])
-        by_image: dict[int, list[dict[str, Any]]] = {
-            image["id"]: [] for image in document["images"]
-        }
-        for annotation in document["annotations"]:
-            by_image[annotation["image_id"]].append(annotation)
-        files, labels, scores = [], [], []
-        for image in document["images"]:
-            rows = by_image[image["id"]]
-            boxes = torch.tensor([r["bbox"] for r in rows], dtype=torch.float64).reshape(-1, 4)
-            sides = torch.tensor([image["width"], image["height"]] * 2, dtype=torch.float64)
-            boxes = boxes / sides
-            boxes[:, :2] += boxes[:, 2:] / 2
-            category = torch.tensor([r["category_id"] - 1 for r in rows], dtype=torch.float64)
-            files.append(f"images/{image['file_name']}")
-            labels.append(torch.cat([category[:, None], boxes], dim=1).float())
-            scores.append(torch.tensor([r["score"] for r in rows], dtype=torch.float32))
-        return cls(root, [c["name"] for c in categories], files, labels, scores, manifest)
+    def require_intact(self) -> CalibrationSet:
+        """This set, where it is what it was made as; asked by all that use it. Images are hashed at
+        the first time, and again where their sizes or times changed.
+
+        Raises:
+            UserError: where it is not; the first thing that is wrong.
+        """
+        if not self.files:
+            raise UserError(f"{self.root}: the set holds no images")
+        missing = [name for name in self.files if not (self.root / name).is_file()]
+        if missing:
+            raise UserError(
+                f"{self.root}: {len(missing)} of {len(self)} images are missing, the first is "
+                f"{missing[0]}; make the set again"
+            )
+        problems = self._label_problems()
+        if problems:
+            raise UserError(f"{self.root}: {problems[0]}; restore it or make the set again")
+        require_own_files(self.root, self.files)
+        changed = changed_shard(self.root, self.manifest)
+        if changed is not None:
+            for name in changed["files"]:
+                if not is_readable(self.root / "images" / name):
+                    raise _unreadable(self.root / "images" / name)
+            first, last = changed["files"][0], changed["files"][-1]
+            raise UserError(
+                f"{self.root}: shard {changed['index']} (images/{first} to {last}): its images are "
+                "not those it was made with; restore them, or delete the set and make it again"
+            )
+        return self
+
+    def _label_problems(self) -> list[str]:
+        """What is wrong but for the images' pixels, one line each."""
+        problems = label_problems(self.files, self.labels, self.scores, len(self.names))
+        made = [f"images/{name}" for shard in self.manifest["shards"] for name in shard["files"]]
+        if sorted(made) != sorted(self.files):
+            problems.append("annotations.json: its images are not those that the manifest records")
+        digest = hashlib.sha256(read_regular(self.root / "annotations.json")).hexdigest()
+        if digest != self.manifest["annotations_sha256"]:
+            problems.append("annotations.json: not what the manifest records")
+        return problems
 
     def load(self, indices: Sequence[int]) -> Tensor:
         """Images as uint8 `(n, 3, h, w)`, RGB."""
-        return torch.stack([_read_png(self.root / self.files[i]) for i in indices])
+        images = [_read_png(self.root / self.files[i]) for i in indices]
+        if len({image.shape for image in images}) > 1:
+            raise UserError(f"{self.root}: its images are not all of one size; make the set again")
+        return torch.stack(images)
 
     def targets(self, indices: Sequence[int]) -> Targets:
         """Labels of those images as one batch."""
@@ -157,47 +158,44 @@ class CalibrationSet:
         """Every way in which the folder differs from its manifest, one line each; [] if none."""
         problems = []
         for shard in self.manifest["shards"]:
-            digest = hashlib.sha256()
             for name in shard["files"]:
                 path = self.root / "images" / name
                 if not path.is_file():
                     problems.append(f"{path}: missing")
                     continue
-                digest.update(path.read_bytes())
-                try:
-                    _read_png(path)
-                except UserError as error:
-                    problems.append(str(error))
-            if digest.hexdigest() != shard["sha256"]:
+                if not is_readable(path):
+                    problems.append(str(_unreadable(path)))
+            if not _is_as_made(self.root, shard):
                 problems.append(
                     f"shard {shard['index']}: its images are not those it was made with"
                 )
-        for name, label in zip(self.files, self.labels, strict=True):
-            corners = torch.cat(
-                [label[:, 1:3] - label[:, 3:] / 2, label[:, 1:3] + label[:, 3:] / 2]
-            )
-            if len(label) and (corners.min() < -1e-3 or corners.max() > 1 + 1e-3):
-                problems.append(f"{name}: a box leaves the image")
-            if len(label) and not 0 <= int(label[:, 0].min()) <= int(label[:, 0].max()) < len(
-                self.names
-            ):
-                problems.append(f"{name}: a category is out of range")
-        recorded = self.manifest["annotations_sha256"]
-        actual = hashlib.sha256((self.root / "annotations.json").read_bytes()).hexdigest()
-        if recorded != actual:
-            problems.append("annotations.json: not what the manifest records")
-        return problems
+        return problems + self._label_problems()
 
 
 def _is_set_manifest(manifest: Any) -> bool:
     return isinstance(manifest, dict) and {"determinants", "shards"} <= manifest.keys()
 
 
+def _is_as_made(root: Path, shard: Any) -> bool:
+    """Whether the images of a shard are those of its record, which may be broken too."""
+    try:
+        return shard_digest(root, shard["files"]) == shard["sha256"]
+    except (UserError, KeyError, TypeError):
+        return False
+
+
+def _unreadable(path: Path) -> UserError:
+    return UserError(f"{path}: missing or not a readable image; make the set again")
+
+
 def _read_png(path: Path) -> Tensor:
-    data = np.fromfile(path, dtype=np.uint8) if path.is_file() else np.zeros(0, np.uint8)
-    image = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
+    try:
+        data = np.frombuffer(read_regular(path), np.uint8)
+        image = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
+    except (UserError, cv2.error):
+        image = None
     if image is None:
-        raise UserError(f"{path}: missing or not a readable image; make the set again")
+        raise _unreadable(path)
     return torch.from_numpy(cv2.cvtColor(image, cv2.COLOR_BGR2RGB)).permute(2, 0, 1).contiguous()
 
 
@@ -227,6 +225,7 @@ class CalibrationWriter:
     def __init__(
         self, root: Path, determinants: dict[str, Any], names: Sequence[str], shards: int
     ) -> None:
+        require_own_folders(root)
         self.root, self.determinants, self.names, self.shards = root, determinants, names, shards
         identity = root / "shards" / "identity.json"
         if root.exists() and not root.is_dir():
@@ -253,6 +252,8 @@ class CalibrationWriter:
     def _check(self, found: dict[str, Any]) -> None:
         if found == self.determinants:
             return
+        if not isinstance(found, dict):
+            raise UserError(f"{self.root}: damaged (what determines the set is lost); delete it")
         keys = sorted(
             k for k in {*found, *self.determinants} if found.get(k) != self.determinants.get(k)
         )
@@ -275,16 +276,21 @@ class CalibrationWriter:
         return self.root / "shards" / f"{index:06d}.json"
 
     def missing(self) -> list[int]:
-        """Indices of the shards still to be made; a truncated record counts as missing."""
+        """Indices of the shards still to be made; one whose record is truncated, or whose images
+        are not those it was made with, counts as missing."""
         if self.complete:
             return []
-        absent = []
-        for index in range(self.shards):
-            try:
-                json.loads(self._record(index).read_text())
-            except (FileNotFoundError, ValueError):
-                absent.append(index)
-        return absent
+        return [index for index in range(self.shards) if not self._is_made(index)]
+
+    def _is_made(self, index: int) -> bool:
+        try:
+            record = json.loads(self._record(index).read_text())
+            files = record["shard"]["files"]
+            parse_annotations(self._record(index), {**record, "categories": []})
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, UserError):
+            return False
+        named = [image["file_name"] for image in record["images"]]
+        return files == named and _is_as_made(self.root, record["shard"])
 
     def recorded(self, index: int) -> bool:
         """Whether shard `index` is committed, by whichever process; quick to ask."""
@@ -381,7 +387,10 @@ class CalibrationWriter:
             "shards": [record["shard"] for record in records],
         }
         if before is not None:
-            before(CalibrationSet._parse(self.root, manifest, document))
+            annotations_file = self.root / "annotations.json"
+            before(
+                CalibrationSet(self.root, *parse_annotations(annotations_file, document), manifest)
+            )
         write_json(self.root / "manifest.json", manifest)
         self._tidy()
         return CalibrationSet.open(self.root)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from importlib import resources
 
-from ..errors import UserError
+from ..errors import UserError, shown
 
 
 def _canonical(name: str) -> str:
@@ -42,17 +42,23 @@ def coco_id(name: str) -> int | None:
 
 
 def match_names(
-    set_names: Sequence[str], model_names: Sequence[str], where: str
+    set_names: Sequence[str],
+    model_names: Sequence[str],
+    where: str,
+    *,
+    by_position: bool = False,
 ) -> list[int | None]:
     """For each category of a set, the index of the model's category of that name.
 
     Names are compared exactly first, then without case, spaces and VOC's spellings. Positions
-    count only where the set has numbers for names ("0", "1", ...) and as many as the model.
+    count only where no name is shared, the set's are numbers ("0", "1", ...), and there are as many
+    as the model has.
 
     Args:
         set_names: category names of the image set.
         model_names: category names of the detector, by index.
         where: what to call the set in the message.
+        by_position: the set has no names: these are its numbers, to be compared with none.
 
     Returns:
         One model index, or None where the model has no such category, per entry of `set_names`.
@@ -63,9 +69,11 @@ def match_names(
     exact = {name: index for index, name in reversed(list(enumerate(model_names)))}
     loose = {_canonical(name): index for index, name in reversed(list(enumerate(model_names)))}
     mapping = [exact.get(name, loose.get(_canonical(name))) for name in set_names]
-    if all(name.strip().isdigit() for name in set_names) and len(set_names) == len(model_names):
+    numbers = all(name.strip().isdigit() for name in set_names)
+    unknown = all(index is None for index in mapping)
+    if numbers and (by_position or unknown) and len(set_names) == len(model_names):
         return list(range(len(model_names)))
-    if all(index is None for index in mapping):
+    if by_position or unknown:
         raise UserError(
             f"{where}: no category name is shared with the model; the set has "
             f"{_beginning(set_names)}, the model has {_beginning(model_names)}"
@@ -74,5 +82,5 @@ def match_names(
 
 
 def _beginning(names: Sequence[str], count: int = 5) -> str:
-    shown = ", ".join(repr(str(name)) for name in names[:count])
-    return f"{shown}, ... ({len(names)} in all)" if len(names) > count else shown or "none"
+    listed = ", ".join(shown(repr(str(name)), limit=60) for name in names[:count])
+    return f"{listed}, ... ({len(names)} in all)" if len(names) > count else listed or "none"

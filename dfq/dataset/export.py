@@ -10,6 +10,7 @@ import yaml
 from torch import Tensor
 
 from ..errors import UserError
+from ..files import read_regular, require_output_folder, short_name, user_path
 from .calibration import CalibrationSet
 
 SPLIT = "val"
@@ -19,14 +20,15 @@ def export_yolo(data: CalibrationSet, out: Path) -> Path:
     """Write a set as the data set that Ultralytics reads: `yolo val data=OUT/data.yaml`.
 
         data.yaml           names; train and val are both the one split there is
-        images/val/*.png    the same files (hard links where the file system allows, else copies)
+        images/val/*.png    copies of the files
         labels/val/*.txt    category, centre x, centre y, width, height, normalised
 
-    The folder appears under its name only when it is whole.
+    The folder appears under its name only when it is whole. Nothing is read outside the set's
+    folder, and nothing written outside `out`.
 
     Args:
         data: a complete set.
-        out: the folder; must not exist, or be empty.
+        out: the folder; must not exist, or be empty, and be no link.
 
     Returns:
         The path of `data.yaml`.
@@ -34,15 +36,16 @@ def export_yolo(data: CalibrationSet, out: Path) -> Path:
     Raises:
         UserError: where something is in the way of `out`, or the set is damaged.
     """
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: a file is in the way; choose another folder")
+    out = user_path(out)
+    require_output_folder(out, "out", link=False)
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"--out {out}: not empty; choose another folder or delete it")
-    _check(data)
+    data.require_intact()
     # The name "..", which has no parent of its own, would otherwise go wrong.
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".{out.name}.{os.getpid()}.tmp"
+    partial = out.parent / f".{short_name(out.name)}.{os.getpid()}.tmp"
+    partial.mkdir()
     try:
         _write(data, partial)
         partial.replace(out)
@@ -52,27 +55,13 @@ def export_yolo(data: CalibrationSet, out: Path) -> Path:
     return out / "data.yaml"
 
 
-def _check(data: CalibrationSet) -> None:
-    missing = [name for name in data.files if not (data.root / name).is_file()]
-    if missing:
-        raise UserError(
-            f"{data.root}: {len(missing)} of {len(data)} images are missing, the first is "
-            f"{missing[0]}; make the set again"
-        )
-    for name, label in zip(data.files, data.labels, strict=True):
-        if len(label) and not 0 <= int(label[:, 0].min()) <= int(label[:, 0].max()) < len(
-            data.names
-        ):
-            raise UserError(f"{data.root / name}: a label's category has no name")
-
-
 def _write(data: CalibrationSet, folder: Path) -> None:
     images, labels = folder / "images" / SPLIT, folder / "labels" / SPLIT
     images.mkdir(parents=True)
     labels.mkdir(parents=True)
     for name, label in zip(data.files, data.labels, strict=True):
         source = data.root / name
-        _link(source, images / source.name)
+        _copy(source, images / source.name)
         (labels / f"{source.stem}.txt").write_text(_lines(label))
     # No `path`: Ultralytics then takes the folder of data.yaml, wherever it is moved to, while a
     # relative `path` is looked up in the working directory first.
@@ -85,12 +74,10 @@ def _write(data: CalibrationSet, folder: Path) -> None:
     (folder / "data.yaml").write_text(text, encoding="utf-8")
 
 
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        # Another file system, or one without hard links.
-        shutil.copyfile(source, target)
+def _copy(source: Path, target: Path) -> None:
+    # Never a link: the set's own file would change with what the other tool does to its own.
+    with target.open("xb") as file:
+        file.write(read_regular(source))
 
 
 def _lines(label: Tensor) -> str:

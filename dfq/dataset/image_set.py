@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+import codecs
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 from PIL import Image
 
-from ..errors import UserError
+from ..errors import UserError, shown
+from ..files import IMAGE_SUFFIXES, reason
 from .coco_categories import match_names
+from .outlines import BrokenOutline, Segment
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp"})
-"""Name endings (lower case) by which files of a folder count as images."""
+__all__ = ["IMAGE_SUFFIXES", "BrokenOutline", "ImageSet", "Item", "Segment"]
 
 _EXIF_ORIENTATION = 0x0112
-
-Segment = list[list[float]] | dict[str, Any]
-"""COCO's polygons, or its run lengths (`size` and `counts`)."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,8 @@ class Item:
         area: float32 `(n,)`, square pixels: of the mask where the set states it, else of the box.
         image_id: unique in the set; COCO's own id where the set is COCO.
         segments: of each object its outline as COCO writes it, polygons (flat lists x1 y1 x2 y2 ...
-            in pixels) or run lengths; None for an object whose outline the set does not state.
+            in pixels) or run lengths; None for an object whose outline the set does not state. A
+            broken one matters where masks are measured only.
     """
 
     path: Path
@@ -50,7 +50,7 @@ class Item:
     ignore: np.ndarray
     area: np.ndarray
     image_id: int
-    segments: tuple[Segment | None, ...] = ()
+    segments: tuple[Segment | BrokenOutline | None, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.segments) not in (0, len(self.boxes)):
@@ -74,6 +74,9 @@ class ImageSet:
         labelled: false for a bare folder of images.
         dropped: boxes left out because a side was not positive or a number not finite, or
             because a YOLO label file holds them twice.
+        first_dropped: file and row of the first of these; None where there is none.
+        numbered: the set has no category names, and `names` are just numbers.
+        split: which one of the set's splits or lists this is; None where it has none.
     """
 
     source: Path
@@ -81,6 +84,9 @@ class ImageSet:
     items: list[Item]
     labelled: bool = True
     dropped: int = 0
+    first_dropped: str | None = None
+    numbered: bool = False
+    split: str | None = None
 
     def __post_init__(self) -> None:
         if not self.items:
@@ -111,8 +117,37 @@ class ImageSet:
             image = stored
         return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
+    def require_boxes(self) -> None:
+        """Refuse a set that has boxes, of which not one is usable.
+
+        Raises:
+            UserError: it is one; the first is named.
+        """
+        if self.dropped and not any(len(item.boxes) for item in self.items):
+            raise UserError(
+                f"{shown(self.source)}: none of its {self.dropped} boxes is usable, as none has a "
+                f"positive, finite size; the first: {self.first_dropped}"
+            )
+
+    def remark(self) -> str | None:
+        """What the reader left out, in a line; None for nothing."""
+        if not self.dropped:
+            return None
+        return (
+            f"{self.dropped} boxes left out (no positive size, not finite, or there twice); the "
+            f"first: {self.first_dropped}"
+        )
+
     def segmented(self) -> ImageSet | None:
-        """The images whose objects' outlines are all known; None where no object has one."""
+        """The images whose objects' outlines are all known; None where no object has one.
+
+        Raises:
+            UserError: an outline is broken; the first one is named.
+        """
+        for item in self.items:
+            for segment in item.segments:
+                if isinstance(segment, BrokenOutline):
+                    raise UserError(segment.problem)
         if not any(item.segmented and len(item.boxes) for item in self.items):
             return None
         return replace(self, items=[item for item in self.items if item.segmented])
@@ -135,7 +170,7 @@ class ImageSet:
         Raises:
             UserError: not one name is shared.
         """
-        return match_names(self.names, model_names, str(self.source))
+        return match_names(self.names, model_names, shown(self.source), by_position=self.numbered)
 
 
 def _at_least_one(n: int) -> int:
@@ -178,14 +213,46 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """All image files under `folder`, by their endings, sorted by path."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and path.is_file()
-        and not path.name.startswith(".")
-    )
+    """All image files under `folder`, by their endings, sorted by path; folders that links lead to
+    are searched too, each once."""
+    return walk(folder, IMAGE_SUFFIXES)
+
+
+def walk(folder: Path, suffixes: frozenset[str]) -> list[Path]:
+    """All files under `folder` whose names end so (lower case), sorted by path; hidden ones are
+    left out, and folders that links lead to are searched too, each once."""
+    found, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        # A link to a folder above leads here for ever.
+        seen.add(os.path.realpath(place))
+        folders[:] = [
+            name
+            for name in sorted(folders)
+            if os.path.realpath(os.path.join(place, name)) not in seen
+        ]
+        found += [
+            Path(place, name)
+            for name in names
+            if os.path.splitext(name)[1].lower() in suffixes and not name.startswith(".")
+        ]
+    return sorted(path for path in found if is_file(path))
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a regular file, or a link to one; false also for names that cannot be."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def usable(boxes: np.ndarray) -> np.ndarray:
+    """Which of the boxes `(n, 4)`, x1 y1 x2 y2, are finite and have positive sides: bool `(n,)`."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        corners = boxes.astype(np.float32)
+        sides = corners[:, 2:] - corners[:, :2]
+    # Not `sides <= 0`: the comparison with NaN must drop the box.
+    return np.asarray(np.isfinite(corners).all(axis=1) & (sides > 0).all(axis=1))
 
 
 def make_item(
@@ -196,7 +263,7 @@ def make_item(
     labels: Sequence[int],
     ignore: Sequence[bool] | None = None,
     area: Sequence[float | None] | None = None,
-    segments: Sequence[Segment | None] | None = None,
+    segments: Sequence[Segment | BrokenOutline | None] | None = None,
 ) -> tuple[Item, int]:
     """An `Item` of the usable boxes, and how many boxes were not.
 
@@ -209,14 +276,15 @@ def make_item(
         labels, ignore, area, segments: one a box; without `ignore` none is ignored; an area of
             None is the box's.
     """
-    corners = np.asarray(boxes, dtype=np.float32).reshape(-1, 4)
-    sides = corners[:, 2:] - corners[:, :2]
-    # Not `sides <= 0`: the comparison with NaN must drop the box.
-    keep = np.isfinite(corners).all(axis=1) & (sides > 0).all(axis=1)
-    given = np.array(
-        [np.nan if value is None else value for value in area or [None] * len(corners)], np.float32
-    )
-    areas = np.where(np.isfinite(given), given, sides.prod(axis=1)).astype(np.float32)
+    keep = usable(np.asarray(boxes, dtype=np.float64).reshape(-1, 4))
+    with np.errstate(over="ignore", invalid="ignore"):
+        corners = np.asarray(boxes, dtype=np.float64).reshape(-1, 4).astype(np.float32)
+        sides = corners[:, 2:] - corners[:, :2]
+        given = np.array(
+            [np.nan if value is None else value for value in area or [None] * len(corners)],
+            np.float64,
+        ).astype(np.float32)
+        areas = np.where(np.isfinite(given), given, sides.prod(axis=1)).astype(np.float32)
     flags = np.zeros(len(corners), bool) if ignore is None else np.asarray(ignore, bool)
     item = Item(
         path=path,
@@ -234,24 +302,40 @@ def make_item(
 
 def require_images(where: Path, paths: Sequence[Path]) -> None:
     """Raise a `UserError` that names the first of `paths` that is no file, and how many are not."""
-    missing = [path for path in paths if not path.is_file()]
+    missing = [path for path in paths if not is_file(path)]
     if missing:
         raise UserError(
-            f"{where}: {len(missing)} of {len(paths)} images are missing, the first is {missing[0]}"
+            f"{shown(where)}: {len(missing)} of {len(paths)} images are missing, the first is "
+            f"{shown(missing[0])}"
         )
 
 
-def read_text(path: Path) -> str:
-    """A text file's content (UTF-8, with or without a byte-order mark).
+def read_bytes(path: Path) -> bytes:
+    """A file's content; nothing that is no regular file is waited for.
 
     Raises:
-        UserError: it is missing or not UTF-8 text.
+        UserError: it is missing or cannot be read.
     """
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        if not path.exists():
+            raise UserError(f"{shown(path)}: no such file")
+        if not path.is_file():
+            what = "a folder" if path.is_dir() else "no regular file"
+            raise UserError(f"{shown(path)}: cannot be read: it is {what}")
+        return path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{shown(path)}: cannot be read: {reason(error)}") from None
+
+
+def read_text(path: Path) -> str:
+    """A text file's content: UTF-8, or UTF-16 where a byte-order mark says so.
+
+    Raises:
+        UserError: it is missing or no such text.
+    """
+    data = read_bytes(path)
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return data.decode("utf-16" if wide else "utf-8-sig")
     except UnicodeDecodeError:
-        raise UserError(f"{path}: is not a text file in UTF-8") from None
+        raise UserError(f"{shown(path)}: is not a text file in UTF-8") from None

@@ -1,4 +1,4 @@
-"""A picture of a calibration set: a grid of its images with boxes and category names."""
+"""A picture of a set: a grid of its images with boxes and category names."""
 
 from __future__ import annotations
 
@@ -11,10 +11,17 @@ import torch
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes, make_grid
 
-from .calibration import CalibrationSet, write_atomic
+from ..errors import shown
+from ..files import write_atomic
+from .calibration import CalibrationSet
+from .image_set import ImageSet
+from .letterbox import load_letterboxed
 
 # Distinct on most backgrounds, repeated in this order over the categories.
 _COLOURS = ("#ff3838", "#48f90a", "#00d4ff", "#ffb21d", "#ff37c7", "#cfd231", "#8438ff", "#92cc17")
+
+_SIDE = 320
+"""Pixels of the squares in which images of a real set are shown."""
 
 
 def draw_grid(
@@ -44,7 +51,7 @@ def draw_grid(
             image = draw_bounding_boxes(
                 image,
                 (corners * side * factor).clamp(0, side * factor - 1),
-                [names[c] for c in categories],
+                [shown(names[c], limit=40) for c in categories],
                 [_COLOURS[c % len(_COLOURS)] for c in categories],
                 width=2,
             )
@@ -52,9 +59,20 @@ def draw_grid(
     return make_grid(drawn, nrow=columns, padding=4, pad_value=255)
 
 
-def write_preview(data: CalibrationSet, path: Path, count: int = 16) -> None:
-    """Write a PNG grid of the first `count` images of a set."""
+def draw_preview(data: CalibrationSet | ImageSet, count: int = 16) -> bytes:
+    """The first `count` images of a set as a grid, a PNG file; those of a real set in squares."""
     indices = list(range(min(count, len(data))))
-    grid = draw_grid(data.load(indices), [data.labels[i] for i in indices], data.names)
-    pixels = np.ascontiguousarray(grid.permute(1, 2, 0).numpy()[:, :, ::-1])
-    write_atomic(path, cv2.imencode(".png", pixels)[1].tobytes())
+    if isinstance(data, ImageSet):
+        pixels, targets, _ = load_letterboxed(data, indices, _SIDE, _SIDE)
+        images = (pixels * 255).round().to(torch.uint8)
+        labels = targets.per_image(len(indices))
+    else:
+        images, labels = data.load(indices), [data.labels[i] for i in indices]
+    grid = draw_grid(images, labels, data.names)
+    drawn = np.ascontiguousarray(grid.permute(1, 2, 0).numpy()[:, :, ::-1])
+    return cv2.imencode(".png", drawn)[1].tobytes()
+
+
+def write_preview(data: CalibrationSet, path: Path, count: int = 16) -> None:
+    """Write `draw_preview` to a file."""
+    write_atomic(path, draw_preview(data, count))

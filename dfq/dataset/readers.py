@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import UserError
-from .image_set import ImageSet, Item, image_files, image_size, make_item
+from ..errors import UserError, shown
+from ..files import user_path
+from .calibration import CalibrationSet
+from .image_set import ImageSet, Item, image_files, image_size, is_file, make_item
 from .readers_coco import read_coco
-from .readers_voc import read_voc
+from .readers_voc import find_voc, is_voc, read_voc
 from .readers_yolo import read_yolo
 
 __all__ = ["ImageSet", "Item", "open_set"]
@@ -23,27 +25,36 @@ def open_set(source: str | Path, split: str | None = None) -> ImageSet:
               `*.json` file: images are looked for beside it, in `images/`, and, for a file in a
               folder `annotations/`, where COCO itself keeps them;
             - a YOLO `data.yaml` as Ultralytics resolves it, or a folder that holds one;
-            - a Pascal VOC folder (`Annotations/`, `JPEGImages/`, `ImageSets/Main/*.txt`);
+            - a Pascal VOC folder (`Annotations/`, `JPEGImages/`, `ImageSets/Main/*.txt`), also with
+              `annotations/` and `images/`, or with the XML files beside the images;
             - a folder of bare images, searched with its subfolders: an unlabelled set.
         split: which split of a YOLO (`val`, `train`, `test`) or VOC set (a list's name); by
-            default the first there is of `val`, `train` (YOLO) or `val`, `test`, `all`,
-            `trainval`, `train` (VOC).
+            default `val` (YOLO), or the first there is of `val`, `valid`, `validation`, `test`,
+            `all`, `trainval`, `train` (VOC).
 
     Raises:
         UserError: whatever is wrong with the set, in one line that names the file.
     """
-    path = Path(source).expanduser()
-    if path.is_file():
+    path = user_path(source)
+    try:
+        is_folder = path.is_dir()
+    except OSError:
+        is_folder = False
+    if is_file(path):
         return _open_file(path, split)
-    if not path.is_dir():
-        raise UserError(f"{path}: no such file or folder")
-    if (path / "annotations.json").is_file():
+    if not is_folder:
+        raise UserError(f"{shown(path)}: no such file or folder")
+    if CalibrationSet.is_one(path):
+        # Of ours, which may come from elsewhere: more is known of it, and asked.
+        CalibrationSet.open(path).require_intact()
+    if is_file(path / "annotations.json"):
         return _without_split(path / "annotations.json", split)
-    if (path / "Annotations").is_dir() and (path / "JPEGImages").is_dir():
-        return read_voc(path, split)
-    for name in ("data.yaml", "data.yml"):
-        if (path / name).is_file():
-            return read_yolo(path / name, split)
+    described = [path / name for name in ("data.yaml", "data.yml") if is_file(path / name)]
+    if described and not is_voc(path):
+        return read_yolo(described[0], split)
+    layout = find_voc(path)
+    if layout is not None:
+        return read_voc(layout, split)
     _refuse_lost_labels(path)
     return _read_bare(path)
 
@@ -51,6 +62,8 @@ def open_set(source: str | Path, split: str | None = None) -> ImageSet:
 def _open_file(path: Path, split: str | None) -> ImageSet:
     suffix = path.suffix.lower()
     if suffix == ".json":
+        if path.name == "annotations.json" and CalibrationSet.is_one(path.parent):
+            CalibrationSet.open(path.parent).require_intact()
         return _without_split(path, split)
     if suffix in {".yaml", ".yml"}:
         return read_yolo(path, split)
@@ -66,7 +79,10 @@ def _without_split(path: Path, split: str | None) -> ImageSet:
 
 
 def _refuse_lost_labels(folder: Path) -> None:
-    """Do not take a labelled set whose description is not found for a folder of bare images."""
+    """Do not take a labelled set whose description is not found for a folder of bare images, nor
+    what is something else altogether."""
+    if is_file(folder / "model.safetensors") and is_file(folder / "manifest.json"):
+        raise UserError(f"{folder}: is a quantized run and no set; give it as --model")
     described = [
         *sorted(folder.glob("annotations/*.json")),
         *sorted(folder.glob("*.json")),

@@ -4,19 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, shown
+from ..files import user_path
 from .calibration import CalibrationSet
 from .image_set import ImageSet, image_size
+from .readers import open_set
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 """At which distributions are described."""
 
 SMALL, LARGE = 32**2, 96**2
 """COCO's bounds between small, medium and large objects, square pixels."""
+
+
+def open_any(source: str | Path) -> CalibrationSet | ImageSet:
+    """A calibration set, checked to be what it was made as, or any real set or folder of photos.
+
+    Raises:
+        UserError: there is neither, or it is broken.
+    """
+    path = user_path(source)
+    if not path.exists():
+        raise UserError(
+            f"{shown(path)}: no such file or folder: no calibration set here, and no other set"
+        )
+    if CalibrationSet.is_one(path):
+        return CalibrationSet.open(path).require_intact()
+    return open_set(path)
 
 
 @dataclass(frozen=True)
@@ -30,6 +49,10 @@ class Objects:
         categories: int64 `(n,)`, indices into `names`.
         sides: float64 `(n, 2)`, width and height of each box, pixels.
         scores: float64 `(n,)` in [0, 1], the teacher's; None for a real set.
+        labelled: false for photos without labels.
+        split: which of the set's splits this is; None where it has none.
+        dropped, first_dropped, remark: boxes that were left out: how many, file and row of the
+            first, and both in a line; None for the latter two where there are none.
     """
 
     names: list[str]
@@ -38,6 +61,11 @@ class Objects:
     categories: np.ndarray
     sides: np.ndarray
     scores: np.ndarray | None
+    labelled: bool = True
+    split: str | None = None
+    dropped: int = 0
+    first_dropped: str | None = None
+    remark: str | None = None
 
     @classmethod
     def of(cls, data: CalibrationSet | ImageSet) -> Objects:
@@ -81,6 +109,11 @@ class Objects:
             categories=np.concatenate([item.labels[~item.ignore] for item in data.items]),
             sides=corners[:, 2:] - corners[:, :2],
             scores=None,
+            labelled=data.labelled,
+            split=data.split,
+            dropped=data.dropped,
+            first_dropped=data.first_dropped,
+            remark=data.remark(),
         )
 
     def __len__(self) -> int:
@@ -118,6 +151,7 @@ class Summary:
         by_size: "small", "medium", "large" -> objects, by COCO's bounds.
         score: the teacher's score at `QUANTILES`; None without objects.
         mean_score: its mean; None without objects.
+        labelled, split, dropped, first_dropped, remark: as in `Objects`.
     """
 
     images: int
@@ -130,6 +164,11 @@ class Summary:
     by_size: dict[str, int]
     score: list[float] | None
     mean_score: float | None
+    labelled: bool = True
+    split: str | None = None
+    dropped: int = 0
+    first_dropped: str | None = None
+    remark: str | None = None
 
     def top(self, count: int) -> tuple[list[tuple[str, int]], int, int]:
         """The `count` most frequent categories, how many others occur, and their objects."""
@@ -144,6 +183,10 @@ class Summary:
 
         return {
             "images": self.images,
+            "labelled": self.labelled,
+            "split": self.split,
+            "dropped": self.dropped,
+            "first_dropped": self.first_dropped,
             "objects": self.objects,
             "image_sizes": [
                 {"width": width, "height": height, "images": images}
@@ -184,6 +227,11 @@ def summarize(objects: Objects) -> Summary:
         by_size={"small": small, "medium": len(objects) - small - large, "large": large},
         score=None if scores is None else _quantiles(scores),
         mean_score=float(scores.mean()) if scores is not None and len(scores) else None,
+        labelled=objects.labelled,
+        split=objects.split,
+        dropped=objects.dropped,
+        first_dropped=objects.first_dropped,
+        remark=objects.remark,
     )
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import UserError
+from ..files import user_path
 from .base import Boundary, Detections, Detector, DistillationPair, Targets
 from .checkpoint import Checkpoint, class_of, find_model, read_checkpoint, sha256_of
 
@@ -163,12 +164,12 @@ def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _load(name: str, trust: bool) -> Detector:
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_file():
         return _from_file(path, trust)
     network, apart, weights = name.rpartition("@")
     if apart:
-        return _from_parts(network, Path(weights).expanduser(), trust)
+        return _from_parts(network, user_path(weights), trust)
     if name.startswith(TORCHVISION) or _mmdet_config(name) is not None:
         return _from_network(name, None)
     if name == "demo":
@@ -216,7 +217,7 @@ def _from_network(network: str, checkpoint: Checkpoint | None) -> Detector:
 
 def _mmdet_config(name: str) -> Path | None:
     """The config of mmdet that goes by that name, a file's or of one that comes with mmdet."""
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.suffix == ".py" and path.is_file():
         return path
     from .mmdet_config import shipped_config

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from pycocotools.cocoeval import COCOeval
 
+from ..dataset.outlines import Segment
 from ..dataset.readers import ImageSet
 from ..detectors.base import Detections
 from .matching import match
@@ -20,6 +21,7 @@ def bootstrap_ap(
     names: Sequence[str],
     samples: int = 200,
     seed: int = 0,
+    segments: Sequence[Sequence[Segment]] | None = None,
 ) -> tuple[float, float]:
     """95 % interval of AP over the choice of images (percentile bootstrap, Efron 1979).
 
@@ -30,19 +32,22 @@ def bootstrap_ap(
         imageset, detections, names: as for `score`.
         samples: number of resampled sets.
         seed: of the draws.
+        segments: as for `score`.
 
     Returns:
-        The 2.5 and 97.5 percentiles of AP, fractions in [0, 1].
+        The 2.5 and 97.5 percentiles of AP, fractions in [0, 1]; NaN where there is nothing to find.
 
     Raises:
         UserError: as `score`.
     """
-    evaluator, _ = match(imageset, detections, names, areas=("all",))
+    evaluator, _ = match(imageset, detections, names, areas=("all",), segments=segments)
     tables = _tables(evaluator)
     generator = np.random.default_rng(seed)
     n = len(imageset)
     draws = [np.bincount(generator.integers(n, size=n), minlength=n) for _ in range(samples)]
     values = [_average_precision(tables, counts, evaluator.params.recThrs) for counts in draws]
+    if np.isnan(values).all():
+        return math.nan, math.nan
     low, high = np.nanpercentile(values, [2.5, 97.5])
     return float(low), float(high)
 

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from ..dataset.image_set import Segment
 from ..dataset.letterbox import LetterboxTransform, load_letterboxed
+from ..dataset.outlines import Segment
 from ..dataset.readers import ImageSet, open_set
 from ..detectors.base import Detections, Detector
 from ..errors import UserError
@@ -50,6 +50,13 @@ class Metrics:
         missing_categories: the set's categories that the model does not have; not measured.
         seconds: wall time of reading and detecting (not of the matching), where known.
         images_per_second: the same, as a rate.
+        AP_interval: between which values AP is in 95 % of all draws of as many images from this
+            set (bootstrap); None where it was not asked for, or all draws are of one image.
+        split: which of the set's splits was measured; None where it has none.
+        dropped: boxes of the set that cannot be measured: without a positive size, not finite, or
+            there twice.
+        first_dropped: file and row of the first of these; None where there is none.
+        dropped_boxes: both in a line; None where there are none.
         masks: the same figures for instance masks, on those `masks.images` images whose objects'
             outlines are all known; None where the detector or the set has no masks.
     """
@@ -67,6 +74,11 @@ class Metrics:
     missing_categories: tuple[str, ...] = ()
     seconds: float | None = None
     images_per_second: float | None = None
+    AP_interval: tuple[float, float] | None = None
+    split: str | None = None
+    dropped: int = 0
+    first_dropped: str | None = None
+    dropped_boxes: str | None = None
     masks: Metrics | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -85,6 +97,7 @@ def evaluate(
     rect: bool = False,
     progress: Progress | None = None,
     limit: int | None = None,
+    interval: bool = False,
 ) -> Metrics:
     """Measure a detector, float or quantized, on a labelled set.
 
@@ -94,16 +107,17 @@ def evaluate(
         image_size: pixels of the long side; the detector's own by default.
         batch_size, score_threshold, iou_threshold, rect, progress: see `predict`.
         limit: measure only the first so many images.
+        interval: also find `AP_interval`.
 
     Raises:
         UserError: the set is broken or unlabelled, shares no category with the model, or
             `image_size` is no multiple of the detector's stride.
     """
     imageset = data if isinstance(data, ImageSet) else open_set(data)
-    if limit is not None:
-        imageset = imageset.head(limit)
     # Found before the minutes of detection, not after.
     require_labels(imageset)
+    if limit is not None:
+        imageset = imageset.head(limit)
     imageset.category_mapping(detector.names)
     size = detector.image_size if image_size is None else image_size
     start = time.perf_counter()
@@ -121,17 +135,21 @@ def evaluate(
     )
     detections, segments = map(list, zip(*rows, strict=True))
     seconds = time.perf_counter() - start
-    masks = None
+    names = detector.names
+    between = masks = None
+    if interval and len(imageset) > 1:
+        between = bootstrap_ap(imageset, detections, names)
     if outlined is not None:
         chosen = [index for index, item in enumerate(imageset.items) if item.segmented]
-        masks = score(
-            outlined,
-            [detections[index] for index in chosen],
-            detector.names,
-            [segments[index] for index in chosen],
-        )
+        found = [detections[index] for index in chosen]
+        shapes = [segments[index] for index in chosen]
+        masks = score(outlined, found, names, shapes)
+        if interval and len(outlined) > 1:
+            of_masks = bootstrap_ap(outlined, found, names, segments=shapes)
+            masks = replace(masks, AP_interval=of_masks)
     return replace(
-        score(imageset, detections, detector.names),
+        score(imageset, detections, names),
+        AP_interval=between,
         image_size=size,
         seconds=seconds,
         images_per_second=len(imageset) / seconds,
@@ -272,6 +290,10 @@ def score(
         missing_categories=tuple(
             name for name, index in zip(imageset.names, mapping, strict=True) if index is None
         ),
+        split=imageset.split,
+        dropped=imageset.dropped,
+        first_dropped=imageset.first_dropped,
+        dropped_boxes=imageset.remark(),
     )
 
 
@@ -319,4 +341,4 @@ def _plain(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
         return {key: _plain(entry) for key, entry in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(entry) for entry in value] if isinstance(value, tuple) else value

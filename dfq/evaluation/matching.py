@@ -11,15 +11,17 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from ..dataset.image_set import Segment
+from ..dataset.outlines import BrokenOutline, Segment
 from ..dataset.readers import ImageSet
 from ..detectors.base import Detections
 from ..errors import UserError
 
 
 def require_labels(imageset: ImageSet) -> None:
+    """Refuse a set that has no labels, or none that can be used."""
     if not imageset.labelled:
         raise UserError(f"{imageset.source}: the set has no labels to measure against")
+    imageset.require_boxes()
 
 
 def match(
@@ -73,7 +75,7 @@ def _index(imageset: ImageSet, categories: list[int], annotations: list[dict]) -
 
 def _truth(imageset: ImageSet, mapping: list[int | None]) -> Iterator[dict]:
     for item in imageset.items:
-        segments = item.segments or [None] * len(item.boxes)
+        segments = item.segments or (None,) * len(item.boxes)
         for box, label, ignore, area, segment in zip(
             item.boxes, item.labels, item.ignore, item.area, segments, strict=True
         ):
@@ -84,7 +86,7 @@ def _truth(imageset: ImageSet, mapping: list[int | None]) -> Iterator[dict]:
                     "bbox": _xywh(box),
                     "area": float(area),
                     "iscrowd": int(ignore),
-                    "segmentation": segment,
+                    "segmentation": None if isinstance(segment, BrokenOutline) else segment,
                 }
 
 

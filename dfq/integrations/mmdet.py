@@ -17,7 +17,6 @@ which registers with mmdet
 
 from __future__ import annotations
 
-import os
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from ..detectors.mmdet_config import require_mmdet
 from ..distillation.losses import FeatureTaps, training_terms
 from ..distillation.parameters import HeldLevels, Leash, held_layers, require_gradients
 from ..errors import UserError
+from ..launch import number
 from ..precision import resolve_precision
 from ..progress import Silent
 from ..quantization.convert import fold, insert_quantizers
@@ -58,7 +58,7 @@ __all__ = ["DFQCalibrationHook", "DFQCalibrationSet", "DFQDistiller", "DFQDistri
 def _join_processes() -> None:
     """Join the other processes of a run on CPUs; mmengine's launchers want a GPU to do it."""
     if (
-        int(os.environ.get("WORLD_SIZE", "1")) > 1
+        number("WORLD_SIZE", 1) > 1
         and not torch.cuda.is_available()
         and not torch.distributed.is_initialized()
     ):
@@ -101,7 +101,7 @@ class DFQCalibrationSet(CocoDataset):
     """
 
     def __init__(self, data_root: str, **options: Any) -> None:
-        found = CalibrationSet.open(Path(data_root))
+        found = CalibrationSet.open(Path(data_root)).require_intact()
         options.setdefault("metainfo", {"classes": tuple(found.names)})
         options.setdefault("ann_file", "annotations.json")
         options.setdefault("data_prefix", {"img": "images/"})

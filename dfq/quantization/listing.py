@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -122,6 +123,13 @@ def quantized_share(layers: Iterable[LayerInfo]) -> float:
     return sum(layer.macs for layer in layers if layer.quantized) / total if total else 0.0
 
 
+def weight_bytes(layers: Iterable[LayerInfo]) -> float:
+    """What the weights of the layers take at their bits, bytes."""
+    return sum(
+        math.prod(row.weight_shape) * row.weight_bits / 8 for row in layers if row.weight_shape
+    )
+
+
 def bit_operations(layers: Iterable[LayerInfo]) -> int:
     """BOPs of one image: weight bits * activation bits * MACs, summed over the layers."""
     return sum(row.weight_bits * row.activation_bits * row.macs for row in layers)
@@ -130,13 +138,14 @@ def bit_operations(layers: Iterable[LayerInfo]) -> int:
 @dataclass(frozen=True)
 class Inspection:
     """What `dfq inspect` shows: every layer, and the sums over them; of the sums and concatenations
-    of activations, how many are quantized and how many there are."""
+    of activations, how many are quantized and how many there are; the categories by index."""
 
     source: str
     family: str
     image_size: int
     layers: Sequence[LayerInfo]
     joins: tuple[int, int]
+    names: Sequence[str] = ()
 
     @property
     def quantized_share(self) -> float:
@@ -148,6 +157,7 @@ class Inspection:
             "model": self.source,
             "family": self.family,
             "image_size": self.image_size,
+            "categories": list(self.names),
             "macs": sum(layer.macs for layer in self.layers),
             "bit_operations": bit_operations(self.layers),
             "quantized_share_of_macs": self.quantized_share,

@@ -177,6 +177,7 @@ def _open_source(labels: str) -> ImageSet | None:
         raise UserError(f"synthesis.labels: {error}") from None
     if not images.labelled:
         raise UserError(f"synthesis.labels: {images.source}: the set has no labels")
+    images.require_boxes()
     return images
 
 

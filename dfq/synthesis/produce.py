@@ -19,6 +19,7 @@ from ..dataset.preview import write_preview
 from ..detectors.base import Detector
 from ..distributed import World, one_thread
 from ..errors import UserError
+from ..files import short_name
 from ..precision import resolve_precision
 from ..recipe_synthesis import Synthesis
 from .inversion import Inversion
@@ -63,7 +64,7 @@ def set_name(detector: Detector, settings: Synthesis, seed: int) -> str:
     """A folder name made from what determines the set."""
     wanted = determinants(detector, settings, seed)
     digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
-    stem = Path(detector.source).stem or detector.family
+    stem = short_name(Path(detector.source).stem) or detector.family
     size = wanted["synthesis"]["image_size"]
     return f"{stem}-{settings.images}x{size}-{digest[:12]}"
 
@@ -142,6 +143,9 @@ def synthesize_set(
             writer = CalibrationWriter(out, wanted, detector.names, plan.shards)
             if world.leads and not writer.complete:
                 stack.enter_context(writer.lock())
+            elif world.leads:
+                # Found, and not made just now: it may have been changed since.
+                CalibrationSet.open(out).require_intact()
         missing = world.share(writer.missing())
         progress = _Progress(writer, plan, missing, shard_done if world.leads else None)
         if missing:

@@ -106,8 +106,11 @@ def test_coco_outlines(tmp_path):
         assert opened.segmented() is None
     for wrong in ([[1, 2, 3]], [1, 2, 3, 4, 5, 6], {"size": [20], "counts": []}, "x", [["a"] * 6]):
         data["annotations"][2]["segmentation"] = wrong
-        with pytest.raises(UserError, match="'segmentation' that is neither"):
-            open_set(write_coco(tmp_path, data))
+        opened = open_set(write_coco(tmp_path, data))
+        # Boxes are measured all the same; masks cannot be.
+        assert len(opened.items[0].boxes) == 2
+        with pytest.raises(UserError, match=r"annotations\[2\] .*'segmentation' "):
+            opened.segmented()
 
 
 def test_coco_images_beside_the_json(tmp_path):
@@ -197,8 +200,7 @@ def test_yolo_split_as_folder_list_or_text(tmp_path, names, entry):
 def test_yolo_path_is_relative_to_the_yaml(tmp_path):
     write_yolo(tmp_path / "root", "")
     yaml = tmp_path / "set.yaml"
-    yaml.write_text("path: root\ntrain: images/val\nnames: [cat, dog]\n")
-    # There is no val: train is taken.
+    yaml.write_text("path: root\nval: images/val\nnames: [cat, dog]\n")
     assert open_set(yaml).items[0].path == tmp_path / "root" / "images" / "val" / "a.png"
 
 
@@ -244,7 +246,8 @@ def test_yolo_without_names_numbers_its_categories(tmp_path):
     [
         ("val: [", "", r"data.yaml, line \d: broken YAML"),
         ("just text", "", "not a YOLO data file"),
-        ("names: [cat]", "", "no split 'val' or 'train'; it has: none"),
+        ("names: [cat]", "", "no split 'val'; it has: none"),
+        ("train: images/val", "", "no split 'val'; it has: train"),
         ("val: images/none", "", "'images/none' does not exist"),
         ("path: none\nval: images/val", "", "'path' does not exist"),
         ("val: images/val\nnames: {0: a, 2: b}", "", "0, 1, 2"),

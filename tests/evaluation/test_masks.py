@@ -164,6 +164,13 @@ def test_images_with_unknown_outlines_are_left_out(tmp_path: Path) -> None:
     assert metrics.masks is not None
     assert metrics.masks.images == 2
     assert metrics.masks.AP == pytest.approx(1)
+    assert metrics.masks.AP_interval is None
+    between = evaluate(Segmenting(answers), data, interval=True)
+    assert between.AP_interval is not None
+    assert between.masks is not None
+    # A draw without the one image that has an object has no AP, and counts for nothing.
+    assert between.masks.AP_interval == (pytest.approx(1),) * 2
+    assert between.to_dict()["masks"]["AP_interval"] == [pytest.approx(1)] * 2
 
 
 def test_the_command_prints_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,67 @@
+"""The sets that `dfq qat` is given, opened and checked before any work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .dataset.calibration import CalibrationSet
+from .dataset.image_set import image_size
+from .dataset.readers import ImageSet, open_set
+from .detectors.base import Detector
+from .distillation.trainer import LabelledImages
+from .errors import UserError, shown
+from .evaluation.matching import require_labels
+from .files import user_path
+from .recipe import Recipe
+from .training import LetterboxedImages, open_training_data
+
+
+def labelled_set(source: str | None, settings: Recipe, detector: Detector) -> ImageSet | None:
+    """A set to measure on, checked; None where none is named."""
+    if not source:
+        return None
+    images = open_set(source)
+    require_labels(images)
+    images.category_mapping(detector.names)
+    size = settings.evaluation.image_size or detector.image_size
+    detector.check_size(size, "evaluation.image_size")
+    return images
+
+
+def training_data(data: str | Path, settings: Recipe, detector: Detector) -> LabelledImages:
+    """The set to train on, checked; errors are those of `open_training_data`, and labels that the
+    recipe needs and the set has not."""
+    found = open_training_data(data, detector, settings.synthesis.image_size)
+    unlabelled = isinstance(found, LetterboxedImages) and not found.images.labelled
+    if unlabelled and settings.distillation.weights.task > 0:
+        raise UserError(
+            f"{data}: has no labels for the task loss; "
+            "use a labelled set or --set distillation.weights.task=0"
+        )
+    return found
+
+
+def remark(calibration: LabelledImages) -> str | None:
+    """What was left out of a real set, in a line; None for nothing."""
+    return calibration.images.remark() if isinstance(calibration, LetterboxedImages) else None
+
+
+def require_side(calibration: LabelledImages, size: int) -> None:
+    """Refuse a size that a calibration set does not have: its images are as they were made."""
+    if isinstance(calibration, CalibrationSet):
+        width, height = image_size(calibration.root / calibration.files[0])
+        if size != max(width, height):
+            raise UserError(
+                f"--image-size {size}: the images of {calibration.root} are {width} x {height}; "
+                "leave it out, or make another set with dfq synthesize"
+            )
+
+
+def refuse_set(source: str | Path) -> None:
+    """Refuse a calibration set in the place of a detector."""
+    path = user_path(source)
+    if path.is_dir() and CalibrationSet.is_one(path):
+        raise UserError(
+            f"{shown(source)}: is a calibration set and no detector; give the detector here, and "
+            "the set as --data"
+        )
