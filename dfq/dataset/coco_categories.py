@@ -47,7 +47,8 @@ def match_names(
     """For each category of a set, the index of the model's category of that name.
 
     Names are compared exactly first, then without case, spaces and VOC's spellings. Positions
-    count only where the set has numbers for names ("0", "1", ...) and as many as the model.
+    count only where no name is shared, and the set has numbers for names ("0", "1", ...) and as
+    many as the model.
 
     Args:
         set_names: category names of the image set.
@@ -63,9 +64,10 @@ def match_names(
     exact = {name: index for index, name in reversed(list(enumerate(model_names)))}
     loose = {_canonical(name): index for index, name in reversed(list(enumerate(model_names)))}
     mapping = [exact.get(name, loose.get(_canonical(name))) for name in set_names]
-    if all(name.strip().isdigit() for name in set_names) and len(set_names) == len(model_names):
-        return list(range(len(model_names)))
     if all(index is None for index in mapping):
+        numbered = all(name.strip().isdigit() for name in set_names)
+        if numbered and len(set_names) == len(model_names):
+            return list(range(len(model_names)))
         raise UserError(
             f"{where}: no category name is shared with the model; the set has "
             f"{_beginning(set_names)}, the model has {_beginning(model_names)}"
