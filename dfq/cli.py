@@ -8,10 +8,11 @@ from pathlib import Path
 import click
 
 from . import __version__
-from .cli_common import F, check_output, checkpoint_option, mendable
+from .cli_common import F, check_output, checkpoint_option, mendable, settings_of
 from .cli_data import data
 from .cli_mmdet import mmdet_config
 from .errors import UserError
+from .limits import MOST_WORKERS
 
 
 def _common(command: F) -> F:
@@ -63,7 +64,7 @@ def cli() -> None:
 @click.option("--recipe", help="File or shipped recipe whose synthesis section is used.")
 @click.option(
     "--workers",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=1, max=MOST_WORKERS),
     help="Processes on this machine's CPU cores; default: as many as are worth starting.",
 )
 @click.option(
@@ -95,7 +96,6 @@ def synthesize(
     """
     from .distributed import leads
     from .progress import Live
-    from .recipe import load_recipe
     from .verbs import synthesize as verb
 
     if init == "noise":
@@ -104,7 +104,7 @@ def synthesize(
             raise UserError("--init noise stays as it is: leave the iterations out")
         iterations, init = 0, "uniform"
         labels = labels or (None if "synthesis.labels" in given else "none")
-    settings = load_recipe(
+    settings = settings_of(
         recipe,
         overrides,
         seed=seed,
@@ -161,10 +161,12 @@ def qat(
     """
     from .distributed import leads
     from .progress import Live
-    from .recipe import find_recipe, load_recipe
+    from .recipe import find_recipe
     from .verbs import quantize
 
-    settings = load_recipe(recipe, overrides, seed=seed, distillation__select_on=select_on)
+    settings = settings_of(
+        recipe, overrides, seed=seed, model=model, distillation__select_on=select_on
+    )
     folder = quantize(
         settings,
         model=model,
@@ -189,6 +191,7 @@ def qat(
 
 @cli.command()
 @click.option("--model", required=True, help="The float detector.")
+@checkpoint_option
 @click.option("--data", help="A SET to measure on; default: the synthetic one, made if need be.")
 @click.option("--recipe", help="File or shipped recipe whose quantization section is used.")
 @click.option(
@@ -226,11 +229,10 @@ def sensitivity(
     from .dataset.calibration import write_json
     from .distributed import leads
     from .progress import Live
-    from .recipe import load_recipe
     from .verbs import sensitivity as verb
 
     check_output(json_file)
-    settings = load_recipe(
+    settings = settings_of(
         recipe,
         overrides,
         seed=seed,

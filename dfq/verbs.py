@@ -26,7 +26,7 @@ from .quantization.listing import Inspection, bit_operations, describe, quantize
 from .quantization.results import count_joins
 from .recipe import Recipe, load_recipe
 from .run import Run, identity_of_recipe, is_run, load_run, next_folder, versions
-from .sensitivity.policy import Sensitivity, find_bits
+from .sensitivity.policy import Sensitivity, check_budget_can_be_kept, find_bits
 from .synthesis.produce import set_name, synthesize_set
 from .tensorboard import Curves
 from .training import (
@@ -66,17 +66,35 @@ def pick_device(device: str) -> str:
 
 def load_model(source: str | Path, *, trust: bool = False, device: str = "cpu") -> Detector:
     """A float detector, or the quantized one of a run folder."""
-    if is_run(Path(source)):
+    if _is_run(source):
         return load_run(source, device=device)
     return load_detector(source, trust=trust, device=device)
+
+
+def _is_run(source: str | Path) -> bool:
+    try:
+        return is_run(Path(source))
+    except OSError:
+        # A name that no file can have.
+        return False
 
 
 def _float_model(source: str | Path | None, *, trust: bool, device: str) -> Detector:
     if source is None:
         raise UserError("which model? give --model, or `model:` in the recipe")
-    if is_run(Path(source)):
+    if _is_run(source):
         raise UserError(f"{source}: is a quantized run; give the float detector it was made from")
-    return load_detector(source, trust=trust, device=device)
+    return _trained(load_detector(source, trust=trust, device=device))
+
+
+def _trained(detector: Detector) -> Detector:
+    """The detector, unless its weights are random and nobody said that they are to be."""
+    if detector.random_weights:
+        raise UserError(
+            f"{detector.source}: is a network without weights; give them with --checkpoint FILE "
+            f"({detector.source}@FILE), or say --random-weights ({detector.source}@random)"
+        )
+    return detector
 
 
 def _as_recipe(recipe: Recipe | str | Path | None) -> Recipe:
@@ -189,6 +207,8 @@ def quantize(
             select_on = _labelled_set(settings.distillation.select_on, settings, detector)
             teacher = fold(detector.twin())
             insert_quantizers(teacher.twin(), policy_of(settings))
+            if settings.quantization.mixed.budget is not None:
+                check_budget_can_be_kept(teacher, policy_of(settings), settings.quantization)
             calibration = None if data is None else _training_data(data, settings, detector)
         if calibration is None:
             calibration = synthesize(detector, settings, device=device, progress=progress)
@@ -325,6 +345,8 @@ def sensitivity(
                 detector = model.to(target)
             else:
                 detector = _float_model(model, trust=trust, device=target)
+            teacher, policy = fold(detector.twin()), policy_of(settings)
+            check_budget_can_be_kept(teacher, policy, settings.quantization)
             images = (
                 None
                 if data is None
@@ -335,8 +357,7 @@ def sensitivity(
         found = None
         with world.leader_first():
             if world.leads:
-                policy, section = policy_of(settings), settings.quantization
-                found = find_bits(fold(detector.twin()), policy, section, images, progress)
+                found = find_bits(teacher, policy, settings.quantization, images, progress)
         shared: Sensitivity = world.share(found)
         return shared
 
@@ -360,7 +381,7 @@ def evaluate(
     if isinstance(model, Detector):
         detector = model.to(target)
     else:
-        detector = load_model(model, trust=trust, device=target)
+        detector = _trained(load_model(model, trust=trust, device=target))
     progress = progress or Silent()
     with progress.task("evaluation", len(images), "images") as task:
         return evaluate_detector(detector, images, image_size=image_size, progress=task.update)
