@@ -8,12 +8,14 @@ import click
 
 from .cli_common import check_output, mendable
 from .errors import UserError
+from .suggest import suggestion
 
 
 @click.command("mmdet-config")
 @click.argument("base", type=click.Path(path_type=Path))
 @click.option("--recipe", required=True, help="File or shipped recipe (w8a8).")
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Float weights of BASE.")
+@click.option("--random-weights", is_flag=True, help="Do without weights of BASE.")
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
@@ -28,25 +30,39 @@ def mmdet_config(
     base: Path,
     recipe: str,
     checkpoint: Path | None,
+    random_weights: bool,
     data: Path,
     out: Path | None,
     overrides: tuple[str, ...],
 ) -> None:
     """Write the config with which mmdet's own tools/train.py trains BASE by a recipe.
 
-    BASE is the detector's own config, a file.
+    BASE is the detector's own config, a file. Its validation set is kept if it is there.
     """
-    from .dataset.calibration import write_atomic
-    from .detectors.mmdet_config import read_config
+    from .dataset.calibration import CalibrationSet, write_atomic
+    from .detectors.mmdet_config import missing_validation, read_config
     from .integrations.mmdet_recipe import mmdet_config as text_of
     from .recipe import find_recipe, load_recipe
 
     if not base.is_file():
-        raise UserError(f"{base}: there is no such config; give the detector's own, a .py file")
+        beside = [str(path) for path in sorted(base.parent.glob("*.py"))]
+        raise UserError(
+            f"{base}: there is no such config; give the detector's own, a .py file"
+            f"{suggestion(str(base), beside)}"
+        )
+    if checkpoint is not None and random_weights:
+        raise UserError("--checkpoint and --random-weights contradict: leave one out")
+    if checkpoint is None and not random_weights:
+        raise UserError(
+            f"{base}: is a network without weights; give them with --checkpoint FILE, or say "
+            "--random-weights"
+        )
     if checkpoint is not None and not checkpoint.is_file():
         raise UserError(f"--checkpoint {checkpoint}: there is no such file")
     settings = load_recipe(recipe, overrides)
+    CalibrationSet.open(data)
     inherited = read_config(base)
+    missing = missing_validation(inherited)
     found = find_recipe(recipe)
     own = Path(recipe).is_file()
     target = out or Path(f"{base.stem}-{found.stem}.py")
@@ -60,7 +76,12 @@ def mmdet_config(
         name=str(target),
         overrides=overrides,
         inherited=inherited,
+        missing=missing,
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(target, text.encode())
+    if missing is not None:
+        click.echo(
+            f"without validation: {base} measures on a set that is not here ({missing})", err=True
+        )
     click.echo(str(target))
