@@ -17,6 +17,7 @@ from .cli_common import (
     output_file,
     output_folder,
     require_streams,
+    settings_of,
     settings_options,
     write_json_output,
 )
@@ -24,6 +25,7 @@ from .cli_compare import compare
 from .cli_data import data
 from .cli_mmdet import mmdet_config
 from .cli_sensitivity import sensitivity
+from .limits import MOST_WORKERS
 
 
 def _tensorboard(command: F) -> F:
@@ -76,7 +78,7 @@ def cli() -> None:
 )
 @click.option(
     "--workers",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=1, max=MOST_WORKERS),
     show_default="as many as are worth starting",
     help="Processes on this machine's CPU cores.",
 )
@@ -107,11 +109,11 @@ def synthesize(
     """
     from .distributed import leads
     from .progress import Live
-    from .recipe import as_noise, load_recipe
+    from .recipe import as_noise
     from .verbs import synthesize as verb
 
     init, iterations, labels = as_noise(init, iterations, labels, overrides)
-    settings = load_recipe(
+    settings = settings_of(
         recipe,
         overrides,
         seed=seed,
@@ -187,13 +189,14 @@ def qat(
     """
     from .distributed import leads
     from .progress import Live
-    from .recipe import find_recipe, load_recipe
+    from .recipe import find_recipe
     from .verbs import quantize
 
-    settings = load_recipe(
+    settings = settings_of(
         recipe,
         overrides,
         seed=seed,
+        model=model,
         distillation__select_on=select_on,
         synthesis__image_size=image_size,
     )

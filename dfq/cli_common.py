@@ -6,9 +6,9 @@ import errno
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -21,6 +21,10 @@ from .files import (
     user_path,
     write_atomic,
 )
+from .plain import brief
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -108,20 +112,29 @@ def require_streams() -> None:
 
 
 def checkpoint_option(command: F) -> F:
-    """`--checkpoint`, for a network that `--model` names without its weights; the command gets both
-    as one `model`."""
+    """`--checkpoint` and `--random-weights`, for a network that `--model` names without its
+    weights; the command gets all as one `model`."""
 
     @click.option(
         "--checkpoint",
         metavar="FILE",
         help="Weights of a --model that is a network only: torchvision/NAME or an mmdet config.",
     )
+    @click.option(
+        "--random-weights",
+        is_flag=True,
+        help="Do without the weights of such a --model.",
+    )
     @functools.wraps(command)
-    def wrapped(*args: Any, checkpoint: str | None, **kwargs: Any) -> Any:
-        if checkpoint is not None:
+    def wrapped(*args: Any, checkpoint: str | None, random_weights: bool, **kwargs: Any) -> Any:
+        if checkpoint is not None and random_weights:
+            _fail("--checkpoint and --random-weights contradict: leave one out")
+        weights = "random" if random_weights else checkpoint
+        if weights is not None:
             if kwargs["model"] is None:
-                _fail("--checkpoint: whose weights? give --model as well")
-            kwargs["model"] = f"{kwargs['model']}@{checkpoint}"
+                option = "random-weights" if random_weights else "checkpoint"
+                _fail(f"--{option}: whose weights? give --model as well")
+            kwargs["model"] = f"{kwargs['model']}@{weights}"
         return command(*args, **kwargs)
 
     return wrapped  # type: ignore[return-value]
@@ -149,6 +162,36 @@ def settings_options(command: F) -> F:
     return click.option(
         "--seed", type=int, show_default="0, or the recipe's", help="Fixes the result."
     )(command)
+
+
+def settings_of(recipe: str | None, overrides: Sequence[str], **values: Any) -> Recipe:
+    """The recipe of a command: `load_recipe`, with options and `--set` in agreement.
+
+    Args:
+        recipe, overrides, values: as for `load_recipe`.
+
+    Raises:
+        UserError: an option says something else than a `--set`, or the recipe is none.
+    """
+    from .recipe import load_recipe, parse_override
+
+    stated = dict(map(parse_override, overrides))
+    for key, value in values.items():
+        path = key.replace("__", ".")
+        parts = path.split(".")
+        for depth in range(len(parts), 0, -1):
+            above = ".".join(parts[:depth])
+            if value is None or above not in stated:
+                continue
+            found = stated[above]
+            for part in parts[depth:]:
+                found = found.get(part, value) if isinstance(found, dict) else value
+            if found != value:
+                raise UserError(
+                    f"--{parts[-1].replace('_', '-')} {brief(value)} and --set {above}="
+                    f"{brief(stated[above])} contradict: leave one out"
+                )
+    return load_recipe(recipe, overrides, **values)
 
 
 def output_file(

@@ -8,17 +8,14 @@ import click
 
 from .cli_common import PATH, mendable, output_file, write_output
 from .errors import UserError
+from .suggest import suggestion
 
 
 @click.command("mmdet-config", short_help="Write a config for mmdet's own training script.")
 @click.argument("base", type=PATH)
 @click.option("--recipe", required=True, help="File or shipped recipe (w8a8).")
-@click.option(
-    "--checkpoint",
-    type=PATH,
-    show_default="random ones",
-    help="Float weights of BASE.",
-)
+@click.option("--checkpoint", type=PATH, help="Float weights of BASE.")
+@click.option("--random-weights", is_flag=True, help="Do without weights of BASE.")
 @click.option(
     "--data",
     type=PATH,
@@ -33,24 +30,39 @@ def mmdet_config(
     base: Path,
     recipe: str,
     checkpoint: Path | None,
+    random_weights: bool,
     data: Path,
     out: Path | None,
     overrides: tuple[str, ...],
 ) -> None:
     """Write the config with which mmdet's own tools/train.py trains BASE by a recipe.
 
-    BASE is the detector's own config, a file.
+    BASE is the detector's own config, a file. Its validation set is kept if it is there.
     """
-    from .detectors.mmdet_config import read_config
+    from .dataset.calibration import CalibrationSet
+    from .detectors.mmdet_config import missing_validation, read_config
     from .integrations.mmdet_recipe import mmdet_config as text_of
     from .recipe import find_recipe, load_recipe
 
     if not base.is_file():
-        raise UserError(f"{base}: there is no such config; give the detector's own, a .py file")
+        beside = [str(path) for path in sorted(base.parent.glob("*.py"))]
+        raise UserError(
+            f"{base}: there is no such config; give the detector's own, a .py file"
+            f"{suggestion(str(base), beside)}"
+        )
+    if checkpoint is not None and random_weights:
+        raise UserError("--checkpoint and --random-weights contradict: leave one out")
+    if checkpoint is None and not random_weights:
+        raise UserError(
+            f"{base}: is a network without weights; give them with --checkpoint FILE, or say "
+            "--random-weights"
+        )
     if checkpoint is not None and not checkpoint.is_file():
         raise UserError(f"--checkpoint {checkpoint}: there is no such file")
     settings = load_recipe(recipe, overrides)
+    CalibrationSet.open(data)
     inherited = read_config(base)
+    missing = missing_validation(inherited)
     found = find_recipe(recipe)
     own = Path(recipe).is_file()
     target = out or Path(f"{base.stem}-{found.stem}.py")
@@ -65,6 +77,11 @@ def mmdet_config(
         name=str(target),
         overrides=overrides,
         inherited=inherited,
+        missing=missing,
     )
     write_output(target, text.encode(), "out")
+    if missing is not None:
+        click.echo(
+            f"without validation: {base} measures on a set that is not here ({missing})", err=True
+        )
     click.echo(str(target))

@@ -8,9 +8,11 @@ import click
 
 from .cli_common import (
     PATH,
+    checkpoint_option,
     common_options,
     mendable,
     output_file,
+    settings_of,
     settings_options,
     write_json_output,
 )
@@ -18,6 +20,7 @@ from .cli_common import (
 
 @click.command(short_help="Measure what each layer's bits do, and spread a budget.")
 @click.option("--model", required=True, help="The float detector.")
+@checkpoint_option
 @click.option(
     "--data",
     show_default="the synthetic one, made if need be",
@@ -69,11 +72,10 @@ def sensitivity(
     from .cli_tables import print_sensitivity
     from .distributed import leads
     from .progress import Live
-    from .recipe import load_recipe
     from .verbs import sensitivity as verb
 
     json_file = output_file(json_file, inputs=(model, data, recipe))
-    settings = load_recipe(
+    settings = settings_of(
         recipe,
         overrides,
         seed=seed,

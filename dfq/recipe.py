@@ -9,11 +9,19 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from .errors import UserError
+from .errors import UserError, shown
 from .files import user_path
+from .limits import (
+    LARGEST_SIDE,
+    LARGEST_WEIGHT,
+    MOST_IMAGES,
+    MOST_STEPS,
+)
+from .plain import brief, parse_yaml, read_small
 from .quantization.widths import Widths, check_budget, parse_widths
 from .recipe_section import Section
 from .recipe_synthesis import Synthesis
+from .suggest import suggestion
 
 
 class Mixed(Section):
@@ -27,7 +35,7 @@ class Mixed(Section):
     weights."""
     candidates: list[int | str] = Field([3, 4, 5, 6, 8])
     """Widths a layer may get: of its weights, or of both as "w4a6"."""
-    images: int = Field(16, ge=1)
+    images: int = Field(16, ge=1, le=MOST_IMAGES)
     """Images of the set that each layer's effect is measured on."""
 
     @field_validator("budget", mode="before")
@@ -62,15 +70,15 @@ class Quantization(Section):
     activations: Literal["asymmetric", "symmetric"] = "asymmetric"
     ranges: Literal["mse", "minmax", "percentile", "lsq"] = "mse"
     """How the initial scales are found."""
-    calibration_images: int = Field(64, ge=1)
+    calibration_images: int = Field(64, ge=1, le=MOST_IMAGES)
     """Images of the set the initial scales are found on."""
-    refine_images: int = Field(16, ge=0)
+    refine_images: int = Field(16, ge=0, le=MOST_IMAGES)
     """Images of the set on which the grids that `mse` found for activations of 5 to 7 bits are
     moved to where the predictions stay closest; 0: they stay where they are."""
     rounding: Literal["gptq", "nearest"] = "gptq"
     """How weights get onto their grids, before any training: each making up for the errors of those
     before it, or each to the nearest level."""
-    rounding_images: int = Field(512, ge=1)
+    rounding_images: int = Field(512, ge=1, le=MOST_IMAGES)
     """Images of the set that the former looks at."""
     scope: Literal["all", "backbone"] = "all"
     """Layers that are quantized at all; with backbone, neck and heads stay in float."""
@@ -105,11 +113,11 @@ class Quantization(Section):
 class DistillationWeights(Section):
     """Weights of the training loss."""
 
-    kl: float = Field(1.0, ge=0)
+    kl: float = Field(1.0, ge=0, le=LARGEST_WEIGHT)
     """Divergence from the teacher's predictions."""
-    feature: float = Field(1.0, ge=0)
+    feature: float = Field(1.0, ge=0, le=LARGEST_WEIGHT)
     """Squared distance of the distilled layers, relative to the teacher's variance."""
-    task: float = Field(0.0, ge=0)
+    task: float = Field(0.0, ge=0, le=LARGEST_WEIGHT)
     """The family's own training loss on the synthetic labels."""
 
     @model_validator(mode="after")
@@ -122,8 +130,8 @@ class DistillationWeights(Section):
 class Distillation(Section):
     """Stage II: how the low-bit network is trained."""
 
-    epochs: int = Field(6, ge=1)
-    batch_size: int = Field(16, ge=1)
+    epochs: int = Field(6, ge=1, le=MOST_STEPS)
+    batch_size: int = Field(16, ge=1, le=MOST_IMAGES)
     lr: float = Field(3e-4, gt=0)
     """Adam, biases and whatever is not quantized; cosine to zero."""
     weight_lr: float | None = Field(0.0, ge=0)
@@ -134,9 +142,9 @@ class Distillation(Section):
     all the same, at `lr`."""
     scale_lr: float = Field(1e-3, gt=0)
     """Adam, logarithms of the step sizes and zero points; cosine to zero."""
-    drift: float = Field(0.5, ge=0)
+    drift: float = Field(0.5, ge=0, le=LARGEST_WEIGHT)
     """Trained weights stay within so many quantization steps of their start; 0: no bound."""
-    dampen: float = Field(0.0, ge=0)
+    dampen: float = Field(0.0, ge=0, le=LARGEST_WEIGHT)
     """Pull of weights towards the level they are rounded to, rising over the training: against
     oscillation at 4 bits and below."""
     freeze: float = Field(0.0, ge=0, lt=1)
@@ -148,9 +156,9 @@ class Distillation(Section):
     """As `synthesis.masks`, for the task loss of the training."""
     kl_form: Literal["family", "flattened"] = "family"
     """Over what is a distribution in the family, or the paper's softmax over a whole level."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, gt=0, le=LARGEST_WEIGHT)
     """Of the KL; the paper's flattened form uses 4."""
-    clip: float = Field(10.0, gt=0)
+    clip: float = Field(10.0, gt=0, le=LARGEST_WEIGHT)
     """Largest norm of the gradient."""
     ema: float = Field(0.998, ge=0, lt=1)
     """Decay of the averaged weights; 0 switches them off."""
@@ -169,7 +177,7 @@ class Distillation(Section):
     precision: Literal["float32", "bfloat16", "auto"] = "auto"
     """What convolutions compute in while training; quantizers, losses and parameters stay in
     float32. Auto: bfloat16 where the device computes in it natively."""
-    checkpoint_minutes: float = Field(1.0, ge=0)
+    checkpoint_minutes: float = Field(1.0, ge=0, le=LARGEST_WEIGHT)
     """A checkpoint is written at the first epoch's end after so many minutes."""
 
 
@@ -177,8 +185,8 @@ class Evaluation(Section):
     """A measurement once training is over; it never steers the training."""
 
     data: str | None = None
-    image_size: int | None = Field(None, ge=32)
-    batch_size: int = Field(16, ge=1)
+    image_size: int | None = Field(None, ge=32, le=LARGEST_SIDE)
+    batch_size: int = Field(16, ge=1, le=MOST_IMAGES)
 
 
 class Recipe(Section):
@@ -240,7 +248,7 @@ def find_recipe(name: str | Path) -> Path:
         return shipped[key]
     raise UserError(
         f"recipe '{name}': no such file, and none is shipped under that name "
-        f"(shipped: {', '.join(shipped)})"
+        f"(shipped: {', '.join(shipped)}){suggestion(key, shipped)}"
     )
 
 
@@ -279,11 +287,8 @@ def load_recipe(name: str | Path | None, overrides: Overrides = (), **values: An
     if name is not None:
         path = find_recipe(name)
         origin = str(path.name)
-        try:
-            data = yaml.safe_load(path.read_text()) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            line = " ".join(str(error).split())
-            raise UserError(f"{path}: not valid YAML: {line}") from None
+        data = parse_yaml(read_small(path), str(path))
+        data = {} if data is None else data
         if not isinstance(data, dict):
             raise UserError(
                 f"{path}: a recipe is a mapping of sections, not a {type(data).__name__}"
@@ -301,13 +306,7 @@ def _override(data: dict[str, Any], overrides: Overrides, values: dict[str, Any]
         # One text is a sequence of texts too, of a letter each.
         overrides = (overrides,)
     for text in overrides:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise UserError(f"--set {text}: write section.key=value")
-        try:
-            _assign(data, key, yaml.safe_load(value))
-        except yaml.YAMLError:
-            raise UserError(f"--set {text}: '{value}' is not a YAML value") from None
+        _assign(data, *parse_override(text))
     for key, given in values.items():
         if given is not None:
             _assign(data, key.replace("__", "."), given)
@@ -361,6 +360,26 @@ def _validated(data: dict[str, Any], origin: str) -> Recipe:
         raise UserError("\n".join(dict.fromkeys(lines))) from None
 
 
+def parse_override(text: str) -> tuple[str, Any]:
+    """Key and value of `section.key=value`.
+
+    Raises:
+        UserError: it is something else.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {shown(text)}: write section.key=value")
+    try:
+        return key, parse_yaml(value, "")
+    except UserError as error:
+        reason = str(error).removeprefix(": ").removeprefix("not valid YAML: ")
+        cut = value if len(value) <= 100 and value.isprintable() else f"{brief(value)[1:-1]}"
+        if not reason.startswith(("holds", "is", "the key", "*")):
+            # What is wrong with it, who reads it sees.
+            reason = f"'{cut}' is not a YAML value"
+        raise UserError(f"--set {shown(key)}={cut}: {reason}") from None
+
+
 def _assign(data: dict[str, Any], key: str, value: Any) -> None:
     parts = key.split(".")
     for depth, part in enumerate(parts[:-1]):
@@ -373,10 +392,29 @@ def _assign(data: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _explain(problem: Any) -> str:
-    where = ".".join(str(part) for part in problem["loc"])
+    where = " ".join(".".join(str(part) for part in problem["loc"]).split())[:200]
     if problem["type"] == "extra_forbidden":
-        return f"{where}: unknown key"
+        return f"{where}: unknown key{_meant(where)}"
     message = problem["msg"].removeprefix("Value error, ")
     got = problem.get("input")
-    shown = f", got {got!r}" if not isinstance(got, dict | list | BaseModel) else ""
-    return f"{where + ': ' if where else ''}{message[:1].lower()}{message[1:]}{shown}"
+    given = f", got {brief(got)}" if not isinstance(got, dict | list | BaseModel) else ""
+    return f"{where + ': ' if where else ''}{message[:1].lower()}{message[1:]}{given}"
+
+
+def _meant(key: str) -> str:
+    """What an unknown key was probably meant to be: one written much like it, or one of that name
+    in another section."""
+    known = _keys(Recipe)
+    last = key.rpartition(".")[2]
+    elsewhere = [name for name in known if name.rpartition(".")[2] == last]
+    return f"; did you mean {elsewhere[0]}?" if elsewhere else suggestion(key, known)
+
+
+def _keys(section: type[BaseModel], above: str = "") -> list[str]:
+    """Every key of a section and of those in it, with dots."""
+    names = []
+    for name, field in section.model_fields.items():
+        names.append(f"{above}{name}")
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            names += _keys(field.annotation, f"{above}{name}.")
+    return names

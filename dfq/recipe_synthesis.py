@@ -6,6 +6,14 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from .limits import (
+    LARGEST_RATE,
+    LARGEST_SIDE,
+    LARGEST_WEIGHT,
+    MOST_IMAGES,
+    MOST_OBJECTS,
+    MOST_STEPS,
+)
 from .recipe_section import Section
 
 LABELS = ("adaptive", "single", "multi", "tile", "none")
@@ -16,40 +24,46 @@ REAL_LABELS = "real:"
 class SynthesisWeights(Section):
     """Weights of the synthesis loss; what they mean, `synthesis.balance` says."""
 
-    task: float = Field(1.0, ge=0)
+    task: float = Field(1.0, ge=0, le=LARGEST_WEIGHT)
     """The family's own training loss on the labels."""
-    bn: float = Field(1.0, ge=0)
+    bn: float = Field(1.0, ge=0, le=LARGEST_WEIGHT)
     """BatchNorm statistics, summed over the layers."""
-    first_bn: float = Field(5.0, ge=0)
+    first_bn: float = Field(5.0, ge=0, le=LARGEST_WEIGHT)
     """How often more the first BatchNorm counts in that sum: it fixes colours and contrast."""
-    entropy: float = Field(1.0, ge=0)
+    entropy: float = Field(1.0, ge=0, le=LARGEST_WEIGHT)
     """Entropy of the similarities between patches, in networks with attention."""
-    tv: float = Field(0.2, ge=0)
+    tv: float = Field(0.2, ge=0, le=LARGEST_WEIGHT)
     """Total variation, relative to the gradient of the others."""
 
 
 class LabelStage(Section):
     """The low-resolution stage in which the adaptive sampler finds boxes and categories."""
 
-    image_size: int = Field(160, ge=32)
-    iterations: int = Field(80, ge=1)
+    image_size: int = Field(160, ge=32, le=LARGEST_SIDE)
+    iterations: int = Field(80, ge=1, le=MOST_STEPS)
     start: float = Field(0.5, ge=0, le=1)
     """Share of the iterations after which labels are first updated."""
     stop: float = Field(0.95, ge=0, le=1)
     """Share of the iterations after which labels stay fixed."""
-    updates: int = Field(4, ge=1)
+    updates: int = Field(4, ge=1, le=MOST_STEPS)
     score_threshold: float = Field(0.2, gt=0, lt=1)
     """Detections below this score do not count."""
     sampler: Literal["scattered", "paper"] = "scattered"
     """Labels begin as many objects of all sizes, whose categories follow what the detector faintly
     sees at the first update; or as one of 20 to 80 % of the side, and updates drop what they do not
     find (the paper's)."""
-    objects: int = Field(32, ge=1)
+    objects: int = Field(32, ge=1, le=MOST_OBJECTS)
     """Most objects an image begins with, where they are scattered."""
     smallest_area: float = Field(0.0016, gt=0, lt=0.8)
     """Share of the image below which no object begins, and no detection is added."""
     reuse: bool = False
     """Whether the image stage goes on from the images of this stage instead of from noise."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> LabelStage:
+        if self.start > self.stop:
+            raise ValueError(f"start ({self.start:g}) is after stop ({self.stop:g})")
+        return self
 
 
 class Techniques(Section):
@@ -63,7 +77,7 @@ class Techniques(Section):
     """Strided convolutions see their input shifted at random by less than their stride."""
     soft_labels: float = Field(0.0, ge=0, lt=1)
     """Smoothing of the categories in the task loss."""
-    slack: float = Field(0.0, ge=0)
+    slack: float = Field(0.0, ge=0, le=LARGEST_WEIGHT)
     """BatchNorm distances below this margin do not count."""
     emphasis: float = Field(0.0, ge=-4, le=4)
     """Above 0 the BatchNorm distances of deep layers count more, below 0 those of early ones: the
@@ -76,17 +90,17 @@ class Techniques(Section):
 class Synthesis(Section):
     """Stage I: how images and labels are made."""
 
-    images: int = Field(512, ge=1)
-    image_size: int | None = Field(None, ge=32)
+    images: int = Field(512, ge=1, le=MOST_IMAGES)
+    image_size: int | None = Field(None, ge=32, le=LARGEST_SIDE)
     """Side in pixels; None: the size the detector was trained for."""
-    iterations: int = Field(200, ge=0)
+    iterations: int = Field(200, ge=0, le=MOST_STEPS)
     """Of the image stage; 0 leaves the initial noise (a baseline)."""
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(32, ge=1, le=MOST_IMAGES)
     """Images optimised together; BatchNorm statistics are matched over the batch."""
-    micro_batch: int | None = Field(None, ge=1)
+    micro_batch: int | None = Field(None, ge=1, le=MOST_IMAGES)
     """Images that go through the network at once, for less memory in more passes; the statistics
     stay those of the whole batch. None: all."""
-    learning_rate: float = Field(0.1, gt=0)
+    learning_rate: float = Field(0.1, gt=0, le=LARGEST_RATE)
     labels: str = "adaptive"
     """adaptive, single, multi, tile, none; or real:SET, which takes the labels of a real set."""
     init: Literal["uniform", "gaussian", "pink"] = "uniform"

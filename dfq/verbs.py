@@ -25,7 +25,7 @@ from .quantization.listing import Inspection, bit_operations, describe, quantize
 from .quantization.results import count_joins
 from .recipe import Overrides, Recipe, as_noise, changed_recipe
 from .run import Run, identity_of_recipe, is_run, load_run, next_folder, versions
-from .sensitivity.policy import Sensitivity, find_bits
+from .sensitivity.policy import Sensitivity, check_budget_can_be_kept, find_bits
 from .surroundings import Report, cache_folder, own_device, pick_device, reporter
 from .synthesis.produce import set_name, synthesize_set
 from .tensorboard import Curves, WithCurves
@@ -42,18 +42,36 @@ from .training import (
 def load_model(source: str | Path, *, trust: bool = False, device: str = "cpu") -> Detector:
     """A float detector, or the quantized one of a run folder."""
     refuse_set(source)
-    if is_run(user_path(source)):
+    if _is_run(source):
         return load_run(user_path(source), device=device)
     return load_detector(source, trust=trust, device=device)
+
+
+def _is_run(source: str | Path) -> bool:
+    try:
+        return is_run(user_path(source))
+    except OSError:
+        # A name that no file can have.
+        return False
 
 
 def _float_model(source: str | Path | None, *, trust: bool, device: str) -> Detector:
     if source is None:
         raise UserError("which model? give --model, or `model:` in the recipe")
     refuse_set(source)
-    if is_run(user_path(source)):
+    if _is_run(source):
         raise UserError(f"{source}: is a quantized run; give the float detector it was made from")
-    return load_detector(source, trust=trust, device=device)
+    return _trained(load_detector(source, trust=trust, device=device))
+
+
+def _trained(detector: Detector) -> Detector:
+    """The detector, unless its weights are random and nobody said that they are to be."""
+    if detector.random_weights:
+        raise UserError(
+            f"{detector.source}: is a network without weights; give them with --checkpoint FILE "
+            f"({detector.source}@FILE), or say --random-weights ({detector.source}@random)"
+        )
+    return detector
 
 
 def synthesize(
@@ -207,6 +225,8 @@ def quantize(
             selected_on = labelled_set(settings.distillation.select_on, settings, detector)
             teacher = fold(detector.twin())
             insert_quantizers(teacher.twin(), policy_of(settings))
+            if settings.quantization.mixed.budget is not None:
+                check_budget_can_be_kept(teacher, policy_of(settings), settings.quantization)
             calibration = None if data is None else training_data(data, settings, detector)
             if calibration is not None and image_size is not None:
                 require_side(calibration, image_size)
@@ -334,6 +354,8 @@ def sensitivity(
                 detector = model.to(target)
             else:
                 detector = _float_model(model, trust=trust, device=target)
+            teacher, policy = fold(detector.twin()), policy_of(settings)
+            check_budget_can_be_kept(teacher, policy, settings.quantization)
             calibration = (
                 None
                 if data is None
@@ -344,8 +366,7 @@ def sensitivity(
         found = None
         with world.leader_first():
             if world.leads:
-                policy, section = policy_of(settings), settings.quantization
-                found = find_bits(fold(detector.twin()), policy, section, calibration, progress)
+                found = find_bits(teacher, policy, settings.quantization, calibration, progress)
         shared: Sensitivity = world.share(found)
         return shared
 
@@ -377,7 +398,7 @@ def evaluate(
     if isinstance(model, Detector):
         detector = model.to(target)
     else:
-        detector = load_model(model, trust=trust, device=target)
+        detector = _trained(load_model(model, trust=trust, device=target))
     with reporter(progress).task("evaluation", len(images), "images") as task:
         return evaluate_detector(
             detector, images, image_size=image_size, interval=interval, progress=task.update

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import struct
@@ -14,10 +15,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import UserError
-from ..files import user_path
+from ..errors import UserError, shown
+from ..files import NAME_BYTES, user_path
+from ..plain import brief, one_line, parse_json, plain_tree
+from ..suggest import suggestion
 from .base import Boundary, Detections, Detector, DistillationPair, Targets
+from .bounded import bounded, most_for
 from .checkpoint import Checkpoint, class_of, find_model, read_checkpoint, sha256_of
+from .metadata import source_of
+from .tensors import check_kinds, sound
 
 if TYPE_CHECKING:
     from .ultralytics import UltralyticsDetector
@@ -25,6 +31,9 @@ if TYPE_CHECKING:
 
 TORCHVISION = "torchvision/"
 """What the name of a network of torchvision starts with."""
+RANDOM = "random"
+"""What stands for the weights of a network that is meant to have random ones."""
+_SUFFIXES = (".pt", ".pth", ".yaml", ".yml", ".safetensors", ".py")
 
 __all__ = [
     "Boundary",
@@ -67,7 +76,8 @@ def load_detector(model: str | Path, *, trust: bool = False, device: str = "cpu"
             name of a published network ("yolo11s", "yolov5n.pt"), downloaded where need be;
             "torchvision/NAME" or a config of mmdet (a file, or the name of one that comes with
             it), with random weights; or "demo", the small detector that comes with dfq. Where a
-            network and its weights are apart: "NETWORK@CHECKPOINT".
+            network and its weights are apart: "NETWORK@CHECKPOINT", or "NETWORK@random" for one
+            that is meant to have random weights.
         trust: run what is in a checkpoint, for files whose author is trusted.
         device: where to put it, e.g. "cpu" or "cuda:0".
 
@@ -90,12 +100,21 @@ def from_spec(spec: dict[str, Any]) -> Detector:
     Raises:
         UserError: the description is damaged or of an unknown family.
     """
-    family = spec.get("family") if isinstance(spec, dict) else None
-    if family not in _SPECS:
+    plain = plain_tree(spec, "the description")
+    family = plain.get("family") if isinstance(plain, dict) else None
+    if not isinstance(family, str) or family not in _SPECS:
         raise UserError(
-            f"the description is of the family {family!r}; known are {', '.join(_SPECS)}"
+            f"the description is of the family {brief(family)}; known are {', '.join(_SPECS)}"
         )
-    return _SPECS[family](spec)
+    try:
+        return _SPECS[family](plain)
+    except UserError:
+        raise
+    except _ODD as error:
+        raise UserError(
+            f"the description of {source_of(plain)} cannot be used ({one_line(error)}): it is "
+            "damaged or of another version of dfq"
+        ) from error
 
 
 def _torchvision_spec(spec: dict[str, Any]) -> Detector:
@@ -164,6 +183,9 @@ def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _load(name: str, trust: bool) -> Detector:
+    if any(len(os.fsencode(part)) > NAME_BYTES for part in name.split("/")):
+        # Longer than any file's: the system would say so at every look.
+        raise UserError(f"there is no detector {shown(name)}: give {_ACCEPTED}")
     path = user_path(name)
     if path.is_file():
         return _from_file(path, trust)
@@ -179,28 +201,57 @@ def _load(name: str, trust: bool) -> Detector:
         return _from_safetensors(demo)
     if path.is_dir():
         raise UserError(f"{name} is a folder: give the file of a detector in it")
-    if path.suffix in (".yaml", ".yml"):
+    if _is_yaml(name):
         return _from_yaml(name)
 
     from .ultralytics_resolve import fetch, is_published
 
     if is_published(name):
         return _from_checkpoint(fetch(name), trust)
-    raise UserError(f"there is no detector {name}: give {_ACCEPTED}")
+    raise UserError(f"there is no detector {shown(name)}: give {_ACCEPTED}{_meant(name, path)}")
+
+
+def _meant(name: str, path: Path) -> str:
+    """What a name that is none may have been meant to be."""
+    from .mmdet_config import shipped_names
+    from .torchvision_models import MODELS
+    from .ultralytics_resolve import published
+
+    beside: list[str] = []
+    if path.parent.is_dir():
+        # Only the names of files that could be one.
+        found = itertools.islice(path.parent.iterdir(), 1000)
+        beside = sorted(str(p) for p in found if p.suffix.lower() in _SUFFIXES)
+    known = ["demo", *published(), *(TORCHVISION + model for model in MODELS), *shipped_names()]
+    return suggestion(str(path) if "/" in name else name, [*beside, *known])
 
 
 def _from_parts(network: str, weights: Path, trust: bool) -> Detector:
     """A network named in one place and its weights in another."""
     if not weights.is_file():
+        if str(weights) == RANDOM:
+            detector = _from_yaml(network) if _is_yaml(network) else _from_network(network, None)
+            detector.random_weights = False
+            return detector
         raise UserError(f"there is no checkpoint {weights}: check the path")
+    if weights.suffix.lower() == ".safetensors":
+        tensors, _ = _read_safetensors(weights)
+        return _from_network(network, Checkpoint(weights, sha256_of(weights), tensors))
     return _from_network(network, read_checkpoint(weights, trust=trust))
 
 
+def _is_yaml(name: str) -> bool:
+    return Path(name).suffix.lower() in (".yaml", ".yml")
+
+
 def _from_network(network: str, checkpoint: Checkpoint | None) -> Detector:
+    detector: Detector
     if network.startswith(TORCHVISION):
         from .torchvision_base import from_name
 
-        return from_name(network.removeprefix(TORCHVISION), checkpoint)
+        detector = from_name(network.removeprefix(TORCHVISION), checkpoint)
+        detector.random_weights = checkpoint is None
+        return detector
     config = _mmdet_config(network)
     if config is not None:
         from .mmdet_config import require_mmdet
@@ -208,7 +259,9 @@ def _from_network(network: str, checkpoint: Checkpoint | None) -> Detector:
         require_mmdet()
         from .mmdet_base import from_config
 
-        return from_config(config, checkpoint)
+        detector = from_config(config, checkpoint)
+        detector.random_weights = checkpoint is None
+        return detector
     raise UserError(
         f"{network}: takes no separate checkpoint; that is for torchvision/NAME and configs of "
         "mmdet. Give the checkpoint itself as --model"
@@ -246,44 +299,68 @@ def _from_yaml(name: str) -> Detector:
 
 def _from_checkpoint(path: Path, trust: bool) -> Detector:
     checkpoint = read_checkpoint(path, trust=trust)
-    for family in _families():
-        if family.matches(checkpoint):
-            return family.from_checkpoint(checkpoint)
-    what = class_of(find_model(checkpoint))
-    raise UserError(f"{path} holds a {what}, not a detector of YOLOv5 or Ultralytics")
+    try:
+        for family in _families():
+            if family.matches(checkpoint):
+                with bounded(str(path), most=most_for(path.stat().st_size)):
+                    return family.from_checkpoint(checkpoint)
+        what = class_of(find_model(checkpoint))
+    except UserError as error:
+        if str(path) in str(error):
+            raise
+        raise UserError(f"{path}: {error}") from error
+    except _ODD as error:
+        # What of a checkpoint is looked at is checked where it is; this is for what was not
+        # thought of.
+        raise UserError(
+            f"{path} holds something that no detector does ({one_line(error)}): it is damaged or "
+            "of an unknown kind"
+        ) from error
+    raise UserError(f"{path} holds a {brief(what)[1:-1]}, not a detector of YOLOv5 or Ultralytics")
 
 
-def _from_safetensors(path: Path) -> Detector:
+_ODD = (
+    *(TypeError, ValueError, LookupError, AttributeError, ArithmeticError),
+    *(RuntimeError, AssertionError, MemoryError, OSError),
+)
+"""What code that reads data of another form than it takes for granted runs into."""
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, struct.error) as error:
-        raise UserError(f"{path} cannot be read: {error}; copy the file again") from error
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+    except (OSError, SafetensorError, struct.error, *_ODD) as error:
+        raise UserError(f"{path} cannot be read: {one_line(error)}; copy the file again") from error
+
+
+def _from_safetensors(path: Path) -> Detector:
+    tensors, metadata = _read_safetensors(path)
     if _METADATA_KEY not in metadata:
         raise UserError(
             f"{path} was not written by dfq (it holds tensors only): give the checkpoint (.pt)"
         )
     try:
-        spec = json.loads(metadata[_METADATA_KEY])
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: its description is not JSON") from error
-    detector = from_spec(spec)
-    _fill(detector, tensors, path)
+        spec = parse_json(metadata[_METADATA_KEY], "its description")
+        with bounded("its description", most=most_for(path.stat().st_size)):
+            detector = from_spec(spec)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    _fill(detector, sound(tensors, str(path)), path)
     detector.fingerprint = sha256_of(path)
     return detector
 
 
-def _fill(detector: Detector, tensors: dict[str, Tensor], path: Path) -> None:
-    state = {
-        name: tensor.float() if tensor.is_floating_point() else tensor
-        for name, tensor in tensors.items()
-    }
+def _fill(detector: Detector, state: dict[str, Tensor], path: Path) -> None:
+    check_kinds(detector.module.state_dict(), state, str(path))
     try:
         missing, unknown = detector.module.load_state_dict(state, strict=False)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} does not fit the network it describes: {reason}") from error
+        raise UserError(
+            f"{path} does not fit the network it describes: {one_line(error)}"
+        ) from error
     wrong = [*(name for name in missing if not name.endswith("num_batches_tracked")), *unknown]
     if wrong:
         raise UserError(

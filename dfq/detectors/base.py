@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..limits import LARGEST_SIDE
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,7 @@ class Detector(ABC):
             nothing (boxes only).
         backbone: qualified name of the module that is the backbone, without neck and heads; None
             where the network has no such part.
+        random_weights: whether the weights are random because none were named.
         half_images: whether `raw` takes half-precision images too, and gives the same for them as
             for float32 ones where its convolutions compute in half precision anyway.
         half_loss: whether `task_loss` takes half-precision predictions as they are and computes in
@@ -160,6 +162,7 @@ class Detector(ABC):
 
     mask_targets: Literal["ellipse", "own", "none"] = "ellipse"
     backbone: str | None = None
+    random_weights: bool = False
     half_images: ClassVar[bool] = False
     half_loss: ClassVar[bool] = False
     family: ClassVar[str]
@@ -219,6 +222,8 @@ class Detector(ABC):
             raise UserError(
                 f"{key}: {size} is no multiple of the model's stride {self.stride}; try {near}"
             )
+        if size > LARGEST_SIDE:
+            raise UserError(f"{key}: {size} is too large; up to {LARGEST_SIDE} is possible")
 
     def check_sides(self, images: Tensor) -> None:
         """Raise a `ValueError` where a side of images `(n, 3, h, w)` is no multiple of `stride`."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from .base import Detector, Targets
 from .checkpoint import Checkpoint, tensors_of
+from .metadata import source_of, stated
 from .mmdet_config import (
     build_model,
     category_names,
@@ -23,6 +24,7 @@ from .mmdet_config import (
     read_config,
     require_mmdet,
 )
+from .mmdet_spec import check_spec
 from .torchvision_models import fill, fingerprint
 
 # Here, so that a pickled detector finds mmdet importable in the process that reads it.
@@ -104,16 +106,18 @@ class MMDetDetector(Detector):
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any]) -> Detector:
-        source = str(spec.get("source", "the description"))
-        try:
-            config, names = dict(spec["config"]), [str(name) for name in spec["names"]]
-            size, digest = int(spec["image_size"]), str(spec["fingerprint"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"the description of {source} is damaged (at {error})") from error
-        module = build_model(config, source)
-        return class_for(module, source)(
-            module, config, names, image_size=size, fingerprint=digest, source=source
-        )
+        source = source_of(spec)
+        names, size, digest = stated(spec, source)
+        config: dict[str, Any] = spec.get("config", {})
+        check_spec(config, source)
+        module = build_model(config, source, tried=True)
+        kind = class_for(module, source)
+        if len(names) != _class_count(module):
+            raise UserError(
+                f"{source} has {len(names)} category names and {_class_count(module)} categories: "
+                "give both the same number"
+            )
+        return kind(module, config, names, image_size=size, fingerprint=digest, source=source)
 
 
 def class_for(module: Any, source: str) -> type[MMDetDetector]:
@@ -150,7 +154,12 @@ def from_config(path: Path, checkpoint: Checkpoint | None = None) -> MMDetDetect
         UserError: mmdet cannot build it, the checkpoint does not fit, or no adapter is for it.
     """
     config = read_config(path)
-    described = prepared(plain(config["model"]))
+    try:
+        described = prepared(plain(config["model"]))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    # Now and not when the detector that is saved, or a run of it, is to be read again.
+    check_spec(described, str(path))
     module = build_model(described, str(path))
     source, digest, metadata = str(path), None, None
     if checkpoint is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import io
 import logging
@@ -15,7 +16,10 @@ import torch
 from torch import nn
 
 from ..errors import UserError
+from .bounded import bounded
 from .exposed import expose
+from .metadata import listed_names
+from .mmdet_spec import undotted
 from .torchvision_models import letterbox_side
 
 _PARTS = {"mmdet": "3.3.0", "mmengine": "0.10.7", "mmcv": "2.1.0"}
@@ -37,13 +41,30 @@ def require_mmdet() -> None:
 
 def shipped_config(name: str) -> Path | None:
     """The file of a config that comes with mmdet, by its name with or without `.py`."""
-    spec = importlib.util.find_spec("mmdet")
-    if spec is None or spec.origin is None or "/" in name:
+    if "/" in name:
         return None
-    root = Path(spec.origin).parent / ".mim" / "configs"
-    stem = name.removesuffix(".py")
-    found = sorted(path for path in root.glob(f"*/{stem}.py") if path.parent.name != "_base_")
-    return found[0] if found else None
+    return _shipped(_root()).get(name.removesuffix(".py"))
+
+
+def shipped_names() -> list[str]:
+    """The names of the configs that come with mmdet."""
+    return list(_shipped(_root()))
+
+
+def _root() -> Path | None:
+    spec = importlib.util.find_spec("mmdet")
+    if spec is None or spec.origin is None:
+        return None
+    return Path(spec.origin).parent / ".mim" / "configs"
+
+
+@functools.cache
+def _shipped(root: Path | None) -> dict[str, Path]:
+    if root is None:
+        return {}
+    found = sorted(path for path in root.glob("*/*.py") if path.parent.name != "_base_")
+    # The first of a name counts.
+    return {path.stem: path for path in reversed(found)}
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -58,7 +79,10 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         with quiet(), _package_paths():
             config = Config.fromfile(str(path)).to_dict()
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    # BaseException: a config is a program, and may end with sys.exit.
+    except BaseException as error:
         raise UserError(f"{path}: cannot be read as a config ({one_line(error)})") from error
     if not isinstance(config.get("model"), Mapping):
         raise UserError(f"{path}: is no config of a detector: it has no `model`")
@@ -121,30 +145,49 @@ def unplain(value: Any) -> Any:
 
 
 def prepared(model: Any) -> Any:
-    """A model's config (of `plain`) without downloads, recomputation or synchronised BatchNorm."""
+    """A model's config (of `plain`) without downloads, recomputation or synchronised BatchNorm,
+    and with types as the registries have them."""
     if isinstance(model, list):
         return [prepared(item) for item in model]
     if not isinstance(model, dict):
         return model
     result = {key: prepared(item) for key, item in model.items()}
-    start = result.get("init_cfg")
-    if isinstance(start, dict) and start.get("type") == "Pretrained":
-        # Its weights are the checkpoint's, or random.
-        result["init_cfg"] = None
+    # Its weights are the checkpoint's, or random.
+    if "init_cfg" in result:
+        result["init_cfg"] = _start(result["init_cfg"])
+    if result.get("pretrained") is not None:
+        result["pretrained"] = None
     if result.get("with_cp"):
         # Gradients of the images need every activation once; running a layer twice would show its
         # BatchNorm statistics twice.
         result["with_cp"] = False
-    if result.get("type") in ("SyncBN", "MMSyncBN"):
+    kind = result.get("type")
+    if kind in ("SyncBN", "MMSyncBN"):
         result["type"] = "BN"
+    elif isinstance(kind, str) and "." in kind:
+        result["type"] = undotted(kind)
     return result
 
 
-def build_model(model: dict[str, Any], source: str) -> nn.Module:
+def _start(init: Any) -> Any:
+    """How weights are initialised, without those that are read from a file."""
+    if isinstance(init, list):
+        return [one for one in map(_start, init) if one is not None]
+    if isinstance(init, dict) and (init.get("type") == "Pretrained" or "checkpoint" in init):
+        return None
+    return init
+
+
+def build_model(model: dict[str, Any], source: str, *, tried: bool = False) -> nn.Module:
     """The network of a model's config (of `prepared`), random weights (seed 0), eval mode, frozen.
 
+    Args:
+        model: the config.
+        source: what to call it in messages.
+        tried: whether to see first, in little time, that it is of a moderate size.
+
     Raises:
-        UserError: mmdet cannot build it.
+        UserError: mmdet cannot build it, or it asks for more than `limits` allows.
     """
     require_mmdet()
     with quiet(), torch.random.fork_rng(devices=[]):
@@ -152,11 +195,15 @@ def build_model(model: dict[str, Any], source: str) -> nn.Module:
         from mmengine.config import ConfigDict
         from mmengine.registry import DefaultScope
 
-        torch.manual_seed(0)
         try:
             with DefaultScope.overwrite_default_scope("mmdet"):
-                network = MODELS.build(ConfigDict(unplain(model)))
-                network.init_weights()
+                if tried:
+                    with bounded(source, unfilled=True):
+                        MODELS.build(ConfigDict(unplain(model)))
+                torch.manual_seed(0)
+                with bounded(source):
+                    network = MODELS.build(ConfigDict(unplain(model)))
+                    network.init_weights()
         except UserError:
             raise
         except Exception as error:
@@ -206,9 +253,10 @@ def category_names(config: dict[str, Any], metadata: Any, count: int, source: st
     Raises:
         UserError: their number is not the network's.
     """
-    data: Any = config.get("test_dataloader") or {}
-    data = data.get("dataset") or {}
-    stated = _stated_names(metadata) or _stated_names(data) or _stated_names(config)
+    data: Any = config.get("test_dataloader")
+    data = data.get("dataset") if isinstance(data, Mapping) else None
+    parts = (metadata, data, config)
+    stated = next((names for part in parts if (names := _stated_names(part, source))), None)
     if stated is not None:
         if len(stated) != count:
             raise UserError(
@@ -225,7 +273,7 @@ def category_names(config: dict[str, Any], metadata: Any, count: int, source: st
     return [f"class{index}" for index in range(count)]
 
 
-def _stated_names(part: Any) -> list[str] | None:
+def _stated_names(part: Any, source: str) -> list[str] | None:
     if not isinstance(part, Mapping):
         return None
     for key in ("dataset_meta", "metainfo"):
@@ -234,9 +282,33 @@ def _stated_names(part: Any) -> list[str] | None:
             part = inner
             break
     names = part.get("classes", part.get("CLASSES"))
-    if isinstance(names, list | tuple) and names:
-        return [str(name) for name in names]
-    return None
+    return listed_names(names, source) if isinstance(names, list | tuple) and names else None
+
+
+def missing_validation(config: dict[str, Any]) -> str | None:
+    """A file that a config's validation would read and that is not there; None where all are, or
+    where nothing is validated."""
+    if config.get("val_cfg") is None:
+        return None
+    parts = [config.get("val_dataloader"), config.get("val_evaluator")]
+    return next((path for path in _files(parts) if not Path(path).exists()), None)
+
+
+def _files(part: Any) -> Iterator[str]:
+    """The annotation files and folders of images in a part of a config."""
+    if isinstance(part, Mapping):
+        root = part.get("data_root")
+        folder = Path(root) if isinstance(root, str) else Path()
+        prefixes = part.get("data_prefix")
+        named = [part.get("ann_file")]
+        named += list(prefixes.values()) if isinstance(prefixes, Mapping) else []
+        # What has an address is read by other means than a file's.
+        texts = [name for name in named if isinstance(name, str) and name]
+        yield from (str(folder / name) for name in texts if "://" not in f"{root}{name}")
+        part = [value for key, value in part.items() if key != "data_prefix"]
+    if isinstance(part, list | tuple):
+        for item in part:
+            yield from _files(item)
 
 
 @contextlib.contextmanager
@@ -252,7 +324,7 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """An exception in one line, its kind included where its text alone says little."""
     text = " ".join(str(error).split())[:300]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

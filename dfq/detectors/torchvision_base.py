@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..limits import WIDEST
+from ..plain import brief
 from .base import Detector
 from .checkpoint import Checkpoint, tensors_of
+from .metadata import listed_names, source_of, stated
 from .torchvision_models import (
     COCO_CLASSES,
     build,
@@ -49,9 +53,10 @@ class TorchvisionDetector(Detector):
         self.names = list(names)
         self.stride = 32
         transform = module.transform
-        self.image_size = image_size or letterbox_side(
+        size = image_size or letterbox_side(
             max(transform.min_size), transform.max_size, self.stride
         )
+        self.image_size = math.ceil(size / self.stride) * self.stride
         self.fingerprint = fingerprint
         self.source = source
         self._name = name
@@ -101,13 +106,14 @@ class TorchvisionDetector(Detector):
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any]) -> Detector:
-        source = str(spec.get("source", "the description"))
-        try:
-            name, names = str(spec["network"]), [str(name) for name in spec["names"]]
-            options, epsilon = dict(spec["options"]), spec["epsilon"]
-            size, digest = int(spec["image_size"]), str(spec["fingerprint"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"the description of {source} is damaged (at {error})") from error
+        source = source_of(spec)
+        names, size, digest = stated(spec, source)
+        name, options, epsilon = (spec.get(key) for key in ("network", "options", "epsilon"))
+        if not isinstance(name, str) or not isinstance(options, dict):
+            raise UserError(f"the description of {source} is damaged (at 'network')")
+        if epsilon is not None and not (type(epsilon) in (int, float) and 0 <= epsilon < 1):
+            raise UserError(f"{source} has {brief(epsilon)} for the eps of its BatchNorms")
+        _check_options(options, source)
         module = build(name, len(names) + 1, options, epsilon=epsilon)
         return _class_for(name)(
             module,
@@ -119,6 +125,22 @@ class TorchvisionDetector(Detector):
             fingerprint=digest,
             source=source,
         )
+
+
+def _check_options(options: dict[str, Any], source: str) -> None:
+    """Refuse what is passed to a network's constructor and is not numbers.
+
+    Raises:
+        UserError: names the option.
+    """
+    for key, value in options.items():
+        parts = value if isinstance(value, list) else [value]
+        if not all(part is None or _is_moderate(part) for part in parts) or len(parts) > 64:
+            raise UserError(f"{source}: the option {brief(key)} is {brief(value)}, no numbers")
+
+
+def _is_moderate(value: Any) -> bool:
+    return isinstance(value, bool | int | float) and abs(value) <= WIDEST
 
 
 def _class_for(name: str) -> type[TorchvisionDetector]:
@@ -162,14 +184,15 @@ def from_name(
 
 def _names_in(checkpoint: Checkpoint, count: int) -> list[str]:
     given = checkpoint.root.get("names") if isinstance(checkpoint.root, dict) else None
-    if given is None:
+    if given is None or isinstance(given, Tensor):
         return default_names(count)
-    if not isinstance(given, list | tuple) or len(given) != count - 1:
+    names = listed_names(given, str(checkpoint.path))
+    if len(names) != count - 1:
         raise UserError(
-            f"{checkpoint.path}: its names do not fit its {count - 1} classes (give a list, "
-            "without the background)"
+            f"{checkpoint.path}: its {len(names)} names do not fit its {count - 1} classes (give "
+            "a list, without the background)"
         )
-    return [str(name) for name in given]
+    return names
 
 
 def layers_of_backbone(module: Any, *, whole_stages: bool) -> list[str]:

@@ -15,8 +15,12 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FasterRCNN_ResNet50_FPN_Weights
 from torchvision.ops import MultiScaleRoIAlign
 
-from ..errors import UserError
+from ..errors import UserError, shown
+from ..plain import brief, one_line
+from ..suggest import suggestion
+from .bounded import bounded
 from .exposed import expose
+from .tensors import check_kinds
 
 COCO_CLASSES = 91
 """Of torchvision's COCO weights, the background (index 0) and retired category numbers included."""
@@ -101,13 +105,16 @@ def build(
         UserError: unknown name or options.
     """
     if name not in MODELS:
-        raise UserError(f"torchvision/{name}: unknown; known are {', '.join(MODELS)}")
-    with torch.random.fork_rng(devices=[]):
+        raise UserError(
+            f"torchvision/{brief(name)[1:-1]}: unknown; known are {', '.join(MODELS)}"
+            f"{suggestion(name, MODELS)}"
+        )
+    with torch.random.fork_rng(devices=[]), bounded(f"torchvision/{name}"):
         torch.manual_seed(0)
         try:
             network = MODELS[name](num_classes, **options)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"torchvision/{name}: cannot be built ({error})") from error
+        except (TypeError, ValueError, LookupError, RuntimeError, ArithmeticError) as error:
+            raise UserError(f"torchvision/{name}: cannot be built ({one_line(error)})") from error
     if epsilon is not None:
         for layer in network.modules():
             if isinstance(layer, nn.BatchNorm2d):
@@ -138,11 +145,11 @@ def classes_of(name: str, tensors: Mapping[str, Tensor], source: str) -> int:
     if name.startswith("retinanet"):
         logits = tensors.get("head.classification_head.cls_logits.weight")
         boxes = tensors.get("head.regression_head.bbox_reg.weight")
-        if logits is not None and boxes is not None:
+        if logits is not None and boxes is not None and logits.ndim and boxes.ndim and len(boxes):
             return len(logits) * 4 // len(boxes)
     else:
         logits = tensors.get("roi_heads.box_predictor.cls_score.weight")
-        if logits is not None:
+        if logits is not None and logits.ndim and len(logits):
             return len(logits)
     raise UserError(f"{source} holds no weights of torchvision's {name}: check --model")
 
@@ -168,14 +175,16 @@ def fill(network: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None
     Raises:
         UserError: they do not fit.
     """
+    check_kinds(network.state_dict(), tensors, source)
     try:
         missing, unknown = network.load_state_dict(dict(tensors), strict=False)
     except RuntimeError as error:
-        reason = " ".join(str(error).split("\n")[1].split()) if "\n" in str(error) else str(error)
+        # The first line says that it does not.
+        reason = one_line(RuntimeError(str(error).partition("\n")[2] or error))
         raise UserError(f"{source} does not fit the network: {reason}") from error
     wrong = [name for name in missing if not name.endswith("num_batches_tracked")]
     if wrong or unknown:
-        problem = f"{wrong[0]} is missing" if wrong else f"{unknown[0]} is unknown"
+        problem = f"{wrong[0]} is missing" if wrong else f"{shown(unknown[0])} is unknown"
         raise UserError(f"{source} does not fit the network: {problem}; check --model")
 
 

@@ -21,8 +21,10 @@ from ultralytics.utils.nms import non_max_suppression
 from ultralytics.utils.tal import dist2bbox, make_anchors
 
 from ..errors import UserError
+from .agreement import Changes, apply_changes
 from .base import Boundary, Detections, Detector, DistillationPair, Targets
 from .checkpoint import Checkpoint, attribute, class_of, find_model
+from .metadata import source_of, stated
 from .ultralytics_head import RawPredictions, best_pairs, predict
 from .ultralytics_layout import (
     IMAGE,
@@ -60,6 +62,7 @@ class UltralyticsDetector(Detector):
         image_size: int,
         fingerprint: str,
         source: str,
+        activations: Changes | None = None,
     ) -> None:
         self.module = module
         self.names = list(names)
@@ -68,6 +71,7 @@ class UltralyticsDetector(Detector):
         self.fingerprint = fingerprint
         self.source = source
         self._yaml = yaml
+        self._activations = activations or {}
         self._nms_free = False
         # Read off once: a layer that a quantizer puts in another's place has no wiring of its own.
         self._inputs = wiring(module.model)
@@ -100,14 +104,15 @@ class UltralyticsDetector(Detector):
             raise UserError(f"{source} is {what}: name the checkpoint of an object detector")
         yaml = checked_yaml(attribute(model, "yaml"), source)
         module = build(yaml, source, legacy_head=has_legacy_head(checkpoint))
-        load_strictly(module, checkpoint)
+        changes = load_strictly(module, checkpoint)
         return cls(
             module,
             yaml,
-            category_names(attribute(model, "names"), int(yaml["nc"])),
-            image_size=training_size(model, checkpoint.root),
+            category_names(attribute(model, "names"), yaml["nc"], source),
+            image_size=training_size(model, checkpoint.root, source),
             fingerprint=checkpoint.sha256,
             source=source,
+            activations=changes,
         )
 
     @classmethod
@@ -122,7 +127,7 @@ class UltralyticsDetector(Detector):
         return cls(
             module,
             yaml,
-            category_names(yaml.get("names"), int(yaml["nc"])),
+            category_names(yaml.get("names"), yaml["nc"], name),
             image_size=640,
             fingerprint=fingerprint_of(module),
             source=name,
@@ -286,7 +291,8 @@ class UltralyticsDetector(Detector):
         return self._boundary
 
     def spec(self) -> dict[str, Any]:
-        """See `Detector.spec`; also holds `task`, `yaml`, `legacy_head` and `nms_free`."""
+        """See `Detector.spec`; also holds `task`, `yaml`, `legacy_head` and `nms_free`, and
+        `activations` where they are others than the YAML's."""
         return {
             "family": self.family,
             "task": "detect",
@@ -298,25 +304,28 @@ class UltralyticsDetector(Detector):
             "nms_free": self.nms_free,
             "fingerprint": self.fingerprint,
             "source": self.source,
+            **({"activations": copy.deepcopy(self._activations)} if self._activations else {}),
         }
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any]) -> UltralyticsDetector:
-        source = str(spec.get("source", "the description"))
-        try:
-            yaml, names, image_size = spec["yaml"], spec["names"], int(spec["image_size"])
-            fingerprint, nms_free = str(spec["fingerprint"]), bool(spec.get("nms_free", False))
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"the description of {source} is damaged (at {error})") from error
-        yaml = checked_yaml(yaml, source)
-        module = build(yaml, source, legacy_head=spec.get("legacy_head"))
+        source = source_of(spec)
+        names, image_size, fingerprint = stated(spec, source)
+        nms_free, legacy = spec.get("nms_free", False), spec.get("legacy_head")
+        if not isinstance(nms_free, bool) or not isinstance(legacy, bool | None):
+            raise UserError(f"the description of {source} is damaged (at 'nms_free')")
+        yaml = checked_yaml(spec.get("yaml"), source)
+        module = build(yaml, source, legacy_head=legacy)
+        changes = spec.get("activations", {})
+        apply_changes(module, changes, source)
         detector = cls(
             module,
             yaml,
-            category_names(names, int(yaml["nc"])),
+            category_names(names, yaml["nc"], source),
             image_size=image_size,
             fingerprint=fingerprint,
             source=source,
+            activations=changes,
         )
         detector.nms_free = nms_free
         return detector

@@ -1,14 +1,14 @@
 """From a name, a model YAML or a checkpoint's YAML to an Ultralytics network with random weights.
 
-A model YAML names the layers Ultralytics is to build, and Ultralytics looks those names up among
-everything its module holds and evaluates the `activation` entry as Python. A YAML may come out of
-a checkpoint nobody vouches for, so `checked_yaml` lets only layers and plain activations through.
+A YAML may come out of a checkpoint nobody vouches for, and Ultralytics evaluates parts of it:
+`checked_yaml` lets only known layers, numbers and known activations through, and `build` tries what
+they ask for where it costs nothing, before it is made.
 """
 
 from __future__ import annotations
 
 import copy
-import json
+import functools
 import os
 import re
 import urllib.error
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from torch import nn
 from ultralytics import __version__ as ULTRALYTICS_VERSION
 from ultralytics.nn import tasks
@@ -32,9 +31,16 @@ from ultralytics.utils.downloads import (
 )
 from ultralytics.utils.torch_utils import initialize_weights
 
-from ..errors import UserError
+from ..errors import UserError, shown
+from ..plain import brief, one_line, parse_yaml, plain_tree, read_small
+from ..suggest import suggestion
+from .activations import parse, torch_text
+from .bounded import bounded
+from .ultralytics_layers import KEYS, checked_rows, is_known
+from .ultralytics_layout import IMAGE, as_tuple, gather, wiring
 
 _PROBE_SECONDS = 5.0
+_TRIED = 256
 _YOLOV5_RELEASE = "https://github.com/ultralytics/yolov5/releases/download/v7.0"
 _DETECTION_HEADS = ("Detect", "v10Detect")
 
@@ -82,16 +88,42 @@ def read_yaml(name: str | Path) -> dict[str, Any]:
     """
     if "://" in str(name):
         raise UserError(f"{name} is a web address: download the file and pass its path")
-    try:
-        with quiet():
-            return tasks.yaml_model_load(name)
-    except FileNotFoundError as error:
+    path = _yaml_file(Path(name))
+    if path is None:
+        near = suggestion(Path(name).name, [p.name for p in _shipped()])
         raise UserError(
-            f"there is no file {name}, and Ultralytics {ULTRALYTICS_VERSION} ships no model YAML "
-            "of that name: check the spelling (e.g. yolo11n.yaml)"
-        ) from error
-    except Exception as error:
-        raise UserError(f"{name} cannot be read as a model YAML: {_one_line(error)}") from error
+            f"there is no file {shown(str(name))}, and Ultralytics {ULTRALYTICS_VERSION} ships no "
+            f"model YAML of that name: check the spelling (e.g. yolo11n.yaml){near}"
+        )
+    yaml = parse_yaml(read_small(path), str(name))
+    if not isinstance(yaml, dict):
+        raise UserError(f"{name} holds no Ultralytics model description: it is {brief(yaml)}")
+    yaml["scale"] = tasks.guess_model_scale(name)
+    yaml["yaml_file"] = str(name)
+    return yaml
+
+
+def _yaml_file(path: Path) -> Path | None:
+    """The file of that name, or the one Ultralytics ships for all sizes of it."""
+    if path.is_file():
+        return path
+    # As Ultralytics has it: yolov8x6 is the size x of yolov8-p6, yolov5nu the same as yolov5n.
+    stem = re.sub(r"^(yolov[58])([nslmx])6$", r"\1\2-p6", path.stem)
+    stem = re.sub(r"^(yolov[35].*)u$", r"\1", stem)
+    unified = re.sub(r"(\d+)([nslmx])(.+)?$", r"\1\3", stem)
+    wanted = [f"{one}{path.suffix}" for one in (stem, unified)] if path.name == str(path) else []
+    for one in wanted:
+        for found in _shipped():
+            if found.name == one:
+                return found
+    return None
+
+
+@functools.cache
+def _shipped() -> tuple[Path, ...]:
+    """Every YAML of Ultralytics, those of models first."""
+    root = Path(tasks.__file__).parents[1] / "cfg"
+    return (*sorted((root / "models").rglob("*.yaml")), *sorted((root / "datasets").glob("*.yaml")))
 
 
 def checked_yaml(yaml: Any, source: str) -> dict[str, Any]:
@@ -103,53 +135,67 @@ def checked_yaml(yaml: Any, source: str) -> dict[str, Any]:
 
     Raises:
         UserError: it is no model YAML, describes another task, takes other than three channels,
-            or names something that is not a layer of this Ultralytics.
+            names something that is not a layer of this Ultralytics or gives a layer what it does
+            not take, or asks for more than `limits` allows.
     """
-    try:
-        plain: dict[str, Any] = json.loads(json.dumps(yaml))
-        rows = [*plain["backbone"], *plain["head"]]
-        layers = [str(row[2]) for row in rows]
-        int(plain["nc"])
-    except (TypeError, ValueError, KeyError, IndexError) as error:
+    tree = plain_tree(yaml, source)
+    if not _is_description(tree):
         raise UserError(
             f"{source} holds no Ultralytics model description (nc, backbone and head, each row "
             "[from, number, module, args]): name a model YAML or a checkpoint of a YOLO detector"
-        ) from error
+        )
+    plain: dict[str, Any] = {key: tree[key] for key in KEYS if key in tree}
+    rows = [*plain["backbone"], *plain["head"]]
+    if rows[0][2] == "Silence":
+        # What YOLOv9 called it before it was torch's own.
+        rows[0][2] = "nn.Identity"
+    layers = [row[2] for row in rows]
     head = layers[-1]
     if head not in _DETECTION_HEADS:
-        what = other_task(head) or f"a network that ends in {head}"
+        what = other_task(head) or f"a network that ends in {brief(head)}"
         raise UserError(f"{source} is {what}: name an object detector (head Detect or v10Detect)")
     channels = plain.get("channels", plain.get("ch", 3))
     if channels != 3:
-        raise UserError(f"{source} takes images of {channels} channels: only RGB detectors work")
-    for layer in dict.fromkeys(layers):
-        if not _is_layer(layer):
-            raise UserError(
-                f"{source} needs the layer {layer}, which Ultralytics {ULTRALYTICS_VERSION} does "
-                "not have: install the version that the model was made with"
-            )
-    activation = plain.get("activation")
-    if activation is not None and not _is_activation(activation):
         raise UserError(
-            f"{source} sets the activation to {activation!r}: write it as torch.nn.NAME(numbers)"
+            f"{source} takes images of {brief(channels)} channels: only RGB detectors work"
         )
+    for layer in dict.fromkeys(layers):
+        if not is_known(layer) or not _is_there(layer):
+            raise UserError(
+                f"{source} needs the layer {brief(layer).strip(QUOTES)}, which is no layer of a "
+                f"detector of Ultralytics {ULTRALYTICS_VERSION}: install the version that the "
+                "model was made with, if it is one of another"
+            )
+    if any(layer in _DETECTION_HEADS for layer in layers[:-1]):
+        raise UserError(f"{source} has a head among its layers: only its last one may be one")
+    checked_rows(plain, source)
+    if plain.get("activation") is not None:
+        try:
+            plain["activation"] = torch_text(parse(plain["activation"]))
+        except UserError as error:
+            raise UserError(f"{source} sets the activation: {error}") from None
     return plain
 
 
-def _is_layer(name: str) -> bool:
-    if name.startswith("nn."):
-        found = getattr(nn, name.removeprefix("nn."), None)
-    elif name.startswith("torchvision.ops."):
-        found = getattr(torchvision.ops, name.removeprefix("torchvision.ops."), None)
-    else:
-        found = getattr(tasks, name, None)
+QUOTES = "'\""
+
+
+def _is_description(tree: Any) -> bool:
+    if not isinstance(tree, dict) or type(tree.get("nc")) is not int:
+        return False
+    parts = [tree.get("backbone"), tree.get("head")]
+    return all(
+        isinstance(part, list)
+        and part
+        and all(isinstance(r, list) and len(r) == 4 and isinstance(r[2], str) for r in part)
+        for part in parts
+    )
+
+
+def _is_there(layer: str) -> bool:
+    """Whether the installed version has it."""
+    found = getattr(nn, layer[3:], None) if layer[:3] == "nn." else getattr(tasks, layer, None)
     return isinstance(found, type) and issubclass(found, nn.Module)
-
-
-def _is_activation(text: Any) -> bool:
-    # No brackets, quotes or calls among the arguments: nothing that evaluating could run.
-    match = re.fullmatch(r"(?:torch\.)?nn\.(\w+)\([\w\s=,.+-]*\)", str(text))
-    return match is not None and _is_layer(f"nn.{match[1]}")
 
 
 def build(yaml: dict[str, Any], source: str, *, legacy_head: bool | None = None) -> nn.Module:
@@ -168,6 +214,7 @@ def build(yaml: dict[str, Any], source: str, *, legacy_head: bool | None = None)
     """
     activation = Conv.default_act
     try:
+        _try(yaml, source)
         with quiet(), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
             module = tasks.DetectionModel(copy.deepcopy(yaml), ch=3, verbose=False)
@@ -176,9 +223,11 @@ def build(yaml: dict[str, Any], source: str, *, legacy_head: bool | None = None)
             head.legacy = type(head) is Detect and Detect.legacy
             if legacy_head is not None and type(head) is Detect:
                 _set_class_branch(module, legacy_head)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(
-            f"Ultralytics {ULTRALYTICS_VERSION} cannot build {source}: {_one_line(error)}"
+            f"Ultralytics {ULTRALYTICS_VERSION} cannot build {source}: {one_line(error)}"
         ) from error
     finally:
         # A YAML's activation is set for the process; some versions leave it so, all do on errors.
@@ -189,6 +238,21 @@ def build(yaml: dict[str, Any], source: str, *, legacy_head: bool | None = None)
         if type(layer).__module__.startswith("torch.nn.") and getattr(layer, "inplace", False):
             layer.inplace = False
     return module.eval().requires_grad_(False)
+
+
+def _try(yaml: dict[str, Any], source: str) -> None:
+    """Build the network, and run it, where tensors have no numbers: what it asks for is found out
+    at once, and nothing of it is made."""
+    with quiet(), torch.device("meta"), torch.no_grad(), bounded(source):
+        layers = tasks.parse_model(copy.deepcopy(yaml), 3, verbose=False)[0].eval()
+        inputs = wiring(layers)
+        outputs: dict[int, Any] = {IMAGE: torch.empty(1, 3, _TRIED, _TRIED)}
+        for index, layer in enumerate(list(layers)[:-1]):
+            outputs[index] = layer(gather(outputs, inputs[index]))
+        head, features = layers[-1], [outputs[index] for index in as_tuple(inputs[-1])]
+        for branches in (head.cv2, head.cv3):
+            for branch, feature in zip(branches, features, strict=True):
+                branch(feature)
 
 
 def _set_class_branch(module: nn.Module, legacy: bool) -> None:
@@ -210,6 +274,12 @@ def _set_class_branch(module: nn.Module, legacy: bool) -> None:
 def is_published(name: str) -> bool:
     """Whether `name` ("yolo11s", "yolov5n.pt") is a checkpoint that Ultralytics publishes."""
     return _original_yolov5(name) or f"{name.removesuffix('.pt')}.pt" in GITHUB_ASSETS_NAMES
+
+
+def published() -> list[str]:
+    """Names of the detectors that Ultralytics publishes."""
+    names = [name.removesuffix(".pt") for name in sorted(GITHUB_ASSETS_NAMES)]
+    return [name for name in names if name.startswith("yolo") and other_task(name) is None]
 
 
 def _original_yolov5(name: str) -> bool:
@@ -244,7 +314,7 @@ def fetch(name: str) -> Path:
                 attempt_download_asset(path, retry=1)
     except (OSError, MemoryError) as error:
         raise UserError(
-            f"{file} could not be downloaded ({_one_line(error)}): "
+            f"{file} could not be downloaded ({one_line(error)}): "
             f"put the file into {folder}, or pass the path of a copy"
         ) from error
     if not path.is_file():
@@ -261,8 +331,3 @@ def _probe(address: str) -> None:
         return
     except urllib.error.URLError as error:
         raise ConnectionError(f"no connection to {address}: {error.reason}") from error
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:197]}..."

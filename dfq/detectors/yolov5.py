@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Any
 
 import torch
@@ -10,18 +11,28 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
 from ..errors import UserError
+from ..plain import brief, plain_tree
 from .base import Boundary, Detections, Detector, DistillationPair, Targets
 from .checkpoint import (
     Checkpoint,
-    Inert,
     attribute,
     class_of,
     find_model,
-    modules_of,
-    state_dict_of,
 )
+from .metadata import source_of, stated
+from .yolov5_blocks import BN_EPS
 from .yolov5_loss import boxes_of, yolov5_loss
-from .yolov5_network import ACTIVATIONS, YOLOv5Network
+from .yolov5_network import YOLOv5Network, activation_text
+from .yolov5_weights import (
+    activation_of,
+    are_strides,
+    head_of,
+    load,
+    names_of,
+    set_eps,
+    sound_anchors,
+    training_size,
+)
 
 _MOST_CANDIDATES = 30_000
 
@@ -51,8 +62,13 @@ class YOLOv5(Detector):
     ) -> None:
         self.module = module.eval().requires_grad_(False)
         self.names = names
-        self.image_size = image_size
         self.stride = max(module.detect.strides)
+        self.image_size = math.ceil(image_size / self.stride) * self.stride
+        self._eps = {
+            name: layer.eps
+            for name, layer in module.named_modules()
+            if isinstance(layer, nn.BatchNorm2d) and layer.eps != BN_EPS
+        }
         self.fingerprint = fingerprint
         self.source = source
         self._description = description
@@ -65,7 +81,8 @@ class YOLOv5(Detector):
         Raises:
             UserError: the checkpoint holds no network.
         """
-        return class_of(find_model(checkpoint)).startswith("models.")
+        name = class_of(find_model(checkpoint)).removeprefix("yolov5.")
+        return name.startswith("models.")
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> YOLOv5:
@@ -75,35 +92,41 @@ class YOLOv5(Detector):
             UserError: it is not a detection model, has been fused, or uses unsupported modules.
         """
         model = find_model(checkpoint)
-        head = _head_of(model, checkpoint)
+        head = head_of(model, checkpoint)
         description = attribute(model, "yaml")
         if not isinstance(description, dict):
             raise UserError(
                 f"{checkpoint.path} does not carry its architecture (model.yaml): "
                 "name a checkpoint written by YOLOv5 v5.0 or later"
             )
-        names = _names(attribute(model, "names"), checkpoint)
-        description = _plain({**description, "nc": len(names)})
+        source = str(checkpoint.path)
+        names = names_of(attribute(model, "names"), head, source)
+        description = plain_tree({**description, "nc": len(names)}, source)
+        channels = description.get("ch", 3)
+        if channels != 3:
+            raise UserError(
+                f"{source} takes images of {brief(channels)} channels: only RGB detectors work"
+            )
         anchors = attribute(head, "anchors")
         if not isinstance(anchors, Tensor) or anchors.ndim != 3:
-            raise UserError(f"{checkpoint.path} holds no anchors: it is damaged or no YOLOv5")
-        activation = _activation(model, checkpoint)
-        network = YOLOv5Network(description, anchors.float(), activation)
-        _load(network, model, checkpoint)
-        strides = [int(s) for s in attribute(head, "stride", network.detect.strides)]
-        if strides != network.detect.strides:
+            raise UserError(f"{source} holds no anchors: it is damaged or no YOLOv5")
+        anchors = sound_anchors(anchors, source)
+        activation = activation_of(model, checkpoint)
+        network = YOLOv5Network(description, anchors, activation)
+        load(network, model, checkpoint)
+        strides = network.detect.strides
+        if not are_strides(attribute(head, "stride", strides), strides):
             raise UserError(
-                f"{checkpoint.path} has strides {strides}, but its architecture gives "
-                f"{network.detect.strides}: it is damaged"
+                f"{source} has other strides than its architecture gives, {strides}: it is damaged"
             )
         return cls(
             network,
             description,
             activation=activation,
             names=names,
-            image_size=_image_size(checkpoint.root, max(strides)),
+            image_size=training_size(checkpoint.root, max(strides), source),
             fingerprint=checkpoint.sha256,
-            source=str(checkpoint.path),
+            source=source,
         )
 
     @classmethod
@@ -116,13 +139,14 @@ class YOLOv5(Detector):
         activation: str = "SiLU",
     ) -> YOLOv5:
         """A detector with random weights from an architecture description."""
+        activation = activation_text(activation)
         network = YOLOv5Network(description, activation=activation)
         digest = hashlib.sha256()
         for tensor in network.state_dict().values():
             digest.update(tensor.numpy().tobytes())
         return cls(
             network,
-            _plain(description),
+            plain_tree(description, "the description"),
             activation=activation,
             names=names or [f"class{index}" for index in range(int(description["nc"]))],
             image_size=image_size,
@@ -141,19 +165,36 @@ class YOLOv5(Detector):
             "description": self._description,
             "anchors": self.module.detect.anchors.tolist(),
             "activation": self._activation,
+            **({"eps": self._eps} if self._eps else {}),
         }
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any]) -> YOLOv5:
-        anchors = torch.tensor(spec["anchors"], dtype=torch.float32)
+        source = source_of(spec)
+        names, image_size, fingerprint = stated(spec, source)
+        try:
+            anchors = torch.tensor(spec["anchors"], dtype=torch.float32)
+            description, activation = spec["description"], spec["activation"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"the description of {source} is damaged (at {error})") from error
+        if not isinstance(description, dict) or anchors.ndim != 3:
+            raise UserError(f"the description of {source} is damaged (at 'description')")
+        if description.get("nc") != len(names):
+            raise UserError(
+                f"{source} has {len(names)} category names and {brief(description.get('nc'))} "
+                "categories: give both the same number"
+            )
+        activation = activation_text(activation)
+        network = YOLOv5Network(description, sound_anchors(anchors, source), activation)
+        set_eps(network, spec.get("eps", {}), source)
         return cls(
-            YOLOv5Network(spec["description"], anchors, spec["activation"]),
-            spec["description"],
-            activation=spec["activation"],
-            names=list(spec["names"]),
-            image_size=int(spec["image_size"]),
-            fingerprint=spec["fingerprint"],
-            source=spec["source"],
+            network,
+            description,
+            activation=activation,
+            names=names,
+            image_size=image_size,
+            fingerprint=fingerprint,
+            source=source,
         )
 
     def raw(self, images: Tensor) -> list[Tensor]:
@@ -266,78 +307,3 @@ def _suppress(
     boxes = predictions[row, :4]
     kept = batched_nms(boxes, scores, label, iou_threshold)[:max_detections]
     return Detections(boxes[kept], scores[kept], label[kept])
-
-
-def _head_of(model: Inert | nn.Module, checkpoint: Checkpoint) -> Inert | nn.Module:
-    kinds = {class_of(module).rpartition(".")[2]: module for _, module in modules_of(model)}
-    for kind, what in (("Classify", "classification"), ("Segment", "segmentation")):
-        if kind in kinds:
-            raise UserError(
-                f"{checkpoint.path} is a YOLOv5 {what} model: "
-                "of YOLOv5, only detection models are supported"
-            )
-    if "Detect" not in kinds:
-        raise UserError(f"{checkpoint.path} has no YOLOv5 detection head (Detect): unsupported")
-    return kinds["Detect"]
-
-
-def _activation(model: Inert | nn.Module, checkpoint: Checkpoint) -> str:
-    found = {
-        class_of(module).rpartition(".")[2]
-        for name, module in modules_of(model)
-        if name.endswith(".act")
-    }
-    if len(found) != 1 or not found <= ACTIVATIONS.keys():
-        raise UserError(
-            f"{checkpoint.path} uses the activations {', '.join(sorted(found)) or 'none'}: "
-            f"supported is one of {', '.join(ACTIVATIONS)}"
-        )
-    return found.pop()
-
-
-def _names(names: Any, checkpoint: Checkpoint) -> list[str]:
-    if isinstance(names, dict):
-        names = [names[key] for key in sorted(names)]
-    if not isinstance(names, (list, tuple)) or not names:
-        raise UserError(f"{checkpoint.path} holds no category names: it is damaged or no YOLOv5")
-    return [str(name) for name in names]
-
-
-def _image_size(root: Any, stride: int) -> int:
-    options = root.get("opt") if isinstance(root, dict) else None
-    size = options.get("imgsz") if isinstance(options, dict) else None
-    # Released checkpoints do not say; those with a fourth level were trained at 1280.
-    return size if isinstance(size, int) and size > 0 else 1280 if stride > 32 else 640
-
-
-def _plain(value: Any) -> Any:
-    """A description in types that JSON has."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
-
-
-def _load(network: YOLOv5Network, model: Inert | nn.Module, checkpoint: Checkpoint) -> None:
-    """Load weights strictly, and the BatchNorm constants, which are no weights."""
-    # v5.0 and v6.0 keep the anchors twice, the second time in pixels.
-    state = {k: v for k, v in state_dict_of(model).items() if not k.endswith(".anchor_grid")}
-    if not any(key.endswith(".running_mean") for key in state):
-        raise UserError(
-            f"{checkpoint.path} has its BatchNorm fused into the convolutions, so the statistics "
-            "that synthesis inverts are gone: name the checkpoint that the training wrote"
-        )
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise UserError(
-            f"the weights in {checkpoint.path} do not fit its architecture description ({first})"
-        ) from error
-    for name, module in modules_of(model):
-        if class_of(module).endswith(".BatchNorm2d"):
-            own = network.get_submodule(name)
-            assert isinstance(own, nn.BatchNorm2d)
-            own.eps = float(attribute(module, "eps", own.eps))
-            own.momentum = float(attribute(module, "momentum", own.momentum))

@@ -1,14 +1,12 @@
 """The network of the original, anchor-based YOLOv5 (v5 to v7), built from its own description.
 
 A YOLOv5 checkpoint carries its architecture as a dictionary (the `yaml` of its model): depth and
-width multiples, anchors, and one row `[from, repeats, module, arguments]` a layer. Module and
-parameter names follow the original's, so that its weights load strictly.
+width multiples, anchors, and one row `[from, repeats, module, arguments]` a layer.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -17,200 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-
-Activation = Callable[[], nn.Module]
-
-# By the name of the class in `torch.nn`; the original uses SiLU unless its description says else.
-ACTIVATIONS: dict[str, Activation] = {
-    "SiLU": nn.SiLU,
-    "ReLU": nn.ReLU,
-    "LeakyReLU": lambda: nn.LeakyReLU(0.1),
-    "Hardswish": nn.Hardswish,
-}
-
-_BN_EPS = 1e-3
-_BN_MOMENTUM = 0.03
-
-
-class Conv(nn.Module):
-    """Convolution without bias, batch normalisation, activation."""
-
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        kernel: int = 1,
-        stride: int = 1,
-        padding: int | None = None,
-        groups: int = 1,
-        *,
-        activation: Activation,
-    ) -> None:
-        super().__init__()
-        if padding is None:
-            padding = kernel // 2
-        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)
-        self.bn = nn.BatchNorm2d(outputs, eps=_BN_EPS, momentum=_BN_MOMENTUM)
-        self.act = activation()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.bn(self.conv(x)))
-
-
-class Focus(nn.Module):
-    """Every 2 × 2 patch of pixels into channels, then a `Conv` (the stem before v6)."""
-
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        kernel: int = 1,
-        stride: int = 1,
-        padding: int | None = None,
-        groups: int = 1,
-        *,
-        activation: Activation,
-    ) -> None:
-        super().__init__()
-        self.conv = Conv(
-            4 * inputs, outputs, kernel, stride, padding, groups, activation=activation
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        patches = [x[..., row::2, column::2] for column in (0, 1) for row in (0, 1)]
-        return self.conv(torch.cat(patches, dim=1))
-
-
-class Bottleneck(nn.Module):
-    """A 1 × 1 and a 3 × 3 `Conv`, with a residual sum where the widths agree."""
-
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        shortcut: bool = True,
-        groups: int = 1,
-        expansion: float = 0.5,
-        *,
-        activation: Activation,
-    ) -> None:
-        super().__init__()
-        hidden = int(outputs * expansion)
-        self.cv1 = Conv(inputs, hidden, 1, activation=activation)
-        self.cv2 = Conv(hidden, outputs, 3, groups=groups, activation=activation)
-        self.add = shortcut and inputs == outputs
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.cv2(self.cv1(x))
-        return x + y if self.add else y
-
-
-class C3(nn.Module):
-    """Cross-stage partial block of three convolutions around `repeats` bottlenecks."""
-
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        repeats: int = 1,
-        shortcut: bool = True,
-        groups: int = 1,
-        expansion: float = 0.5,
-        *,
-        activation: Activation,
-    ) -> None:
-        super().__init__()
-        hidden = int(outputs * expansion)
-        self.cv1 = Conv(inputs, hidden, activation=activation)
-        self.cv2 = Conv(inputs, hidden, activation=activation)
-        self.cv3 = Conv(2 * hidden, outputs, activation=activation)
-        self.m = nn.Sequential(
-            *(
-                Bottleneck(hidden, hidden, shortcut, groups, 1.0, activation=activation)
-                for _ in range(repeats)
-            )
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.cv3(torch.cat((self.m(self.cv1(x)), self.cv2(x)), dim=1))
-
-
-class SPP(nn.Module):
-    """Spatial pyramid pooling: max pools of several sizes side by side."""
-
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        kernels: tuple[int, ...] = (5, 9, 13),
-        *,
-        activation: Activation,
-    ) -> None:
-        super().__init__()
-        hidden = inputs // 2
-        self.cv1 = Conv(inputs, hidden, activation=activation)
-        self.cv2 = Conv(hidden * (len(kernels) + 1), outputs, activation=activation)
-        self.m = nn.ModuleList(nn.MaxPool2d(k, stride=1, padding=k // 2) for k in kernels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.cv1(x)
-        return self.cv2(torch.cat([x, *(pool(x) for pool in self.m)], dim=1))
-
-
-class SPPF(nn.Module):
-    """`SPP` with one pool applied three times, which gives the sizes k, 2k - 1 and 3k - 2."""
-
-    def __init__(
-        self, inputs: int, outputs: int, kernel: int = 5, *, activation: Activation
-    ) -> None:
-        super().__init__()
-        hidden = inputs // 2
-        self.cv1 = Conv(inputs, hidden, activation=activation)
-        self.cv2 = Conv(hidden * 4, outputs, activation=activation)
-        self.m = nn.MaxPool2d(kernel, stride=1, padding=kernel // 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        pooled = [self.cv1(x)]
-        for _ in range(3):
-            pooled.append(self.m(pooled[-1]))
-        return self.cv2(torch.cat(pooled, dim=1))
-
-
-class Concat(nn.Module):
-    """Concatenation of its inputs along the channels."""
-
-    def forward(self, parts: list[Tensor]) -> Tensor:
-        return torch.cat(parts, dim=1)
-
-
-class Detect(nn.Module):
-    """One 1 × 1 convolution a level.
-
-    Attributes:
-        anchors: buffer `(levels, anchors, 2)`, widths and heights in units of the level's stride.
-        strides: pixels a cell, by level.
-    """
-
-    anchors: Tensor
-
-    def __init__(self, num_classes: int, anchors: Tensor, widths: list[int], strides: list[int]):
-        super().__init__()
-        self.outputs = num_classes + 5
-        self.strides = strides
-        self.register_buffer("anchors", anchors.clone().float())
-        self.m = nn.ModuleList(
-            nn.Conv2d(width, self.outputs * anchors.shape[1], kernel_size=1) for width in widths
-        )
-
-    def forward(self, levels: list[Tensor]) -> list[Tensor]:
-        """Logits `(n, anchors, h, w, 5 + classes)` a level."""
-        result = []
-        for head, x in zip(self.m, levels, strict=True):
-            y = head(x)
-            n, _, h, w = y.shape
-            y = y.view(n, -1, self.outputs, h, w).permute(0, 1, 3, 4, 2).contiguous()
-            result.append(y)
-        return result
+from ..limits import LARGEST_MULTIPLE, MOST_CLASSES, MOST_REPEATS, MOST_ROWS, WIDEST
+from ..plain import brief, one_line, plain_tree
+from . import activations
+from .bounded import bounded
+from .yolov5_blocks import (
+    C3,
+    SPP,
+    SPPF,
+    Activation,
+    Bottleneck,
+    Concat,
+    Conv,
+    Detect,
+    Focus,
+)
 
 
 @dataclass(frozen=True)
@@ -229,10 +48,11 @@ class YOLOv5Network(nn.Module):
             (pixels, one row a level), `backbone`, `head`, and optionally `ch` (input channels).
         anchors: `(levels, anchors, 2)` in units of the stride, to be used in the place of the
             description's (training may have changed them), or None.
-        activation: a key of `ACTIVATIONS`.
+        activation: as `activation_text` takes it.
 
     Raises:
-        UserError: the description names a module that is not supported, or is malformed.
+        UserError: the description names a module that is not supported, is malformed, or asks for
+            more than `limits` allows.
     """
 
     def __init__(
@@ -242,12 +62,20 @@ class YOLOv5Network(nn.Module):
         activation: str = "SiLU",
     ) -> None:
         super().__init__()
+        text = activation_text(activation)
+        tree = plain_tree(description, "the YOLOv5 architecture description")
         try:
-            builder = _Builder(description, anchors, ACTIVATIONS[activation])
+            with torch.device("meta"), bounded("the YOLOv5 architecture description"):
+                # Where tensors have no numbers: too many of them are found out at once.
+                _Builder(tree, anchors, lambda: activations.make(text)).build()
+            builder = _Builder(tree, anchors, lambda: activations.make(text))
             layers = builder.build()
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        except (
+            *(KeyError, TypeError, ValueError, IndexError, AttributeError),
+            *(ArithmeticError, RuntimeError),
+        ) as error:
             raise UserError(
-                f"the YOLOv5 architecture description is malformed ({error!r}): "
+                f"the YOLOv5 architecture description is malformed ({one_line(error)}): "
                 "it needs nc, depth_multiple, width_multiple, anchors, backbone and head"
             ) from error
         self.model = nn.Sequential(*layers)
@@ -274,6 +102,20 @@ class YOLOv5Network(nn.Module):
         return result
 
 
+def activation_text(activation: Any) -> str:
+    """An activation and its arguments, as `activations.parse` gives it.
+
+    Args:
+        activation: what that takes; or a name alone, which stands for the original's arguments.
+
+    Raises:
+        UserError: it is none.
+    """
+    if isinstance(activation, str) and activations.is_name(activation):
+        activation = "LeakyReLU(0.1)" if activation == "LeakyReLU" else f"{activation}()"
+    return activations.parse(activation)
+
+
 # Modules whose first argument is a width, which the width multiple scales.
 _SCALED: dict[str, type[nn.Module]] = {
     "Conv": Conv,
@@ -293,9 +135,11 @@ class _Builder:
     ) -> None:
         self._description = description
         self._activation = activation
-        self._classes = int(description["nc"])
-        self._depth = float(description["depth_multiple"])
-        self._width = float(description["width_multiple"])
+        self._classes = description["nc"]
+        if type(self._classes) is not int or not 1 <= self._classes <= MOST_CLASSES:
+            raise ValueError(f"nc is {brief(self._classes)}")
+        self._depth = _multiple(description, "depth_multiple")
+        self._width = _multiple(description, "width_multiple")
         self._anchors = anchors
         # The number of anchors a cell; a bare number means they were learnt from the data.
         listed = description["anchors"]
@@ -306,11 +150,18 @@ class _Builder:
         else:
             self._anchor_count = len(listed[0]) // 2
         self._shapes: list[_Shape] = []
-        self._input = _Shape(int(description.get("ch", 3)), Fraction(1))
+        channels = description.get("ch", 3)
+        if channels != 3:
+            raise UserError(
+                f"this YOLOv5 takes images of {brief(channels)} channels: only RGB detectors work"
+            )
+        self._input = _Shape(3, Fraction(1))
         self.sources: list[tuple[int, ...]] = []
 
     def build(self) -> list[nn.Module]:
         rows = [*self._description["backbone"], *self._description["head"]]
+        if len(rows) > MOST_ROWS:
+            raise ValueError(f"it has over {MOST_ROWS} layers")
         layers = [self._layer(index, *row) for index, row in enumerate(rows)]
         if not layers or not isinstance(layers[-1], Detect):
             raise ValueError("the last layer is not Detect")
@@ -319,6 +170,8 @@ class _Builder:
     def _layer(
         self, index: int, origin: int | list[int], repeats: int, kind: str, arguments: list[Any]
     ) -> nn.Module:
+        if type(kind) is not str or type(repeats) is not int or not 1 <= repeats <= MOST_REPEATS:
+            raise ValueError(f"layer {index} is {brief(kind)}, {brief(repeats)} times")
         origins = [origin] if isinstance(origin, int) else origin
         sources = tuple(index + o if o < 0 else o for o in origins)
         if not all(-1 <= source < index for source in sources):
@@ -327,6 +180,8 @@ class _Builder:
         inputs = [self._input if source < 0 else self._shapes[source] for source in sources]
         if repeats > 1:
             repeats = max(round(repeats * self._depth), 1)
+            if repeats > MOST_REPEATS:
+                raise ValueError(f"layer {index} is repeated {repeats} times")
         arguments = [_literal(argument) for argument in arguments]
 
         if kind in _SCALED:
@@ -334,6 +189,8 @@ class _Builder:
         elif kind == "nn.Upsample":
             layer, shape = _upsample(inputs[0], arguments)
         elif kind == "Concat":
+            if arguments not in ([1], []):
+                raise ValueError(f"layer {index} concatenates along another dimension")
             layer = Concat()
             shape = _Shape(sum(part.channels for part in inputs), inputs[0].stride)
         elif kind == "Detect":
@@ -341,7 +198,7 @@ class _Builder:
         else:
             known = ", ".join([*_SCALED, "nn.Upsample", "Concat", "Detect"])
             raise UserError(
-                f"layer {index} of this YOLOv5 is a {kind}, which is not supported: "
+                f"layer {index} of this YOLOv5 is a {brief(kind)[1:-1]}, which is not supported: "
                 f"supported are {known}"
             )
         self._shapes.append(shape)
@@ -351,6 +208,9 @@ class _Builder:
         self, kind: str, source: _Shape, repeats: int, arguments: list[Any]
     ) -> tuple[nn.Module, _Shape]:
         outputs, *rest = arguments
+        numbers = [part for item in arguments for part in (item if _is_list(item) else [item])]
+        if not all(part is None or _is_small(part) for part in numbers) or not outputs:
+            raise ValueError(f"a {kind} has the arguments {', '.join(map(brief, arguments))}")
         if outputs != self._anchor_count * (self._classes + 5):
             outputs = math.ceil(outputs * self._width / 8) * 8
         if kind == "C3":
@@ -383,10 +243,27 @@ class _Builder:
 
 def _upsample(source: _Shape, arguments: list[Any]) -> tuple[nn.Module, _Shape]:
     size, scale, mode = arguments
-    if size is not None or not isinstance(scale, int):
+    if size is not None or not isinstance(scale, int) or not 1 <= scale <= 32:
         raise ValueError("nn.Upsample needs a whole scale factor and no size")
+    if mode not in ("nearest", "bilinear", "bicubic", "area"):
+        raise ValueError(f"nn.Upsample has the mode {brief(mode)}")
     layer = nn.Upsample(scale_factor=scale, mode=mode)
     return layer, _Shape(source.channels, source.stride / scale)
+
+
+def _multiple(description: dict[str, Any], key: str) -> float:
+    value = description[key]
+    if type(value) not in (int, float) or not 0 < value <= LARGEST_MULTIPLE:
+        raise ValueError(f"{key} is {brief(value)}")
+    return float(value)
+
+
+def _is_list(item: Any) -> bool:
+    return isinstance(item, list | tuple)
+
+
+def _is_small(part: Any) -> bool:
+    return isinstance(part, int | float) and abs(part) <= WIDEST
 
 
 def _literal(argument: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Collection
 from pathlib import Path
 
@@ -85,6 +85,13 @@ model_wrapper_cfg = dict(
 # The base's is for its own learning rate.
 auto_scale_lr = dict(enable=False, base_batch_size={batch})
 load_from = None
+{validation}"""
+
+_NO_VALIDATION = """\
+# The detector's own validation set is not here: {missing}
+val_dataloader = None
+val_cfg = None
+val_evaluator = None
 """
 
 _AVERAGE = """
@@ -105,6 +112,7 @@ def mmdet_config(
     overrides: tuple[str, ...] = (),
     inherited: Collection[str] = REPLACED,
     base: str | None = None,
+    missing: str | None = None,
 ) -> str:
     """The text of a config that inherits from a detector's own and trains it by a recipe.
 
@@ -118,22 +126,24 @@ def mmdet_config(
         overrides: what was changed in the recipe.
         inherited: keys that the detector's config has.
         base: what to inherit from; None: `config`.
+        missing: a file of the detector's own validation set that is not there: nothing is
+            measured then; None: it is kept.
     """
     settings, section = recipe.distillation, recipe.quantization
     average = _AVERAGE.format(momentum=1 - settings.ema) if settings.ema > 0 else ""
     return _TEMPLATE.format(
         replace={key: "\n    _delete_=True," if key in inherited else "" for key in REPLACED},
-        title=Path(config).stem,
+        title=_comment(Path(config).stem),
         bits=f"{section.weight_bits}-bit weights and {section.activation_bits}-bit activations",
-        name=name,
+        name=_comment(name),
         base=_text(base or config),
-        config=config,
+        config=_comment(config),
         config_text=_text(config),
         checkpoint=_text(checkpoint),
-        weights=checkpoint or "WEIGHTS.pth",
+        weights=_comment(checkpoint or "WEIGHTS.pth"),
         recipe=_text(recipe_name),
         overrides="[" + ", ".join(_text(text) for text in overrides) + "]",
-        data=data,
+        data=_comment(data),
         data_text=_text(data),
         flip=settings.flip,
         batch=settings.batch_size,
@@ -142,9 +152,34 @@ def mmdet_config(
         scale_mult=settings.scale_lr / settings.lr,
         clip=settings.clip,
         average=average,
+        validation=_NO_VALIDATION.format(missing=_comment(missing)) if missing else "",
     )
 
 
 def _text(value: str | None) -> str:
     """A string, or None, as Python writes it, in double quotes."""
-    return "None" if value is None else json.dumps(value, ensure_ascii=False)
+    if value is None:
+        return "None"
+    text = "".join(_ESCAPED.get(char) or _character(char) for char in value)
+    # mmengine puts values of its own in the place of `{{ ... }}`, wherever it stands.
+    return '"' + text.replace("{{", "{\\x7b") + '"'
+
+
+_ESCAPED = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
+
+
+def _character(char: str) -> str:
+    if char.isprintable():
+        return char
+    code = ord(char)
+    if code < 1 << 8:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code < 1 << 16 else f"\\U{code:08x}"
+
+
+def _comment(value: str) -> str:
+    """A string in a comment: as it is where it is plain, else as in code, so that it stays on its
+    line and says nothing to who reads files (`coding:`)."""
+    if re.fullmatch(r"[\w./@%+,\- ]*", value):
+        return value
+    return _text(value).replace(":", "\\x3a").replace("=", "\\x3d")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
+
+from ..plain import brief
 
 Widths = tuple[int, int]
 """(weight bits, activation bits), each 2 to 8."""
@@ -45,7 +48,9 @@ def check_budget(text: str) -> None:
     Raises:
         ValueError: saying what to write.
     """
-    if parse_number(text) is None and not _PAIR.fullmatch(text):
+    number = parse_number(text)
+    if (number is None or math.isinf(number)) and not _PAIR.fullmatch(text):
         raise ValueError(
-            f"'{text}' is no budget: write w4a8 for what that costs throughout, or a number (12.5G)"
+            f"{brief(text)} is no budget: write w4a8 for what that costs throughout, or a number "
+            "(12.5G)"
         )

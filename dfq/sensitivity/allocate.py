@@ -51,6 +51,26 @@ def _only(row: LayerSensitivity) -> Widths | None:
     return row.widths[0] if row.widths else None
 
 
+def require_affordable(rows: Sequence[LayerSensitivity], budget: float, kind: str) -> float:
+    """What the layers may cost beyond those that are not free.
+
+    Args:
+        rows: the layers; what they were measured at does not matter.
+        budget, kind: as for `allocate`.
+
+    Raises:
+        UserError: where even the cheapest widths cost more.
+    """
+    fixed = sum(cost(row, _only(row), kind) for row in rows if not row.free)
+    cheapest = sum(min(cost(row, one, kind) for one in row.widths) for row in rows if row.free)
+    if fixed + cheapest > budget * (1 + 1e-9):
+        raise UserError(
+            f"quantization.mixed.budget: {budget:.4g} {_words(kind)} cannot be kept: the least is "
+            f"{fixed + cheapest:.4g}; allow more, or give quantization.mixed.candidates fewer bits"
+        )
+    return budget - fixed
+
+
 def allocate(rows: Sequence[LayerSensitivity], budget: float, kind: str) -> dict[str, Widths]:
     """Widths of every free layer, with the least sum of divergences that the budget allows.
 
@@ -68,16 +88,10 @@ def allocate(rows: Sequence[LayerSensitivity], budget: float, kind: str) -> dict
     Raises:
         UserError: where even the cheapest widths cost more.
     """
+    left = require_affordable(rows, budget, kind)
     free = [row for row in rows if row.free]
-    fixed = sum(cost(row, _only(row), kind) for row in rows if not row.free)
     costs = [[cost(row, widths, kind) for widths in row.widths] for row in free]
-    cheapest = sum(min(one) for one in costs)
-    if fixed + cheapest > budget * (1 + 1e-9):
-        raise UserError(
-            f"quantization.mixed.budget: {budget:.4g} {_words(kind)} cannot be kept: the least is "
-            f"{fixed + cheapest:.4g}; allow more, or give quantization.mixed.candidates fewer bits"
-        )
-    chosen = solve(costs, [list(row.divergence) for row in free], budget - fixed)
+    chosen = solve(costs, [list(row.divergence) for row in free], left)
     return {row.name: row.widths[index] for row, index in zip(free, chosen, strict=True)}
 
 

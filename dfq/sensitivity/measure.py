@@ -89,6 +89,18 @@ def choices(
     return found
 
 
+def unmeasured(
+    detector: Detector, policy: Policy, candidates: Sequence[Widths]
+) -> list[LayerSensitivity]:
+    """Every layer with what it costs and what it may have; divergences are 0."""
+    return [
+        LayerSensitivity(
+            info.name, info.macs, math.prod(info.weight_shape), widths, (0.0,) * len(widths)
+        )
+        for info, widths in choices(detector, policy, candidates)
+    ]
+
+
 @torch.no_grad()
 def measure(
     teacher: Detector,

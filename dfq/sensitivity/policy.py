@@ -12,8 +12,8 @@ from ..progress import Progress
 from ..quantization.convert import Policy
 from ..quantization.widths import Widths, format_widths
 from ..recipe import Quantization
-from .allocate import allocate, budget_of, cost
-from .measure import LayerSensitivity, measure
+from .allocate import allocate, budget_of, cost, require_affordable
+from .measure import LayerSensitivity, measure, unmeasured
 
 _BATCH = 8
 
@@ -83,6 +83,23 @@ class Sensitivity:
         }
 
 
+def check_budget_can_be_kept(teacher: Detector, policy: Policy, settings: Quantization) -> None:
+    """Refuse a budget before anything is measured.
+
+    Args:
+        teacher, policy, settings: as for `find_bits`.
+
+    Raises:
+        UserError: where no layer is free, or the budget cannot be kept.
+    """
+    mixed = settings.mixed
+    rows = unmeasured(teacher, policy, settings.candidates())
+    if not any(row.free for row in rows):
+        raise UserError("quantization.overrides: they fix the bits of every layer; none is free")
+    if mixed.budget is not None:
+        require_affordable(rows, budget_of(mixed.budget, rows, mixed.cost), mixed.cost)
+
+
 def find_bits(
     teacher: Detector,
     policy: Policy,
@@ -103,6 +120,7 @@ def find_bits(
         UserError: where no layer is free, or the budget cannot be kept.
     """
     mixed = settings.mixed
+    check_budget_can_be_kept(teacher, policy, settings)
     count = min(mixed.images, len(data))
     seen = min(max(mixed.images, settings.calibration_images), len(data))
     images = data.load(list(range(seen))).float() / 255
@@ -117,8 +135,6 @@ def find_bits(
             calibration=images.split(_BATCH),
             progress=task.update,
         )
-    if not any(row.free for row in rows):
-        raise UserError("quantization.overrides: they fix the bits of every layer; none is free")
     if mixed.budget is None:
         return Sensitivity(tuple(rows), mixed.cost, count)
     budget = budget_of(mixed.budget, rows, mixed.cost)

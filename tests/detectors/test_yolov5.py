@@ -555,6 +555,16 @@ def test_activation_is_the_checkpoints(write: Any) -> None:
     assert isinstance(again.module.get_submodule("model.0.act"), nn.ReLU)
 
 
+def test_an_activation_without_arguments_has_the_originals(tiny: YOLOv5) -> None:
+    """As descriptions were written before they held arguments."""
+    spec = {**tiny.spec(), "activation": "LeakyReLU"}
+    act = YOLOv5.from_spec(spec).module.get_submodule("model.0.act")
+    assert isinstance(act, nn.LeakyReLU)
+    assert act.negative_slope == 0.1
+    hard = YOLOv5.from_yaml(description(0.33, 0.125, 3), activation="Hardswish")
+    assert isinstance(hard.module.get_submodule("model.0.act"), nn.Hardswish)
+
+
 def test_checkpoints_that_are_refused(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fused(model: Any) -> None:
         for module in model.modules():

@@ -1,0 +1,103 @@
+"""The tensors of a network as files hold them: what they are called, and whether they are sound."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError, shown
+from ..limits import MOST_WEIGHTS
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# Left in modules by thop, which YOLOv5 and Ultralytics count operations with; the last one is
+# torch's, beside the averaged weights of `torch.optim.swa_utils`.
+_COUNTERS = ("total_ops", "total_params", "n_averaged")
+
+
+def is_counter(name: str) -> bool:
+    """Whether a tensor of that name counts something and belongs to no network."""
+    return name.rpartition(".")[2] in _COUNTERS
+
+
+def unprefixed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under the names that the network itself gives them.
+
+    Where all names begin with the same part, it is that of a wrapper (`module.` of
+    DistributedDataParallel, `_orig_mod.` of a compiled network, `model.` of a trainer), for a
+    detector has a backbone and a head.
+    """
+    result = {name: tensor for name, tensor in tensors.items() if not is_counter(name)}
+    while len(first := {name.partition(".")[0] for name in result}) == 1 and all(
+        "." in name for name in result
+    ):
+        (prefix,) = first
+        result = {name.removeprefix(f"{prefix}."): tensor for name, tensor in result.items()}
+    return result
+
+
+def sound(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """The tensors, floating ones as float32; whole numbers as they are.
+
+    Args:
+        tensors: by qualified name.
+        source: of the file, for messages.
+
+    Raises:
+        UserError: one is of a type that weights are not kept in without more (float8, say, whose
+            scales are elsewhere), holds NaN or an infinity, or is a variance below zero: the
+            message names it; or they are more than `limits` allows.
+    """
+    result = {}
+    if sum(tensor.numel() for tensor in tensors.values()) > MOST_WEIGHTS:
+        raise UserError(f"{source} holds more than {MOST_WEIGHTS} weights, shared ones included")
+    for name, tensor in tensors.items():
+        it = f"{source}: the tensor {shown(name)}"
+        if tensor.is_quantized or tensor.layout != torch.strided or tensor.is_complex():
+            raise UserError(f"{it} is {_kind(tensor)}, not plain numbers")
+        if not tensor.is_floating_point():
+            result[name] = tensor
+            continue
+        if tensor.dtype not in _FLOATS:
+            raise UserError(
+                f"{it} is of {_kind(tensor)}: give the weights as they were trained, in float32, "
+                "float16 or bfloat16"
+            )
+        cast = tensor.float()
+        if not torch.isfinite(cast).all():
+            what = "NaN" if torch.isnan(cast).any() else "an infinity"
+            raise UserError(
+                f"{it} holds {what}: the training diverged or the file is damaged; name an "
+                "earlier checkpoint"
+            )
+        if name.rpartition(".")[2] == "running_var" and (cast < 0).any():
+            raise UserError(f"{it} holds a variance below zero: the file is damaged")
+        result[name] = cast
+    return result
+
+
+def check_kinds(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:
+    """Refuse whole numbers in the place of weights, and the other way round.
+
+    torch converts one into the other without a word.
+
+    Raises:
+        UserError: names the tensor.
+    """
+    for name, tensor in given.items():
+        own = expected.get(name)
+        if name.endswith("num_batches_tracked"):
+            # Averages of weights average it as well.
+            continue
+        if own is not None and own.is_floating_point() != tensor.is_floating_point():
+            raise UserError(
+                f"{source}: the tensor {shown(name)} is of {_kind(tensor)}, where the network has "
+                f"{_kind(own)}"
+            )
+
+
+def _kind(tensor: Tensor) -> str:
+    layout = "" if tensor.layout == torch.strided else f"{tensor.layout} ".replace("torch.", "")
+    return f"{layout}{str(tensor.dtype).removeprefix('torch.')}"
