@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -162,6 +161,7 @@ def qat(
     from .distributed import leads
     from .progress import Live
     from .recipe import find_recipe, load_recipe
+    from .run import read_metrics
     from .verbs import quantize
 
     settings = load_recipe(recipe, overrides, seed=seed, distillation__select_on=select_on)
@@ -177,7 +177,7 @@ def qat(
     )
     if not leads():
         return
-    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics = read_metrics(folder)
     share = metrics["quantized_share_of_macs"]
     click.echo(f"{metrics['selected']}; {share:.1%} of the MACs quantized")
     for name, value in metrics.get("evaluation", {}).items():

@@ -12,6 +12,9 @@ from .errors import UserError
 
 LOCK = ".lock"
 
+# Neither through a link nor waiting for the other end of a pipe that somebody put there.
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+
 
 @contextlib.contextmanager
 def locked(folder: Path, refusal: str) -> Iterator[None]:
@@ -25,22 +28,38 @@ def locked(folder: Path, refusal: str) -> Iterator[None]:
         refusal: what to say where another process holds it.
 
     Raises:
-        UserError: saying `refusal`.
+        UserError: saying `refusal`, or that something else is in the lock's place.
     """
     path = folder / LOCK
     while True:
-        file = path.open("w")
+        try:
+            file = os.open(path, _FLAGS, 0o666)
+        except OSError:
+            if path.is_symlink() or path.is_dir():
+                raise UserError(f"{path}: something is in the way of the lock; delete it") from None
+            raise
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The one before may have removed the file between our opening and our locking it.
+            if _is_there(file, path):
+                break
         except BlockingIOError:
-            file.close()
+            os.close(file)
             raise UserError(refusal) from None
-        # The one before may have removed the file between our opening and our locking it.
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            break
-        file.close()
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)
     try:
         yield
     finally:
         path.unlink(missing_ok=True)
-        file.close()
+        os.close(file)
+
+
+def _is_there(file: int, path: Path) -> bool:
+    """Whether the open `file` is the one at `path` now."""
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False

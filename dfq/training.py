@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from .dataset.calibration import CalibrationSet, read_json, write_json
@@ -123,10 +124,26 @@ def mixed_policy(
                 found = find_bits(teacher, policy, recipe.quantization, data, progress)
                 write_json(path, found.to_dict())
                 log(f"bits by layer: {found.spent:.4g} of {found.budget:.4g} {found.kind}")
-            overrides = read_json(path)["overrides"]
+            overrides = read_bits(path)["overrides"]
             policy = replace(policy, overrides=(*policy.overrides, *overrides.items()))
     shared: Policy = world.share(policy)
     return shared
+
+
+def read_bits(path: Path) -> dict[str, Any]:
+    """What a run's `sensitivity.json` holds.
+
+    Raises:
+        UserError: where it is broken.
+    """
+    found = read_json(path)
+    try:
+        if not {"cost", "budget", "spent", "divergence"} <= found.keys():
+            raise KeyError
+        Quantization.model_validate({"overrides": found["overrides"]})
+    except (AttributeError, KeyError, ValidationError):
+        raise UserError(f"{path}: not as dfq wrote it; delete it to measure again") from None
+    return dict(found)
 
 
 def images_to_prepare(section: Quantization) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import platformdirs
 import torch
 
-from .dataset.calibration import CalibrationSet, read_json, write_atomic
+from .dataset.calibration import CalibrationSet, write_atomic
 from .dataset.readers import ImageSet, open_set
 from .detectors import load_detector
 from .detectors.base import Detector
@@ -21,11 +21,11 @@ from .evaluation.coco import Metrics
 from .evaluation.coco import evaluate as evaluate_detector
 from .evaluation.matching import require_labels
 from .progress import Progress, Silent
-from .quantization.convert import Policy, fold, insert_quantizers
+from .quantization.convert import Policy, fold, insert_quantizers, quantized_layers
 from .quantization.listing import Inspection, bit_operations, describe, quantized_share
 from .quantization.results import count_joins
 from .recipe import Recipe, load_recipe
-from .run import Run, identity_of_recipe, is_run, load_run, next_folder, versions
+from .run import Run, check_run, identity_of_recipe, is_run, load_run, open_run, versions
 from .sensitivity.policy import Sensitivity, find_bits
 from .synthesis.produce import set_name, synthesize_set
 from .tensorboard import Curves
@@ -36,6 +36,7 @@ from .training import (
     mixed_policy,
     open_training_data,
     policy_of,
+    read_bits,
     train,
 )
 
@@ -76,7 +77,16 @@ def _float_model(source: str | Path | None, *, trust: bool, device: str) -> Dete
         raise UserError("which model? give --model, or `model:` in the recipe")
     if is_run(Path(source)):
         raise UserError(f"{source}: is a quantized run; give the float detector it was made from")
-    return load_detector(source, trust=trust, device=device)
+    return _float(load_detector(source, trust=trust, device=device))
+
+
+def _float(detector: Detector) -> Detector:
+    """The detector, unless it is quantized already."""
+    if any(True for _ in quantized_layers(detector.module)):
+        raise UserError(
+            f"{detector.source}: is quantized already; give the float detector it was made from"
+        )
+    return detector
 
 
 def _as_recipe(recipe: Recipe | str | Path | None) -> Recipe:
@@ -119,7 +129,7 @@ def synthesize(
         with world.leader_first():
             target = _own_device(world, device)
             if isinstance(model, Detector):
-                detector = model.to(target)
+                detector = _float(model).to(target)
             else:
                 detector = _float_model(model, trust=trust, device=target)
             curves = Curves(Path(tensorboard)) if tensorboard else None
@@ -201,11 +211,12 @@ def quantize(
         with world.leader_first():
             if world.leads:
                 numbered = f"{stem}-{Path(detector.source).stem}"
-                folder = Path(out) if out else next_folder(Path("runs"), numbered, identity)
-                run = Run(folder, identity)
+                run = open_run(Path(out) if out else None, Path("runs"), numbered, identity)
                 if not run.finished:
                     stack.enter_context(run.lock())
-        # Asked again now: the one that held the lock before may have finished the run.
+                if run.finished:
+                    # Asked again: the one that held the lock before may have finished it.
+                    check_run(run.folder)
         found = (run.folder, run.finished) if run else None
         folder, finished = world.share(found)
         if not finished:
@@ -280,7 +291,7 @@ def _finish(
         "images": images,
     }
     if settings.quantization.mixed.budget is not None:
-        found = read_json(run.folder / "sensitivity.json")
+        found = read_bits(run.folder / "sensitivity.json")
         metrics["mixed"] = {key: found[key] for key in ("cost", "budget", "spent", "divergence")}
     if outcome is not None:
         metrics["teacher_divergence"] = outcome.agreement
@@ -322,7 +333,7 @@ def sensitivity(
         with world.leader_first():
             target = _own_device(world, device)
             if isinstance(model, Detector):
-                detector = model.to(target)
+                detector = _float(model).to(target)
             else:
                 detector = _float_model(model, trust=trust, device=target)
             images = (

@@ -11,6 +11,10 @@ from pathlib import Path
 
 import torch
 
+PATIENCE = 600.0
+"""Seconds after which a test takes what it waits for for lost: never met, however slow and busy the
+machine, by what works."""
+
 # One process imports torch once; each command is a fork of it, with its own id to kill.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["dfq.verbs", "dfq.detectors.yolov5", "dfq.detectors.ultralytics"])
@@ -51,9 +55,33 @@ def launch(words: list[str], size: int, place: Path) -> list[multiprocessing.pro
     ]
 
 
-def wait_for(condition: Callable[[], bool], process: multiprocessing.process.BaseProcess) -> None:
-    until = time.monotonic() + 60
+def until(condition: Callable[[], bool], alive: Callable[[], bool] = lambda: True) -> None:
+    """Wait until something is the case, as long as it takes.
+
+    Args:
+        condition: asked again and again.
+        alive: whether the process that brings it about still runs.
+    """
+    end = time.monotonic() + PATIENCE
     while not condition():
-        assert process.is_alive(), "the process ended before it was to be killed"
-        assert time.monotonic() < until, "the process got nowhere"
+        assert alive() or condition(), "the process ended before it got that far"
+        assert time.monotonic() < end, "the process got nowhere"
         time.sleep(0.002)
+
+
+def wait_for(condition: Callable[[], bool], process: multiprocessing.process.BaseProcess) -> None:
+    """Wait until a process has brought something about."""
+    until(condition, process.is_alive)
+
+
+def ended(process: multiprocessing.process.BaseProcess) -> int:
+    """The exit code of a process, once it has one."""
+    process.join(PATIENCE)
+    assert process.exitcode is not None, "the process does not end"
+    return process.exitcode
+
+
+def killed(process: multiprocessing.process.BaseProcess) -> None:
+    """Kill a process and wait until it is gone."""
+    process.kill()
+    ended(process)

@@ -203,10 +203,10 @@ def _read_png(path: Path) -> Tensor:
 
 def _is_bare(root: Path) -> bool:
     """Whether a folder holds nothing, or only what a writer killed at its very start leaves."""
-    own = {".lock", ".identity.json.tmp"}
+    # Not rglob, which stumbles over what another process is just clearing away.
     return all(
-        path.name in own or (path.is_dir() and path.name in ("images", "shards"))
-        for path in root.rglob("*")
+        set(folders) <= {"images", "shards"} and set(files) <= {".lock", ".identity.json.tmp"}
+        for _, folders, files in os.walk(root)
     )
 
 
@@ -221,38 +221,57 @@ class CalibrationWriter:
         shards: how many there will be.
 
     Raises:
-        UserError: where the folder holds something else, or a set made from other determinants.
+        UserError: where the folder holds something else, or a set made from other determinants, or
+            another process is about to make one in it.
     """
 
     def __init__(
         self, root: Path, determinants: dict[str, Any], names: Sequence[str], shards: int
     ) -> None:
         self.root, self.determinants, self.names, self.shards = root, determinants, names, shards
-        identity = root / "shards" / "identity.json"
         if root.exists() and not root.is_dir():
             raise UserError(
                 f"{root}: a file is in the way of the set's folder; choose another --out"
             )
+        if not self._is_ours():
+            root.mkdir(parents=True, exist_ok=True)
+            # Of two that begin at once, one is told here that it is the second.
+            with self.lock():
+                if not self._is_ours():
+                    (root / "shards").mkdir(exist_ok=True)
+                    write_json(self._identity, determinants)
+        if not self.complete:
+            (root / "images").mkdir(exist_ok=True)
+
+    @property
+    def _identity(self) -> Path:
+        return self.root / "shards" / "identity.json"
+
+    def _is_ours(self) -> bool:
+        """Whether the folder holds this very set, finished or begun; nothing is written where it
+        is: other processes of the same run may be reading it. What else it may hold is refused."""
         if self.complete:
-            manifest = read_json(root / "manifest.json")
+            manifest = read_json(self.root / "manifest.json")
             if not _is_set_manifest(manifest):
-                raise UserError(f"{root}: holds something else; choose another --out")
+                raise UserError(f"{self.root}: holds something else; choose another --out")
             self._check(manifest["determinants"])
             self._tidy()
-        elif identity.exists():
-            self._check(read_json(identity))
-        elif root.exists() and not _is_bare(root):
-            raise UserError(f"{root}: not empty and no calibration set; choose another --out")
-        if not self.complete:
-            (root / "images").mkdir(parents=True, exist_ok=True)
-            (root / "shards").mkdir(exist_ok=True)
-            # Left alone where it is: other processes of the same run may be reading it.
-            if not identity.exists():
-                write_json(identity, determinants)
+            return True
+        if self._identity.exists():
+            self._check(read_json(self._identity))
+            return True
+        if not self.root.exists() or _is_bare(self.root):
+            return False
+        # Another process may have begun or finished the set since the first look.
+        if self.complete or self._identity.exists():
+            return self._is_ours()
+        raise UserError(f"{self.root}: not empty and no calibration set; choose another --out")
 
     def _check(self, found: dict[str, Any]) -> None:
         if found == self.determinants:
             return
+        if not isinstance(found, dict):
+            raise UserError(f"{self.root}: damaged (what determines the set is lost); delete it")
         keys = sorted(
             k for k in {*found, *self.determinants} if found.get(k) != self.determinants.get(k)
         )

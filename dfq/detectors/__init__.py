@@ -61,9 +61,10 @@ def load_detector(model: str | Path, *, trust: bool = False, device: str = "cpu"
     """Load a detector: unfused, in eval mode, its parameters frozen, float32.
 
     Args:
-        model: the path of a checkpoint, of a model YAML (random weights) or of a file that
-            `save_detector` wrote; the name of a model YAML of Ultralytics ("yolo11n.yaml"); the
-            name of a published network ("yolo11s", "yolov5n.pt"), downloaded where need be;
+        model: the path of a checkpoint, of a model YAML (random weights), of a file that
+            `save_detector` wrote or of the `model.safetensors` of a run (then it is quantized and
+            folded); the name of a model YAML of Ultralytics ("yolo11n.yaml"); the name of a
+            published network ("yolo11s", "yolov5n.pt"), downloaded where need be;
             "torchvision/NAME" or a config of mmdet (a file, or the name of one that comes with
             it), with random weights; or "demo", the small detector that comes with dfq. Where a
             network and its weights are apart: "NETWORK@CHECKPOINT".
@@ -253,12 +254,17 @@ def _from_checkpoint(path: Path, trust: bool) -> Detector:
 
 
 def _from_safetensors(path: Path) -> Detector:
+    # Not above: runs are made of detectors.
+    from ..run import is_quantized, load_quantized
+
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, struct.error) as error:
         raise UserError(f"{path} cannot be read: {error}; copy the file again") from error
+    if is_quantized(metadata):
+        return load_quantized(path)
     if _METADATA_KEY not in metadata:
         raise UserError(
             f"{path} was not written by dfq (it holds tensors only): give the checkpoint (.pt)"
