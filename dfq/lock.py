@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
 
 from .errors import UserError
 
 LOCK = ".lock"
 
-# Neither through a link nor waiting for the other end of a pipe that somebody put there.
-_FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+_NO_FILE = (errno.ELOOP, errno.EISDIR, errno.ENXIO)
+"""Of a link, a folder and a pipe in the place of the lock."""
+
+
+def _opener(path: str, flags: int) -> int:
+    # Neither through a link nor waiting for the other end of a pipe.
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 @contextlib.contextmanager
@@ -31,35 +38,28 @@ def locked(folder: Path, refusal: str) -> Iterator[None]:
         UserError: saying `refusal`, or that something else is in the lock's place.
     """
     path = folder / LOCK
-    while True:
-        try:
-            file = os.open(path, _FLAGS, 0o666)
-        except OSError:
-            if path.is_symlink() or path.is_dir():
-                raise UserError(f"{path}: something is in the way of the lock; delete it") from None
-            raise
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                file = stack.enter_context(open(path, "a", opener=_opener))
+            except OSError as error:
+                if error.errno not in _NO_FILE:
+                    raise
+                raise UserError(f"{path}: is in the way of the lock; delete it") from None
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(refusal) from None
             # The one before may have removed the file between our opening and our locking it.
             if _is_there(file, path):
                 break
-        except BlockingIOError:
-            os.close(file)
-            raise UserError(refusal) from None
-        except BaseException:
-            os.close(file)
-            raise
-        os.close(file)
-    try:
+        stack.callback(path.unlink, missing_ok=True)
         yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(file)
 
 
-def _is_there(file: int, path: Path) -> bool:
+def _is_there(file: IO[Any], path: Path) -> bool:
     """Whether the open `file` is the one at `path` now."""
     try:
-        return os.path.samestat(os.fstat(file), path.stat())
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         return False

@@ -151,6 +151,8 @@ def synthesize(
             folder,
             report=report,
             shard_done=task.update,
+            left=task.left,
+            note=progress.note,
             workers=workers,
             world=world,
         )
@@ -296,7 +298,7 @@ def _finish(
     if outcome is not None:
         metrics["teacher_divergence"] = outcome.agreement
         metrics["history"] = outcome.history
-        if outcome.best is not None:
+        if outcome.best is not None and selected.startswith("qat"):
             epoch, score = outcome.best
             where = settings.distillation.select_on
             metrics["selected_on_real_images"] = {"data": where, "epoch": epoch, "AP": score}

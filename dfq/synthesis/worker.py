@@ -41,11 +41,21 @@ def main(connection: Connection, parent: int) -> None:
 def _work(connection: Connection, job: bytes) -> None:
     from ..dataset.calibration import CalibrationWriter
     from ..distributed import one_thread
+    from ..errors import UserError
+    from .compiled import why_none
     from .inversion import Inversion
+    from .produce import without_kernels
     from .shards import make_shards
     from .workers import send
 
     detector, settings, plan, root, determinants = pickle.loads(job)
+    if without_kernels(detector, settings) != ("kernels" in determinants):
+        # Compiled once a process: the disk may have filled up meanwhile.
+        here = why_none() or "there is a C compiler"
+        raise UserError(
+            f"synthesis: {here} in a worker process, unlike in the one that started it, and the "
+            "images would differ; run the same command again"
+        )
 
     def dealt() -> Iterator[int]:
         while True:
