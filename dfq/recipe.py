@@ -158,6 +158,8 @@ class Distillation(Section):
     select_on: str | None = None
     """A labelled real set: the epoch with the highest AP on it is kept, as the paper does. The run
     is then not data-free, and says so."""
+    keep_worse: bool = False
+    """With `method: qat`, what was trained is kept even where the calibrated start is better."""
     flip: float = Field(0.5, ge=0, le=1)
     zoom: float = Field(0.0, ge=0, lt=1)
     """Images are enlarged or shrunk at random by up to this share, labels too."""
@@ -186,7 +188,8 @@ class Recipe(Section):
     model: str | None = None
     """Checkpoint, yaml or name of the detector; `--model` wins."""
     method: Literal["qat", "ptq", "auto"] = "auto"
-    """`auto` trains, and falls back to the calibrated start where training made it worse."""
+    """`auto` trains, and falls back to the calibrated start where training made it worse or its
+    loss stopped being finite; `qat` fails where it did."""
     seed: int = Field(0, ge=0, lt=2**31)
     synthesis: Synthesis = Synthesis()
     quantization: Quantization = Quantization()

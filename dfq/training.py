@@ -28,6 +28,9 @@ from .reconstruction.activation_grids import narrow_activations, refine_grids
 from .reconstruction.second_order import reconstruct
 from .sensitivity.policy import find_bits
 
+FAR = 10.0
+"""A network so many times further from its teacher than it began has lost what it could."""
+
 
 class LetterboxedImages:
     """A real image set in the shape the trainer takes: letterboxed squares, labels by name.
@@ -235,7 +238,8 @@ def train(
     student = quantized(teacher, policy, recipe, None if resuming else data, progress)
     log("training resumed" if resuming else "training started")
     # Kept to fall back to; a resumed run that has to finds it anew, which takes the time again.
-    start = None if resuming or recipe.method != "auto" else student.twin()
+    kept = recipe.method == "qat" and recipe.distillation.keep_worse
+    start = None if resuming or kept else student.twin()
 
     def beginning() -> Detector:
         # The trainer has laid it out anew, and sums in another order differ in their last bits.
@@ -265,7 +269,11 @@ def train(
                 task.detail("qat", done, total, terms)
                 task.update(done, total)
 
-            outcome = trainer.train(report)
+            def within(epoch: int, share: float) -> None:
+                task.update(epoch, recipe.distillation.epochs)
+                task.within(share)
+
+            outcome = trainer.train(report, within)
     except DivergedError as error:
         log(str(error))
         if recipe.method != "auto":
@@ -273,15 +281,27 @@ def train(
             with world.leader_first():
                 raise
         return beginning(), None, "ptq: training diverged"
+    worse = worse_than_start(outcome)
+    if worse and not kept:
+        reason = f"ptq: {worse}"
+        if recipe.method == "qat":
+            reason += "; --set distillation.keep_worse=true keeps what was trained"
+        return beginning(), outcome, reason
+    reason = f"qat: {outcome.selected} weights"
     if outcome.best is not None:
         where = recipe.distillation.select_on
         reason = f"qat: epoch {outcome.best[0]}, the best by AP on the real images of {where}"
-        return student, outcome, reason
-    worse = outcome.agreement[outcome.selected] > outcome.agreement["start"]
-    if recipe.method == "auto" and worse:
-        reason = "ptq: training ended further from the teacher than it began"
-        return beginning(), outcome, reason
-    return student, outcome, f"qat: {outcome.selected} weights"
+    return student, outcome, f"{reason}; but {worse}" if worse else reason
+
+
+def worse_than_start(outcome: Outcome) -> str:
+    """Why the calibrated start is better than what training made of it; empty where it is not."""
+    start, end = outcome.agreement["start"], outcome.agreement[outcome.selected]
+    # Where real images chose the epoch, closeness to the teacher has a say at the extreme only.
+    if end <= start * (FAR if outcome.best is not None else 1):
+        return ""
+    times = f" ({end / start:.3g} times as far)" if end > 1.05 * start > 0 else ""
+    return f"training ended further from the teacher than it began{times}"
 
 
 def judge_on(images: ImageSet, recipe: Recipe) -> Callable[[Detector], float]:

@@ -33,6 +33,7 @@ from dfq.verbs import load_model, quantize, synthesize
 
 YARDSTICK = [
     "method=qat",
+    "distillation.keep_worse=true",
     "quantization.rounding=nearest",
     "distillation.weight_lr=null",
     "distillation.lr=3e-4",

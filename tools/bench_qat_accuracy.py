@@ -44,6 +44,7 @@ TRAINED = (
 LSQ = [
     *TRAINED,
     "method=qat",
+    "distillation.keep_worse=true",
     "quantization.weights=per_tensor",
     "quantization.weight_grid=symmetric",
     "quantization.ranges=lsq",
