@@ -11,6 +11,7 @@ from .cli_common import F, check_output, checkpoint_option, mendable
 from .cli_data import data
 from .cli_mmdet import mmdet_config
 from .errors import UserError
+from .processes import end_with_launcher
 
 
 def _common(command: F) -> F:
@@ -321,6 +322,7 @@ cli.add_command(mmdet_config)
 
 def main() -> None:
     """Entry point of `dfq`."""
+    end_with_launcher()
     cli()
 
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from .errors import UserError
+from .processes import Terminated, heeding_sigterm
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -28,6 +29,13 @@ _DISK = {
 _TORCH_DISK = ("No space left", "PytorchStreamWriter failed", "inline_container", "iostream error")
 
 
+_RESUMED = {"synthesize", "qat", "demo"}
+"""Commands that go on where they were stopped; the others begin anew."""
+
+_GRACE_SECONDS = 5.0
+"""How long a command that is told to stop may take to end in order."""
+
+
 def _fail(message: str) -> None:
     for line in message.splitlines():
         click.echo(f"error: {line}", err=True)
@@ -37,28 +45,34 @@ def _fail(message: str) -> None:
 def mendable(command: F) -> F:
     """Turn what the user can mend into one line and exit code 2; leave bugs their traceback."""
 
+    resumed = command.__name__ in _RESUMED
+    stopped = "stopped" + ("; the same command goes on from here" if resumed else "")
+    again = "; what is finished is kept, run the command again" if resumed else ""
+
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
-            return command(*args, **kwargs)
+            with heeding_sigterm(stopped, 143, grace=_GRACE_SECONDS):
+                return command(*args, **kwargs)
         except UserError as error:
             _fail(str(error))
         except OSError as error:
             if error.errno not in _DISK:
                 raise
             where = f"{error.filename}: " if error.filename else ""
-            _fail(f"{where}{_DISK[error.errno]}; what is finished is kept, run the command again")
+            _fail(f"{where}{_DISK[error.errno]}{again}")
         except RuntimeError as error:
             # torch reports a full disk and a full device as plain RuntimeErrors.
             text = str(error).splitlines()[0] if str(error) else ""
             if any(sign in text for sign in _TORCH_DISK):
-                _fail("the disk is full; what is finished is kept, run the command again")
+                _fail(f"the disk is full{again}")
             if "out of memory" in text:
                 _fail(f"out of memory ({text}); lower the batch size or the image size")
             raise
-        except KeyboardInterrupt:
-            click.echo("stopped; the same command goes on from here", err=True)
-            sys.exit(130)
+        except KeyboardInterrupt as stop:
+            click.echo(stopped, err=True)
+            # 128 and the number of the signal, as shells have it.
+            sys.exit(143 if isinstance(stop, Terminated) else 130)
 
     return wrapped  # type: ignore[return-value]
 

@@ -6,9 +6,16 @@ has to say goes through its connection.
 
 from __future__ import annotations
 
+import sys
+
+from ..processes import end_with_parent
+
+if __name__ == "__main__":
+    # Before all that takes time to import: the parent may be killed meanwhile.
+    end_with_parent(int(sys.argv[2]), by_kernel=True)
+
 import pickle
 import signal
-import sys
 import traceback
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -16,15 +23,15 @@ from multiprocessing.connection import Connection
 
 def main(connection: Connection, parent: int) -> None:
     """Work until there are no more shards, or the parent ends."""
-    # Ctrl-C reaches the whole group; the parent ends its workers itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent(parent)
+    # These reach the whole group; the parent ends its workers itself.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     # Before the slow imports, for the parent waits until it is read.
     job = connection.recv_bytes()
 
-    from ..distributed import end_with_parent
     from .workers import send
 
-    end_with_parent(parent)
     try:
         _work(connection, job)
     except Exception as error:
