@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -79,6 +81,18 @@ def ended(process: multiprocessing.process.BaseProcess) -> int:
     process.join(PATIENCE)
     assert process.exitcode is not None, "the process does not end"
     return process.exitcode
+
+
+@contextlib.contextmanager
+def paused(process: multiprocessing.process.BaseProcess) -> Iterator[None]:
+    """Stop a process for the time of the block: it is in the middle of its work all the while."""
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGSTOP)
+    assert process.is_alive(), "the process ended before it was to be stopped"
+    try:
+        yield
+    finally:
+        os.kill(process.pid, signal.SIGCONT)
 
 
 def killed(process: multiprocessing.process.BaseProcess) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from forks import PATIENCE
 from small_mmdet import NAMES, SIDE, TEXTS, enliven, write_config
 
 from dfq.cli import cli
@@ -172,7 +173,7 @@ def test_mmdets_own_script_in_two_processes(place: Path) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     check_outcome(place, place / "out2")
