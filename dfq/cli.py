@@ -133,7 +133,10 @@ def synthesize(
 
 @cli.command()
 @click.option("--recipe", required=True, help="File or shipped recipe (w4a8).")
-@click.option("--model", help="The float detector; default: the recipe's.")
+@click.option(
+    "--model",
+    help="The float detector; default: the recipe's, else what the newest set was made from.",
+)
 @checkpoint_option
 @click.option("--data", help="A SET to train on; default: the synthetic one, made if need be.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder.")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
 
+from .cache import cache_folder, cached_folder, origin_for
 from .dataset.calibration import CalibrationSet, write_atomic
 from .dataset.readers import ImageSet, open_set
 from .detectors import load_detector
@@ -27,7 +26,7 @@ from .quantization.results import count_joins
 from .recipe import Recipe, load_recipe
 from .run import Run, check_run, identity_of_recipe, is_run, load_run, open_run, versions
 from .sensitivity.policy import Sensitivity, find_bits
-from .synthesis.produce import set_name, synthesize_set
+from .synthesis.produce import synthesize_set
 from .tensorboard import Curves
 from .training import (
     LetterboxedImages,
@@ -39,12 +38,6 @@ from .training import (
     read_bits,
     train,
 )
-
-
-def cache_folder() -> Path:
-    """Where sets go without `--out`: `$DFQ_HOME`, else the platform's cache folder."""
-    home = os.environ.get("DFQ_HOME")
-    return Path(home) if home else Path(platformdirs.user_cache_dir("dfq"))
 
 
 def pick_device(device: str) -> str:
@@ -74,7 +67,10 @@ def load_model(source: str | Path, *, trust: bool = False, device: str = "cpu") 
 
 def _float_model(source: str | Path | None, *, trust: bool, device: str) -> Detector:
     if source is None:
-        raise UserError("which model? give --model, or `model:` in the recipe")
+        raise UserError(
+            "which model? give --model, or `model:` in the recipe; no calibration set in "
+            f"{cache_folder()} tells of one"
+        )
     if is_run(Path(source)):
         raise UserError(f"{source}: is a quantized run; give the float detector it was made from")
     return _float(load_detector(source, trust=trust, device=device))
@@ -136,7 +132,7 @@ def synthesize(
         if curves is not None:
             stack.callback(curves.close)
         synthesis = settings.synthesis
-        folder = Path(out) if out else cache_folder() / set_name(detector, synthesis, settings.seed)
+        folder = Path(out) if out else cached_folder(detector, synthesis, settings.seed)
         task = stack.enter_context(progress.task("synthesis", synthesis.images, "images"))
 
         def report(shard: int, stage: str, step: int, steps: int, values: dict[str, float]) -> None:
@@ -175,7 +171,8 @@ def quantize(
 
     Args:
         recipe: the experiment.
-        model: the float detector; None: the recipe's.
+        model: the float detector; None: the recipe's, else what `data` was made from if it is a
+            calibration set, else what the newest one in the cache was.
         data: a calibration set or any real one; None: the cache's, made first if it is not there.
         out: run folder; None: `runs/<recipe>-<model>-<n>`.
         name: of the recipe, for that folder.
@@ -195,7 +192,17 @@ def quantize(
         # Tried now, so that a mistake shows before hours of training and before a file is written.
         with world.leader_first():
             source = model if model is not None else settings.model
-            detector = _float_model(source, trust=trust, device=_own_device(world, device))
+            made_from = origin_for(data) if source is None and world.leads else None
+        # The same for all, whatever is finished in the cache meanwhile.
+        made_from = world.share(made_from)
+        with world.leader_first():
+            target = _own_device(world, device)
+            if made_from is not None:
+                source = made_from.model
+                detector = _float(made_from.load(trust=trust, device=target))
+                progress.note(f"model: {source}, which {made_from.set} was made from")
+            else:
+                detector = _float_model(source, trust=trust, device=target)
             settings = settings.model_copy(update={"model": str(source)})
             measured_on = _labelled_set(settings.evaluation.data, settings, detector)
             select_on = _labelled_set(settings.distillation.select_on, settings, detector)

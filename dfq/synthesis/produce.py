@@ -80,6 +80,17 @@ def set_name(detector: Detector, settings: Synthesis, seed: int) -> str:
     return f"{stem}-{settings.images}x{size}-{digest[:12]}"
 
 
+def located(source: str) -> str | None:
+    """What names a model from wherever it is asked: absolute paths; None where that is no file."""
+    network, apart, weights = source.rpartition("@")
+    path = Path(source).expanduser()
+    if path.is_file():
+        return str(path.absolute())
+    if apart and (file := Path(weights).expanduser()).is_file():
+        return f"{located(network) or network}@{file.absolute()}"
+    return None
+
+
 def check(detector: Detector, settings: Synthesis) -> None:
     """Refuse what cannot work before any work starts.
 
@@ -191,7 +202,11 @@ def synthesize_set(
                 return CalibrationSet.open(out)
             versions = {"dfq": __version__, "torch": torch.__version__}
             return writer.finish(
-                {"model": detector.source, "versions": versions},
+                {
+                    "model": detector.source,
+                    "model_path": located(detector.source),
+                    "versions": versions,
+                },
                 lambda made: write_preview(made, out / PREVIEW),
             )
 
