@@ -22,10 +22,10 @@ from .distributed import World
 from .errors import DivergedError, UserError
 from .evaluation.coco import evaluate as evaluate_detector
 from .progress import Progress
-from .quantization.convert import Policy, calibrate, insert_quantizers
+from .quantization.convert import Policy, calibrate, insert_quantizers, quantized_layers
 from .recipe import Quantization, Recipe
 from .reconstruction.activation_grids import narrow_activations, refine_grids
-from .reconstruction.second_order import reconstruct
+from .reconstruction.second_order import is_too_wide, reconstruct
 from .sensitivity.policy import find_bits
 
 FAR = 10.0
@@ -179,6 +179,11 @@ def calibrate_and_round(
         with progress.task("ranges", 1, "activations") as task:
             refine_grids(student, teacher, pixels[:refined], progress=task.update)
     if section.rounding == "gptq":
+        for name, layer in quantized_layers(student.module):
+            if is_too_wide(layer):
+                progress.note(
+                    f"rounding: {name} has too many inputs for gptq: to the nearest level"
+                )
         with progress.task("rounding", 1, "layers") as task:
             reconstruct(student, teacher, pixels[: section.rounding_images], progress=task.update)
 
