@@ -275,7 +275,8 @@ def train(
                 task.update(done, total)
 
             def within(epoch: int, share: float) -> None:
-                task.update(epoch, recipe.distillation.epochs)
+                if share == 0:
+                    task.update(epoch, recipe.distillation.epochs)
                 task.within(share)
 
             outcome = trainer.train(report, within)
