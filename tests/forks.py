@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-PATIENCE = 600.0
+PATIENCE = 1200.0
 """Seconds after which a test takes what it waits for for lost: never met, however slow and busy the
 machine, by what works."""
 
