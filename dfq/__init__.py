@@ -4,6 +4,7 @@
 >>> dfq.synthesize("demo", out="set")            # labelled images out of the network itself
 >>> run = dfq.quantize("w4a8", model="demo")     # a 4-bit network trained on them
 >>> dfq.evaluate(run, "my-validation-set").AP
+>>> dfq.load_run(run).detect(images)             # to use it: boxes, scores, categories
 """
 
 from __future__ import annotations

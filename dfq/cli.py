@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -26,6 +25,7 @@ from .cli_data import data
 from .cli_mmdet import mmdet_config
 from .cli_sensitivity import sensitivity
 from .limits import MOST_WORKERS
+from .processes import end_with_launcher
 
 
 def _tensorboard(command: F) -> F:
@@ -142,7 +142,11 @@ def synthesize(
 
 @cli.command()
 @click.option("--recipe", required=True, help="File or shipped recipe (w4a8).")
-@click.option("--model", show_default="the recipe's", help="The float detector.")
+@click.option(
+    "--model",
+    show_default="the recipe's, else what the newest set was made from",
+    help="The float detector.",
+)
 @checkpoint_option
 @click.option(
     "--data",
@@ -190,6 +194,7 @@ def qat(
     from .distributed import leads
     from .progress import Live
     from .recipe import find_recipe
+    from .run import read_metrics
     from .verbs import quantize
 
     settings = settings_of(
@@ -214,7 +219,7 @@ def qat(
     )
     if not leads():
         return
-    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics = read_metrics(folder)
     share = metrics["quantized_share_of_macs"]
     click.echo(f"{metrics['selected']}; {share:.1%} of the MACs quantized")
     for name, value in metrics.get("evaluation", {}).items():
@@ -325,6 +330,7 @@ cli.add_command(sensitivity)
 def main() -> None:
     """Entry point of `dfq`."""
     require_streams()
+    end_with_launcher()
     cli()
 
 

@@ -22,6 +22,7 @@ from .files import (
     write_atomic,
 )
 from .plain import brief
+from .processes import Terminated, heeding_sigterm
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -40,7 +41,11 @@ _SURROUNDINGS = _FULL | {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errn
 # How torch's own file writer puts it, which knows no errno.
 _TORCH_DISK = ("No space left", "PytorchStreamWriter failed", "inline_container", "iostream error")
 
-_GO_ON = "what is finished is kept, run the command again"
+_RESUMED = {"synthesize", "qat", "demo"}
+"""Commands that go on where they were stopped; the others begin anew."""
+
+_GRACE_SECONDS = 5.0
+"""How long a command that is told to stop may take to end in order."""
 
 
 def _fail(message: str) -> None:
@@ -52,11 +57,16 @@ def _fail(message: str) -> None:
 def mendable(command: F) -> F:
     """Turn what the user can mend into one line and exit code 2; leave bugs their traceback."""
 
+    resumed = command.__name__ in _RESUMED
+    stopped = "stopped" + ("; the same command goes on from here" if resumed else "")
+    again = "; what is finished is kept, run the command again" if resumed else ""
+
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
-            result = command(*args, **kwargs)
-            sys.stdout.flush()
+            with heeding_sigterm(stopped, 143, grace=_GRACE_SECONDS):
+                result = command(*args, **kwargs)
+                sys.stdout.flush()
         except UserError as error:
             _fail(str(error))
         except OSError as error:
@@ -67,19 +77,19 @@ def mendable(command: F) -> F:
             if error.filename is None and error.errno not in _SURROUNDINGS:
                 raise
             where = f"{shown(error.filename)}: " if error.filename is not None else ""
-            more = f"; {_GO_ON}" if error.errno in _FULL else ""
-            _fail(f"{where}{reason(error)}{more}")
+            _fail(f"{where}{reason(error)}{again if error.errno in _FULL else ''}")
         except RuntimeError as error:
             # torch reports a full disk and a full device as plain RuntimeErrors.
             text = str(error).splitlines()[0] if str(error) else ""
             if any(sign in text for sign in _TORCH_DISK):
-                _fail(f"the disk is full; {_GO_ON}")
+                _fail(f"the disk is full{again}")
             if "out of memory" in text:
                 _fail(f"out of memory ({text}); lower the batch size or the image size")
             raise
-        except KeyboardInterrupt:
-            click.echo("stopped; the same command goes on from here", err=True)
-            sys.exit(130)
+        except KeyboardInterrupt as stop:
+            click.echo(stopped, err=True)
+            # 128 and the number of the signal, as shells have it.
+            sys.exit(143 if isinstance(stop, Terminated) else 130)
         return result
 
     return wrapped  # type: ignore[return-value]
@@ -173,7 +183,8 @@ def settings_of(recipe: str | None, overrides: Sequence[str], **values: Any) -> 
     Raises:
         UserError: an option says something else than a `--set`, or the recipe is none.
     """
-    from .recipe import load_recipe, parse_override
+    from .recipe import load_recipe
+    from .recipe_overrides import parse_override
 
     stated = dict(map(parse_override, overrides))
     for key, value in values.items():

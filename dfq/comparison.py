@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError, shown
-from .files import read_json, user_path
+from .files import user_path
 from .quantization.listing import FLOAT_BITS, describe, weight_bytes
 from .recipe import load_recipe
-from .run import is_run, load_run
+from .run import is_run, load_run, read_metrics
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,7 @@ def _row(folder: Path) -> Row:
     # Also refuses what is unfinished or damaged.
     detector = load_run(folder)
     layers = describe(detector)
-    metrics = read_json(folder / "metrics.json")
-    if not isinstance(metrics, dict):
-        raise UserError(f"{folder / 'metrics.json'}: not as dfq wrote it; make the run again")
+    metrics = read_metrics(folder)
     measured = metrics.get("evaluation")
     measured = measured if isinstance(measured, dict) else {}
     before, after = (_number(measured.get(name), "AP") for name in ("float", "quantized"))

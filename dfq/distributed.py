@@ -11,8 +11,6 @@ import contextlib
 import itertools
 import os
 import pickle
-import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +23,7 @@ from torch import Tensor
 
 from .errors import UserError
 from .launch import meet, number, place
+from .processes import end_with_parent, heeding_sigterm
 
 BEAT_SECONDS = 2.0
 """How often each process shows that it lives."""
@@ -37,6 +36,7 @@ _POLL_SECONDS = 0.05
 # Longer than the leading process writes a checkpoint while the others wait for its gradients.
 _GROUP_TIMEOUT = timedelta(minutes=30)
 
+_CANCELLED = "another process of this run died or the run was cancelled"
 _STOPPED = "what is finished is kept; start the same command again to go on"
 
 # Tells jobs of one process apart; all processes have the same ones in the same order.
@@ -267,7 +267,8 @@ def gathered() -> Iterator[World]:
     if _GATHERED:
         yield _GATHERED[-1]
         return
-    with told_when_stopped():
+    # It is how torchrun ends all others when one process dies.
+    with heeding_sigterm(f"error: told to stop, as {_CANCELLED}; {_STOPPED}", 2):
         end_with_parent(os.getppid())
         shared, rank, _ = meet()
         # torchrun can start all anew after a failure; they must not read what was left then.
@@ -308,58 +309,6 @@ def device_for(world: World, device: str) -> str:
     if world.size > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
         return f"cuda:{world.local_rank % torch.cuda.device_count()}"
     return device
-
-
-@contextlib.contextmanager
-def told_when_stopped() -> Iterator[None]:
-    """Within the block, a SIGTERM ends the process with a line that says so: it is how torchrun
-    ends all others when one process dies."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    # Not in a Python handler: it would have to wait for the end of a long backward pass.
-    receive, send = os.pipe()
-    os.set_blocking(send, False)
-
-    def listen() -> None:
-        with os.fdopen(receive, "rb", buffering=0) as pipe:
-            while number := pipe.read(1):
-                if number[0] == signal.SIGTERM:
-                    break
-            else:
-                return
-        print(
-            "error: told to stop, as another process of this run died or the run was cancelled; "
-            f"{_STOPPED}",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(2)
-
-    threading.Thread(target=listen, name="stop watch", daemon=True).start()
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
-    wakeup = signal.set_wakeup_fd(send, warn_on_full_buffer=False)
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(wakeup)
-        signal.signal(signal.SIGTERM, before)
-        os.close(send)
-
-
-def end_with_parent(parent: int) -> None:
-    """End this process within a second of its parent: nobody is left to read what it does.
-
-    Args:
-        parent: process id, taken while it was alive.
-    """
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.2)
-        os._exit(2)
-
-    threading.Thread(target=watch, name="parent watch", daemon=True).start()
 
 
 @contextlib.contextmanager

@@ -21,6 +21,12 @@ from .limits import DEEPEST, MOST_NODES, MOST_TEXT
 # libyaml's parser where PyYAML was built with it: it is some ten times faster.
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
+ODD = (
+    *(TypeError, ValueError, LookupError, AttributeError, ArithmeticError),
+    *(RuntimeError, AssertionError, MemoryError, OSError),
+)
+"""What code that reads data of another form than it takes for granted runs into."""
+
 
 def brief(value: Any, most: int = 60) -> str:
     """A value in a few words of one line, whatever it is and however large."""

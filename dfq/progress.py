@@ -15,12 +15,27 @@ from rich.progress import Progress as Bar
 PLAIN_SECONDS = 15.0
 """Without a terminal, a line at most so often."""
 
+LONG_SECONDS = 60.0
+"""Work that takes longer says at its start how long it will take."""
+
+_SURE_SECONDS = 3.0
+"""A rate that was watched for less is not spoken of: the first steps are slower than others."""
+
+_MEMORY_SECONDS = 30.0
+"""Half of what a rate is made of is younger than that, or than a quarter of the work so far."""
+
 
 class Task(Protocol):
     """One piece of long work."""
 
     def update(self, done: int, total: int) -> None:
         """So many units of it are done."""
+
+    def within(self, share: float) -> None:
+        """So much of the unit that comes next is done, 0 to 1."""
+
+    def left(self, seconds: float) -> None:
+        """How long it will still take, where the work knows better than its rate."""
 
     def detail(self, stage: str, step: int, steps: int, values: dict[str, float]) -> None:
         """What goes on within a unit."""
@@ -32,11 +47,18 @@ class Progress(Protocol):
     def task(self, name: str, total: int, unit: str) -> contextlib.AbstractContextManager[Task]:
         """Begin a piece of work; the context ends it."""
 
+    def note(self, text: str) -> None:
+        """Something to know, in a line."""
+
 
 class Silent:
     """Reports to nobody."""
 
     def update(self, done: int, total: int) -> None: ...
+
+    def within(self, share: float) -> None: ...
+
+    def left(self, seconds: float) -> None: ...
 
     def detail(self, stage: str, step: int, steps: int, values: dict[str, float]) -> None: ...
 
@@ -44,75 +66,151 @@ class Silent:
     def task(self, name: str, total: int, unit: str) -> Iterator[Task]:
         yield self
 
+    def note(self, text: str) -> None: ...
+
+
+def duration(seconds: float) -> str:
+    """As "0:20", "18:00" or "3:10:00"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
 
 class _Rate:
-    """Units per second since the first report; what was done before it is not counted."""
+    """Units per second since the first report, the last ones counting most; what was done before
+    it is not counted. Shares of a unit count, so that it is known before the first one is done."""
 
     def __init__(self) -> None:
-        self.started = time.monotonic()
-        self.first: int | None = None
+        self.at = time.monotonic()
+        self.started = self.at
+        self.done: float | None = None
+        self._units = 0.0
+        self._seconds = 0.0
+        self._left: tuple[float, float] | None = None
 
-    def text(self, done: int, total: int, unit: str) -> str:
-        if self.first is None:
-            self.first = done
-        seconds = time.monotonic() - self.started
-        fresh = done - self.first
-        if not fresh or seconds <= 0:
-            return ""
-        rate = fresh / seconds
-        per = f"{rate:.1f} {unit}/s" if rate >= 1 else f"{rate * 60:.1f} {unit}/min"
-        left = (total - done) / rate
-        minutes, rest = divmod(round(left), 60)
-        return f"{per}, {minutes}:{rest:02d} left"
+    def reach(self, done: float) -> None:
+        """So much is done now."""
+        now = time.monotonic()
+        if self.done is None:
+            self.done = done
+        elif done > self.done:
+            # Work that reports once an hour is averaged over hours.
+            memory = max(_MEMORY_SECONDS, (now - self.started) / 4)
+            kept = 0.5 ** ((now - self.at) / memory)
+            self._units = kept * self._units + done - self.done
+            self._seconds = kept * self._seconds + now - self.at
+            self.at, self.done = now, done
+
+    def tell(self, left: float) -> None:
+        """The work itself says how many seconds are left."""
+        self._left = (time.monotonic(), left)
+
+    def left(self, total: float) -> float | None:
+        """Seconds to the end; None while nothing is known of it."""
+        if self.done is None or self.done >= total:
+            return None if self.done is None else 0.0
+        if self._left is not None:
+            told, left = self._left
+            return max(0.0, left - (time.monotonic() - told))
+        if self._units <= 0 or self._seconds <= 0:
+            return None
+        return (total - self.done) * self._seconds / self._units
+
+    @property
+    def sure(self) -> bool:
+        """Whether what `left` says can be relied on."""
+        return self._left is not None or self._seconds >= _SURE_SECONDS
+
+    def text(self, total: int, unit: str) -> str:
+        """Rate and time left, as far as they are known."""
+        left, parts = self.left(total), []
+        if self._units > 0 and self._seconds > 0:
+            rate = self._units / self._seconds
+            per = f"{rate:.1f} {unit}/s" if rate >= 1 else f"{rate * 60:.1f} {unit}/min"
+            parts.append(per)
+        if left is not None and (parts or self._left is not None):
+            parts.append(f"{duration(left)} left")
+        return ", ".join(parts)
 
 
-class _PlainTask:
+class _Task:
+    """What tasks on a terminal and in a log have in common: how far they are, and how long yet."""
+
     def __init__(self, name: str, total: int, unit: str) -> None:
         self.name, self.total, self.unit = name, total, unit
         self.rate = _Rate()
         self.done = 0
-        self.printed = time.monotonic()
-
-    def _line(self, more: str = "") -> None:
-        rate = self.rate.text(self.done, self.total, self.unit)
-        parts = [f"{self.name}: {self.done}/{self.total} {self.unit}", rate, more]
-        print("  ".join(part for part in parts if part), file=sys.stderr, flush=True)
-        self.printed = time.monotonic()
+        self._announced = False
 
     def update(self, done: int, total: int) -> None:
         self.done, self.total = done, total
-        self.rate.text(done, total, self.unit)
-        if done == total or time.monotonic() - self.printed > PLAIN_SECONDS:
-            self._line()
+        self.rate.reach(done)
+        self.show(done == total)
+
+    def within(self, share: float) -> None:
+        self.rate.reach(self.done + share)
+        self.show(False)
+
+    def left(self, seconds: float) -> None:
+        self.rate.tell(seconds)
+        self.show(False)
 
     def detail(self, stage: str, step: int, steps: int, values: dict[str, float]) -> None:
-        if time.monotonic() - self.printed > PLAIN_SECONDS:
-            self._line(_describe(stage, step, steps, values))
+        shown = " ".join(f"{name} {value:.3g}" for name, value in values.items())
+        self.show(False, f"{stage} {step}/{steps} {shown}")
+
+    def show(self, last: bool, detail: str = "") -> None:
+        """Show how far it is, if it is time to."""
+        raise NotImplementedError
+
+    def announcement(self) -> str:
+        """How long the work will take, once it is known and if it is long; else nothing."""
+        left = self.rate.left(self.total)
+        if self._announced or not left or not self.rate.sure:
+            return ""
+        self._announced = True
+        if left < LONG_SECONDS:
+            return ""
+        return f"{self.name}: about {duration(left)} for {self.total - self.done} {self.unit}"
 
 
-class _BarTask:
+class _PlainTask(_Task):
+    def __init__(self, name: str, total: int, unit: str) -> None:
+        super().__init__(name, total, unit)
+        self.printed = time.monotonic()
+
+    def show(self, last: bool, detail: str = "") -> None:
+        announcement = self.announcement()
+        if last or time.monotonic() - self.printed > PLAIN_SECONDS:
+            rate = self.rate.text(self.total, self.unit)
+            parts = [f"{self.name}: {self.done}/{self.total} {self.unit}", rate, detail]
+            print("  ".join(part for part in parts if part), file=sys.stderr, flush=True)
+            self.printed = time.monotonic()
+        elif announcement:
+            print(announcement, file=sys.stderr, flush=True)
+
+
+class _BarTask(_Task):
     def __init__(self, bar: Bar, name: str, total: int, unit: str) -> None:
-        self.bar, self.unit = bar, unit
-        self.total = total
-        self.rate = _Rate()
+        super().__init__(name, total, unit)
+        self.bar = bar
         self.id = bar.add_task(name, total=total, rate="", detail="")
 
-    def update(self, done: int, total: int) -> None:
-        rate = self.rate.text(done, total, self.unit)
-        self.total = total
-        self.bar.update(self.id, completed=done, total=total, rate=rate)
-
-    def detail(self, stage: str, step: int, steps: int, values: dict[str, float]) -> None:
-        self.bar.update(self.id, detail=_describe(stage, step, steps, values))
-
-
-def _describe(stage: str, step: int, steps: int, values: dict[str, float]) -> str:
-    shown = " ".join(f"{name} {value:.3g}" for name, value in values.items())
-    return f"{stage} {step}/{steps} {shown}"
+    def show(self, last: bool, detail: str = "") -> None:
+        announcement = self.announcement()
+        if announcement:
+            self.bar.console.print(announcement, highlight=False)
+        rate = self.rate.text(self.total, self.unit)
+        self.bar.update(self.id, completed=self.done, total=self.total, rate=rate)
+        if detail:
+            self.bar.update(self.id, detail=detail)
 
 
 class Live:
     """Reports on standard error: a live bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self) -> None:
+        self._bar: Bar | None = None
 
     @contextlib.contextmanager
     def task(self, name: str, total: int, unit: str) -> Iterator[Task]:
@@ -128,4 +226,15 @@ class Live:
             TextColumn("[dim]{task.fields[detail]}"),
         )
         with Bar(*columns, console=console) as bar:
-            yield _BarTask(bar, name, total, unit)
+            self._bar = bar
+            try:
+                yield _BarTask(bar, name, total, unit)
+            finally:
+                self._bar = None
+
+    def note(self, text: str) -> None:
+        if self._bar is None:
+            print(text, file=sys.stderr, flush=True)
+        else:
+            # Above the bar, which is drawn anew below.
+            self._bar.console.print(text, highlight=False, markup=False)

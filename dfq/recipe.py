@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from .errors import UserError, shown
+from .errors import UserError
 from .files import user_path
 from .limits import (
     LARGEST_SIDE,
@@ -19,6 +19,7 @@ from .limits import (
 )
 from .plain import brief, parse_yaml, read_small
 from .quantization.widths import Widths, check_budget, parse_widths
+from .recipe_overrides import Overrides, flat, override
 from .recipe_section import Section
 from .recipe_synthesis import Synthesis
 from .suggest import suggestion
@@ -167,6 +168,8 @@ class Distillation(Section):
     select_on: str | None = None
     """A labelled real set: the epoch with the highest AP on it is kept, as the paper does. The run
     is then not data-free, and says so."""
+    keep_worse: bool = False
+    """With `method: qat`, what was trained is kept even where the calibrated start is better."""
     flip: float = Field(0.5, ge=0, le=1)
     zoom: float = Field(0.0, ge=0, lt=1)
     """Images are enlarged or shrunk at random by up to this share, labels too."""
@@ -195,7 +198,8 @@ class Recipe(Section):
     model: str | None = None
     """Checkpoint, yaml or name of the detector; `--model` wins."""
     method: Literal["qat", "ptq", "auto"] = "auto"
-    """`auto` trains, and falls back to the calibrated start where training made it worse."""
+    """`auto` trains, and falls back to the calibrated start where training made it worse or its
+    loss stopped being finite; `qat` fails where it did."""
     seed: int = Field(0, ge=0, lt=2**31)
     synthesis: Synthesis = Synthesis()
     quantization: Quantization = Quantization()
@@ -252,11 +256,6 @@ def find_recipe(name: str | Path) -> Path:
     )
 
 
-Overrides = Mapping[str, Any] | Sequence[str]
-"""Values that replace a recipe's: `section.key=value` texts, whose values are read as YAML; or a
-mapping of these keys, or of sections, to values."""
-
-
 def changed_recipe(
     recipe: Recipe | str | Path | None, overrides: Overrides = (), **values: Any
 ) -> Recipe:
@@ -267,7 +266,7 @@ def changed_recipe(
     if not overrides and all(value is None for value in values.values()):
         return recipe
     data = recipe.model_dump()
-    _override(data, overrides, values)
+    override(data, overrides, values, Recipe)
     return _validated(data, "recipe")
 
 
@@ -293,23 +292,8 @@ def load_recipe(name: str | Path | None, overrides: Overrides = (), **values: An
             raise UserError(
                 f"{path}: a recipe is a mapping of sections, not a {type(data).__name__}"
             )
-    _override(data, overrides, values)
+    override(data, overrides, values, Recipe)
     return _validated(data, origin)
-
-
-def _override(data: dict[str, Any], overrides: Overrides, values: dict[str, Any]) -> None:
-    if isinstance(overrides, Mapping):
-        for key, value in _flat(overrides):
-            _assign(data, key, value)
-        overrides = ()
-    if isinstance(overrides, str):
-        # One text is a sequence of texts too, of a letter each.
-        overrides = (overrides,)
-    for text in overrides:
-        _assign(data, *parse_override(text))
-    for key, given in values.items():
-        if given is not None:
-            _assign(data, key.replace("__", "."), given)
 
 
 def as_noise(
@@ -324,32 +308,12 @@ def as_noise(
     if init != "noise":
         return init, iterations, labels
     if isinstance(overrides, Mapping):
-        given = {key for key, _ in _flat(overrides)}
+        given = {key for key, _ in flat(overrides, Recipe)}
     else:
         given = {text.partition("=")[0] for text in overrides}
     if iterations or "synthesis.iterations" in given:
         raise UserError("--init noise stays as it is: leave the iterations out")
     return "uniform", 0, labels or (None if "synthesis.labels" in given else "none")
-
-
-def _flat(overrides: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Keys with dots and their values; the mapping that a section has becomes its keys'."""
-    for name, value in overrides.items():
-        key = f"{above}{name}"
-        if isinstance(value, Mapping) and _is_section(key):
-            yield from _flat(value, f"{key}.")
-        else:
-            yield key, value
-
-
-def _is_section(key: str) -> bool:
-    kind: Any = Recipe
-    for part in key.split("."):
-        known = isinstance(kind, type) and issubclass(kind, Section)
-        if not known or part not in kind.model_fields:
-            return False
-        kind = kind.model_fields[part].annotation
-    return isinstance(kind, type) and issubclass(kind, Section)
 
 
 def _validated(data: dict[str, Any], origin: str) -> Recipe:
@@ -358,37 +322,6 @@ def _validated(data: dict[str, Any], origin: str) -> Recipe:
     except ValidationError as error:
         lines = [f"{origin}: {_explain(problem)}" for problem in error.errors()]
         raise UserError("\n".join(dict.fromkeys(lines))) from None
-
-
-def parse_override(text: str) -> tuple[str, Any]:
-    """Key and value of `section.key=value`.
-
-    Raises:
-        UserError: it is something else.
-    """
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise UserError(f"--set {shown(text)}: write section.key=value")
-    try:
-        return key, parse_yaml(value, "")
-    except UserError as error:
-        reason = str(error).removeprefix(": ").removeprefix("not valid YAML: ")
-        cut = value if len(value) <= 100 and value.isprintable() else f"{brief(value)[1:-1]}"
-        if not reason.startswith(("holds", "is", "the key", "*")):
-            # What is wrong with it, who reads it sees.
-            reason = f"'{cut}' is not a YAML value"
-        raise UserError(f"--set {shown(key)}={cut}: {reason}") from None
-
-
-def _assign(data: dict[str, Any], key: str, value: Any) -> None:
-    parts = key.split(".")
-    for depth, part in enumerate(parts[:-1]):
-        if data.get(part) is None:
-            data[part] = {}
-        if not isinstance(data[part], dict):
-            raise UserError(f"--set {key}: {'.'.join(parts[: depth + 1])} is no section")
-        data = data[part]
-    data[parts[-1]] = value
 
 
 def _explain(problem: Any) -> str:

@@ -1,40 +1,51 @@
 """A run folder: what was asked, what came out, and enough in between to go on after a kill.
 
     recipe.yaml         the resolved recipe, every value
-    model.safetensors   the quantized network
+    model.safetensors   the quantized network, with all it takes to load it
     metrics.json        bits, share of MACs, agreement with the teacher, accuracy where measured
-    manifest.json       what made it: checkpoint sha256, set, policy, versions
+    manifest.json       what made it: checkpoint sha256, set, policy, versions; sha256 of the above
     log.txt             what happened when
 
-The manifest is written last: a folder without one is an unfinished run, and the same command goes
-on with it. Only `log.txt` holds times, so an interrupted run ends in the same files as an unbroken
-one.
+The manifest is written last: a folder without one, or without its model, is an unfinished run, and
+the same command goes on with it. Only `log.txt` holds times, so an interrupted run ends in the same
+files as an unbroken one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
-from .dataset.calibration import read_json, write_atomic, write_json
 from .detectors import from_spec
 from .detectors.base import Detector
+from .detectors.bounded import bounded, most_for
+from .detectors.checkpoint import sha256_of
+from .detectors.tensors import check_kinds, read_metadata, read_safetensors, sound
 from .errors import UserError
-from .files import append_line
+from .files import append_line, read_json, write_atomic, write_json
 from .lock import locked
+from .plain import ODD, one_line, parse_json
 from .quantization.convert import Policy, fold, insert_quantizers
 from .recipe import Recipe
 
 KIND = "dfq quantized detector"
-FORMAT = 1
+FORMAT = 2
+"""2: the model says by itself what it is; 1: the manifest alone."""
+
+_DESCRIBED = ("identity", "spec", "policy")
+"""What the manifest and the model have to say alike."""
+
+
+class AnotherRunError(UserError):
+    """The folder holds a run of another identity."""
 
 
 class Run:
@@ -45,28 +56,33 @@ class Run:
         identity: JSON-able values that fix the result.
 
     Raises:
-        UserError: where the folder holds something else.
+        AnotherRunError: where the folder holds another run.
+        UserError: where it holds something else, or another process is about to begin a run in it.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
         self.folder, self.identity = folder, identity
-        if folder.exists():
-            if not folder.is_dir():
-                raise UserError(f"{folder}: a file is in the way of the run folder")
-            # A process killed at its very start leaves the temporary state.
-            if any(path.name != ".state.json.tmp" for path in folder.iterdir()):
-                self._check()
-        folder.mkdir(parents=True, exist_ok=True)
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder}: a file is in the way of the run folder")
+        if not self._has_begun():
+            folder.mkdir(parents=True, exist_ok=True)
+            # Of two that begin at once, one is told here that it is the second.
+            with self.lock():
+                if not self._has_begun():
+                    write_json(self._state, identity)
+                    # Of a run that has lost its model.
+                    (folder / "manifest.json").unlink(missing_ok=True)
         if self.finished:
             self._tidy()
-        elif not self._state.exists():
-            write_json(self._state, identity)
 
     @property
     def _state(self) -> Path:
         return self.folder / "state.json"
 
-    def _check(self) -> None:
+    def _has_begun(self) -> bool:
+        """Whether this very run was begun in the folder; what else it may hold is refused."""
+        if _is_bare(self.folder):
+            return False
         found = identity_of(self.folder)
         if found is None:
             raise UserError(f"{self.folder}: not empty and no run; choose another --out")
@@ -75,14 +91,15 @@ class Run:
             keys = sorted(
                 key for key in {*found, *self.identity} if found.get(key) != self.identity.get(key)
             )
-            raise UserError(
+            raise AnotherRunError(
                 f"{self.folder}: holds a run with another {', '.join(keys)}; choose another --out"
             )
+        return self.finished or not (self.folder / "manifest.json").is_file()
 
     @property
     def finished(self) -> bool:
         """Whether the run is complete: nothing is left to do."""
-        return (self.folder / "manifest.json").is_file()
+        return _is_finished(self.folder)
 
     def lock(self) -> contextlib.AbstractContextManager[None]:
         """Keep a second process from working in the same folder at the same time.
@@ -104,17 +121,23 @@ class Run:
             name: tensor.detach().cpu().contiguous().clone()
             for name, tensor in detector.module.state_dict().items()
         }
-        data = save(tensors, metadata={"kind": KIND})
+        described = {
+            "identity": self.identity,
+            "spec": detector.spec(),
+            "policy": policy.to_dict(),
+        }
+        # One entry: the file format keeps several in no order of its own.
+        metadata = {"dfq": json.dumps({"kind": KIND, **described}, sort_keys=True)}
+        data = save(tensors, metadata=metadata)
         write_atomic(self.folder / "model.safetensors", data)
         write_json(self.folder / "metrics.json", metrics)
         manifest = {
             **extra,
+            **described,
             "kind": KIND,
             "format": FORMAT,
-            "identity": self.identity,
-            "spec": detector.spec(),
-            "policy": policy.to_dict(),
             "model_sha256": hashlib.sha256(data).hexdigest(),
+            "metrics_sha256": sha256_of(self.folder / "metrics.json"),
         }
         write_json(self.folder / "manifest.json", manifest)
         self._tidy()
@@ -125,15 +148,38 @@ class Run:
             (self.folder / name).unlink(missing_ok=True)
 
 
+def _is_finished(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in ("manifest.json", "model.safetensors"))
+
+
+def _is_bare(folder: Path) -> bool:
+    """Whether a folder is not there, or holds no more than a process killed at its very start
+    leaves."""
+    if not folder.exists():
+        return True
+    return {path.name for path in folder.iterdir()} <= {".lock", ".state.json.tmp"}
+
+
 def identity_of(folder: Path) -> dict[str, Any] | None:
-    """The identity of the run in a folder, finished or not; None where there is no run."""
+    """The identity of the run in a folder, finished or not; None where there is no run.
+
+    Raises:
+        UserError: where the file that says so is broken.
+    """
     if (folder / "manifest.json").is_file():
-        manifest = read_json(folder / "manifest.json")
-        ours = isinstance(manifest, dict) and manifest.get("kind") == KIND
-        return manifest.get("identity") if ours else None
-    if (folder / "state.json").is_file():
-        return read_json(folder / "state.json")
-    return None
+        path = folder / "manifest.json"
+        manifest = read_json(path)
+        if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
+            return None
+        found = manifest.get("identity")
+    elif (folder / "state.json").is_file():
+        path = folder / "state.json"
+        found = read_json(path)
+    else:
+        return None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: damaged (it does not say what the run is of); restore or delete")
+    return found
 
 
 def _with_new_keys(identity: dict[str, Any]) -> dict[str, Any]:
@@ -155,13 +201,27 @@ def next_folder(parent: Path, stem: str, identity: dict[str, Any]) -> Path:
     """`parent/stem-<n>`: an unfinished run of this identity if there is one, else a new number."""
     number = 1
     while (folder := parent / f"{stem}-{number}").exists():
-        unfinished = not (folder / "manifest.json").is_file()
+        if _is_bare(folder):
+            return folder
         found = identity_of(folder)
         ours = found is not None and _with_new_keys(found) == identity
-        if unfinished and (ours or not any(folder.iterdir())):
+        if ours and not _is_finished(folder):
             return folder
         number += 1
     return folder
+
+
+def open_run(out: Path | None, parent: Path, stem: str, identity: dict[str, Any]) -> Run:
+    """The run to work on: in `out`, else in `next_folder`.
+
+    Raises:
+        UserError: where `out` holds something else, or another process is about to begin there.
+    """
+    while out is None:
+        # Another process may take the number in between, for another run.
+        with contextlib.suppress(AnotherRunError):
+            return Run(next_folder(parent, stem, identity), identity)
+    return Run(out, identity)
 
 
 def is_run(path: Path) -> bool:
@@ -171,34 +231,137 @@ def is_run(path: Path) -> bool:
     )
 
 
+def check_run(folder: Path) -> dict[str, Any]:
+    """The manifest of a finished run, whose files are what it says.
+
+    Raises:
+        UserError: where the run is unfinished or its files are not what they were.
+    """
+    path = folder / "manifest.json"
+    if not path.is_file():
+        if not (folder / "state.json").is_file():
+            raise UserError(
+                f"{folder}: this run is unfinished, and what it is of is lost (neither "
+                "manifest.json nor state.json is there); delete it"
+            )
+        raise UserError(
+            f"{folder}: this run is unfinished; run the same command again to finish it"
+        )
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
+        raise UserError(f"{folder}: holds no quantized model (manifest.json is of something else)")
+    if manifest.get("format") not in (1, FORMAT):
+        raise UserError(
+            f"{path}: of format {manifest.get('format')!r}, and this dfq reads 1 to {FORMAT}; "
+            "use the version that made it"
+        )
+    for key in _DESCRIBED:
+        if not isinstance(manifest.get(key), dict):
+            raise UserError(f"{path}: damaged (no {key}); restore it or make the run again")
+    # Runs of format 1 have no sum of their metrics.
+    files = {"model.safetensors": "model_sha256", "metrics.json": "metrics_sha256"}
+    for name, key in files.items():
+        if not (folder / name).is_file():
+            how = "run the command that made it again"
+            if name == "metrics.json":
+                how = f"delete {folder / 'model.safetensors'} as well, and {how}"
+            raise UserError(f"{folder / name}: missing; {how}")
+        recorded = manifest.get(key)
+        if recorded is None and key == "metrics_sha256" and manifest["format"] == 1:
+            continue
+        if sha256_of(folder / name) != recorded:
+            raise UserError(
+                f"{folder / name}: damaged or altered, as its sha256 is not the one in "
+                f"manifest.json; restore both, or delete {folder / 'model.safetensors'} and run "
+                "the command that made it again"
+            )
+    described = _description(read_metadata(folder / "model.safetensors"))
+    if described is None and manifest["format"] != 1:
+        raise UserError(f"{folder / 'model.safetensors'}: does not say what it is; restore it")
+    for key in _DESCRIBED:
+        if described is not None and manifest[key] != described.get(key):
+            raise UserError(
+                f"{path}: altered (its {key} is not the one that the model was saved with); "
+                "restore it"
+            )
+    return manifest
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """What `metrics.json` of a finished run says.
+
+    Raises:
+        UserError: where it is missing or broken.
+    """
+    found = read_json(folder / "metrics.json")
+    if not isinstance(found, dict) or not {"selected", "quantized_share_of_macs"} <= found.keys():
+        raise UserError(f"{folder / 'metrics.json'}: not as dfq wrote it; restore it")
+    return found
+
+
 def load_run(folder: str | Path, *, device: str = "cpu") -> Detector:
     """The quantized detector of a finished run; its outputs are bit-equal to those it was saved
     with.
 
     Raises:
-        UserError: where the run is unfinished, or its files are damaged.
+        UserError: where the run is unfinished, or its files are not what they were.
     """
     folder = Path(folder)
-    if not (folder / "manifest.json").is_file():
-        raise UserError(
-            f"{folder}: this run is unfinished; run the same command again to finish it"
-        )
-    manifest = read_json(folder / "manifest.json")
-    if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
-        raise UserError(f"{folder}: holds no quantized model (manifest.json is of something else)")
-    weights = folder / "model.safetensors"
-    try:
-        state = load_file(weights)
-        detector = from_spec(manifest["spec"])
-        insert_quantizers(fold(detector), Policy.from_dict(manifest["policy"]))
-        detector.module.load_state_dict(state)
-    except FileNotFoundError:
-        raise UserError(f"{weights}: missing; run the command that made {folder} again") from None
-    except (SafetensorError, RuntimeError, KeyError, TypeError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{weights}: damaged or does not fit its manifest ({reason})") from None
+    manifest = check_run(folder)
+    detector = _rebuilt(folder / "model.safetensors", manifest)
     detector.source = str(folder)
     return detector.to(device)
+
+
+def load_quantized(path: Path) -> Detector:
+    """The detector of a run's `model.safetensors`, with the run's folder around it or without.
+
+    Raises:
+        UserError: where the file is damaged, or not what the manifest beside it says.
+    """
+    beside = path.parent / "manifest.json"
+    if path.name == "model.safetensors" and beside.is_file():
+        manifest = read_json(beside)
+        if isinstance(manifest, dict) and manifest.get("kind") == KIND:
+            return load_run(path.parent)
+    described = _description(read_metadata(path))
+    if described is None:
+        raise UserError(f"{path}: does not say what it is the model of; give the run's folder")
+    return _rebuilt(path, described)
+
+
+def is_quantized(metadata: dict[str, str]) -> bool:
+    """Whether the metadata of a `.safetensors` file are those of a run's model."""
+    return metadata.get("kind") == KIND or _description(metadata) is not None
+
+
+def _description(metadata: dict[str, str]) -> dict[str, Any] | None:
+    """What a run's model says of itself; None where it is no such model, or of format 1."""
+    try:
+        found = parse_json(metadata.get("dfq", "null"), "its description")
+    except UserError:
+        return None
+    return found if isinstance(found, dict) and found.get("kind") == KIND else None
+
+
+def _rebuilt(path: Path, described: dict[str, Any]) -> Detector:
+    """The detector whose state a file holds, as `spec` and `policy` describe it."""
+    try:
+        with bounded("its description", most=most_for(path.stat().st_size)):
+            detector = from_spec(described["spec"])
+            insert_quantizers(fold(detector), Policy.from_dict(described["policy"]))
+        state = sound(read_safetensors(path), str(path))
+        check_kinds(detector.module.state_dict(), state, str(path))
+        detector.module.load_state_dict(state)
+    except UserError as error:
+        if str(path) in str(error):
+            raise
+        raise UserError(f"{path}: {error}") from error
+    except ODD as error:
+        raise UserError(
+            f"{path}: damaged or does not fit its manifest ({one_line(error)})"
+        ) from None
+    return detector
 
 
 def versions() -> dict[str, str]:

@@ -82,8 +82,8 @@ class WithCurves:
     def __init__(self, progress: Progress, curves: Curves) -> None:
         self.progress, self.curves = progress, curves
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.progress, name)
+    def note(self, text: str) -> None:
+        self.progress.note(text)
 
     @contextlib.contextmanager
     def task(self, name: str, total: int, unit: str) -> Iterator[Task]:
@@ -95,11 +95,14 @@ class _WithCurves:
     def __init__(self, task: Task, name: str, curves: Curves) -> None:
         self.task, self.name, self.curves = task, name, curves
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.task, name)
-
     def update(self, done: int, total: int) -> None:
         self.task.update(done, total)
+
+    def within(self, share: float) -> None:
+        self.task.within(share)
+
+    def left(self, seconds: float) -> None:
+        self.task.left(seconds)
 
     def detail(self, stage: str, step: int, steps: int, values: dict[str, float]) -> None:
         self.curves.add(self.name, stage, step, values)

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
-from .dataset.calibration import CalibrationSet, read_json, write_json
+from .dataset.calibration import CalibrationSet
 from .dataset.image_set import image_size
 from .dataset.letterbox import load_letterboxed
 from .dataset.readers import ImageSet, open_set
@@ -21,13 +22,16 @@ from .distillation.trainer import LabelledImages, Outcome, Trainer
 from .distributed import World
 from .errors import DivergedError, UserError, shown
 from .evaluation.coco import evaluate as evaluate_detector
-from .files import user_path
+from .files import read_json, user_path, write_json
 from .progress import Progress
-from .quantization.convert import Policy, calibrate, insert_quantizers
+from .quantization.convert import Policy, calibrate, insert_quantizers, quantized_layers
 from .recipe import Quantization, Recipe
 from .reconstruction.activation_grids import narrow_activations, refine_grids
-from .reconstruction.second_order import reconstruct
+from .reconstruction.second_order import is_too_wide, reconstruct
 from .sensitivity.policy import find_bits
+
+FAR = 10.0
+"""A network so many times further from its teacher than it began has lost what it could."""
 
 
 class LetterboxedImages:
@@ -131,10 +135,26 @@ def mixed_policy(
                 found = find_bits(teacher, policy, recipe.quantization, data, progress)
                 write_json(path, found.to_dict())
                 log(f"bits by layer: {found.spent:.4g} of {found.budget:.4g} {found.kind}")
-            overrides = read_json(path)["overrides"]
+            overrides = read_bits(path)["overrides"]
             policy = replace(policy, overrides=(*policy.overrides, *overrides.items()))
     shared: Policy = world.share(policy)
     return shared
+
+
+def read_bits(path: Path) -> dict[str, Any]:
+    """What a run's `sensitivity.json` holds.
+
+    Raises:
+        UserError: where it is broken.
+    """
+    found = read_json(path)
+    try:
+        if not {"cost", "budget", "spent", "divergence"} <= found.keys():
+            raise KeyError
+        Quantization.model_validate({"overrides": found["overrides"]})
+    except (AttributeError, KeyError, ValidationError):
+        raise UserError(f"{path}: not as dfq wrote it; delete it to measure again") from None
+    return dict(found)
 
 
 def images_to_prepare(section: Quantization) -> int:
@@ -167,6 +187,11 @@ def calibrate_and_round(
         with progress.task("ranges", 1, "activations") as task:
             refine_grids(student, teacher, pixels[:refined], progress=task.update)
     if section.rounding == "gptq":
+        for name, layer in quantized_layers(student.module):
+            if is_too_wide(layer):
+                progress.note(
+                    f"rounding: {name} has too many inputs for gptq: to the nearest level"
+                )
         with progress.task("rounding", 1, "layers") as task:
             reconstruct(student, teacher, pixels[: section.rounding_images], progress=task.update)
 
@@ -226,7 +251,8 @@ def train(
     student = quantized(teacher, policy, recipe, None if resuming else data, progress)
     log("training resumed" if resuming else "training started")
     # Kept to fall back to; a resumed run that has to finds it anew, which takes the time again.
-    start = None if resuming or recipe.method != "auto" else student.twin()
+    kept = recipe.method == "qat" and recipe.distillation.keep_worse
+    start = None if resuming or kept else student.twin()
 
     def beginning() -> Detector:
         # The trainer has laid it out anew, and sums in another order differ in their last bits.
@@ -256,7 +282,12 @@ def train(
                 task.detail("qat", done, total, terms)
                 task.update(done, total)
 
-            outcome = trainer.train(report)
+            def within(epoch: int, share: float) -> None:
+                if share == 0:
+                    task.update(epoch, recipe.distillation.epochs)
+                task.within(share)
+
+            outcome = trainer.train(report, within)
     except DivergedError as error:
         log(str(error))
         if recipe.method != "auto":
@@ -264,15 +295,27 @@ def train(
             with world.leader_first():
                 raise
         return beginning(), None, "ptq: training diverged"
+    worse = worse_than_start(outcome)
+    if worse and not kept:
+        reason = f"ptq: {worse}"
+        if recipe.method == "qat":
+            reason += "; --set distillation.keep_worse=true keeps what was trained"
+        return beginning(), outcome, reason
+    reason = f"qat: {outcome.selected} weights"
     if outcome.best is not None:
         where = recipe.distillation.select_on
         reason = f"qat: epoch {outcome.best[0]}, the best by AP on the real images of {where}"
-        return student, outcome, reason
-    worse = outcome.agreement[outcome.selected] > outcome.agreement["start"]
-    if recipe.method == "auto" and worse:
-        reason = "ptq: training ended further from the teacher than it began"
-        return beginning(), outcome, reason
-    return student, outcome, f"qat: {outcome.selected} weights"
+    return student, outcome, f"{reason}; but {worse}" if worse else reason
+
+
+def worse_than_start(outcome: Outcome) -> str:
+    """Why the calibrated start is better than what training made of it; empty where it is not."""
+    start, end = outcome.agreement["start"], outcome.agreement[outcome.selected]
+    # Where real images chose the epoch, closeness to the teacher has a say at the extreme only.
+    if end <= start * (FAR if outcome.best is not None else 1):
+        return ""
+    times = f" ({end / start:.3g} times as far)" if end > 1.05 * start > 0 else ""
+    return f"training ended further from the teacher than it began{times}"
 
 
 def judge_on(images: ImageSet, recipe: Recipe) -> Callable[[Detector], float]:

@@ -8,26 +8,27 @@ from typing import Any
 
 import torch
 
-from .dataset.calibration import CalibrationSet, read_json, write_atomic
+from .cache import cached_folder, origin_for
+from .dataset.calibration import CalibrationSet
 from .dataset.readers import ImageSet, open_set
-from .detectors import load_detector
 from .detectors.base import Detector
 from .distillation.trainer import Outcome
 from .distributed import gathered
-from .errors import UserError
 from .evaluation.coco import Metrics
 from .evaluation.coco import evaluate as evaluate_detector
-from .files import require_output_folder, short_name, user_path
-from .inputs import labelled_set, refuse_set, remark, require_side, training_data
+from .files import require_output_folder, short_name, user_path, write_atomic
+from .inputs import labelled_set, remark, require_side, training_data
+from .models import load_float, load_model, require_float, require_weights
 from .progress import Progress
 from .quantization.convert import Policy, fold, insert_quantizers
 from .quantization.listing import Inspection, bit_operations, describe, quantized_share
 from .quantization.results import count_joins
-from .recipe import Overrides, Recipe, as_noise, changed_recipe
-from .run import Run, identity_of_recipe, is_run, load_run, next_folder, versions
+from .recipe import Recipe, as_noise, changed_recipe
+from .recipe_overrides import Overrides
+from .run import Run, check_run, identity_of_recipe, open_run, versions
 from .sensitivity.policy import Sensitivity, check_budget_can_be_kept, find_bits
-from .surroundings import Report, cache_folder, own_device, pick_device, reporter
-from .synthesis.produce import set_name, synthesize_set
+from .surroundings import Report, own_device, pick_device, reporter
+from .synthesis.produce import synthesize_set
 from .tensorboard import Curves, WithCurves
 from .training import (
     data_identity,
@@ -35,43 +36,9 @@ from .training import (
     mixed_policy,
     open_training_data,
     policy_of,
+    read_bits,
     train,
 )
-
-
-def load_model(source: str | Path, *, trust: bool = False, device: str = "cpu") -> Detector:
-    """A float detector, or the quantized one of a run folder."""
-    refuse_set(source)
-    if _is_run(source):
-        return load_run(user_path(source), device=device)
-    return load_detector(source, trust=trust, device=device)
-
-
-def _is_run(source: str | Path) -> bool:
-    try:
-        return is_run(user_path(source))
-    except OSError:
-        # A name that no file can have.
-        return False
-
-
-def _float_model(source: str | Path | None, *, trust: bool, device: str) -> Detector:
-    if source is None:
-        raise UserError("which model? give --model, or `model:` in the recipe")
-    refuse_set(source)
-    if _is_run(source):
-        raise UserError(f"{source}: is a quantized run; give the float detector it was made from")
-    return _trained(load_detector(source, trust=trust, device=device))
-
-
-def _trained(detector: Detector) -> Detector:
-    """The detector, unless its weights are random and nobody said that they are to be."""
-    if detector.random_weights:
-        raise UserError(
-            f"{detector.source}: is a network without weights; give them with --checkpoint FILE "
-            f"({detector.source}@FILE), or say --random-weights ({detector.source}@random)"
-        )
-    return detector
 
 
 def synthesize(
@@ -137,14 +104,14 @@ def synthesize(
                 require_output_folder(out, "out")
             target = own_device(world, device)
             if isinstance(model, Detector):
-                detector = model.to(target)
+                detector = require_float(model).to(target)
             else:
-                detector = _float_model(model, trust=trust, device=target)
+                detector = load_float(model, trust=trust, device=target)
             curves = Curves(Path(tensorboard)) if tensorboard else None
         if curves is not None:
             stack.callback(curves.close)
         synthesis = settings.synthesis
-        folder = Path(out) if out else cache_folder() / set_name(detector, synthesis, settings.seed)
+        folder = Path(out) if out else cached_folder(detector, synthesis, settings.seed)
         task = stack.enter_context(progress.task("synthesis", synthesis.images, "images"))
 
         def report(shard: int, stage: str, step: int, steps: int, values: dict[str, float]) -> None:
@@ -159,6 +126,8 @@ def synthesize(
             folder,
             report=report,
             shard_done=task.update,
+            left=task.left,
+            note=progress.note,
             workers=workers,
             world=world,
         )
@@ -186,7 +155,8 @@ def quantize(
 
     Args:
         recipe: the experiment.
-        model: the float detector; None: the recipe's.
+        model: the float detector; None: the recipe's, else what `data` was made from if it is a
+            calibration set, else what the newest one in the cache was.
         data: a calibration set or any real one; None: the cache's, made first if it is not there.
         image_size: side in pixels of the images to train on, made or real; None: the recipe's.
         out: run folder; None: `runs/<recipe>-<model>-<n>`.
@@ -219,7 +189,17 @@ def quantize(
                 out = user_path(out)
                 require_output_folder(out, "out")
             source = model if model is not None else settings.model
-            detector = _float_model(source, trust=trust, device=own_device(world, device))
+            made_from = origin_for(data) if source is None and world.leads else None
+        # The same for all, whatever is finished in the cache meanwhile.
+        made_from = world.share(made_from)
+        with world.leader_first():
+            target = own_device(world, device)
+            if made_from is not None:
+                source = made_from.model
+                detector = require_float(made_from.load(trust=trust, device=target))
+                progress.note(f"model: {source}, which {made_from.set} was made from")
+            else:
+                detector = load_float(source, trust=trust, device=target)
             settings = settings.model_copy(update={"model": str(source)})
             measured_on = labelled_set(settings.evaluation.data, settings, detector)
             selected_on = labelled_set(settings.distillation.select_on, settings, detector)
@@ -246,11 +226,12 @@ def quantize(
         with world.leader_first():
             if world.leads:
                 numbered = f"{short_name(stem)}-{short_name(Path(detector.source).stem)}"
-                folder = Path(out) if out else next_folder(Path("runs"), numbered, identity)
-                run = Run(folder, identity)
+                run = open_run(Path(out) if out else None, Path("runs"), numbered, identity)
                 if not run.finished:
                     stack.enter_context(run.lock())
-        # Asked again now: the one that held the lock before may have finished the run.
+                if run.finished:
+                    # Asked again: the one that held the lock before may have finished it.
+                    check_run(run.folder)
         found = (run.folder, run.finished) if run else None
         folder, finished = world.share(found)
         if not finished:
@@ -296,12 +277,12 @@ def _finish(
         "images": images,
     }
     if settings.quantization.mixed.budget is not None:
-        found = read_json(run.folder / "sensitivity.json")
+        found = read_bits(run.folder / "sensitivity.json")
         metrics["mixed"] = {key: found[key] for key in ("cost", "budget", "spent", "divergence")}
     if outcome is not None:
         metrics["teacher_divergence"] = outcome.agreement
         metrics["history"] = outcome.history
-        if outcome.best is not None:
+        if outcome.best is not None and selected.startswith("qat"):
             epoch, score = outcome.best
             where = settings.distillation.select_on
             metrics["selected_on_real_images"] = {"data": where, "epoch": epoch, "AP": score}
@@ -351,9 +332,9 @@ def sensitivity(
         with world.leader_first():
             target = own_device(world, device)
             if isinstance(model, Detector):
-                detector = model.to(target)
+                detector = require_float(model).to(target)
             else:
-                detector = _float_model(model, trust=trust, device=target)
+                detector = load_float(model, trust=trust, device=target)
             teacher, policy = fold(detector.twin()), policy_of(settings)
             check_budget_can_be_kept(teacher, policy, settings.quantization)
             calibration = (
@@ -398,7 +379,7 @@ def evaluate(
     if isinstance(model, Detector):
         detector = model.to(target)
     else:
-        detector = _trained(load_model(model, trust=trust, device=target))
+        detector = require_weights(load_model(model, trust=trust, device=target))
     with reporter(progress).task("evaluation", len(images), "images") as task:
         return evaluate_detector(
             detector, images, image_size=image_size, interval=interval, progress=task.update

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+
+PATIENCE = 1200.0
+"""Seconds after which a test takes what it waits for for lost: never met, however slow and busy the
+machine, by what works."""
 
 # One process imports torch once; each command is a fork of it, with its own id to kill.
 FORKS = multiprocessing.get_context("forkserver")
@@ -51,9 +57,45 @@ def launch(words: list[str], size: int, place: Path) -> list[multiprocessing.pro
     ]
 
 
-def wait_for(condition: Callable[[], bool], process: multiprocessing.process.BaseProcess) -> None:
-    until = time.monotonic() + 60
+def until(condition: Callable[[], bool], alive: Callable[[], bool] = lambda: True) -> None:
+    """Wait until something is the case, as long as it takes.
+
+    Args:
+        condition: asked again and again.
+        alive: whether the process that brings it about still runs.
+    """
+    end = time.monotonic() + PATIENCE
     while not condition():
-        assert process.is_alive(), "the process ended before it was to be killed"
-        assert time.monotonic() < until, "the process got nowhere"
+        assert alive() or condition(), "the process ended before it got that far"
+        assert time.monotonic() < end, "the process got nowhere"
         time.sleep(0.002)
+
+
+def wait_for(condition: Callable[[], bool], process: multiprocessing.process.BaseProcess) -> None:
+    """Wait until a process has brought something about."""
+    until(condition, process.is_alive)
+
+
+def ended(process: multiprocessing.process.BaseProcess) -> int:
+    """The exit code of a process, once it has one."""
+    process.join(PATIENCE)
+    assert process.exitcode is not None, "the process does not end"
+    return process.exitcode
+
+
+@contextlib.contextmanager
+def paused(process: multiprocessing.process.BaseProcess) -> Iterator[None]:
+    """Stop a process for the time of the block: it is in the middle of its work all the while."""
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGSTOP)
+    assert process.is_alive(), "the process ended before it was to be stopped"
+    try:
+        yield
+    finally:
+        os.kill(process.pid, signal.SIGCONT)
+
+
+def killed(process: multiprocessing.process.BaseProcess) -> None:
+    """Kill a process and wait until it is gone."""
+    process.kill()
+    ended(process)

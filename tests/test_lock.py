@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +50,20 @@ def test_a_lock_on_a_removed_file_does_not_count(
         assert removed
         with pytest.raises(UserError, match="taken"), locked(tmp_path, "taken"):
             raise AssertionError("two at once")
+
+
+@pytest.mark.parametrize("kind", ["link", "loop", "pipe", "folder"])
+def test_something_else_in_the_place_of_the_lock(tmp_path: Path, kind: str) -> None:
+    path, other = tmp_path / lock.LOCK, tmp_path / "other"
+    other.write_text("mine")
+    if kind == "link":
+        path.symlink_to(other)
+    elif kind == "loop":
+        path.symlink_to(path)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    with pytest.raises(UserError, match=r"\.lock: is in the way"), locked(tmp_path, "taken"):
+        raise AssertionError("locked all the same")
+    assert other.read_text() == "mine"

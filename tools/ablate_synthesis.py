@@ -21,11 +21,11 @@ from typing import Any
 
 import click
 
-from dfq.dataset.calibration import read_json, write_json
 from dfq.dataset.readers import open_set
 from dfq.detectors import load_detector
 from dfq.errors import UserError
 from dfq.evaluation.coco import evaluate
+from dfq.files import read_json, write_json
 from dfq.quantization.convert import fold
 from dfq.recipe import Recipe, load_recipe
 from dfq.training import LetterboxedImages, mean_divergence
@@ -33,6 +33,7 @@ from dfq.verbs import load_model, quantize, synthesize
 
 YARDSTICK = [
     "method=qat",
+    "distillation.keep_worse=true",
     "quantization.rounding=nearest",
     "distillation.weight_lr=null",
     "distillation.lr=3e-4",

@@ -25,6 +25,8 @@ from dfq.detectors import load_detector
 from dfq.detectors.mmdet_config import unplain
 from dfq.recipe import load_recipe
 
+TRAINED = ("method=qat", "distillation.keep_worse=true")
+
 _CONFIG = """\
 model = {model}
 metainfo = dict(classes={names!r})
@@ -118,7 +120,7 @@ def main(
     model = f"{config}@{checkpoint}"
     changes = [*overrides, f"distillation.batch_size={batch}"]
     rows = {"float": by_dfq(model, scenes)}
-    settings = load_recipe(recipe, [*BUDGET, *changes, "method=qat"])
+    settings = load_recipe(recipe, [*BUDGET, *changes, *TRAINED])
     images = dfq.synthesize(model, settings, out=out / "set", device="cpu", workers=1).root
     run = dfq.quantize(settings, model=model, data=images, out=out / "dfq", device="cpu")
     rows["dfq qat"] = by_dfq(run, scenes)

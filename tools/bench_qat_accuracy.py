@@ -19,10 +19,10 @@ from typing import Any
 
 import click
 
-from dfq.dataset.calibration import read_json, write_json
 from dfq.dataset.readers import ImageSet, open_set
 from dfq.detectors import load_detector
 from dfq.evaluation.coco import bootstrap_ap, predict, score
+from dfq.files import read_json, write_json
 from dfq.progress import Live
 from dfq.recipe import Recipe, load_recipe
 from dfq.verbs import load_model, quantize, synthesize
@@ -44,6 +44,7 @@ TRAINED = (
 LSQ = [
     *TRAINED,
     "method=qat",
+    "distillation.keep_worse=true",
     "quantization.weights=per_tensor",
     "quantization.weight_grid=symmetric",
     "quantization.ranges=lsq",

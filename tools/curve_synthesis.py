@@ -22,8 +22,8 @@ import matplotlib
 import torch
 from ablate_synthesis import Ablation, spread
 
-from dfq.dataset.calibration import read_json, write_json
 from dfq.detectors import load_detector
+from dfq.files import read_json, write_json
 from dfq.recipe import Recipe, load_recipe
 from dfq.synthesis.inversion import Inversion
 from dfq.synthesis.labels import single

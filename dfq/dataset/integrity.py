@@ -80,6 +80,11 @@ def require_own_files(root: Path, names: Iterable[str]) -> None:
             )
 
 
+def is_set_manifest(manifest: Any) -> bool:
+    """Whether the content of a `manifest.json` is a set's."""
+    return isinstance(manifest, dict) and {"determinants", "shards"} <= manifest.keys()
+
+
 def checked_manifest(path: Path, manifest: Any) -> dict[str, Any]:
     """The manifest of a set, if it has the form that dfq gives it.
 
@@ -234,6 +239,14 @@ def shard_digest(root: Path, files: Iterable[str]) -> str:
     for name in files:
         digest.update(read_regular(root / "images" / name))
     return digest.hexdigest()
+
+
+def is_as_made(root: Path, shard: Any) -> bool:
+    """Whether the images of a shard are those of its record, which may be broken too."""
+    try:
+        return shard_digest(root, shard["files"]) == shard["sha256"]
+    except (UserError, KeyError, TypeError):
+        return False
 
 
 def changed_shard(root: Path, manifest: dict[str, Any]) -> dict[str, Any] | None:

@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..dataset.calibration import write_json
 from ..dataset.preview import write_preview
+from ..files import write_json
 from ..progress import Progress
 from ..recipe import load_recipe
 from ..verbs import evaluate, quantize, synthesize

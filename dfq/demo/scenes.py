@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
+from ..files import write_atomic
 from .shapes import SHAPES, Array, Generator, Shape, colour, coverage
 
 NAMES: tuple[str, ...] = tuple(SHAPES)
@@ -272,5 +273,6 @@ def write_coco(
         if not cv2.imwrite(str(path), cv2.cvtColor(scene.image, cv2.COLOR_RGB2BGR)):
             raise OSError(f"could not write {path}")
     target = folder / "annotations.json"
-    target.write_text(json.dumps(record), encoding="utf-8")
+    # Whole or not at all: where it is, a demo that goes on takes the set for complete.
+    write_atomic(target, json.dumps(record).encode())
     return target

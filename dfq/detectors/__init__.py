@@ -5,25 +5,24 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import UserError, shown
 from ..files import NAME_BYTES, user_path
-from ..plain import brief, one_line, parse_json, plain_tree
+from ..plain import ODD, brief, one_line, parse_json, plain_tree
 from ..suggest import suggestion
 from .base import Boundary, Detections, Detector, DistillationPair, Targets
 from .bounded import bounded, most_for
 from .checkpoint import Checkpoint, class_of, find_model, read_checkpoint, sha256_of
 from .metadata import source_of
-from .tensors import check_kinds, sound
+from .tensors import check_kinds, read_metadata, read_safetensors, sound
 
 if TYPE_CHECKING:
     from .ultralytics import UltralyticsDetector
@@ -71,9 +70,10 @@ def load_detector(model: str | Path, *, trust: bool = False, device: str = "cpu"
     """Load a detector: unfused, in eval mode, its parameters frozen, float32.
 
     Args:
-        model: the path of a checkpoint, of a model YAML (random weights) or of a file that
-            `save_detector` wrote; the name of a model YAML of Ultralytics ("yolo11n.yaml"); the
-            name of a published network ("yolo11s", "yolov5n.pt"), downloaded where need be;
+        model: the path of a checkpoint, of a model YAML (random weights), of a file that
+            `save_detector` wrote or of the `model.safetensors` of a run (then it is quantized and
+            folded); the name of a model YAML of Ultralytics ("yolo11n.yaml"); the name of a
+            published network ("yolo11s", "yolov5n.pt"), downloaded where need be;
             "torchvision/NAME" or a config of mmdet (a file, or the name of one that comes with
             it), with random weights; or "demo", the small detector that comes with dfq. Where a
             network and its weights are apart: "NETWORK@CHECKPOINT", or "NETWORK@random" for one
@@ -110,7 +110,7 @@ def from_spec(spec: dict[str, Any]) -> Detector:
         return _SPECS[family](plain)
     except UserError:
         raise
-    except _ODD as error:
+    except ODD as error:
         raise UserError(
             f"the description of {source_of(plain)} cannot be used ({one_line(error)}): it is "
             "damaged or of another version of dfq"
@@ -235,8 +235,8 @@ def _from_parts(network: str, weights: Path, trust: bool) -> Detector:
             return detector
         raise UserError(f"there is no checkpoint {weights}: check the path")
     if weights.suffix.lower() == ".safetensors":
-        tensors, _ = _read_safetensors(weights)
-        return _from_network(network, Checkpoint(weights, sha256_of(weights), tensors))
+        checkpoint = Checkpoint(weights, sha256_of(weights), read_safetensors(weights))
+        return _from_network(network, checkpoint)
     return _from_network(network, read_checkpoint(weights, trust=trust))
 
 
@@ -309,7 +309,7 @@ def _from_checkpoint(path: Path, trust: bool) -> Detector:
         if str(path) in str(error):
             raise
         raise UserError(f"{path}: {error}") from error
-    except _ODD as error:
+    except ODD as error:
         # What of a checkpoint is looked at is checked where it is; this is for what was not
         # thought of.
         raise UserError(
@@ -319,25 +319,13 @@ def _from_checkpoint(path: Path, trust: bool) -> Detector:
     raise UserError(f"{path} holds a {brief(what)[1:-1]}, not a detector of YOLOv5 or Ultralytics")
 
 
-_ODD = (
-    *(TypeError, ValueError, LookupError, AttributeError, ArithmeticError),
-    *(RuntimeError, AssertionError, MemoryError, OSError),
-)
-"""What code that reads data of another form than it takes for granted runs into."""
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
-    except (OSError, SafetensorError, struct.error, *_ODD) as error:
-        raise UserError(f"{path} cannot be read: {one_line(error)}; copy the file again") from error
-
-
 def _from_safetensors(path: Path) -> Detector:
-    tensors, metadata = _read_safetensors(path)
+    # Not above: runs are made of detectors.
+    from ..run import is_quantized, load_quantized
+
+    metadata = read_metadata(path)
+    if is_quantized(metadata):
+        return load_quantized(path)
     if _METADATA_KEY not in metadata:
         raise UserError(
             f"{path} was not written by dfq (it holds tensors only): give the checkpoint (.pt)"
@@ -348,7 +336,7 @@ def _from_safetensors(path: Path) -> Detector:
             detector = from_spec(spec)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    _fill(detector, sound(tensors, str(path)), path)
+    _fill(detector, sound(read_safetensors(path), str(path)), path)
     detector.fingerprint = sha256_of(path)
     return detector
 

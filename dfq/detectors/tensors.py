@@ -2,19 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import UserError, shown
 from ..limits import MOST_WEIGHTS
+from ..plain import ODD, one_line
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # Left in modules by thop, which YOLOv5 and Ultralytics count operations with; the last one is
 # torch's, beside the averaged weights of `torch.optim.swa_utils`.
 _COUNTERS = ("total_ops", "total_params", "n_averaged")
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a `.safetensors` file.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `.safetensors` file, by name.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, struct.error, *ODD) as error:
+        raise UserError(
+            f"{path} cannot be read ({one_line(error)}): it is damaged; copy the file again"
+        ) from error
 
 
 def is_counter(name: str) -> bool:

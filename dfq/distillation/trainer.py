@@ -14,10 +14,10 @@ import torch
 from torch import Generator, Tensor, nn
 
 from ..dataset.augment import augment, jitter_colours, mosaic
-from ..dataset.calibration import write_atomic
 from ..detectors.base import Detector, Targets
 from ..distributed import World
 from ..errors import DivergedError, UserError
+from ..files import write_atomic
 from ..precision import resolve_precision
 from ..recipe import Distillation
 from .losses import FeatureTaps, total_divergence, training_terms
@@ -36,6 +36,9 @@ from .sharing import add_up_gradients, batch_variances
 
 Report = Callable[[int, int, dict[str, float]], None]
 """Called after each epoch with epochs done, epochs in all, and the epoch's mean loss terms."""
+
+Within = Callable[[int, float], None]
+"""Called before each step with the epochs done, and the share of the next one that is."""
 
 
 class LabelledImages(Protocol):
@@ -224,7 +227,7 @@ class Trainer:
             same = tensor.detach().contiguous()
             tensor.copy_(self.world.add_up(same if self.world.leads else torch.zeros_like(same)))
 
-    def train(self, report: Report | None = None) -> Outcome:
+    def train(self, report: Report | None = None, within: Within | None = None) -> Outcome:
         """Run what is left of the epochs, choose the weights, and leave them in the student.
 
         Raises:
@@ -242,7 +245,7 @@ class Trainer:
         saved_at = time.monotonic()
         try:
             for epoch in range(first, settings.epochs):
-                history.append(self._epoch(epoch, ours, theirs))
+                history.append(self._epoch(epoch, ours, theirs, within))
                 done = epoch + 1
                 if self.judge is not None:
                     history[-1]["score"] = self._ask(self.judge, done)
@@ -261,7 +264,9 @@ class Trainer:
         self.held.release()
         return outcome
 
-    def _epoch(self, epoch: int, ours: FeatureTaps, theirs: FeatureTaps) -> dict[str, float]:
+    def _epoch(
+        self, epoch: int, ours: FeatureTaps, theirs: FeatureTaps, within: Within | None
+    ) -> dict[str, float]:
         # Seeded by the epoch alone: a resumed run draws what an unbroken one would have.
         generator = Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.data), generator=generator).tolist()
@@ -269,6 +274,8 @@ class Trainer:
         for number in range(self.steps):
             chosen = order[number * self.batch_size : (number + 1) * self.batch_size]
             step = epoch * self.steps + number
+            if within is not None:
+                within(epoch, number / self.steps)
             sums += self.step(step, chosen, generator, ours, theirs)
         means = dict(zip(self._term_names, (sums / self.steps).tolist(), strict=True))
         # What the last step broke is not in a loss yet, but would be in the checkpoint.

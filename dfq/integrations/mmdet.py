@@ -21,6 +21,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,6 +52,7 @@ from mmengine.model import (  # noqa: E402
     is_model_wrapper,
 )
 from mmengine.registry import MODEL_WRAPPERS  # noqa: E402
+from mmengine.runner import find_latest_checkpoint  # noqa: E402
 
 __all__ = ["DFQCalibrationHook", "DFQCalibrationSet", "DFQDistiller", "DFQDistributed"]
 
@@ -177,6 +179,15 @@ class DFQDistiller(BaseModel):
             self._student, self._teacher, images, self.recipe.quantization, Silent()
         )
 
+    def hold(self) -> None:
+        """Keep the integers of the weights that the recipe does not train, as they are now; those
+        of a checkpoint that is loaded later take their place.
+
+        They are buffers: to be made before anything copies the model or counts its buffers.
+        """
+        if self._held is None:
+            self._held = HeldLevels(held_layers(self._student, self.recipe.distillation))
+
     def forward(
         self, inputs: Tensor, data_samples: list[Any] | None = None, mode: str = "tensor"
     ) -> Any:
@@ -192,9 +203,7 @@ class DFQDistiller(BaseModel):
         if self._teacher.device != inputs.device:
             self._teacher.to(inputs.device)
         settings, targets = self.recipe.distillation, Targets.empty()
-        if self._held is None:
-            # Not before: only now are weights rounded, or loaded from a checkpoint.
-            self._held = HeldLevels(held_layers(self._student, settings))
+        self.hold()
         if settings.weights.task > 0:
             targets = _targets(data_samples or [], (inputs.shape[2], inputs.shape[3]))
         # Evaluation runs the student as well: the taps are there for this pass only.
@@ -266,10 +275,11 @@ class DFQCalibrationHook(Hook):
 
     def before_run(self, runner: Any) -> None:
         model = _distiller(runner)
-        if not runner._resume and runner._load_from is None:
+        if not _loads(runner):
             model.prepare(_first_images(runner, model))
             for value in model.student.state_dict().values():
                 broadcast(value)
+        model.hold()
         settings = model.recipe.distillation
         self.leash = Leash(model.student, 0 if settings.weight_lr == 0 else settings.drift)
 
@@ -280,6 +290,15 @@ class DFQCalibrationHook(Hook):
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         if self.leash is not None:
             checkpoint["dfq_leash"] = self.leash.state()
+        # torch reads nothing but numbers and tensors of its own accord, and mmengine's buffers of
+        # what was logged bring their functions along: no run could be resumed from them.
+        hub = checkpoint["message_hub"]
+        hub["log_scalars"] = {}
+        hub["runtime_info"] = {
+            key: value.item() if isinstance(value, np.generic) else value
+            for key, value in hub["runtime_info"].items()
+            if isinstance(value, bool | int | float | str | np.generic | type(None))
+        }
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get("dfq_leash")
@@ -293,6 +312,13 @@ def _distiller(runner: Any) -> DFQDistiller:
     if not isinstance(model, DFQDistiller):
         raise UserError(f"DFQCalibrationHook is for a DFQDistiller, not a {type(model).__name__}")
     return model
+
+
+def _loads(runner: Any) -> bool:
+    """Whether a checkpoint will be loaded; a run may be told to resume before there is one."""
+    if runner._load_from is not None:
+        return True
+    return bool(runner._resume) and find_latest_checkpoint(runner.work_dir) is not None
 
 
 def _first_images(runner: Any, model: DFQDistiller) -> Tensor:

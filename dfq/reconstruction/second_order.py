@@ -34,6 +34,10 @@ from .moments import Moments, MomentSums, execution_order, inputs_of
 PLACES = 24_000
 """Output places looked at in each layer: ten for each input of the widest ones."""
 
+WIDEST = 16_384
+"""Inputs of a layer from whose second moments weights are still rounded: 1 GiB, of which several
+are needed at a time. Weights of wider layers are rounded to the nearest level."""
+
 CROWDED = 20.0
 """How much stronger the pull towards the float weights is for each input a place has to settle."""
 
@@ -257,6 +261,11 @@ def reconstruct_layer(
         layer.bias.copy_(bias + theirs - ours)
 
 
+def is_too_wide(layer: QuantConv2d | QuantLinear) -> bool:
+    """Whether a layer's weights are left as they are, to be rounded to the nearest level."""
+    return layer.weight[0].numel() > WIDEST
+
+
 @torch.no_grad()
 def reconstruct(
     student: Detector,
@@ -268,7 +277,8 @@ def reconstruct(
     batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Round the weights of every quantized layer of `student`, in the order they run.
+    """Round the weights of every quantized layer of `student` that is not too wide, in the order
+    they run.
 
     Args:
         student: quantizers inserted and calibrated, weights still those of the teacher; changed in
@@ -296,13 +306,15 @@ def reconstruct(
     ):
         for done, (name, calls) in enumerate(order.items()):
             layer, original = layers[name], teacher.module.get_submodule(name)
-            sums = MomentSums(layer, PLACES, len(batches) * calls, Generator().manual_seed(done))
-            for number in range(len(batches)):
-                x_of_calls = inputs_of(layer, calls, partial(ours.run, number))
-                y_of_calls = inputs_of(original, calls, partial(theirs.run, number))
-                for x, y in zip(x_of_calls, y_of_calls, strict=True):
-                    sums.add(x, y)
-            reconstruct_layer(layer, original, sums.moments(), damping=damping, ridge=ridge)
+            if not is_too_wide(layer):
+                draw = Generator().manual_seed(done)
+                sums = MomentSums(layer, PLACES, len(batches) * calls, draw)
+                for number in range(len(batches)):
+                    x_of_calls = inputs_of(layer, calls, partial(ours.run, number))
+                    y_of_calls = inputs_of(original, calls, partial(theirs.run, number))
+                    for x, y in zip(x_of_calls, y_of_calls, strict=True):
+                        sums.add(x, y)
+                reconstruct_layer(layer, original, sums.moments(), damping=damping, ridge=ridge)
             if name in ended:
                 ours.finish(ended[name])
                 theirs.finish(ended[name])

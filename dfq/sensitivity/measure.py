@@ -29,7 +29,7 @@ from ..quantization.quantizers import Quantizer
 from ..quantization.widths import Widths, format_widths
 from ..reconstruction.finished import FinishedBlocks, ended_blocks
 from ..reconstruction.moments import Moments, MomentSums, execution_order, inputs_of
-from ..reconstruction.second_order import PLACES, reconstruct_layer
+from ..reconstruction.second_order import PLACES, is_too_wide, reconstruct_layer
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def measure(
             widths = free.get(name, ())
             layer = _Layer(student, teacher, name, values[name], widths, search)
             moments = {}
-            if rounding == "gptq" and widths and calls[name]:
+            if rounding == "gptq" and widths and calls[name] and not is_too_wide(layer.layer):
                 moments = layer.moments(theirs, len(known), calls[name])
             for index, pair in enumerate(widths):
                 with layer.quantized(pair, policy.shifts_weights(pair[0]), moments.get(pair[1])):

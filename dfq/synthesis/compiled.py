@@ -8,6 +8,7 @@ import ctypes
 import functools
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -49,20 +50,47 @@ _FLAGS = (
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    compiler = shutil.which(os.environ.get("CC", "cc"))
+    compiler = _compiler()
     if compiler is None or os.environ.get(SWITCH) == "0":
         return None
     wide = ("-mprefer-vector-width=512",) if platform.machine() == "x86_64" else ()
     sources = [str(Path(__file__).with_name(name)) for name in _SOURCES]
-    # Compiled by each process for itself: a cached file might meet another processor, or an enemy.
-    with tempfile.TemporaryDirectory(prefix="dfq-") as folder:
-        target = str(Path(folder) / "kernels.so")
-        command = [compiler, *_FLAGS, *wide, *sources, "-o", target]
-        try:
-            subprocess.run(command, check=True, capture_output=True, timeout=120)
-            return ctypes.CDLL(target)
-        except (OSError, subprocess.SubprocessError):
-            return None
+    try:
+        # Compiled by each process for itself: a cached file might meet another processor, or an
+        # enemy.
+        with tempfile.TemporaryDirectory(prefix="dfq-") as folder:
+            target = str(Path(folder) / "kernels.so")
+            command = [*compiler, *_FLAGS, *wide, *sources, "-o", target]
+            subprocess.run(
+                command, check=True, capture_output=True, timeout=120, stdin=subprocess.DEVNULL
+            )
+            library = ctypes.CDLL(target)
+        for name in _ARGUMENTS:
+            library[f"{name}_of_float32"]
+    except (OSError, AttributeError, subprocess.SubprocessError):
+        return None
+    return library
+
+
+def _compiler() -> list[str] | None:
+    """The words that call a C compiler; None where there is none."""
+    try:
+        words = shlex.split(os.environ.get("CC") or "cc")
+    except ValueError:
+        return None
+    return words if words and shutil.which(words[0]) else None
+
+
+def why_none() -> str | None:
+    """Why there are no compiled functions, for people; None where there are."""
+    if _library() is not None:
+        return None
+    if os.environ.get(SWITCH) == "0":
+        return f"no compiled functions are used, as {SWITCH} is 0"
+    name = os.environ.get("CC") or "cc"
+    if _compiler() is None:
+        return f"there is no C compiler ({name}; CC names another)"
+    return f"the C compiler ({name}; CC names another) fails"
 
 
 def usable(x: Tensor) -> bool:

@@ -37,6 +37,15 @@ class Batch:
     scores: list[Tensor]
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A part of what a batch goes through: iterations on images of `side` pixels."""
+
+    name: str
+    iterations: int
+    side: int
+
+
 def generator_for(seed: int, shard: int, stage: str) -> Generator:
     """A generator that depends on these three alone, so any process can make any shard."""
     stages = {"labels": 1, "images": 2, "augment": 3}
@@ -226,7 +235,8 @@ class Inversion:
                 optimizer.step()
                 with torch.no_grad():
                     pixels.clamp_(0, 1)
-                if step % every == 0 or step == iterations - 1:
+                # The second one as well: from it on, it is known how long one takes.
+                if step % every == 0 or step in (1, iterations - 1):
                     values = {name: float(term) for name, term in terms.items()}
                     if not math.isfinite(sum(values.values())):
                         raise UserError(
@@ -287,20 +297,16 @@ class Inversion:
             start: images `(n, 3, k, k)` in [0, 1] to start from instead, of any size.
         """
         settings = self.settings
-        count, size, rate = len(labels), self.image_size, settings.learning_rate
+        size, rate = self.image_size, settings.learning_rate
+        coarse, small = self._half()
 
         def begin(side: int) -> Tensor:
             if start is None:
-                return initial_images(count, side, settings.init, generator)
+                return initial_images(len(labels), side, settings.init, generator)
             return resized(start, side)
 
-        coarse = round(settings.multires * settings.iterations)
-        # Half the size, to the next multiple of the stride.
-        stride = self.detector.stride
-        small = max(stride, -(-size // (2 * stride)) * stride)
-        if coarse == 0 or small == size:
+        if coarse == 0:
             images = begin(size)
-            coarse = 0
         else:
             images = self.optimise(
                 begin(small), labels, coarse, rate, augment, stage="small", report=report
@@ -312,6 +318,26 @@ class Inversion:
         return self.optimise(
             images, labels, settings.iterations - coarse, rate, augment, stage="full", report=report
         )
+
+    def _half(self) -> tuple[int, int]:
+        """How many iterations of the image stage are at half the size, and what side that is."""
+        coarse = round(self.settings.multires * self.settings.iterations)
+        # To the next multiple of the stride.
+        stride = self.detector.stride
+        small = max(stride, -(-self.image_size // (2 * stride)) * stride)
+        return (0 if small == self.image_size else coarse), small
+
+    def stages(self) -> list[Stage]:
+        """What a batch goes through, in order."""
+        settings, (coarse, small) = self.settings, self._half()
+        label = settings.label_stage
+        of_labels = label.iterations if settings.labels == "adaptive" else 0
+        stages = [
+            Stage("labels", of_labels, label.image_size),
+            Stage("small", coarse, small),
+            Stage("full", settings.iterations - coarse, self.image_size),
+        ]
+        return [stage for stage in stages if stage.iterations > 0]
 
     def batch(self, count: int, seed: int, shard: int, report: Report | None = None) -> Batch:
         """Make shard `shard` of `count` images: both stages, 8-bit images, the teacher's scores."""

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..dataset.calibration import CalibrationSet, CalibrationWriter
+from ..dataset.calibration import CalibrationSet
+from ..dataset.calibration_writer import CalibrationWriter
 from ..dataset.preview import write_preview
 from ..detectors.base import Detector
 from ..distributed import World, one_thread
@@ -22,8 +23,10 @@ from ..errors import UserError
 from ..files import short_name
 from ..precision import resolve_precision
 from ..recipe_synthesis import Synthesis
+from .compiled import why_none
 from .inversion import Inversion
 from .labels import label_source_identity
+from .pace import Pace
 from .shards import Plan, ShardMaker, ShardReport, make_shards
 from .workers import Workers, worker_count
 
@@ -51,13 +54,23 @@ def determinants(detector: Detector, settings: Synthesis, seed: int) -> dict[str
     if identity is not None:
         # What the labels are counts, not where they lie.
         values["labels"] = f"real:{identity}"
-    return {
+    wanted = {
         "algorithm": ALGORITHM,
         "checkpoint": detector.fingerprint,
         "family": detector.family,
         "seed": seed,
         "synthesis": values,
     }
+    if without_kernels(detector, settings):
+        wanted["kernels"] = "pytorch"
+    return wanted
+
+
+def without_kernels(detector: Detector, settings: Synthesis) -> bool:
+    """Whether PyTorch computes what compiled functions could (see `compiled`): its sums end in
+    other last bits, and so do the images."""
+    optimises = settings.iterations > 0 or settings.labels == "adaptive"
+    return optimises and detector.device.type == "cpu" and why_none() is not None
 
 
 def set_name(detector: Detector, settings: Synthesis, seed: int) -> str:
@@ -67,6 +80,17 @@ def set_name(detector: Detector, settings: Synthesis, seed: int) -> str:
     stem = short_name(Path(detector.source).stem) or detector.family
     size = wanted["synthesis"]["image_size"]
     return f"{stem}-{settings.images}x{size}-{digest[:12]}"
+
+
+def located(source: str) -> str | None:
+    """What names a model from wherever it is asked: absolute paths; None where that is no file."""
+    network, apart, weights = source.rpartition("@")
+    path = Path(source).expanduser()
+    if path.is_file():
+        return str(path.absolute())
+    if apart and (file := Path(weights).expanduser()).is_file():
+        return f"{located(network) or network}@{file.absolute()}"
+    return None
 
 
 def check(detector: Detector, settings: Synthesis) -> None:
@@ -99,6 +123,8 @@ def synthesize_set(
     *,
     report: ShardReport | None = None,
     shard_done: Callable[[int, int], None] | None = None,
+    left: Callable[[float], None] | None = None,
+    note: Callable[[str], None] | None = None,
     workers: int | None = None,
     world: World | None = None,
 ) -> CalibrationSet:
@@ -117,6 +143,9 @@ def synthesize_set(
         report: progress within a shard, of this process and its workers.
         shard_done: called with (images done, images in all), also once at the start; in the leading
             process only.
+        left: called with the seconds that this process and its workers will still take, from the
+            first iterations on.
+        note: called with a line to be told, in the leading process only.
         workers: processes to start on the cores of this machine; None: as many as are worth it, see
             `workers.worker_count`.
         world: the processes that were started together, each of which calls this; None: alone.
@@ -149,12 +178,28 @@ def synthesize_set(
         missing = world.share(writer.missing())
         progress = _Progress(writer, plan, missing, shard_done if world.leads else None)
         if missing:
+            if note is not None and world.leads and without_kernels(detector, settings):
+                note(f"synthesis: {why_none()}: PyTorch does without them, and takes longer")
             mine = missing[world.rank :: world.size]
             count = 1
             if world.size == 1:
                 count = worker_count(workers, threads, inversion.detector, settings, plan, missing)
+            pace = Pace(inversion.stages(), plan, mine, count)
+
+            def told(shard: int, stage: str, step: int, *more: Any) -> None:
+                if report is not None:
+                    report(shard, stage, step, *more)
+                pace.report(shard, stage, step)
+                seconds = pace.left()
+                if left is not None and seconds is not None:
+                    left(seconds)
+
+            def written(shard: int) -> None:
+                pace.written(shard)
+                progress()
+
             make = _maker(inversion, detector, settings, plan, writer, count)
-            make(mine, report or (lambda *_: None), lambda _: progress())
+            make(mine, told, written)
             world.barrier(progress)
             progress()
         with world.leader_first():
@@ -162,7 +207,11 @@ def synthesize_set(
                 return CalibrationSet.open(out)
             versions = {"dfq": __version__, "torch": torch.__version__}
             return writer.finish(
-                {"model": detector.source, "versions": versions},
+                {
+                    "model": detector.source,
+                    "model_path": located(detector.source),
+                    "versions": versions,
+                },
                 lambda made: write_preview(made, out / PREVIEW),
             )
 

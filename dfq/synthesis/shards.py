@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..dataset.calibration import CalibrationWriter
+from ..dataset.calibration_writer import CalibrationWriter
 from ..memory import freed_memory_kept
 from .inversion import Batch, Inversion
 

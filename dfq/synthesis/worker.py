@@ -6,9 +6,16 @@ has to say goes through its connection.
 
 from __future__ import annotations
 
+import sys
+
+from ..processes import end_with_parent
+
+if __name__ == "__main__":
+    # Before all that takes time to import: the parent may be killed meanwhile.
+    end_with_parent(int(sys.argv[2]), by_kernel=True)
+
 import pickle
 import signal
-import sys
 import traceback
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -16,15 +23,15 @@ from multiprocessing.connection import Connection
 
 def main(connection: Connection, parent: int) -> None:
     """Work until there are no more shards, or the parent ends."""
-    # Ctrl-C reaches the whole group; the parent ends its workers itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent(parent)
+    # These reach the whole group; the parent ends its workers itself.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     # Before the slow imports, for the parent waits until it is read.
     job = connection.recv_bytes()
 
-    from ..distributed import end_with_parent
     from .workers import send
 
-    end_with_parent(parent)
     try:
         _work(connection, job)
     except Exception as error:
@@ -39,13 +46,23 @@ def main(connection: Connection, parent: int) -> None:
 
 
 def _work(connection: Connection, job: bytes) -> None:
-    from ..dataset.calibration import CalibrationWriter
+    from ..dataset.calibration_writer import CalibrationWriter
     from ..distributed import one_thread
+    from ..errors import UserError
+    from .compiled import why_none
     from .inversion import Inversion
+    from .produce import without_kernels
     from .shards import make_shards
     from .workers import send
 
     detector, settings, plan, root, determinants = pickle.loads(job)
+    if without_kernels(detector, settings) != ("kernels" in determinants):
+        # Compiled once a process: the disk may have filled up meanwhile.
+        here = why_none() or "there is a C compiler"
+        raise UserError(
+            f"synthesis: {here} in a worker process, unlike in the one that started it, and the "
+            "images would differ; run the same command again"
+        )
 
     def dealt() -> Iterator[int]:
         while True:

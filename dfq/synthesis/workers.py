@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..dataset.calibration import CalibrationWriter
+from ..dataset.calibration_writer import CalibrationWriter
 from ..detectors.base import Detector
 from ..errors import UserError
 from ..recipe_synthesis import Synthesis
@@ -192,14 +192,19 @@ def _start() -> tuple[Connection, subprocess.Popen[bytes]]:
     ours, theirs = Pipe()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-m", "dfq.synthesis.worker", str(theirs.fileno()), str(os.getpid())]
-    with theirs:
-        process = subprocess.Popen(
-            command,
-            env=environment,
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-        )
+    # Inherited: what reaches the whole group is kept from the worker from its very start.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        with theirs:
+            process = subprocess.Popen(
+                command,
+                env=environment,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+            )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return ours, process
 
 

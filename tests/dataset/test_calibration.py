@@ -14,12 +14,16 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from forks import PATIENCE
 from torch import Tensor
 
-from dfq.dataset.calibration import CalibrationSet, CalibrationWriter, read_json, write_atomic
+from dfq.dataset import calibration
+from dfq.dataset.calibration import CalibrationSet
+from dfq.dataset.calibration_writer import CalibrationWriter
 from dfq.dataset.preview import draw_grid, write_preview
 from dfq.dataset.readers import open_set
 from dfq.errors import UserError
+from dfq.files import read_json, write_atomic
 
 NAMES = ["cat", "dog", "bird"]
 DETERMINANTS = {"checkpoint": "a" * 64, "seed": 0, "synthesis": {"images": 3}}
@@ -310,8 +314,8 @@ def test_a_second_process_is_kept_out(tmp_path: Path) -> None:
     def ask() -> str:
         other = context.Process(target=_try_to_lock, args=(tmp_path, answers))
         other.start()
-        answer = answers.get(timeout=30)
-        other.join(30)
+        answer = answers.get(timeout=PATIENCE)
+        other.join(PATIENCE)
         return str(answer)
 
     writer = CalibrationWriter(tmp_path, DETERMINANTS, NAMES, 2)
@@ -322,6 +326,48 @@ def test_a_second_process_is_kept_out(tmp_path: Path) -> None:
         raise KeyError
     assert ask() == "locked"
     assert not (tmp_path / ".lock").exists()
+
+
+def test_a_set_that_is_begun_in_between_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes find the folder free; the second one is there while the first one notes what
+    the set is made from."""
+    plain = calibration.write_json
+    lines: list[str] = []
+
+    def write_json(path: Path, value: Any) -> None:
+        if not lines:
+            lines.append("")
+            with pytest.raises(UserError) as caught:
+                CalibrationWriter(tmp_path / "set", {"seed": "another"}, NAMES, 2)
+            lines[0] = str(caught.value)
+        plain(path, value)
+
+    monkeypatch.setattr(calibration, "write_json", write_json)
+    CalibrationWriter(tmp_path / "set", DETERMINANTS, NAMES, 2)
+    assert lines == [f"{tmp_path / 'set'}: another process is making this set"]
+    assert read_json(tmp_path / "set" / "shards" / "identity.json") == DETERMINANTS
+
+
+def test_a_set_that_is_finished_in_between_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process finishes it between two looks of ours at its folder."""
+    root = tmp_path / "set"
+    plain = calibration._is_bare
+    made: list[Path] = []
+
+    def is_bare(folder: Path) -> bool:
+        if not made:
+            made.append(folder)
+            write(root)
+        return plain(folder)
+
+    root.mkdir()
+    monkeypatch.setattr(calibration, "_is_bare", is_bare)
+    assert CalibrationWriter(root, DETERMINANTS, NAMES, 2).complete
+    assert made == [root]
 
 
 def test_a_write_that_fails_leaves_the_old_file(

@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from dfq.dataset import export
-from dfq.dataset.calibration import CalibrationSet, CalibrationWriter
+from dfq.dataset.calibration import CalibrationSet
+from dfq.dataset.calibration_writer import CalibrationWriter
 from dfq.dataset.export import export_yolo
 from dfq.dataset.readers import open_set
 from dfq.errors import UserError

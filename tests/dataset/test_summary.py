@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from dfq.dataset.calibration import CalibrationSet, CalibrationWriter
+from dfq.dataset.calibration import CalibrationSet
+from dfq.dataset.calibration_writer import CalibrationWriter
 from dfq.dataset.image_set import ImageSet, make_item
 from dfq.dataset.summary import QUANTILES, Objects, summarize
 from dfq.errors import UserError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import click
@@ -169,3 +170,17 @@ def test_the_shipped_detector_finds_objects_it_never_saw() -> None:
     ap, ap50 = evaluate(rebuild(demo_weights()), VALIDATION_SEED_START, 60)
     assert ap > 0.55
     assert ap50 > 0.7
+
+
+def test_a_set_whose_writing_is_cut_short_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A demo that goes on would take half a file of annotations for the whole set."""
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_coco(tmp_path / "scenes", 2, 64)
+    assert not (tmp_path / "scenes" / "annotations.json").exists()

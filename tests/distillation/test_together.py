@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from forks import PATIENCE
 from test_trainer import Blobs, settings, state, student_of
 from tiny_detector import tiny_detector
 from torch import Tensor
@@ -56,7 +57,7 @@ def train(
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(PATIENCE)
     assert not any(thread.is_alive() for thread in threads), "they wait for each other forever"
     return [(result, state(student)) for result, student in zip(results, students, strict=True)]
 

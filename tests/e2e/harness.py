@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import yaml
 from click.testing import CliRunner, Result
 
 from dfq.cli import cli
+from dfq.recipe import shipped_recipes
 
 RECIPE = """
 synthesis:
@@ -21,6 +24,32 @@ method: qat
 quantization: {calibration_images: 4, ranges: minmax, rounding: nearest}
 distillation: {epochs: 2, batch_size: 2, checkpoint_minutes: 0}
 """
+
+
+SIZES: dict[str, Any] = {
+    "synthesis": {
+        "images": 4, "image_size": 64, "iterations": 3, "batch_size": 2,
+        "label_stage": {"image_size": 64, "iterations": 4, "updates": 2},
+    },
+    "quantization": {"mixed": {"images": 2}},
+    "distillation": {"epochs": 2, "batch_size": 2},
+}  # fmt: skip
+"""How much work there is: nothing that decides what is done."""
+
+
+def as_shipped(name: str) -> str:
+    """A shipped recipe as YAML, as it is but for the size of the work."""
+    values = yaml.safe_load(shipped_recipes()[name].read_text())
+
+    def resize(section: dict[str, Any], sizes: dict[str, Any]) -> None:
+        for key, value in sizes.items():
+            if isinstance(value, dict):
+                resize(section[key], value)
+            else:
+                section[key] = value
+
+    resize(values, SIZES)
+    return yaml.safe_dump(values)
 
 
 def command(*words: str | Path) -> Result:

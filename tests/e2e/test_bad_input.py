@@ -150,9 +150,9 @@ def test_a_model_without_batchnorm(
 ) -> None:
     from torch import nn
 
-    from dfq import verbs
+    from dfq import models
 
-    plain = verbs.load_detector
+    plain = models.load_detector
 
     def load(*words: Any, **more: Any) -> Any:
         detector = plain(*words, **more)
@@ -162,7 +162,7 @@ def test_a_model_without_batchnorm(
                     setattr(parent, name, nn.Identity())
         return detector
 
-    monkeypatch.setattr(verbs, "load_detector", load)
+    monkeypatch.setattr(models, "load_detector", load)
     words = ("synthesize", "--model", model, "--recipe", "tiny.yaml", "--out", "out")
     line = has_one_error(command(*words))
     assert "no BatchNorm statistics" in line

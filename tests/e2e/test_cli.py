@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from harness import RECIPE, command, contents
+from harness import as_shipped, command, contents
 from PIL import Image
 from tiny_detector import blobs
 
@@ -403,9 +403,9 @@ def test_progress_is_told(place: Path, model: Path) -> None:
 
 
 def test_demo(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The flow as it is; the recipe and the number of scenes are small.
+    # The flow and the recipe as they are, but for the size of the work.
     (place / "recipes").mkdir()
-    (place / "recipes" / "demo.yaml").write_text(RECIPE)
+    (place / "recipes" / "demo.yaml").write_text(as_shipped("demo"))
     monkeypatch.setattr(
         "dfq.recipe.shipped_recipes", lambda: {"demo": place / "recipes" / "demo.yaml"}
     )

@@ -12,7 +12,8 @@ import torch
 from harness import command, contents, has_one_error
 from test_cli import real_set
 
-from dfq.dataset.calibration import CalibrationSet, CalibrationWriter
+from dfq.dataset.calibration import CalibrationSet
+from dfq.dataset.calibration_writer import CalibrationWriter
 from dfq.dataset.readers import open_set
 
 

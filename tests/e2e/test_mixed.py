@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from forks import launch, start, wait_for
+from forks import ended, killed, launch, start, wait_for
 from harness import command, contents, has_one_error, has_one_error_after_output
 
 MIXED = ["--set", "quantization.mixed.budget=w4a8", "--set", "quantization.mixed.images=2"]
@@ -77,8 +77,7 @@ def test_killed_and_resumed_with_a_budget(place: Path, model: Path, made: Path) 
     assert command(*words_for(model, made, "whole", *more)).exit_code == 0
     process = start(words_for(model, made, "run", *more))
     wait_for((place / "run" / "checkpoint.pt").exists, process)
-    process.kill()
-    process.join(30)
+    killed(process)
     stamp = (place / "run" / "sensitivity.json").stat().st_mtime_ns
     assert command(*words_for(model, made, "run", *more)).exit_code == 0
     assert contents(place / "run") == contents(place / "whole")
@@ -87,10 +86,8 @@ def test_killed_and_resumed_with_a_budget(place: Path, model: Path, made: Path) 
 
 def test_two_processes_take_the_same_bits(place: Path, model: Path, made: Path) -> None:
     processes = launch(words_for(model, made), 2, place)
-    for process in processes:
-        process.join(60)
-    printed = (place / "rank-0.txt").read_text()
-    assert [process.exitcode for process in processes] == [0, 0], printed
+    codes = [ended(process) for process in processes]
+    assert codes == [0, 0], (place / "rank-0.txt").read_text()
     found = json.loads((place / "run" / "sensitivity.json").read_text())
     assert command("inspect", "--model", "run", "--json", "run.json").exit_code == 0
     assert json.loads((place / "run.json").read_text())["bit_operations"] == found["spent"]
@@ -102,9 +99,7 @@ def test_two_processes_measure_once(place: Path, model: Path, made: Path) -> Non
         "--images", "2", "--json", "found.json",
     ]  # fmt: skip
     processes = launch(words, 2, place)
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0, 0]
+    assert [ended(process) for process in processes] == [0, 0]
     assert "layers measured on 2 images" in (place / "rank-0.txt").read_text()
     assert (place / "rank-1.txt").read_text() == ""
     assert (place / "found.json").exists()
@@ -114,8 +109,7 @@ def test_a_run_from_before_a_key_existed_goes_on(place: Path, model: Path, made:
     words = [word for word in words_for(model, made) if word not in MIXED]
     process = start([*words, "--set", "distillation.epochs=30"])
     wait_for((place / "run" / "checkpoint.pt").exists, process)
-    process.kill()
-    process.join(30)
+    killed(process)
     state = json.loads((place / "run" / "state.json").read_text())
     del state["recipe"]["quantization"]["mixed"]
     (place / "run" / "state.json").write_text(json.dumps(state))

@@ -402,7 +402,7 @@ def test_a_home_folder_is_known(place: Path, model: Path, monkeypatch: pytest.Mo
 def test_nothing_is_written_through_links_in_a_set(
     place: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dfq.dataset.calibration import CalibrationWriter
+    from dfq.dataset.calibration_writer import CalibrationWriter
 
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

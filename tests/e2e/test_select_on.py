@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from forks import launch
+from forks import ended, launch
 from harness import command, has_one_error
 from test_cli import real_set
 
@@ -48,10 +48,8 @@ def test_the_best_epoch_on_real_images(place: Path, model: Path, made: Path) -> 
 
 def test_two_processes_select(place: Path, model: Path, made: Path) -> None:
     processes = launch(words_for(model, made, made), 2, place)
-    for process in processes:
-        process.join(60)
-    printed = (place / "rank-0.txt").read_text()
-    assert [process.exitcode for process in processes] == [0, 0], printed
+    codes = [ended(process) for process in processes]
+    assert codes == [0, 0], (place / "rank-0.txt").read_text()
     metrics = json.loads((place / "run" / "metrics.json").read_text())
     on = metrics["selected_on_real_images"]
     score = dfq.evaluate(place / "run", made).AP

@@ -17,7 +17,8 @@ from test_outputs import everything
 
 import dfq
 from dfq.dataset import integrity
-from dfq.dataset.calibration import CalibrationSet, CalibrationWriter
+from dfq.dataset.calibration import CalibrationSet
+from dfq.dataset.calibration_writer import CalibrationWriter
 
 IMAGES = "images/00000000.png", "images/00000001.png"
 

@@ -8,13 +8,11 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
-from forks import launch, start, wait_for
+from forks import PATIENCE, ended, killed, launch, start, until, wait_for
 from harness import RECIPE, command, contents
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -52,9 +50,7 @@ def test_the_same_set_from_several_processes(
     place: Path, model: Path, whole: Path, size: int
 ) -> None:
     processes = launch(words_for(model), size, place)
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0] * size
+    assert [ended(process) for process in processes] == [0] * size
     assert contents(place / "set") == contents(whole)
     assert "23 images" in (place / "rank-0.txt").read_text()
     assert all((place / f"rank-{rank}.txt").read_text() == "" for rank in range(1, size))
@@ -62,9 +58,7 @@ def test_the_same_set_from_several_processes(
 
 def test_a_mistake_is_told_once(place: Path, model: Path) -> None:
     processes = launch(words_for(place / "absent.pt"), 2, place)
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [2, 2]
+    assert [ended(process) for process in processes] == [2, 2]
     assert (place / "rank-0.txt").read_text().count("error: ") == 1
     assert "absent.pt" in (place / "rank-0.txt").read_text()
     assert (place / "rank-1.txt").read_text() == ""
@@ -72,9 +66,7 @@ def test_a_mistake_is_told_once(place: Path, model: Path) -> None:
 
 def test_workers_on_top_of_several_processes_are_refused(place: Path, model: Path) -> None:
     processes = launch(words_for(model, "--workers", "2"), 2, place)
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [2, 2]
+    assert [ended(process) for process in processes] == [2, 2]
     assert "leave --workers out" in (place / "rank-0.txt").read_text()
     assert not (place / "set").exists()
 
@@ -83,24 +75,13 @@ def test_the_leading_process_dies(place: Path, model: Path, whole: Path) -> None
     """Nobody stops the others here, as torchrun would: they find out when they wait for it."""
     first, second = launch(words_for(model), 2, place)
     wait_for(lambda: records(place / "set") > 0, first)
-    first.kill()
-    first.join(30)
-    second.join(60)
-    assert second.exitcode == 2
+    killed(first)
+    assert ended(second) == 2
     printed = (place / "rank-1.txt").read_text()
     assert re.fullmatch(r"error: the leading process of this run died; [^\n]*\n", printed)
     assert not (place / "set" / "manifest.json").exists()
     assert command(*words_for(model)).exit_code == 0
     assert contents(place / "set") == contents(whole)
-
-
-def until(condition: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
-    end = time.monotonic() + 120
-    while not condition():
-        if process is not None:
-            assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def test_torchrun_and_one_of_its_processes_dies(place: Path, model: Path, whole: Path) -> None:
@@ -111,20 +92,21 @@ def test_torchrun_and_one_of_its_processes_dies(place: Path, model: Path, whole:
     with subprocess.Popen(
         torchrun, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        until(lambda: records(place / "set") > 0, process)
-        ranks = psutil.Process(process.pid).children()
-        (second,) = (rank for rank in ranks if rank.environ()["RANK"] == "1")
-        second.kill()
-        errors = process.communicate(timeout=60)[1]
+        # Found before there is anything to see, so as to lose no time then.
+        until(lambda: len(ranks_of(process)) == 2, lambda: process.poll() is None)
+        ranks = ranks_of(process)
+        until(lambda: records(place / "set") > 0, lambda: process.poll() is None)
+        ranks["1"].kill()
+        errors = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode != 0
     lines = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, errors
     assert "another process of this run died" in lines[0]
-    assert not any(rank.is_running() for rank in ranks)
+    assert not any(alive(rank) for rank in ranks.values())
     assert 0 < records(place / "set") < 12
     assert not (place / "set" / "manifest.json").exists()
 
-    again = subprocess.run(torchrun, capture_output=True, text=True, timeout=120)
+    again = subprocess.run(torchrun, capture_output=True, text=True, timeout=PATIENCE)
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("23 images") == 1
     assert contents(place / "set") == contents(whole)
@@ -132,18 +114,15 @@ def test_torchrun_and_one_of_its_processes_dies(place: Path, model: Path, whole:
 
 def test_workers_whose_parent_dies(place: Path, model: Path, whole: Path) -> None:
     parent = start(words_for(model, "--workers", "2"))
+    # The parent compiles in processes of its own as well.
+    wait_for(lambda: len(workers_of(parent.pid)) == 2, parent)
+    workers = workers_of(parent.pid)
     wait_for(lambda: records(place / "set") > 0, parent)
-    workers = psutil.Process(parent.pid).children()
-    assert len(workers) == 2
-    parent.kill()
-    parent.join(30)
+    killed(parent)
     until(lambda: not any(alive(worker) for worker in workers))
+    # They were killed with it, by the kernel, and did not go on until they noticed.
     assert not (place / "set" / "manifest.json").exists()
-    done = records(place / "set")
-    assert done < 12
-
-    time.sleep(0.3)
-    assert records(place / "set") == done
+    assert records(place / "set") < 12
     result = command(*words_for(model, "--workers", "1"))
     assert result.exit_code == 0, result.output
     assert contents(place / "set") == contents(whole)
@@ -167,6 +146,25 @@ def test_curves_and_a_preview(place: Path, model: Path, made: Path) -> None:
     # Four images in a row, each enlarged to 320 px, and the space between them.
     with Image.open(place / "set" / "preview.png") as preview:
         assert preview.size == (4 * (320 + 4) + 4, 320 + 2 * 4)
+
+
+def ranks_of(torchrun: subprocess.Popen[str]) -> dict[str, psutil.Process]:
+    """The processes that it started, by their rank."""
+    found = {}
+    for child in psutil.Process(torchrun.pid).children():
+        with contextlib.suppress(psutil.Error, KeyError):
+            found[child.environ()["RANK"]] = child
+    return found
+
+
+def workers_of(parent: int) -> list[psutil.Process]:
+    """The workers of a process."""
+    found = []
+    for child in psutil.Process(parent).children():
+        with contextlib.suppress(psutil.Error):
+            if "dfq.synthesis.worker" in child.cmdline():
+                found.append(child)
+    return found
 
 
 def alive(process: psutil.Process) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forks import launch, wait_for
+from forks import ended, killed, launch, wait_for
 from harness import command, contents
 from safetensors.torch import load_file
 
@@ -34,10 +34,9 @@ def moved(model: Path, data: Path, place: Path) -> dict[str, torch.Tensor]:
 def test_two_processes_make_one_run(place: Path, model: Path, made: Path) -> None:
     # Four images in batches of three and one: of the last, the first process has none.
     processes = launch(words_for(model, made), 2, place)
-    for process in processes:
-        process.join(60)
+    codes = [ended(process) for process in processes]
     printed = [(place / f"rank-{rank}.txt").read_text() for rank in (0, 1)]
-    assert [process.exitcode for process in processes] == [0, 0], printed
+    assert codes == [0, 0], printed
     assert "run\n" in printed[0]
     assert printed[1] == ""
     assert {p.name for p in (place / "run").iterdir()} == {
@@ -64,10 +63,8 @@ def test_one_process_dies(place: Path, model: Path, made: Path) -> None:
     checkpoint = place / "run" / "checkpoint.pt"
     first, second = launch(words, 2, place)
     wait_for(lambda: checkpoint.exists() and "epoch 2/" in log(place), first)
-    second.kill()
-    second.join(30)
-    first.join(60)
-    assert first.exitcode == 2
+    killed(second)
+    assert ended(first) == 2
     errors = [line for line in printed(place, 0).splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, errors
     assert "another process of this run died; what is finished is kept" in errors[0]
@@ -75,9 +72,8 @@ def test_one_process_dies(place: Path, model: Path, made: Path) -> None:
     assert not (place / "run" / "manifest.json").exists()
     # Any number of processes goes on with it.
     processes = launch(words, 3, place)
-    for process in processes:
-        process.join(100)
-    assert [process.exitcode for process in processes] == [0, 0, 0], printed(place, 0)
+    codes = [ended(process) for process in processes]
+    assert codes == [0, 0, 0], printed(place, 0)
     assert log(place).count("training resumed") == 1
     assert log(place).count("epoch 40/40") == 1
 
@@ -94,18 +90,15 @@ def printed(place: Path, rank: int) -> str:
 def test_killed_and_resumed_by_as_many(place: Path, model: Path, made: Path) -> None:
     words = words_for(model, made, "--set", "distillation.epochs=12")
     for process in launch(words, 2, place):
-        process.join(60)
-        assert process.exitcode == 0, printed(place, 0)
+        assert ended(process) == 0, printed(place, 0)
     (place / "run").rename(place / "whole")
     processes = launch(words, 2, place)
     wait_for(lambda: "epoch 3/" in log(place), processes[0])
     for process in processes:
-        process.kill()
-        process.join(30)
+        killed(process)
     assert not (place / "run" / "manifest.json").exists()
     for process in launch(words, 2, place):
-        process.join(60)
-        assert process.exitcode == 0, printed(place, 0)
+        assert ended(process) == 0, printed(place, 0)
     assert "training resumed" in log(place)
     assert contents(place / "run") == contents(place / "whole")
 
@@ -113,8 +106,6 @@ def test_killed_and_resumed_by_as_many(place: Path, model: Path, made: Path) -> 
 def test_divergence_is_told_once(place: Path, model: Path, made: Path) -> None:
     words = words_for(model, made, "--set", "distillation.lr=1e30")
     processes = launch(words, 2, place)
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [2, 2]
+    assert [ended(process) for process in processes] == [2, 2]
     assert printed(place, 0).count("error: training diverged in epoch 1") == 1
     assert "error" not in printed(place, 1)

@@ -7,24 +7,35 @@ import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Set
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from forks import PATIENCE
 from small_mmdet import NAMES, SIDE, TEXTS, enliven, write_config
 
 from dfq.cli import cli
 from dfq.dataset.calibration import CalibrationSet
 from dfq.demo.scenes import write_coco
 from dfq.detectors import load_detector
-from dfq.detectors.mmdet_config import prepared, quiet, read_config, shipped_config
+from dfq.detectors.mmdet_config import (
+    _package_paths,
+    prepared,
+    quiet,
+    read_config,
+    shipped_config,
+)
 from dfq.errors import UserError
 from dfq.integrations.mmdet_recipe import mmdet_config
 from dfq.progress import Silent
 from dfq.quantization.convert import fold
 from dfq.recipe import load_recipe
 from dfq.training import policy_of, quantized
+
+TERMS = frozenset({"loss_kl", "loss_feature"})
+"""Of a recipe as it is shipped."""
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "mmdet"
 
@@ -55,28 +66,33 @@ def dfq(*words: str | Path) -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's config, its weights, a calibration set and `w8a8.py`, written for them."""
+    """A user's config, its weights, a calibration set, and what is written for them: `w8a8.py` is
+    the recipe as it is but for the size of the work, `weights.py` trains the weights as well."""
     folder = tmp_path_factory.mktemp("mmdet")
     rest = _REST.replace("ROOT", str(folder))
-    base, _, text = TEXTS["mask-rcnn-resnet"].lstrip().partition("\n")
-    assert base.startswith("_base_")
-    first, second, after = rest.partition("metainfo")
-    names = first.replace("file\n          for file in", "file for file in")
-    (folder / "own.py").write_text(f"{names}{text}{second}{after}")
-    detector = enliven(load_detector(folder / "own.py"))
-    torch.save({"meta": {}, "state_dict": detector.module.state_dict()}, folder / "w.pth")
+    for stem, network in (("own", "mask-rcnn-resnet"), ("swin", "mask-rcnn-swin")):
+        base, _, text = TEXTS[network].lstrip().partition("\n")
+        assert base.startswith("_base_")
+        first, second, after = rest.partition("metainfo")
+        names = first.replace("file\n          for file in", "file for file in")
+        (folder / f"{stem}.py").write_text(f"{names}{text}{second}{after}")
+        detector = enliven(load_detector(folder / f"{stem}.py"))
+        state = {"meta": {}, "state_dict": detector.module.state_dict()}
+        torch.save(state, folder / f"{stem}.pth")
     write_coco(folder / "scenes", 2, SIDE)
     dfq(
-        "synthesize", "--model", folder / "own.py", "--checkpoint", folder / "w.pth",
+        "synthesize", "--model", folder / "own.py", "--checkpoint", folder / "own.pth",
         "--out", folder / "set", "--images", "8", "--iterations", "2", "--batch-size", "8",
         "--labels", "multi",
     )  # fmt: skip
-    dfq(
-        "mmdet-config", folder / "own.py", "--recipe", "w8a8", "--checkpoint", folder / "w.pth",
-        "--data", folder / "set", "--out", folder / "w8a8.py",
-        "--set", "distillation.epochs=2", "--set", "distillation.batch_size=4",
-        "--set", "distillation.weights.task=0.1", "--set", "distillation.weight_lr=null",
-    )  # fmt: skip
+    trained = ("--set", "distillation.weights.task=0.1", "--set", "distillation.weight_lr=null")
+    for name, more in (("w8a8", ()), ("weights", trained)):
+        dfq(
+            "mmdet-config", folder / "own.py", "--recipe", "w8a8",
+            "--checkpoint", folder / "own.pth", "--data", folder / "set",
+            "--out", folder / f"{name}.py",
+            "--set", "distillation.epochs=2", "--set", "distillation.batch_size=4", *more,
+        )  # fmt: skip
     return folder
 
 
@@ -99,7 +115,7 @@ def test_the_student_is_the_one_that_dfq_trains(place: Path) -> None:
     assert model.training
     assert not any(part.training for part in model.student.modules())
     model.prepare(images)
-    teacher = fold(load_detector(f"{place / 'own.py'}@{place / 'w.pth'}"))
+    teacher = fold(load_detector(f"{place / 'own.py'}@{place / 'own.pth'}"))
     recipe = load_recipe("w8a8", options["overrides"])
     expected = quantized(teacher, policy_of(recipe), recipe, found, Silent()).module.state_dict()
     state = model.student.state_dict()
@@ -127,6 +143,16 @@ def test_labels_become_dfqs(place: Path) -> None:
     assert targets.data.tolist() == [[0, *row], [1, *row]]
 
 
+@pytest.fixture(autouse=True)
+def _own_logs() -> None:
+    """mmengine's loggers are made once a process, and go on writing where the first run did."""
+    from mmdet.visualization import DetLocalVisualizer
+    from mmengine.logging import MessageHub, MMLogger
+
+    for kind in (DetLocalVisualizer, MessageHub, MMLogger):
+        kind._instance_dict.clear()
+
+
 def script() -> str:
     """mmdet's own tools/train.py."""
     import mmdet
@@ -134,31 +160,110 @@ def script() -> str:
     return str(Path(mmdet.__file__).parent / ".mim" / "tools" / "train.py")
 
 
-def check_outcome(place: Path, work: Path) -> None:
+def check_outcome(place: Path, work: Path, *, epoch: int = 2, terms: Set[str] = TERMS) -> None:
     """What training left behind, and the figures it logged."""
-    (log,) = work.glob("*/vis_data/scalars.json")
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    assert any({"loss_kl", "loss_feature", "loss_task"} <= line.keys() for line in lines)
+    logs = sorted(work.glob("*/vis_data/scalars.json"))
+    lines = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
+    assert any(terms <= line.keys() for line in lines)
     assert {"coco/bbox_mAP", "coco/segm_mAP"} <= lines[-1].keys()
-    saved = torch.load(work / "epoch_2.pth", weights_only=False)
-    start = torch.load(place / "w.pth", weights_only=False)["state_dict"]
+    saved = torch.load(work / f"epoch_{epoch}.pth", weights_only=True)
     state = saved["state_dict"]
     scales = [name for name in state if name.endswith("weight_quantizer.log_scale")]
     assert scales
     assert all(bool(state[name.replace("log_scale", "initialised")]) for name in scales)
-    # A lower and an upper bound of each weight, kept for resuming.
-    assert len(saved["dfq_leash"]) == 2 * len(scales)
+    # A lower and an upper bound of each weight that is trained, kept for resuming.
+    trained = "loss_task" in terms
+    assert len(saved["dfq_leash"]) == (2 * len(scales) if trained else 0)
+    start = torch.load(place / "own.pth", weights_only=False)["state_dict"]
     moved = state["student.roi_head.bbox_head.fc_cls.weight"]
     assert not torch.equal(moved, start["roi_head.bbox_head.fc_cls.weight"])
     assert not any("teacher" in name for name in state)
+    assert "ema_state_dict" in saved
+
+
+def integers(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the weights of a student's layers are multiples of their step sizes by."""
+    found = {}
+    for name in state:
+        if name.endswith(".weight_quantizer.log_scale"):
+            layer = name.removesuffix(".weight_quantizer.log_scale")
+            weight = state[f"{layer}.weight"]
+            scale = state[name].exp().view(-1, *([1] * (weight.ndim - 1)))
+            found[layer] = weight / scale
+    return found
+
+
+def run_script(place: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    with torch.random.fork_rng(devices=[]):
+        runpy.run_path(script(), run_name="__main__")
 
 
 def test_mmdets_own_script(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place)
-    monkeypatch.setattr(sys, "argv", ["train.py", "w8a8.py", "--work-dir", "out1"])
-    with torch.random.fork_rng(devices=[]):
-        runpy.run_path(script(), run_name="__main__")
+    run_script(place, monkeypatch, "w8a8.py", "--work-dir", "out1")
     check_outcome(place, place / "out1")
+
+
+def test_training_the_weights(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_script(place, monkeypatch, "weights.py", "--work-dir", "weights")
+    check_outcome(place, place / "weights", terms={*TERMS, "loss_task"})
+
+
+def test_a_resumed_training_keeps_the_integers(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after an epoch and resumed: the weights stay what they were rounded to, also those
+    that are averaged; step sizes, and with them the weights, go on from where they were."""
+    one_epoch = ["--cfg-options", "train_cfg.max_epochs=1", "train_cfg.val_interval=1"]
+    # Told to resume what has not begun, it begins.
+    run_script(place, monkeypatch, "w8a8.py", "--work-dir", "stopped", "--resume", *one_epoch)
+    check_outcome(place, place / "stopped", epoch=1)
+    run_script(place, monkeypatch, "w8a8.py", "--work-dir", "stopped", "--resume")
+    check_outcome(place, place / "stopped")
+    before, after = (
+        torch.load(place / "stopped" / f"epoch_{epoch}.pth", weights_only=True) for epoch in (1, 2)
+    )
+    assert after["meta"]["iter"] == 2 * before["meta"]["iter"]
+    for part, prefix in (("state_dict", "student."), ("ema_state_dict", "module.student.")):
+        first, second = integers(before[part]), integers(after[part])
+        assert first.keys() == second.keys()
+        held = [name for name in first if not name.endswith(("fc_cls", "fc_reg", "conv_logits"))]
+        held = [name for name in held if "rpn_head.rpn_" not in name or "conv" in name]
+        assert len(held) > 10
+        moved = 0
+        for name in held:
+            assert name.startswith(prefix)
+            whole = first[name].round()
+            torch.testing.assert_close(first[name], whole, rtol=0, atol=1e-3, msg=name)
+            torch.testing.assert_close(second[name], whole, rtol=0, atol=1e-3, msg=name)
+            scale = f"{name}.weight_quantizer.log_scale"
+            moved += not torch.equal(before[part][scale], after[part][scale])
+        assert moved > 10
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.py")), ids=lambda path: path.stem)
+def test_shipped_recipes_train_as_they_are(
+    path: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of them is changed but whose network, weights and data they are about."""
+    from mmengine.config import Config
+    from mmengine.runner import Runner
+
+    stem = "swin" if "swin" in path.stem else "own"
+    own = read_config(place / f"{stem}.py")
+    with quiet(), _package_paths():
+        config = Config.fromfile(str(path))
+    config.model.config = str(place / f"{stem}.py")
+    config.model.checkpoint = str(place / f"{stem}.pth")
+    config.train_dataloader.dataset.data_root = str(place / "set")
+    for key in ("val_dataloader", "test_dataloader", "val_evaluator", "test_evaluator", "env_cfg"):
+        config[key] = own[key]
+    config.work_dir = str(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with torch.random.fork_rng(devices=[]):
+        Runner.from_cfg(config).train()
+    check_outcome(place, tmp_path, epoch=config.train_cfg.max_epochs)
 
 
 def test_mmdets_own_script_in_two_processes(place: Path) -> None:
@@ -172,7 +277,7 @@ def test_mmdets_own_script_in_two_processes(place: Path) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     check_outcome(place, place / "out2")

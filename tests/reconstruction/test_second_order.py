@@ -22,6 +22,7 @@ from dfq.quantization.convert import (
 )
 from dfq.quantization.quantizers import Quantizer
 from dfq.quantization.ranges import minmax
+from dfq.reconstruction import second_order
 from dfq.reconstruction.moments import Moments
 from dfq.reconstruction.second_order import aim, best_grid, reconstruct, round_compensated
 
@@ -189,3 +190,26 @@ def test_the_student_is_led_by_its_teacher(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(Detector, "following", following)
     reconstruct(student, teacher, (blobs(4) * 255).to(torch.uint8), batch_size=3)
     assert entered == [(teacher, [3, 1])]
+
+
+def test_layers_that_are_too_wide_are_left_to_the_nearest_level(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Second moments of the 62,720 inputs that a Faster R-CNN on MobileNetV2 has would take more
+    memory than there is."""
+    teacher = fold(tiny_detector())
+    plain = insert_quantizers(teacher.twin(), Policy(weight_bits=4))
+    images = (blobs(4) * 255).to(torch.uint8)
+    calibrate(plain, [images.float() / 255])
+    limit = 100
+    monkeypatch.setattr(second_order, "WIDEST", limit)
+    student = plain.twin()
+    reconstruct(student, teacher, images)
+    before = dict(quantized_layers(plain.module))
+    wide = 0
+    for name, layer in quantized_layers(student.module):
+        same = torch.equal(layer.weight, before[name].weight)
+        assert same == (layer.weight[0].numel() > limit), name
+        assert same == second_order.is_too_wide(layer)
+        wide += same
+    assert 0 < wide < len(before)

@@ -167,7 +167,7 @@ def test_a_truncated_record_is_made_again(
     synthesize_set(detector, chosen, 0, tmp_path / "whole")
     with monkeypatch.context() as patch:
         patch.setattr(
-            "dfq.dataset.calibration.CalibrationWriter.finish",
+            "dfq.dataset.calibration_writer.CalibrationWriter.finish",
             lambda *_: (_ for _ in ()).throw(KeyboardInterrupt),
         )
         with pytest.raises(KeyboardInterrupt):

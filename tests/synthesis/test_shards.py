@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from forks import PATIENCE
 
-from dfq.dataset.calibration import CalibrationWriter
+from dfq.dataset.calibration_writer import CalibrationWriter
 from dfq.synthesis.inversion import Batch
 from dfq.synthesis.shards import QUEUE, Committer, Plan, make_shards
 
@@ -75,7 +76,7 @@ def test_shards_are_written_while_the_next_is_made() -> None:
         blocked.join(0.1)
         assert blocked.is_alive()
         writer.let.set()
-        blocked.join(20)
+        blocked.join(PATIENCE)
         assert committer.written(wait=True) == list(range(QUEUE + 1))
     assert writer.threads
     assert threading.get_ident() not in writer.threads

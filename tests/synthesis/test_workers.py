@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from forks import FORKS
+from forks import FORKS, ended
 from tiny_detector import tiny_detector
 
-from dfq.dataset.calibration import CalibrationWriter
+from dfq.dataset.calibration_writer import CalibrationWriter
 from dfq.detectors.base import Detector
 from dfq.errors import UserError
 from dfq.recipe_synthesis import LabelStage, Synthesis
@@ -106,9 +106,7 @@ class Fork:
         self.process.kill()
 
     def wait(self) -> int:
-        self.process.join(30)
-        assert self.process.exitcode is not None
-        return int(self.process.exitcode)
+        return ended(self.process)
 
 
 def _entry(connection: Connection, parent: int, trouble: str) -> None:

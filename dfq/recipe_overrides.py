@@ -1,0 +1,93 @@
+"""Values that take the place of a recipe's: texts of the command line, or a mapping."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from .errors import UserError, shown
+from .plain import brief, parse_yaml
+from .recipe_section import Section
+
+Overrides = Mapping[str, Any] | Sequence[str]
+"""Values that replace a recipe's: `section.key=value` texts, whose values are read as YAML; or a
+mapping of these keys, or of sections, to values."""
+
+
+def override(
+    data: dict[str, Any], overrides: Overrides, values: dict[str, Any], kind: type[Section]
+) -> None:
+    """Put other values in the place of a recipe's.
+
+    Args:
+        data: the recipe's sections, changed in place.
+        overrides, values: as for `load_recipe`.
+        kind: the recipe's model.
+
+    Raises:
+        UserError: an override is none, or goes into what is no section.
+    """
+    if isinstance(overrides, Mapping):
+        for key, value in flat(overrides, kind):
+            _assign(data, key, value)
+        overrides = ()
+    if isinstance(overrides, str):
+        # One text is a sequence of texts too, of a letter each.
+        overrides = (overrides,)
+    for text in overrides:
+        _assign(data, *parse_override(text))
+    for key, given in values.items():
+        if given is not None:
+            _assign(data, key.replace("__", "."), given)
+
+
+def flat(
+    overrides: Mapping[str, Any], kind: type[Section], above: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """Keys with dots and their values; the mapping that a section has becomes its keys'."""
+    for name, value in overrides.items():
+        key = f"{above}{name}"
+        if isinstance(value, Mapping) and _is_section(key, kind):
+            yield from flat(value, kind, f"{key}.")
+        else:
+            yield key, value
+
+
+def _is_section(key: str, kind: Any) -> bool:
+    for part in key.split("."):
+        known = isinstance(kind, type) and issubclass(kind, Section)
+        if not known or part not in kind.model_fields:
+            return False
+        kind = kind.model_fields[part].annotation
+    return isinstance(kind, type) and issubclass(kind, Section)
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Key and value of `section.key=value`.
+
+    Raises:
+        UserError: it is something else.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {shown(text)}: write section.key=value")
+    try:
+        return key, parse_yaml(value, "")
+    except UserError as error:
+        reason = str(error).removeprefix(": ").removeprefix("not valid YAML: ")
+        cut = value if len(value) <= 100 and value.isprintable() else f"{brief(value)[1:-1]}"
+        if not reason.startswith(("holds", "is", "the key", "*")):
+            # What is wrong with it, who reads it sees.
+            reason = f"'{cut}' is not a YAML value"
+        raise UserError(f"--set {shown(key)}={cut}: {reason}") from None
+
+
+def _assign(data: dict[str, Any], key: str, value: Any) -> None:
+    parts = key.split(".")
+    for depth, part in enumerate(parts[:-1]):
+        if data.get(part) is None:
+            data[part] = {}
+        if not isinstance(data[part], dict):
+            raise UserError(f"--set {key}: {'.'.join(parts[: depth + 1])} is no section")
+        data = data[part]
+    data[parts[-1]] = value
