@@ -15,6 +15,7 @@ import pytest
 import torch
 from forks import ended, start
 from harness import command, contents, has_one_error
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_detector import blobs, stacked
 
@@ -42,8 +43,6 @@ def words_for(model: Path, made: Path) -> tuple[str | Path, ...]:
 
 def swap_weights(folder: Path) -> None:
     """Other weights in the same file format, with the same description."""
-    from safetensors import safe_open
-
     path = folder / "model.safetensors"
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
@@ -263,6 +262,49 @@ def test_the_model_of_a_run_is_loaded_by_its_file(place: Path, copy: Path, model
     moved.rename(moved.parent / "model.safetensors")
     again = dfq.load_detector(moved.parent / "model.safetensors")
     assert torch.equal(stacked(again.raw(blobs(2))), expected)
+
+
+def wide(described: dict[str, Any], _: dict[str, torch.Tensor]) -> None:
+    described["spec"]["description"]["backbone"][4] = [-1, 1, "Conv", [1 << 15, 3, 2]]
+
+
+def of_a_policy_that_is_none(described: dict[str, Any], _: dict[str, torch.Tensor]) -> None:
+    described["policy"] = {"weight_bits": "four", "run": "a program"}
+
+
+def of_a_text_for_a_spec(described: dict[str, Any], _: dict[str, torch.Tensor]) -> None:
+    described["spec"] = "a program"
+
+
+def with_nan(_: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    name = next(name for name in tensors if name.endswith("weight"))
+    tensors[name] = torch.full_like(tensors[name], float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (wide, "asks for a network of more than"),
+        (of_a_policy_that_is_none, "alone.safetensors"),
+        (of_a_text_for_a_spec, "the description is of the family None"),
+        (with_nan, "NaN"),
+    ],
+)
+def test_a_model_alone_is_read_within_bounds(
+    place: Path,
+    copy: Path,
+    change: Callable[[dict[str, Any], dict[str, torch.Tensor]], None],
+    message: str,
+) -> None:
+    """Nothing but the file itself says what it is: it has no sums to go by."""
+    path, tensors = place / "alone.safetensors", load_file(copy / "model.safetensors")
+    with safe_open(copy / "model.safetensors", framework="pt") as file:
+        described = json.loads(file.metadata()["dfq"])
+    change(described, tensors)
+    save_file(tensors, path, metadata={"dfq": json.dumps(described)})
+    line = has_one_error(command("inspect", "--model", "alone.safetensors"))
+    assert "alone.safetensors" in line
+    assert message in line
 
 
 def test_the_file_of_an_altered_run_is_refused_as_well(place: Path, copy: Path) -> None:

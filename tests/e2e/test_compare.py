@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +41,20 @@ def measured(model: Path, made: Path, tmp_path_factory: pytest.TempPathFactory) 
                 "quantization.weight_bits": bits,
                 "quantization.calibration_images": 4,
                 "distillation.epochs": 1,
+                # One epoch at a loss: what is compared is the training all the same.
+                "distillation.keep_worse": True,
                 "evaluation": {"data": str(data), "image_size": 64},
             },
         )
     return place
+
+
+def rewrite_metrics(run: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Change what a run measured, as if it had been written so."""
+    path, manifest = run / "metrics.json", run / "manifest.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "metrics_sha256": digest}))
 
 
 def test_compare(place: Path, measured: Path, model: Path) -> None:
@@ -81,10 +93,10 @@ def test_compare(place: Path, measured: Path, model: Path) -> None:
 
 def test_runs_of_other_sets_are_told_apart(place: Path, measured: Path) -> None:
     shutil.copytree(measured / "four", place / "other")
-    path = place / "other" / "metrics.json"
-    metrics = json.loads(path.read_text())
-    metrics["evaluation"]["data"] = "elsewhere"
-    path.write_text(json.dumps(metrics))
+    rewrite_metrics(
+        place / "other",
+        lambda found: {**found, "evaluation": {**found["evaluation"], "data": "elsewhere"}},
+    )
     result = command("compare", measured / "four", "other")
     assert "measured on different sets" in result.stdout
     result = command("compare", measured / "four", measured / "eight")
@@ -92,9 +104,9 @@ def test_runs_of_other_sets_are_told_apart(place: Path, measured: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[str, bytes | None, str]] = {
-    "no metrics": ("metrics.json", None, "metrics.json: there is no such file"),
-    "broken metrics": ("metrics.json", b"{", "metrics.json: broken or truncated JSON"),
-    "a list of metrics": ("metrics.json", b"[]", "metrics.json: not as dfq wrote it"),
+    "no metrics": ("metrics.json", None, "metrics.json: missing"),
+    "broken metrics": ("metrics.json", b"{", "metrics.json: damaged or altered"),
+    "a list of metrics": ("metrics.json", b"[]", "metrics.json: damaged or altered"),
     "no model": ("model.safetensors", None, "model.safetensors"),
     "no manifest": ("manifest.json", None, "unfinished"),
     "no recipe": ("recipe.yaml", None, "recipe.yaml"),
@@ -115,13 +127,28 @@ def test_a_damaged_run_is_not_compared(place: Path, measured: Path, case: str) -
     assert not (place / "a.csv").exists()
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"selected": "qat"}'])
+def test_an_older_run_of_broken_metrics_is_not_compared(
+    place: Path, measured: Path, text: str
+) -> None:
+    """Runs of format 1 have no sum of their metrics."""
+    shutil.copytree(measured / "four", place / "run")
+    (place / "run" / "metrics.json").write_text(text)
+    path = place / "run" / "manifest.json"
+    manifest = {**json.loads(path.read_text()), "format": 1}
+    del manifest["metrics_sha256"]
+    path.write_text(json.dumps(manifest))
+    line = has_one_error(command("compare", "run"))
+    assert "metrics.json: " in line
+    assert "restore" in line
+
+
 @pytest.mark.parametrize("values", ["[1, 2]", '{"AP": "high"}', "null", "3", '{"AP": true}'])
 def test_metrics_of_odd_kinds_show_as_nothing(place: Path, measured: Path, values: str) -> None:
     shutil.copytree(measured / "four", place / "run")
-    path = place / "run" / "metrics.json"
-    metrics = {**json.loads(path.read_text()), "images": "many", "teacher_divergence": [3]}
-    metrics["evaluation"] = {"float": json.loads(values), "quantized": json.loads(values)}
-    path.write_text(json.dumps(metrics))
+    measured_as = {"float": json.loads(values), "quantized": json.loads(values)}
+    odd = {"images": "many", "teacher_divergence": [3], "evaluation": measured_as}
+    rewrite_metrics(place / "run", lambda found: {**found, **odd})
     result = command("compare", "run", "--json", "a.json")
     assert result.exit_code == 0, result.output
     (row,) = json.loads((place / "a.json").read_text())
