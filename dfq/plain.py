@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from .errors import UserError, shown
+from .files import reason
 from .limits import DEEPEST, MOST_NODES, MOST_TEXT
 
 # libyaml's parser where PyYAML was built with it: it is some ten times faster.
@@ -41,9 +42,12 @@ def brief(value: Any, most: int = 60) -> str:
     return f"a {getattr(value, 'qualified_name', type(value).__name__)}"
 
 
-def one_line(error: BaseException, most: int = 200) -> str:
-    """What an exception says, in one line."""
-    return shown(" ".join(str(error).split()) or type(error).__name__, most)
+def one_line(error: BaseException, most: int = 200, *, kind: bool = False) -> str:
+    """What an exception says, in one line; with its kind, where its text alone says little."""
+    text = shown(" ".join(str(error).split()), most)
+    if not text:
+        return type(error).__name__
+    return f"{type(error).__name__}: {text}" if kind else text
 
 
 def read_small(path: Path) -> str:
@@ -56,7 +60,7 @@ def read_small(path: Path) -> str:
         with path.open("rb") as file:
             data = file.read(MOST_TEXT + 1)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{path}: cannot be read: {reason(error)}") from None
     if len(data) > MOST_TEXT:
         raise UserError(f"{path}: is too large for a description, over {MOST_TEXT >> 20} MB")
     try:

@@ -185,7 +185,7 @@ def _decode(path: Path, flags: int) -> np.ndarray:
         data = np.fromfile(path, dtype=np.uint8)
         image = cv2.imdecode(data, flags) if data.size else None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{path}: cannot be read: {reason(error)}") from None
     except cv2.error:
         image = None
     if image is None:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..errors import UserError, shown
 from ..files import plain_name, read_regular, reason, write_json
+from ..plain import one_line
 
 FORMAT = 1
 """Of `manifest.json`."""
@@ -151,9 +152,8 @@ def parse_annotations(path: Path, document: Any) -> Parsed:
     try:
         return _parse(path, document)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as e:
-        problem = " ".join(f"{type(e).__name__}: {e}".split())
         raise UserError(
-            f"{shown(path)}: not as dfq wrote it ({shown(problem)}); {MAKE_AGAIN}"
+            f"{shown(path)}: not as dfq wrote it ({one_line(e, kind=True)}); {MAKE_AGAIN}"
         ) from None
 
 

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import UserError, shown
-from ..files import NAME_BYTES, user_path
+from ..files import NAME_BYTES, reason, user_path, write_atomic
 from ..plain import ODD, brief, one_line, parse_json, plain_tree
 from ..suggest import suggestion
 from .base import Boundary, Detections, Detector, DistillationPair, Targets
@@ -90,8 +89,7 @@ def load_detector(model: str | Path, *, trust: bool = False, device: str = "cpu"
     try:
         return detector.to(device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"cannot use the device {device}: {reason}") from error
+        raise UserError(f"cannot use the device {device}: {one_line(error)}") from error
 
 
 def from_spec(spec: dict[str, Any]) -> Detector:
@@ -163,14 +161,10 @@ def save_detector(
     tensors = {
         name: _stored(tensor, dtype) for name, tensor in detector.module.state_dict().items()
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, temporary, metadata={_METADATA_KEY: json.dumps(detector.spec())})
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        write_atomic(path, save(tensors, metadata={_METADATA_KEY: json.dumps(detector.spec())}))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {reason(error)}") from error
 
 
 def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:

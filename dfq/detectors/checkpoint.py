@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError, shown
+from ..files import reason
 from ..limits import DEEPEST, MOST_MODULES, MOST_TENSORS
 from ..plain import brief
 from .archive import MAGIC, storages_of
@@ -107,8 +108,7 @@ def _bytes_of(path: Path) -> bytes:
     except FileNotFoundError as error:
         raise UserError(f"there is no checkpoint {path}: check the path") from error
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"cannot read the checkpoint {path}: {reason}") from error
+        raise UserError(f"cannot read the checkpoint {path}: {reason(error)}") from error
     if not data:
         raise UserError(f"{path} is empty: download or copy the checkpoint again")
     return data

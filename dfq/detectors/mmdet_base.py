@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..plain import one_line
 from .base import Detector, Targets
 from .checkpoint import Checkpoint, tensors_of
 from .metadata import source_of, stated
@@ -17,7 +18,6 @@ from .mmdet_config import (
     build_model,
     category_names,
     image_side,
-    one_line,
     plain,
     prepared,
     quiet,
@@ -199,7 +199,7 @@ def _try(detector: MMDetDetector, source: str) -> None:
     except Exception as error:
         kind = type(detector.module).__name__
         raise UserError(
-            f"{source}: dfq cannot use this {kind} of mmdet ({one_line(error)})"
+            f"{source}: dfq cannot use this {kind} of mmdet ({one_line(error, 300, kind=True)})"
         ) from error
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError
+from ..plain import one_line
 from .bounded import bounded
 from .exposed import expose
 from .metadata import listed_names
@@ -83,7 +84,9 @@ def read_config(path: Path) -> dict[str, Any]:
         raise
     # BaseException: a config is a program, and may end with sys.exit.
     except BaseException as error:
-        raise UserError(f"{path}: cannot be read as a config ({one_line(error)})") from error
+        raise UserError(
+            f"{path}: cannot be read as a config ({one_line(error, 300, kind=True)})"
+        ) from error
     if not isinstance(config.get("model"), Mapping):
         raise UserError(f"{path}: is no config of a detector: it has no `model`")
     return config
@@ -207,7 +210,9 @@ def build_model(model: dict[str, Any], source: str, *, tried: bool = False) -> n
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"{source}: mmdet cannot build it ({one_line(error)})") from error
+            raise UserError(
+                f"{source}: mmdet cannot build it ({one_line(error, 300, kind=True)})"
+            ) from error
     from .mmdet_attention import expose_products
 
     expose_products(network)
@@ -322,9 +327,3 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-def one_line(error: BaseException) -> str:
-    """An exception in one line, its kind included where its text alone says little."""
-    text = " ".join(str(error).split())[:300]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -20,7 +20,7 @@ from ..dataset.preview import write_preview
 from ..detectors.base import Detector
 from ..distributed import World, one_thread
 from ..errors import UserError
-from ..files import short_name
+from ..files import short_name, user_path
 from ..precision import resolve_precision
 from ..recipe_synthesis import Synthesis
 from .compiled import why_none
@@ -85,10 +85,10 @@ def set_name(detector: Detector, settings: Synthesis, seed: int) -> str:
 def located(source: str) -> str | None:
     """What names a model from wherever it is asked: absolute paths; None where that is no file."""
     network, apart, weights = source.rpartition("@")
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.is_file():
         return str(path.absolute())
-    if apart and (file := Path(weights).expanduser()).is_file():
+    if apart and (file := user_path(weights)).is_file():
         return f"{located(network) or network}@{file.absolute()}"
     return None
 

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from dfq.dataset.readers import open_set
 from dfq.demo.scenes import write_coco
 from dfq.detectors import Detector, Targets, load_detector, save_detector
-from dfq.detectors.mmdet_config import one_line, plain, read_config, unplain
+from dfq.detectors.mmdet_config import plain, read_config, unplain
 from dfq.detectors.two_stage import ellipse_masks, pixel_boxes
 from dfq.errors import UserError
 from dfq.evaluation.coco import _predict, evaluate, score
+from dfq.plain import one_line
 from dfq.quantization.convert import Policy, calibrate, fold, insert_quantizers, quantized_layers
 from dfq.quantization.listing import describe
 from dfq.quantization.results import count_joins, result_quantizers
@@ -446,4 +447,4 @@ def test_configs_survive_json() -> None:
     assert unplain(stored) == {"a": (1, [2.5, None], {"b": ()}), "c": True, "d": "builtins.int"}
     with pytest.raises(UserError, match="cannot be saved"):
         plain({"a": object()})
-    assert one_line(KeyError("a\nb")) == "KeyError: 'a\\nb'"
+    assert one_line(KeyError("a\nb"), kind=True) == "KeyError: 'a\\nb'"
