@@ -17,7 +17,7 @@ import torch
 from forks import PATIENCE
 from torch import Tensor
 
-from dfq.dataset import calibration
+from dfq.dataset import calibration_writer
 from dfq.dataset.calibration import CalibrationSet
 from dfq.dataset.calibration_writer import CalibrationWriter
 from dfq.dataset.preview import draw_grid, write_preview
@@ -333,7 +333,7 @@ def test_a_set_that_is_begun_in_between_is_refused(
 ) -> None:
     """Two processes find the folder free; the second one is there while the first one notes what
     the set is made from."""
-    plain = calibration.write_json
+    plain = calibration_writer.write_json
     lines: list[str] = []
 
     def write_json(path: Path, value: Any) -> None:
@@ -344,7 +344,7 @@ def test_a_set_that_is_begun_in_between_is_refused(
             lines[0] = str(caught.value)
         plain(path, value)
 
-    monkeypatch.setattr(calibration, "write_json", write_json)
+    monkeypatch.setattr(calibration_writer, "write_json", write_json)
     CalibrationWriter(tmp_path / "set", DETERMINANTS, NAMES, 2)
     assert lines == [f"{tmp_path / 'set'}: another process is making this set"]
     assert read_json(tmp_path / "set" / "shards" / "identity.json") == DETERMINANTS
@@ -355,7 +355,7 @@ def test_a_set_that_is_finished_in_between_is_found(
 ) -> None:
     """Another process finishes it between two looks of ours at its folder."""
     root = tmp_path / "set"
-    plain = calibration._is_bare
+    plain = calibration_writer._is_bare
     made: list[Path] = []
 
     def is_bare(folder: Path) -> bool:
@@ -365,7 +365,7 @@ def test_a_set_that_is_finished_in_between_is_found(
         return plain(folder)
 
     root.mkdir()
-    monkeypatch.setattr(calibration, "_is_bare", is_bare)
+    monkeypatch.setattr(calibration_writer, "_is_bare", is_bare)
     assert CalibrationWriter(root, DETERMINANTS, NAMES, 2).complete
     assert made == [root]
 
