@@ -37,6 +37,8 @@ def argument(name: str, value: object | None = None) -> str:
 
 
 _SET = re.compile(r"(?<![\w-])--set ([\w.]+)=((?:\{[^}]*\}|\[[^\]]*\]|[^\s,;:])+)")
+# Options that stand for another way of naming a model, which is there in parentheses.
+_WEIGHTS = re.compile(r"--(?:checkpoint FILE|random-weights) \(([^()\s]*@[^()\s]*)\)")
 _FLAG = re.compile(
     r"(?<![\w-])--(against|batch-size|budget|checkpoint|cost|data|device|images|image-size|init|interval"
     r"|iterations|labels|model|out|photos|recipe|seed|select-on|set|tensorboard|trust|workers)\b"
@@ -45,6 +47,7 @@ _FLAG = re.compile(
 
 def in_python(message: str) -> str:
     """A message that names flags, for a caller who has arguments."""
+    message = _WEIGHTS.sub(r"model='\1'", message)
     message = _SET.sub(lambda found: f"overrides={{'{found[1]}': {found[2]}}}", message)
 
     def name(found: re.Match[str]) -> str:

@@ -114,6 +114,10 @@ WRONG: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "a long name": (lambda *_: dfq.inspect("x" * 300), "xxx...: file name too long"),
     "a long name of a set": (lambda m, _: dfq.evaluate(m, "x" * 300), "no such file or folder"),
     "a home of nobody": (lambda *_: dfq.load_detector("~nobody-here/x.pt"), "no home folder"),
+    "a network without weights": (
+        lambda *_: dfq.synthesize("torchvision/fasterrcnn_mobilenet_v3_large_320_fpn"),
+        "say model='torchvision/fasterrcnn_mobilenet_v3_large_320_fpn@random'",
+    ),
     "a checkpoint that runs code": (lambda *_: dfq.load_detector("evil.pt"), "pass trust=True"),
 }  # fmt: skip
 
@@ -144,6 +148,10 @@ class Evil:
         ("make one with dfq synthesize --out X", "make one with dfq synthesize --out X"),
         ("x: broken; run dfq data show --json A; choose another --out", None),
         ("torchrun --nproc-per-node=2 -m dfq qat --model x", None),
+        (
+            "give them with --checkpoint FILE (x@FILE), or say --random-weights (x@random)",
+            "give them with model='x@FILE', or say model='x@random'",
+        ),
         ("file--out.png: missing", "file--out.png: missing"),
     ],
 )
