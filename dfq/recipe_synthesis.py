@@ -32,7 +32,7 @@ class SynthesisWeights(Section):
     """How often more the first BatchNorm counts in that sum: it fixes colours and contrast."""
     entropy: float = Field(1.0, ge=0, le=LARGEST_WEIGHT)
     """Entropy of the similarities between patches, in networks with attention."""
-    tv: float = Field(0.2, ge=0, le=LARGEST_WEIGHT)
+    tv: float = Field(0.05, ge=0, le=LARGEST_WEIGHT)
     """Total variation, relative to the gradient of the others."""
 
 
@@ -100,7 +100,7 @@ class Synthesis(Section):
     micro_batch: int | None = Field(None, ge=1, le=MOST_IMAGES)
     """Images that go through the network at once, for less memory in more passes; the statistics
     stay those of the whole batch. None: all."""
-    learning_rate: float = Field(0.1, gt=0, le=LARGEST_RATE)
+    learning_rate: float = Field(0.05, gt=0, le=LARGEST_RATE)
     labels: str = "adaptive"
     """adaptive, single, multi, tile, none; or real:SET, which takes the labels of a real set."""
     init: Literal["uniform", "gaussian", "pink"] = "uniform"
@@ -111,13 +111,22 @@ class Synthesis(Section):
     """Probability that an image is mirrored, labels too, in an iteration."""
     erase: float = Field(0.5, ge=0, le=1)
     """Probability that a rectangle (2 to 20 % of the area) is blanked in an iteration."""
+    settle: float = Field(0.6, ge=0, le=1)
+    """Share of the iterations at full size, the last ones, without erasing and total variation and
+    with a tenth of the task's weight: images then come to meet the statistics. 0: none."""
+    scales: int = Field(4, ge=0, le=8)
+    """Coarser grids on which images are optimised beside the pixels, each half as fine as the one
+    before. 0: the pixels alone (the paper's)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the convolutions; auto: bfloat16 where the device computes in it natively."""
     balance: Literal["gradient", "loss"] = "gradient"
     """Weights are shares of the gradient, which hold for every network, batch and image size; or
     factors of the losses (the paper's), to be found anew for each."""
-    bn_form: Literal["relative", "absolute"] = "relative"
-    """BatchNorm distances in units of each channel's spread, or as they are (the paper's)."""
+    bn_form: Literal["gaussian", "relative", "absolute"] = "gaussian"
+    """How far a BatchNorm's input is from the training data's: by the divergence of Gaussians with
+    the channels' means and variances, of which the worst layers count most; by the sum over the
+    layers of distances of both in units of each channel's spread; or by these distances as they
+    are (the paper's)."""
     masks: Literal["ellipse", "own", "none"] = "ellipse"
     """What the mask loss of a label compares with, in networks with masks: the ellipse in its box,
     the network's own mask, or none: boxes only."""

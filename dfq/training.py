@@ -25,6 +25,7 @@ from .evaluation.coco import evaluate as evaluate_detector
 from .files import read_json, user_path, write_json
 from .progress import Progress
 from .quantization.convert import Policy, calibrate, insert_quantizers, quantized_layers
+from .quantization.margins import keep_within_statistics
 from .recipe import Quantization, Recipe
 from .reconstruction.activation_grids import narrow_activations, refine_grids
 from .reconstruction.second_order import is_too_wide, reconstruct
@@ -157,6 +158,10 @@ def read_bits(path: Path) -> dict[str, Any]:
     return dict(found)
 
 
+MARGIN_IMAGES = 16
+"""Of the calibration, which tell where ranges depend on the contrast."""
+
+
 def images_to_prepare(section: Quantization) -> int:
     """How many images `calibrate_and_round` looks at."""
     rounding = section.rounding_images if section.rounding == "gptq" else 0
@@ -182,6 +187,8 @@ def calibrate_and_round(
     batches = (batch.float() / 255 for batch in pixels[: section.calibration_images].split(8))
     calibrate(student, batches, search=section.ranges)
     # The other searches are rules of their own, to be compared with.
+    if section.ranges == "mse":
+        keep_within_statistics(student, pixels[:MARGIN_IMAGES])
     refined = section.refine_images if section.ranges == "mse" else 0
     if refined and narrow_activations(student):
         with progress.task("ranges", 1, "activations") as task:

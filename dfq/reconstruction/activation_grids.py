@@ -19,6 +19,7 @@ from torch import Tensor
 from ..detectors.base import Detector
 from ..distillation.losses import summed_divergence
 from ..quantization.convert import activation_quantizers, float_mode, observe
+from ..quantization.margins import with_contrast
 from ..quantization.quantizers import Quantizer
 from .finished import FinishedBlocks, calls_in_order, ended_blocks
 
@@ -41,7 +42,7 @@ CONTRAST = 1.5
 1.5 to 2 times as far as on synthetic images."""
 
 
-def with_contrast(images: Tensor, factor: float) -> Tensor:
+def half_with_contrast(images: Tensor, factor: float) -> Tensor:
     """Every second image with stronger contrast.
 
     Images that were made to meet mean and variance of every feature lack the rare large values that
@@ -52,8 +53,7 @@ def with_contrast(images: Tensor, factor: float) -> Tensor:
         factor: of the distance to the image's mean, before values are cut off at black and white.
     """
     result = images.clone()
-    mean = images[1::2].mean(dim=(1, 2, 3), keepdim=True)
-    result[1::2] = (mean + factor * (images[1::2] - mean)).clamp_(0, 1)
+    result[1::2] = with_contrast(images[1::2], factor)
     return result
 
 
@@ -80,11 +80,11 @@ def refine_grids(
             and zero points of its quantizers of activations are changed in place.
         teacher: the float detector it is a twin of, folded.
         images: uint8 `(n, 3, h, w)`, RGB.
-        contrast: see `with_contrast`.
+        contrast: see `half_with_contrast`.
         batch_size: images of one forward pass.
         progress: called with quantizers done and quantizers in all.
     """
-    pixels = with_contrast(images.to(student.device).float() / 255, contrast)
+    pixels = half_with_contrast(images.to(student.device).float() / 255, contrast)
     batches = list(pixels.split(batch_size))
     narrow = dict(narrow_activations(student))
     if not narrow:

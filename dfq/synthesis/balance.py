@@ -20,6 +20,9 @@ from .priors import squared_variation, total_variation
 MEASURE_EVERY = 20
 """Iterations between two measurements, each of which costs one more backward pass."""
 
+SETTLED_TASK = 0.1
+"""Of the weight of the task's loss, while images settle."""
+
 _DECAY = 0.5
 """Of the averaged norms: a single batch's flips and erasures should not set them alone."""
 
@@ -27,8 +30,9 @@ _DECAY = 0.5
 Parts = Iterable[tuple[dict[str, Tensor], Tensor]]
 """Of a batch, one after the other: the terms, and what the network saw, `(n_i, 3, h, w)`, a leaf.
 
-Terms are "bn" (summed over the layers) and "first_bn", both of the whole batch whatever the part,
-and "entropy" and "task", the part's share of them; what is not used is absent."""
+Terms are "bn" (of all layers) and "first_bn" (absent where "bn" has it in), both of the whole
+batch whatever the part, and "entropy" and "task", the part's share of them; what is not used is
+absent."""
 
 _OF_THE_BATCH = ("bn", "first_bn")
 
@@ -45,6 +49,10 @@ class Combination(Protocol):
             step: the iteration.
         """
 
+    def settle(self) -> None:
+        """From now on the statistics count nearly alone: the task's loss for `SETTLED_TASK` of its
+        weight, total variation not at all."""
+
     def smoothed(self, gradient: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """The gradient with total variation's added, and the total variation for logs.
 
@@ -60,21 +68,33 @@ def _note(logged: dict[str, Tensor], terms: dict[str, Tensor]) -> None:
         logged[name] = term.detach() + known
 
 
+def settled(weights: SynthesisWeights) -> SynthesisWeights:
+    """See `Combination.settle`."""
+    return weights.model_copy(update={"task": SETTLED_TASK * weights.task, "tv": 0.0})
+
+
 class LossWeights:
     """The paper's sum: weights times losses, total variation a norm over the whole batch."""
 
     def __init__(self, weights: SynthesisWeights) -> None:
         self.weights = weights
 
+    def settle(self) -> None:
+        self.weights = settled(self.weights)
+
     def __call__(self, parts: Parts, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         weights = self.weights.model_dump()
         gradients, logged = [], dict[str, Tensor]()
         for terms, view in parts:
             _note(logged, terms)
+            if "first_bn" not in terms:
+                weights["bn"] = self.weights.bn or 1.0
             gradients.append(_gradient([weights[n] * term for n, term in terms.items()], view))
         return torch.cat(gradients), logged
 
     def smoothed(self, gradient: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        if self.weights.tv == 0:
+            return gradient, gradient.new_zeros(())
         with torch.enable_grad():
             leaf = pixels.detach().requires_grad_()
             smoothness = total_variation(leaf)
@@ -91,13 +111,18 @@ class GradientShares:
         self.norms: dict[str, Tensor] = {}
         self._alone = True
 
+    def settle(self) -> None:
+        self.weights = settled(self.weights)
+
     def _groups(self, terms: dict[str, Tensor]) -> dict[str, tuple[float, Tensor]]:
         groups = {}
         if "bn" in terms:
-            # With bn=0 the first layer stands alone; else it counts `first_bn` times more.
-            rest = terms["bn"] if self.weights.bn > 0 else torch.zeros_like(terms["bn"])
-            share = self.weights.bn or 1.0
-            groups["bn"] = (share, rest + self.weights.first_bn * terms["first_bn"])
+            term, first = terms["bn"], terms.get("first_bn")
+            if first is not None:
+                # With bn=0 the first layer stands alone; else it counts `first_bn` times more.
+                rest = term if self.weights.bn > 0 else torch.zeros_like(term)
+                term = rest + self.weights.first_bn * first
+            groups["bn"] = (self.weights.bn or 1.0, term)
         if "entropy" in terms:
             groups["entropy"] = (self.weights.entropy, terms["entropy"])
         if "task" in terms:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,27 +18,29 @@ class ImageStatistics:
 
     Args:
         statistics: whose layers are watched.
-        relative: see `BatchNormStatistics.distances`.
+        form: of the distances, see `Synthesis.bn_form`.
     """
 
-    def __init__(self, statistics: BatchNormStatistics, *, relative: bool) -> None:
+    def __init__(self, statistics: BatchNormStatistics, form: str) -> None:
         self.layers = statistics.layers
-        self.relative = relative
+        self.form = form
         self._seen: dict[str, Tensor] = {}
         self._handles: list[Any] = []
 
     def __enter__(self) -> ImageStatistics:
         for name, layer in self.layers.items():
-            expected = expected_statistics(layer, relative=self.relative)
+            expected = expected_statistics(layer, relative=self.form != "absolute")
+            distance = _divergence if self.form == "gaussian" else _distance
 
             def watch(
                 _m: nn.Module,
                 inputs: tuple[Tensor, ...],
                 name: str = name,
                 known: tuple[Tensor, ...] = expected,
+                distance: Callable[..., Tensor] = distance,
             ) -> None:
                 if torch.is_grad_enabled():
-                    self._seen[name] = _distance(inputs[0].float(), *known)
+                    self._seen[name] = distance(inputs[0].float(), *known)
 
             self._handles.append(layer.register_forward_pre_hook(watch))
         return self
@@ -50,17 +53,31 @@ class ImageStatistics:
 
     def distances(self) -> Tensor:
         """Of the last forward pass that recorded gradients, the mean over the images of
-        ||mu - mu_l||_2 + ||var - var_l||_2, `(layers,)` in the order the layers ran."""
+        the layers' distances, as of a batch in `BatchNormStatistics`: `(layers,)` in the order the
+        layers ran."""
         found = torch.stack(list(self._seen.values()))
         self._seen.clear()
         return found
 
 
-def _distance(x: Tensor, mean: Tensor, var: Tensor, to_mean: Tensor, to_var: Tensor) -> Tensor:
+def _per_image(x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """How far the means are from the expected one, and the variances, `(n, c)` each."""
     # As E[x^2] - E[x]^2 about the expected mean: one pass and little to keep for the way back.
     centred = x - mean[:, None, None]
     offset = centred.mean(dim=(2, 3))
-    spread = centred.square().mean(dim=(2, 3)) - offset.square()
+    return offset, centred.square().mean(dim=(2, 3)) - offset.square()
+
+
+def _divergence(x: Tensor, mean: Tensor, var: Tensor, to_mean: Tensor, _to_var: Tensor) -> Tensor:
+    offset, spread = _per_image(x, mean)
+    stored = var.clamp_min(1e-12)
+    ratio = (spread / stored).clamp_min(1e-6)
+    each = 0.5 * (ratio + offset.square() / stored - 1 - ratio.log())
+    return each[:, to_mean > 0].mean()
+
+
+def _distance(x: Tensor, mean: Tensor, var: Tensor, to_mean: Tensor, to_var: Tensor) -> Tensor:
+    offset, spread = _per_image(x, mean)
     apart = (offset * to_mean).square().sum(1), ((spread - var) * to_var).square().sum(1)
     # Away from zero, where the root has no gradient.
     return sum((a.clamp_min(1e-30).sqrt() for a in apart), torch.zeros_like(apart[0])).mean()

@@ -19,13 +19,23 @@ from ..recipe_synthesis import Synthesis
 from .adaptive import AdaptiveSampler
 from .balance import COMBINATIONS
 from .labels import label_start, teacher_scores
+from .multiscale import MultiscaleAdam
 from .patch_similarity import PatchSimilarity
+from .start import Start, matched_start
 from .statistics import BatchNormStatistics, has_statistics
 from .techniques import Techniques
-from .views import initial_images, random_erasing, resized, shown
+from .views import random_erasing, resized, shown
+
+EARLY, EARLY_WEIGHT = 4, 2.0
+"""So many layers after the first count so many times more than later ones: they see most of what
+later ones lack, and images gain contrast there that the first layer does not ask for."""
 
 Report = Callable[[str, int, int, dict[str, float]], None]
 """Called now and then with stage, iteration, iterations of the stage, and loss terms."""
+
+
+LAST_STAGE = "full"
+"""Of the images at their full size."""
 
 
 @dataclass(frozen=True)
@@ -89,13 +99,21 @@ class Inversion:
             settings.techniques,
             self.detector,
             self.statistics,
-            relative=settings.bn_form == "relative",
+            form=settings.bn_form,
         )
+        self.start = Start(settings.init)
+        if self.statistics is not None and settings.bn_form == "gaussian":
+            # A multiple of every stride, on which a border counts little.
+            side = 4 * self.detector.stride
+            self.start = matched_start(self.statistics, self._look, side, settings.init)
+
+    def _look(self, images: Tensor) -> None:
+        self.detector.raw(images.to(self.detector.device))
 
     def _glance(self) -> None:
         """One forward pass on a small image."""
         side = self.detector.stride * 2
-        self.detector.raw(torch.zeros(1, 3, side, side, device=self.detector.device))
+        self._look(torch.zeros(1, 3, side, side))
 
     @contextlib.contextmanager
     def _watching(self, generator: Generator) -> Iterator[None]:
@@ -124,17 +142,26 @@ class Inversion:
         "task"."""
         # First, as a network may run layers for the labels that it does not run for the images.
         task = self._run(images, targets)
-        terms = {}
+        terms: dict[str, Tensor] = {}
         if self.statistics is not None:
-            distances = self.statistics.distances(relative=self.settings.bn_form == "relative")
-            distances = self.techniques.distances(distances)
-            terms["bn"] = distances.sum()
-            terms["first_bn"] = distances[0]
+            terms |= self._bn_terms(self.statistics)
         if self.similarity is not None:
             terms["entropy"] = -self.similarity.entropy()
         if task is not None:
             terms["task"] = task
         return terms
+
+    def _bn_terms(self, statistics: BatchNormStatistics) -> dict[str, Tensor]:
+        form, weights = self.settings.bn_form, self.settings.weights
+        if form == "gaussian":
+            divergences = self.techniques.distances(statistics.divergences())
+            counts = torch.ones_like(divergences) if weights.bn > 0 else divergences * 0
+            counts[1 : 1 + EARLY] *= EARLY_WEIGHT
+            counts[0] += weights.first_bn
+            # The worst layers count most, so that none is given up for the many.
+            return {"bn": torch.linalg.vector_norm(counts.detach() * divergences)}
+        distances = self.techniques.distances(statistics.distances(relative=form == "relative"))
+        return {"bn": distances.sum(), "first_bn": distances[0]}
 
     def _parts(self, view: Tensor, targets: Targets) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         """See `balance.Parts`: the micro-batches of a batch, or the batch itself.
@@ -190,14 +217,15 @@ class Inversion:
         after: Callable[[int, Tensor], list[Tensor] | None] | None = None,
         report: Report | None = None,
     ) -> Tensor:
-        """Adam with cosine decay on the pixels, clamped to [0, 1] after each step.
+        """Adam with cosine decay on several scales, pixels clamped to [0, 1] after each step.
 
         Args:
             images: the start `(n, 3, s, s)` in [0, 1].
             labels: per image, fixed unless `after` returns new ones.
             iterations, learning_rate: of this call; the rate falls to zero over it.
             generator: draws flips, erased rectangles and what the techniques leave to chance.
-            stage: its name, for `report`.
+            stage: its name, for `report`; `LAST_STAGE` ends with settling, see
+                `Synthesis.settle`.
             after: called after each iteration with its number and the images.
 
         Raises:
@@ -206,22 +234,26 @@ class Inversion:
         device = self.detector.device
         # In planes, in which neighbours and mirror images are quickest to find.
         pixels = images.to(device).clone(memory_format=torch.contiguous_format).requires_grad_()
-        optimizer = torch.optim.Adam([pixels], lr=learning_rate, betas=(0.9, 0.999), fused=True)
+        optimizer = MultiscaleAdam(pixels, self.settings.scales)
         targets = Targets.from_per_image(labels).to(device)
         count, size = images.shape[0], images.shape[2]
         settings = self.settings
         combine = COMBINATIONS[settings.balance](settings.weights)
         every = max(1, iterations // 20)
+        peak = learning_rate * self.start.pace
+        settles = stage == LAST_STAGE and self.statistics is not None
+        begin = iterations - round(settings.settle * iterations) if settles else iterations
         with self._watching(generator):
             for step in range(iterations):
-                rate = learning_rate * 0.5 * (1 + math.cos(math.pi * step / iterations))
-                optimizer.param_groups[0]["lr"] = rate
+                rate = peak * 0.5 * (1 + math.cos(math.pi * step / iterations))
+                if step == begin:
+                    combine.settle()
                 flipped, erased, seen = None, None, targets
                 if settings.flip > 0:
                     flipped = torch.rand(count, generator=generator) < settings.flip
                     flipped = flipped.to(device, non_blocking=True)
                     seen = targets.flip_horizontal(flipped)
-                if settings.erase > 0:
+                if settings.erase > 0 and step < begin:
                     erased = random_erasing(count, size, settings.erase, generator)
                     erased = erased.to(device, non_blocking=True)
                 view = shown(pixels, flipped, erased, self.seen_in)
@@ -230,11 +262,7 @@ class Inversion:
                 (gradient,) = torch.autograd.grad(view, pixels, gradient)
                 gradient, terms["tv"] = combine.smoothed(gradient, pixels)
                 gradient = self.techniques.gradient(gradient)
-                # The fused optimizer pairs numbers by their place in memory, whatever the strides.
-                pixels.grad = gradient.contiguous()
-                optimizer.step()
-                with torch.no_grad():
-                    pixels.clamp_(0, 1)
+                optimizer.step(gradient, rate)
                 # The second one as well: from it on, it is known how long one takes.
                 if step % every == 0 or step in (1, iterations - 1):
                     values = {name: float(term) for name, term in terms.items()}
@@ -264,7 +292,7 @@ class Inversion:
         labels = self.start_labels(generator, count, self.detector.num_classes)
         if settings.labels != "adaptive":
             return labels, None
-        noise = initial_images(count, stage.image_size, settings.init, generator)
+        noise = self.start.noise(count, stage.image_size, generator)
         sampler = AdaptiveSampler(self.detect, stage, labels, generator)
         images = self.optimise(
             noise,
@@ -302,7 +330,7 @@ class Inversion:
 
         def begin(side: int) -> Tensor:
             if start is None:
-                return initial_images(len(labels), side, settings.init, generator)
+                return self.start.noise(len(labels), side, generator)
             return resized(start, side)
 
         if coarse == 0:
@@ -316,7 +344,13 @@ class Inversion:
         if settings.iterations - coarse == 0:
             return images
         return self.optimise(
-            images, labels, settings.iterations - coarse, rate, augment, stage="full", report=report
+            images,
+            labels,
+            settings.iterations - coarse,
+            rate,
+            augment,
+            stage=LAST_STAGE,
+            report=report,
         )
 
     def _half(self) -> tuple[int, int]:
@@ -335,7 +369,7 @@ class Inversion:
         stages = [
             Stage("labels", of_labels, label.image_size),
             Stage("small", coarse, small),
-            Stage("full", settings.iterations - coarse, self.image_size),
+            Stage(LAST_STAGE, settings.iterations - coarse, self.image_size),
         ]
         return [stage for stage in stages if stage.iterations > 0]
 

@@ -31,7 +31,7 @@ from .shards import Plan, ShardMaker, ShardReport, make_shards
 from .workers import Workers, worker_count
 
 # Raised when a change of the code changes the images: older sets are then not mistaken for new.
-ALGORITHM = 4
+ALGORITHM = 5
 
 PREVIEW = "preview.png"
 """A grid of the first images with their labels, beside `images/`."""

@@ -29,7 +29,7 @@ class Techniques:
         settings: the section `synthesis.techniques`.
         detector: the teacher as the loop runs it.
         statistics: of its BatchNorm layers; None where there are none.
-        relative: the form of the BatchNorm distances, see `BatchNormStatistics.distances`.
+        form: of the BatchNorm distances, see `Synthesis.bn_form`.
     """
 
     def __init__(
@@ -38,13 +38,13 @@ class Techniques:
         detector: Detector,
         statistics: BatchNormStatistics | None,
         *,
-        relative: bool,
+        form: str,
     ) -> None:
         self.settings = settings
         self.detector = detector
         self.images: ImageStatistics | None = None
         if settings.per_image != 0 and statistics is not None:
-            self.images = ImageStatistics(statistics, relative=relative)
+            self.images = ImageStatistics(statistics, form)
 
     @contextlib.contextmanager
     def watching(self, generator: Generator) -> Iterator[None]:

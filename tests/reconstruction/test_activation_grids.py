@@ -24,9 +24,9 @@ from dfq.quantization.quantizers import Quantizer
 from dfq.quantization.ranges import mse
 from dfq.reconstruction.activation_grids import (
     candidates,
+    half_with_contrast,
     narrow_activations,
     refine_grids,
-    with_contrast,
 )
 
 
@@ -124,8 +124,8 @@ def test_symmetric_grids_have_no_zero_points_to_try() -> None:
 
 def test_contrast_of_every_second_image() -> None:
     pixels = torch.rand(5, 3, 8, 8) * 0.4 + 0.3
-    result = with_contrast(pixels, 1.5)
+    result = half_with_contrast(pixels, 1.5)
     assert torch.equal(result[::2], pixels[::2])
     torch.testing.assert_close(result[1::2].mean((1, 2, 3)), pixels[1::2].mean((1, 2, 3)))
     torch.testing.assert_close(result[1::2].std(), 1.5 * pixels[1::2].std(), rtol=0.05, atol=0)
-    assert with_contrast(torch.rand(2, 3, 8, 8), 4.0).aminmax() == (0, 1)
+    assert half_with_contrast(torch.rand(2, 3, 8, 8), 4.0).aminmax() == (0, 1)

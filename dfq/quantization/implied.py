@@ -1,0 +1,120 @@
+"""What BatchNorm says of the values that activations take.
+
+A channel behind a BatchNorm has, over the training data, mean beta and standard deviation gamma:
+how far its values reach follows from the network itself, whatever images are at hand. It is
+followed through whatever the network computes of them: activation functions, sums, concatenations,
+pooling.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from ..detectors.base import Detector
+from .convert import activation_quantizers, float_mode
+from .folding import FoldedBatchNorm
+from .listing import WEIGHTED
+
+STEPS = 13
+"""Values of a channel that are followed, evenly from one end to the other: a function's least value
+may lie in between, as SiLU's does."""
+
+_SUMS = ("conv2d", "linear", "matmul", "__matmul__", "bmm", "einsum", "addmm")
+_NORMS = ("layer_norm", "group_norm")
+
+
+class _Unknown(TorchFunctionMode):
+    """Follows which tensors depend on a layer that no BatchNorm follows, by whatever functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._unknown: dict[int, bool] = {}
+        # As long as they are alive, no two have one id.
+        self._alive: list[Tensor] = []
+
+    def note(self, result: Any, unknown: bool) -> None:
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._alive.append(leaf)
+                self._unknown[id(leaf)] = unknown
+
+    def among(self, tensors: Any) -> bool:
+        return any(self._unknown.get(id(leaf), False) for leaf in tree_leaves(tensors))
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        unknown = self.among((args, kwargs))
+        result = func(*args, **(kwargs or {}))
+        self.note(result, unknown or getattr(func, "__name__", "") in (*_SUMS, *_NORMS))
+        return result
+
+
+@torch.no_grad()
+def implied_ranges(detector: Detector, deviations: float) -> dict[str, tuple[float, float]]:
+    """Least and largest value that reach each quantizer of activations, where each channel of each
+    BatchNorm takes values within some standard deviations of its mean.
+
+    Args:
+        detector: with quantizers inserted; BatchNorm folded or not.
+        deviations: how many.
+
+    Returns:
+        Name, as `activation_quantizers` gives it -> least and largest value; without those that are
+        given anything that comes from a layer without BatchNorm.
+    """
+    watch = _Unknown()
+    ranges: dict[str, tuple[float, float]] = {}
+    strange: set[str] = set()
+    offsets = torch.linspace(-deviations, deviations, STEPS, device=detector.device)
+    handles = []
+
+    def follow(layer: nn.Module, _inputs: Any, output: Tensor) -> Tensor | None:
+        if len(output) != STEPS:
+            # Of a part of an image, and not of the image.
+            watch.note(output, True)
+            return None
+        if isinstance(layer, FoldedBatchNorm):
+            mean, spread = layer.shift, layer.factor.abs() * layer.var.sqrt()
+        else:
+            assert isinstance(layer, _BatchNorm)
+            mean = output.new_zeros(output.shape[1]) if layer.bias is None else layer.bias
+            spread = torch.ones_like(mean) if layer.weight is None else layer.weight.abs()
+        values = mean + offsets[:, None] * spread
+        values = values.view(*values.shape, *[1] * (output.ndim - 2)).expand_as(output).clone()
+        watch.note(values, False)
+        return values
+
+    for child in detector.module.modules():
+        if isinstance(child, (FoldedBatchNorm, _BatchNorm)):
+            handles.append(child.register_forward_hook(follow))
+        elif isinstance(child, WEIGHTED):
+            handles.append(
+                child.register_forward_hook(lambda _m, _i, output: watch.note(output, True))
+            )
+    for name, quantizer in activation_quantizers(detector.module):
+
+        def see(_q: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
+            if watch.among(inputs):
+                strange.add(name)
+                return
+            low, high = (float(v) for v in inputs[0].aminmax())
+            before = ranges.get(name, (low, high))
+            ranges[name] = (min(low, before[0]), max(high, before[1]))
+
+        handles.append(quantizer.register_forward_pre_hook(see))
+    side = detector.stride * 2
+    images = torch.linspace(0, 1, STEPS, device=detector.device)[:, None, None, None]
+    try:
+        with float_mode(detector.module), watch:
+            detector.raw(images.expand(STEPS, 3, side, side).clone())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: ends for name, ends in ranges.items() if name not in strange}

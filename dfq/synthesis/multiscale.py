@@ -1,0 +1,85 @@
+"""Adam on images at several scales at once.
+
+Adam gives every pixel a step of its own, about as long for all of them. What a network's first
+layers miss in such images are the slow changes of light and colour that hold most of a photograph's
+contrast: whole regions have to move together, which single pixels, pulled to and fro by edges, do
+not. Here the gradient is averaged over blocks of 2 to 16 pixels as well, each scale has its own
+Adam, and a pixel moves by the sum: the images are optimised as sums of coarse and fine ones.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+OPPONENT = ((1.0, 1.0, 1.0), (1.0, 0.0, -1.0), (-0.5, 1.0, -0.5))
+"""Directions of colour, as rows of red, green and blue, before they are brought to length 1: light,
+red against blue, green against magenta."""
+
+COLOUR = (1.0, 0.35, 0.175)
+"""How far a coarse scale moves along each of them: regions of photographs differ in light more than
+in colour (Ruderman et al., 1998)."""
+
+
+class MultiscaleAdam:
+    """Optimises images in [0, 1] in place.
+
+    Args:
+        images: float32 `(n, 3, h, w)`, contiguous; what `step` changes.
+        scales: how many coarser grids there are beside the pixels, each of half the side of the one
+            before as long as sides are even; 0: Adam on the pixels alone.
+
+    Example:
+        >>> images = torch.full((1, 3, 32, 32), 0.5, requires_grad=True)
+        >>> optimizer = MultiscaleAdam(images, scales=4)
+        >>> optimizer.step(torch.ones(1, 3, 32, 32), rate=0.01)
+        >>> bool((images < 0.5).all())
+        True
+    """
+
+    def __init__(self, images: Tensor, scales: int) -> None:
+        self.images = images
+        self.grids: list[Tensor] = []
+        height, width = images.shape[2:]
+        while len(self.grids) < scales and height % 2 == 0 and width % 2 == 0:
+            height, width = height // 2, width // 2
+            self.grids.append(images.new_zeros(*images.shape[:2], height, width))
+        self._optimizer = torch.optim.Adam(
+            [images, *self.grids], lr=0.0, betas=(0.9, 0.999), fused=True
+        )
+        opponent = images.new_tensor(OPPONENT)
+        self._opponent = opponent / opponent.norm(dim=1, keepdim=True)
+        # Of the square root of 3: a step along light alone moves each colour by the whole rate.
+        reach = images.new_tensor(COLOUR) * 3**0.5
+        self._back = (self._opponent * reach[:, None]).T.contiguous()
+
+    @torch.no_grad()
+    def step(self, gradient: Tensor, rate: float) -> None:
+        """One step of `rate` on each scale down `gradient`, `(n, 3, h, w)`; then back to [0, 1]."""
+        self._optimizer.param_groups[0]["lr"] = rate
+        # The fused optimizer pairs numbers by their place in memory, whatever the strides.
+        self.images.grad = gradient = gradient.to(self.images.dtype).contiguous()
+        if self.grids:
+            # Turning the colours and averaging can change places: the former once, where less is.
+            coarse = _turned(self._opponent, F.avg_pool2d(gradient, 2))
+            for index, grid in enumerate(self.grids):
+                coarse = F.avg_pool2d(coarse, 2) if index else coarse
+                grid.grad = coarse
+        self._optimizer.step()
+        if self.grids:
+            moved = self.grids[-1]
+            for finer in self.grids[-2::-1]:
+                moved = finer + _doubled(moved)
+            self.images += _doubled(_turned(self._back, moved))
+            torch._foreach_zero_(self.grids)
+        self.images.clamp_(0, 1)
+
+
+def _turned(matrix: Tensor, images: Tensor) -> Tensor:
+    """`images` `(n, 3, h, w)` in other colours: `matrix` `(3, 3)` times each pixel's."""
+    return F.conv2d(images, matrix[:, :, None, None]).contiguous()
+
+
+def _doubled(grid: Tensor) -> Tensor:
+    return F.interpolate(grid, scale_factor=2, mode="bilinear")
