@@ -24,6 +24,7 @@ from .cli_compare import compare
 from .cli_data import data
 from .cli_mmdet import mmdet_config
 from .cli_sensitivity import sensitivity
+from .errors import shown
 from .limits import MOST_WORKERS
 from .processes import end_with_launcher
 
@@ -231,7 +232,7 @@ def qat(
     share = metrics["quantized_share_of_macs"]
     # Runs of earlier versions say no more than what was selected.
     for line in metrics.get("said", [metrics["selected"]]):
-        click.echo(line)
+        click.echo(shown(line, limit=2000))
     click.echo(f"{share:.1%} of the MACs quantized")
     for name, value in metrics.get("evaluation", {}).items():
         if name != "data":

@@ -38,6 +38,7 @@ Place = tuple[float, float, float, float]
 
 _TITLE = "A detector in 4 bits, made without its training data"
 
+_SHOWN = f"boxes: detections with a score above {SHOWN_SCORE}"
 _MADE = "What the 4-bit network was made from: images synthesized out of the float one, with labels"
 
 _INK, _FAINT, _PAPER = "#1b1f24", "#57606a", "#ffffff"
@@ -81,6 +82,7 @@ def draw_picture(
     sheet = Image.new("RGB", (width, below + caption + _TILE + _MARGIN), _PAPER)
     pen = ImageDraw.Draw(sheet)
     pen.text((_MARGIN, 24), _TITLE, _INK, _font(28))
+    pen.text((width - _MARGIN, 34), _SHOWN, _FAINT, _font(15), anchor="ra")
     for number, index in enumerate(chosen):
         row, side = divmod(number, 2)
         for place, column in enumerate(columns):
