@@ -20,7 +20,7 @@ from .quantization.listing import Inspection, describe
 from .quantization.results import count_joins
 from .recipe import Recipe, as_noise, changed_recipe
 from .recipe_overrides import Overrides
-from .run import check_run, identity_of_recipe, open_run
+from .run import Run, check_run, identity_of_recipe, open_run
 from .sensitivity.policy import Sensitivity, check_budget_can_be_kept, find_bits
 from .surroundings import Report, own_device, reporter
 from .synthesis.produce import synthesize_set
@@ -221,7 +221,7 @@ def quantize(
         }
         if pictures is not None:
             identity["photos"] = [str(pictures.source), len(pictures)]
-        run = None
+        run: Run | None = None
         with world.leader_first():
             if world.leads:
                 numbered = f"{short_name(stem)}-{short_name(Path(detector.source).stem)}"

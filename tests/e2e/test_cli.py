@@ -26,8 +26,8 @@ from dfq.synthesis.inversion import Inversion
 OPTIONS = {
     "synthesize": "model out images image_size iterations batch_size labels init recipe "
     "workers tensorboard seed overrides device trust",
-    "qat": "recipe model data out select_on overrides seed device trust",
-    "eval": "model data image_size json_file device trust",
+    "qat": "recipe model data out select_on photos overrides seed device trust",
+    "eval": "model data against image_size json_file device trust",
     "inspect": "model json_file trust",
     "sensitivity": "model data recipe budget cost images json_file seed overrides device trust",
     "demo": "out",
