@@ -24,6 +24,7 @@ from .cli_compare import compare
 from .cli_data import data
 from .cli_mmdet import mmdet_config
 from .cli_sensitivity import sensitivity
+from .errors import shown
 from .limits import MOST_WORKERS
 from .processes import end_with_launcher
 
@@ -170,6 +171,12 @@ def synthesize(
     show_default="none",
     help="A labelled real SET: keep the epoch with the best AP on it, as the paper does.",
 )
+@click.option(
+    "--photos",
+    metavar="DIR",
+    show_default="none",
+    help="Real photos, no labels needed: say in the end how close the network is on them.",
+)
 @_tensorboard
 @settings_options
 @common_options
@@ -181,6 +188,7 @@ def qat(
     image_size: int | None,
     out: Path | None,
     select_on: str | None,
+    photos: str | None,
     tensorboard: Path | None,
     seed: int | None,
     overrides: tuple[str, ...],
@@ -212,6 +220,7 @@ def qat(
         image_size=image_size,
         out=output_folder(out),
         name=find_recipe(recipe).stem,
+        photos=photos,
         device=device,
         trust=trust,
         progress=Live(),
@@ -221,7 +230,10 @@ def qat(
         return
     metrics = read_metrics(folder)
     share = metrics["quantized_share_of_macs"]
-    click.echo(f"{metrics['selected']}; {share:.1%} of the MACs quantized")
+    # Runs of earlier versions say no more than what was selected.
+    for line in metrics.get("said", [metrics["selected"]]):
+        click.echo(shown(line, limit=2000))
+    click.echo(f"{share:.1%} of the MACs quantized")
     for name, value in metrics.get("evaluation", {}).items():
         if name != "data":
             masks = f"  mask AP {value['masks']['AP']:.3f}" if value["masks"] else ""
@@ -232,7 +244,13 @@ def qat(
 @cli.command("eval")
 @click.option("--model", required=True, help="A detector or a run folder.")
 @checkpoint_option
-@click.option("--data", required=True, help="A labelled SET.")
+@click.option("--data", required=True, help="A labelled SET; with --against, any photos.")
+@click.option(
+    "--against",
+    metavar="FLOAT",
+    show_default="the labels of --data",
+    help="Measure against what this float detector detects, and not against labels.",
+)
 @click.option("--image-size", type=int, show_default="the model's", help="Side in pixels.")
 @click.option(
     "--interval",
@@ -245,46 +263,35 @@ def qat(
 def evaluate(
     model: str,
     data: str,
+    against: str | None,
     image_size: int | None,
     interval: bool,
     json_file: Path | None,
     device: str,
     trust: bool,
 ) -> None:
-    """Measure COCO AP."""
+    """Measure COCO AP, against labels or against another network."""
+    from .cli_tables import print_agreement, print_metrics
+    from .evaluation.agreement import Agreement
     from .progress import Live
     from .verbs import evaluate as verb
 
-    json_file = output_file(json_file, inputs=(model, data))
+    json_file = output_file(json_file, inputs=(model, data, against))
     found = verb(
         model,
         data,
+        against=against,
         image_size=image_size,
         interval=interval,
         device=device,
         trust=trust,
         progress=Live(),
-    ).to_dict()
-    write_json_output(json_file, found)
-    masks = found["masks"]
-    if masks is not None:
-        click.echo(f"{'':<10} boxes   masks")
-    for key in ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100"):
-        values = [one[key] for one in (found, masks) if one is not None]
-        cells = ("none  " if value is None else format(value, ".4f") for value in values)
-        click.echo(f"{key:<10} {'  '.join(cells)}".rstrip())
-    for name, one in (("AP", found), ("mask AP", masks)):
-        low, high = (one or {}).get("AP_interval") or (None, None)
-        if low is not None:
-            click.echo(f"{name} between {low:.4f} and {high:.4f} (95 %, over the draw of images)")
-    split = f", split {found['split']}" if found["split"] else ""
-    click.echo(f"{found['images']} images at {found['image_size']} px{split}")
-    if found["dropped"]:
-        click.echo(found["dropped_boxes"])
-    if masks is not None and masks["images"] < found["images"]:
-        click.echo(f"masks on {masks['images']} of them, whose objects all have an outline")
-    if found["missing_categories"]:
-        click.echo(f"not measured, unknown to the model: {', '.join(found['missing_categories'])}")
+    )
+    write_json_output(json_file, found.to_dict())
+    if isinstance(found, Agreement):
+        print_agreement(found)
+    else:
+        print_metrics(found.to_dict())
 
 
 @cli.command()

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import click
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from .errors import shown
+from .evaluation.agreement import sentence
 from .quantization.widths import format_widths
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from .comparison import Row
+    from .evaluation.agreement import Agreement
     from .quantization.listing import Inspection
     from .sensitivity.policy import Sensitivity
 
@@ -111,3 +114,37 @@ def print_comparison(rows: Sequence[Row]) -> None:
             f"{row.weight_bytes / 2**20:.2f} of {row.float_weight_bytes / 2**20:.2f} MiB",
         )
     _console().print(table)
+
+
+def print_metrics(found: dict[str, Any]) -> None:
+    """What `Metrics.to_dict` holds."""
+    masks = found["masks"]
+    if masks is not None:
+        click.echo(f"{'':<10} boxes   masks")
+    for key in ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100"):
+        values = [one[key] for one in (found, masks) if one is not None]
+        cells = ("none  " if value is None else format(value, ".4f") for value in values)
+        click.echo(f"{key:<10} {'  '.join(cells)}".rstrip())
+    for name, one in (("AP", found), ("mask AP", masks)):
+        low, high = (one or {}).get("AP_interval") or (None, None)
+        if low is not None:
+            click.echo(f"{name} between {low:.4f} and {high:.4f} (95 %, over the draw of images)")
+    split = f", split {found['split']}" if found["split"] else ""
+    click.echo(f"{found['images']} images at {found['image_size']} px{split}")
+    if found["dropped"]:
+        click.echo(found["dropped_boxes"])
+    if masks is not None and masks["images"] < found["images"]:
+        click.echo(f"masks on {masks['images']} of them, whose objects all have an outline")
+    if found["missing_categories"]:
+        click.echo(f"not measured, unknown to the model: {', '.join(found['missing_categories'])}")
+
+
+def print_agreement(found: Agreement) -> None:
+    """AP against a float network's detections, and how many of these are kept."""
+    for key, value in (("AP", found.AP), ("AP50", found.AP50)):
+        click.echo(f"{key:<10} {value:.4f}")
+    if found.AP_interval is not None:
+        low, high = found.AP_interval
+        click.echo(f"AP between {low:.4f} and {high:.4f} (95 %, over the draw of images)")
+    click.echo(f"{found.images} images at {found.image_size} px; no label was used")
+    click.echo(sentence(found, "these images"))

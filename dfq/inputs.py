@@ -9,7 +9,8 @@ from .dataset.image_set import image_size
 from .dataset.readers import ImageSet, open_set
 from .detectors.base import Detector
 from .distillation.trainer import LabelledImages
-from .errors import UserError, shown
+from .errors import UserError, argument, shown
+from .evaluation.agreement import unlabelled
 from .evaluation.matching import require_labels
 from .files import user_path
 from .recipe import Recipe
@@ -26,6 +27,27 @@ def labelled_set(source: str | None, settings: Recipe, detector: Detector) -> Im
     size = settings.evaluation.image_size or detector.image_size
     detector.check_size(size, "evaluation.image_size")
     return images
+
+
+def photographs(source: str | Path | None, settings: Recipe, detector: Detector) -> ImageSet | None:
+    """Real images, each of which can be read, without the labels they may have; None where none are
+    named.
+
+    Raises:
+        UserError: they are no images, or one is broken.
+    """
+    if source is None:
+        return None
+    try:
+        found = unlabelled(open_set(source))
+        for index in range(len(found)):
+            # Now, not after hours of training.
+            found.load_image(index)
+    except UserError as error:
+        raise UserError(f"{argument('photos')}: {error}") from None
+    size = settings.evaluation.image_size or detector.image_size
+    detector.check_size(size, "evaluation.image_size")
+    return found
 
 
 def training_data(data: str | Path, settings: Recipe, detector: Detector) -> LabelledImages:

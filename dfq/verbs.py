@@ -6,37 +6,30 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .cache import cached_folder, origin_for
 from .dataset.calibration import CalibrationSet
-from .dataset.readers import ImageSet, open_set
 from .detectors.base import Detector
-from .distillation.trainer import Outcome
 from .distributed import gathered
-from .evaluation.coco import Metrics
-from .evaluation.coco import evaluate as evaluate_detector
 from .files import require_output_folder, short_name, user_path, write_atomic
-from .inputs import labelled_set, remark, require_side, training_data
-from .models import load_float, load_model, require_float, require_weights
-from .progress import Progress
-from .quantization.convert import Policy, fold, insert_quantizers
-from .quantization.listing import Inspection, bit_operations, describe, quantized_share
+from .finish import finish, hold_out
+from .inputs import labelled_set, photographs, remark, require_side, training_data
+from .measuring import evaluate as evaluate
+from .models import load_float, load_model, require_float
+from .quantization.convert import fold, insert_quantizers
+from .quantization.listing import Inspection, describe
 from .quantization.results import count_joins
 from .recipe import Recipe, as_noise, changed_recipe
 from .recipe_overrides import Overrides
-from .run import Run, check_run, identity_of_recipe, open_run, versions
+from .run import Run, check_run, identity_of_recipe, open_run
 from .sensitivity.policy import Sensitivity, check_budget_can_be_kept, find_bits
-from .surroundings import Report, own_device, pick_device, reporter
+from .surroundings import Report, own_device, reporter
 from .synthesis.produce import synthesize_set
 from .tensorboard import Curves, WithCurves
 from .training import (
     data_identity,
-    measure,
     mixed_policy,
     open_training_data,
     policy_of,
-    read_bits,
     train,
 )
 
@@ -143,6 +136,7 @@ def quantize(
     name: str | None = None,
     seed: int | None = None,
     select_on: str | None = None,
+    photos: str | Path | None = None,
     overrides: Overrides = (),
     device: str = "auto",
     trust: bool = False,
@@ -163,6 +157,8 @@ def quantize(
         name: of the recipe, for that folder.
         seed: None: the recipe's.
         select_on: a labelled real set, whose AP chooses the epoch; None: the recipe's.
+        photos: real images, whose labels do not count; how close the low-bit network is to the
+            float one on them is measured at the end and never steers the training. None: none.
         overrides, device, trust, progress: as for `synthesize`.
         tensorboard: a folder for the curves of the loss, of the training too.
 
@@ -203,6 +199,7 @@ def quantize(
             settings = settings.model_copy(update={"model": str(source)})
             measured_on = labelled_set(settings.evaluation.data, settings, detector)
             selected_on = labelled_set(settings.distillation.select_on, settings, detector)
+            pictures = photographs(photos, settings, detector)
             teacher = fold(detector.twin())
             insert_quantizers(teacher.twin(), policy_of(settings))
             if settings.quantization.mixed.budget is not None:
@@ -217,12 +214,14 @@ def quantize(
             calibration = synthesize(
                 detector, settings, device=device, progress=progress, tensorboard=tensorboard
             )
-        identity = {
+        identity: dict[str, Any] = {
             "checkpoint": detector.fingerprint,
             "recipe": identity_of_recipe(settings),
             "data": data_identity(calibration, data),
         }
-        run = None
+        if pictures is not None:
+            identity["photos"] = [str(pictures.source), len(pictures)]
+        run: Run | None = None
         with world.leader_first():
             if world.leads:
                 numbered = f"{short_name(stem)}-{short_name(Path(detector.source).stem)}"
@@ -243,53 +242,15 @@ def quantize(
                     run.log(left_out)
             log = run.log if run is not None else lambda _: None
             told = progress if curves is None else WithCurves(progress, curves)
-            where = (calibration, folder, log, told, world)
+            made_on, looked = hold_out(calibration)
+            where = (made_on, folder, log, told, world)
             policy = mixed_policy(teacher, settings, *where)
             trained = train(teacher, policy, settings, *where, selected_on)
             if run is not None:
                 images = len(calibration)
-                _finish(run, teacher, policy, trained, settings, images, measured_on, progress)
+                measured = (measured_on, pictures)
+                finish(run, teacher, policy, trained, settings, images, looked, *measured, progress)
         return folder
-
-
-def _finish(
-    run: Run,
-    teacher: Detector,
-    policy: Policy,
-    trained: tuple[Detector, Outcome | None, str],
-    settings: Recipe,
-    images: int,
-    measured_on: ImageSet | None,
-    progress: Progress,
-) -> None:
-    """Measure and save what training gave."""
-    student, outcome, selected = trained
-    # As it will be loaded: another memory layout sums in another order.
-    student.module.to(memory_format=torch.contiguous_format)
-    layers = describe(student)
-    metrics: dict[str, Any] = {
-        "method": settings.method,
-        "selected": selected,
-        "weight_bits": settings.quantization.weight_bits,
-        "activation_bits": settings.quantization.activation_bits,
-        "quantized_share_of_macs": quantized_share(layers),
-        "bit_operations": bit_operations(layers),
-        "images": images,
-    }
-    if settings.quantization.mixed.budget is not None:
-        found = read_bits(run.folder / "sensitivity.json")
-        metrics["mixed"] = {key: found[key] for key in ("cost", "budget", "spent", "divergence")}
-    if outcome is not None:
-        metrics["teacher_divergence"] = outcome.agreement
-        metrics["history"] = outcome.history
-        if outcome.best is not None and selected.startswith("qat"):
-            epoch, score = outcome.best
-            where = settings.distillation.select_on
-            metrics["selected_on_real_images"] = {"data": where, "epoch": epoch, "AP": score}
-    if measured_on is not None:
-        metrics["evaluation"] = measure(teacher, student, measured_on, settings, progress)
-    run.finish(student, policy, metrics, {"versions": versions()})
-    run.log(f"finished: {selected}")
 
 
 def sensitivity(
@@ -350,40 +311,6 @@ def sensitivity(
                 found = find_bits(teacher, policy, settings.quantization, calibration, progress)
         shared: Sensitivity = world.share(found)
         return shared
-
-
-def evaluate(
-    model: str | Path | Detector,
-    data: str | Path,
-    *,
-    image_size: int | None = None,
-    interval: bool = False,
-    device: str = "auto",
-    trust: bool = False,
-    progress: Report = None,
-) -> Metrics:
-    """COCO AP of a float detector or a run on a labelled set; fractions in [0, 1].
-
-    Args:
-        model: a detector, or what names one, or a run folder.
-        data: the set.
-        image_size: side in pixels; None: the detector's own.
-        interval: also find between which values AP is over the draw of images.
-        device, trust, progress: as for `synthesize`.
-
-    Raises:
-        UserError: for anything the user can mend.
-    """
-    images = open_set(data)
-    target = pick_device(device)
-    if isinstance(model, Detector):
-        detector = model.to(target)
-    else:
-        detector = require_weights(load_model(model, trust=trust, device=target))
-    with reporter(progress).task("evaluation", len(images), "images") as task:
-        return evaluate_detector(
-            detector, images, image_size=image_size, interval=interval, progress=task.update
-        )
 
 
 def inspect(model: str | Path | Detector, *, trust: bool = False) -> Inspection:

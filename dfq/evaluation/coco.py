@@ -83,7 +83,7 @@ class Metrics:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON can hold them: NaN becomes None, the tuple a list."""
-        return {key: _plain(value) for key, value in asdict(self).items()}
+        return {key: plain(value) for key, value in asdict(self).items()}
 
 
 def evaluate(
@@ -336,9 +336,9 @@ def _mean(values: np.ndarray) -> float:
     return float(defined.mean()) if defined.size else math.nan
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, tuple) else value
+        return {key: plain(entry) for key, entry in value.items()}
+    return [plain(entry) for entry in value] if isinstance(value, tuple) else value

@@ -19,14 +19,15 @@ from tiny_detector import blobs
 
 import dfq
 from dfq.cli import cli
+from dfq.demo.picture import draw_picture
 from dfq.recipe import load_recipe
 from dfq.synthesis.inversion import Inversion
 
 OPTIONS = {
     "synthesize": "model out images image_size iterations batch_size labels init recipe "
     "workers tensorboard seed overrides device trust",
-    "qat": "recipe model data out select_on overrides seed device trust",
-    "eval": "model data image_size json_file device trust",
+    "qat": "recipe model data out select_on photos overrides seed device trust",
+    "eval": "model data against image_size json_file device trust",
     "inspect": "model json_file trust",
     "sensitivity": "model data recipe budget cost images json_file seed overrides device trust",
     "demo": "out",
@@ -410,6 +411,14 @@ def test_demo(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "dfq.recipe.shipped_recipes", lambda: {"demo": place / "recipes" / "demo.yaml"}
     )
     monkeypatch.setattr("dfq.demo.flow.SCENES", 6)
+    columns: list[Any] = []
+
+    def drawn(scenes: Any, chosen: Any, both: Any, made: Any) -> Image.Image:
+        columns[:] = both
+        assert len(scenes) == 6
+        return draw_picture(scenes, chosen, both, made)
+
+    monkeypatch.setattr("dfq.demo.flow.draw_picture", drawn)
     result = command(
         "demo",
         "--out",
@@ -420,6 +429,13 @@ def test_demo(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["float"]["AP"] > 0.3
     assert found["float"]["kept"] == 1
     assert len(found) == 4  # float, naive, a scale per channel, zero-shot
+    # The picture says of which network its sides are, and how good they are.
+    left, right = columns
+    assert "float" in left.title
+    assert "4-bit" in right.title
+    assert f"AP {found['float']['AP']:.3f}" in left.figure
+    assert f"AP {found['zero-shot QAT W4A8']['AP']:.3f}" in right.figure
+    assert found["float"]["AP"] == dfq.evaluate("demo", place / "demo" / "validation").AP
     with Image.open(place / "demo" / "images.png") as grid:
         assert grid.size[0] > 4 * 320
     again = stamps(place / "demo")
