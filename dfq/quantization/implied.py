@@ -76,7 +76,7 @@ def implied_ranges(detector: Detector, deviations: float) -> dict[str, tuple[flo
     handles = []
 
     def follow(layer: nn.Module, _inputs: Any, output: Tensor) -> Tensor | None:
-        if len(output) != STEPS:
+        if len(output) != STEPS or (isinstance(layer, _BatchNorm) and layer.running_var is None):
             # Of a part of an image, and not of the image.
             watch.note(output, True)
             return None
@@ -84,8 +84,10 @@ def implied_ranges(detector: Detector, deviations: float) -> dict[str, tuple[flo
             mean, spread = layer.shift, layer.factor.abs() * layer.var.sqrt()
         else:
             assert isinstance(layer, _BatchNorm)
+            assert layer.running_var is not None
             mean = output.new_zeros(output.shape[1]) if layer.bias is None else layer.bias
-            spread = torch.ones_like(mean) if layer.weight is None else layer.weight.abs()
+            spread = (layer.running_var / (layer.running_var + layer.eps)).sqrt()
+            spread = spread if layer.weight is None else spread * layer.weight.abs()
         values = mean + offsets[:, None] * spread
         values = values.view(*values.shape, *[1] * (output.ndim - 2)).expand_as(output).clone()
         watch.note(values, False)

@@ -15,6 +15,7 @@ from dfq.distillation.losses import distillation_terms
 from dfq.errors import UserError
 from dfq.quantization.convert import (
     Policy,
+    activation_quantizers,
     calibrate,
     fold,
     insert_quantizers,
@@ -213,3 +214,24 @@ def test_layers_that_are_too_wide_are_left_to_the_nearest_level(
         assert same == second_order.is_too_wide(layer)
         wide += same
     assert 0 < wide < len(before)
+
+
+@pytest.mark.parametrize(("bits", "same"), [(8, True), (6, False)])
+def test_what_fine_activations_add_is_not_made_up_for(bits: int, same: bool) -> None:
+    images = (blobs(8) * 255).round().to(torch.uint8)
+    teacher = fold(tiny_detector())
+
+    def rounded(enabled: bool) -> tuple[dict[str, Tensor], Detector]:
+        student = insert_quantizers(teacher.twin(), Policy(4, bits, first_last_bits="same"))
+        calibrate(student, [images.float() / 255])
+        for _, quantizer in activation_quantizers(student.module):
+            # Coarse, so that it makes a difference.
+            quantizer.initialise(3 * quantizer.scale.detach(), quantizer.zero_point.detach())
+            quantizer.enabled = enabled
+        reconstruct(student, teacher, images)
+        return {name: layer.weight for name, layer in quantized_layers(student.module)}, student
+
+    (with_them, student), (without, _) = rounded(True), rounded(False)
+    assert all(torch.equal(with_them[name], without[name]) for name in without) is same
+    # They are back afterwards.
+    assert all(q.enabled for _, q in activation_quantizers(student.module))
