@@ -18,6 +18,7 @@ from .cli_common import (
     require_streams,
     settings_of,
     settings_options,
+    tell_quality,
     write_json_output,
 )
 from .cli_compare import compare
@@ -139,6 +140,7 @@ def synthesize(
         return
     objects = sum(len(label) for label in made.labels)
     click.echo(f"{len(made)} images, {objects} objects: {made.root}")
+    tell_quality(made)
 
 
 @cli.command()
@@ -175,7 +177,8 @@ def synthesize(
     "--photos",
     metavar="DIR",
     show_default="none",
-    help="Real photos, no labels needed: say in the end how close the network is on them.",
+    help="Real photos, no labels needed: half of them (64 at most) join calibration and rounding, "
+    "and on the others is said in the end how close the network is.",
 )
 @_tensorboard
 @settings_options

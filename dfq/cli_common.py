@@ -25,6 +25,7 @@ from .plain import brief
 from .processes import Terminated, heeding_sigterm
 
 if TYPE_CHECKING:
+    from .dataset.calibration import CalibrationSet
     from .recipe import Recipe
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -238,3 +239,17 @@ def write_json_output(path: Path | None, value: Any) -> None:
     """The same of JSON for `--json`; nothing where none is asked for."""
     if path is not None:
         write_output(path, json_bytes(value))
+
+
+def tell_quality(made: CalibrationSet) -> dict[str, Any] | None:
+    """Say how well a set meets the network's statistics, and what to worry about; returns it as
+    JSON has it, None for a set that does not know."""
+    from .synthesis.quality import quality_of
+
+    quality = quality_of(made.manifest)
+    if quality is None:
+        return None
+    click.echo(quality.summary())
+    for line in quality.warnings():
+        click.echo(f"warning: {line}", err=True)
+    return quality.to_dict()

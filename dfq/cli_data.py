@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .cli_common import PATH, mendable, output_file, output_folder, write_json_output, write_output
+from .cli_common import (
+    PATH,
+    mendable,
+    output_file,
+    output_folder,
+    tell_quality,
+    write_json_output,
+    write_output,
+)
 from .errors import UserError, shown
 from .files import require_apart, require_not_read, user_path
 
@@ -43,6 +51,7 @@ def show(source: str, grid: Path | None, json_file: Path | None) -> None:
     """Say what is in a SET: a calibration set, a real one, or a folder of photos."""
     from rich.console import Console
 
+    from .dataset.calibration import CalibrationSet
     from .dataset.preview import draw_preview
     from .dataset.summary import Objects, open_any, summarize
 
@@ -62,7 +71,10 @@ def show(source: str, grid: Path | None, json_file: Path | None) -> None:
         console.print(table)
     if summary.remark:
         click.echo(summary.remark)
-    write_json_output(json_file, summary.to_dict())
+    figures = summary.to_dict()
+    if isinstance(found, CalibrationSet):
+        figures["quality"] = tell_quality(found)
+    write_json_output(json_file, figures)
     if grid is not None:
         write_output(grid, draw_preview(found), "grid")
 

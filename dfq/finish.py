@@ -17,6 +17,7 @@ from .quantization.convert import Policy
 from .quantization.listing import bit_operations, describe, quantized_share
 from .recipe import Recipe
 from .run import Run, versions
+from .synthesis.quality import quality_of
 from .training import FAR, measure, read_bits
 
 MOST_HELD_OUT = 16
@@ -137,10 +138,15 @@ def finish(
             batch_size=batch_size,
         )
         metrics["closeness"]["photos"] = {"data": str(photos.source), **on_photos.to_dict()}
-        text = sentence(on_photos, f"the {len(photos)} photos")
+        text = sentence(on_photos, f"the {len(photos)} photos it was made without")
         if on_photos.objects:
             text += f"; agreement AP {on_photos.AP:.3f}, AP50 {on_photos.AP50:.3f}"
         said.append(text)
+    if isinstance(looked.data, CalibrationSet):
+        quality = quality_of(looked.data.manifest)
+        if quality is not None:
+            metrics["set_quality"] = quality.to_dict()
+            said += [quality.summary(), *(f"warning: {line}" for line in quality.warnings())]
     metrics["said"] = said
     if measured_on is not None:
         metrics["evaluation"] = measure(teacher, student, measured_on, settings, progress)

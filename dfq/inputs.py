@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from .dataset.calibration import CalibrationSet
 from .dataset.image_set import image_size
+from .dataset.pixels import Pixels
 from .dataset.readers import ImageSet, open_set
 from .detectors.base import Detector
 from .distillation.trainer import LabelledImages
@@ -15,6 +20,9 @@ from .evaluation.matching import require_labels
 from .files import user_path
 from .recipe import Recipe
 from .training import LetterboxedImages, open_training_data
+
+MOST_JOINING = 64
+"""Real images that calibration takes, at most."""
 
 
 def labelled_set(source: str | None, settings: Recipe, detector: Detector) -> ImageSet | None:
@@ -87,3 +95,43 @@ def refuse_set(source: str | Path) -> None:
             f"{shown(source)}: is a calibration set and no detector; give the detector here, and "
             "the set as --data"
         )
+
+
+class WithPhotographs:
+    """Real images between those of a set, as calibration takes them: by turns, while there are any.
+
+    Args:
+        photos: images without labels; every second one joins, `MOST_JOINING` at most, and the
+            others are left to look at (`left`).
+        others: the set.
+        detector: whose stride counts.
+    """
+
+    def __init__(self, photos: ImageSet, others: LabelledImages, detector: Detector) -> None:
+        joining = list(range(0, len(photos) - 1, 2))[:MOST_JOINING]
+        self.left = replace(
+            photos, items=[item for i, item in enumerate(photos.items) if i not in joining]
+        )
+        size = others.load([0]).shape[-1]
+        self.photos = LetterboxedImages(
+            replace(photos, items=[photos.items[i] for i in joining]), detector, size
+        )
+        self.others = others
+
+    def __len__(self) -> int:
+        return len(self.photos) + len(self.others)
+
+    def load(self, indices: list[int]) -> Tensor:
+        """uint8 `(n, 3, s, s)`, RGB."""
+        twice = 2 * min(len(self.photos), len(self.others))
+        images = []
+        for index in indices:
+            source: Pixels
+            if index < twice:
+                source, place = (self.others if index % 2 else self.photos), index // 2
+            elif len(self.photos) > len(self.others):
+                source, place = self.photos, index - len(self.others)
+            else:
+                source, place = self.others, index - len(self.photos)
+            images.append(source.load([place]))
+        return torch.cat(images)

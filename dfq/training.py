@@ -15,6 +15,7 @@ from torch import Tensor
 from .dataset.calibration import CalibrationSet
 from .dataset.image_set import image_size
 from .dataset.letterbox import load_letterboxed
+from .dataset.pixels import Pixels
 from .dataset.readers import ImageSet, open_set
 from .detectors.base import Detector, Targets
 from .distillation.losses import total_divergence
@@ -207,7 +208,7 @@ def quantized(
     teacher: Detector,
     policy: Policy,
     recipe: Recipe,
-    data: LabelledImages | None,
+    data: Pixels | None,
     progress: Progress,
 ) -> Detector:
     """A twin of the folded `teacher` with quantizers; unless `data` is None calibrated on it, and
@@ -230,6 +231,7 @@ def train(
     progress: Progress,
     world: World,
     real: ImageSet | None = None,
+    calibration: Pixels | None = None,
 ) -> tuple[Detector, Outcome | None, str]:
     """Make the low-bit detector as `recipe.method` says.
 
@@ -243,6 +245,7 @@ def train(
         progress: told how far it is.
         world: the processes that share the training; each calls this, and gets the same.
         real: a labelled set to select the epoch on; None: weights are selected without real images.
+        calibration: what to calibrate and round on; None: `data`.
 
     Returns:
         The student, how training ended (None where there was none), and why it is this student.
@@ -251,11 +254,12 @@ def train(
         DivergedError: where training diverged, unless the method is `auto`.
         UserError: where a checkpoint cannot be read, or another process died.
     """
+    seen = calibration or data
     if recipe.method == "ptq":
-        return quantized(teacher, policy, recipe, data, progress), None, "ptq"
+        return quantized(teacher, policy, recipe, seen, progress), None, "ptq"
     resuming = world.share((folder / "checkpoint.pt").is_file())
     # A resumed student gets its scales from the checkpoint: calibrating would be for nothing.
-    student = quantized(teacher, policy, recipe, None if resuming else data, progress)
+    student = quantized(teacher, policy, recipe, None if resuming else seen, progress)
     log("training resumed" if resuming else "training started")
     # Kept to fall back to; a resumed run that has to finds it anew, which takes the time again.
     kept = recipe.method == "qat" and recipe.distillation.keep_worse
@@ -264,7 +268,7 @@ def train(
     def beginning() -> Detector:
         # The trainer has laid it out anew, and sums in another order differ in their last bits.
         teacher.module.to(memory_format=torch.contiguous_format)
-        return start or quantized(teacher, policy, recipe, data, progress)
+        return start or quantized(teacher, policy, recipe, seen, progress)
 
     judge = None
     if real is not None:

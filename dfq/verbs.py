@@ -12,7 +12,14 @@ from .detectors.base import Detector
 from .distributed import gathered
 from .files import require_output_folder, short_name, user_path, write_atomic
 from .finish import finish, hold_out
-from .inputs import labelled_set, photographs, remark, require_side, training_data
+from .inputs import (
+    WithPhotographs,
+    labelled_set,
+    photographs,
+    remark,
+    require_side,
+    training_data,
+)
 from .measuring import evaluate as evaluate
 from .models import load_float, load_model, require_float
 from .quantization.convert import fold, insert_quantizers
@@ -245,7 +252,11 @@ def quantize(
             made_on, looked = hold_out(calibration)
             where = (made_on, folder, log, told, world)
             policy = mixed_policy(teacher, settings, *where)
-            trained = train(teacher, policy, settings, *where, selected_on)
+            joined = None
+            if pictures is not None:
+                joined = WithPhotographs(pictures, made_on, detector)
+                pictures = joined.left
+            trained = train(teacher, policy, settings, *where, selected_on, joined)
             if run is not None:
                 images = len(calibration)
                 measured = (measured_on, pictures)

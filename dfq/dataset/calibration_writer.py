@@ -209,14 +209,16 @@ class CalibrationWriter:
         )
 
     def finish(
-        self, extra: dict[str, Any], before: Callable[[CalibrationSet], None] | None = None
+        self,
+        extra: dict[str, Any],
+        before: Callable[[CalibrationSet], dict[str, Any]] | None = None,
     ) -> CalibrationSet:
         """Merge the shards' records and mark the set complete.
 
         Args:
             extra: joins the manifest.
             before: called with the merged set before it counts as complete, to add what belongs to
-                it; again if the process dies meanwhile.
+                it; again if the process dies meanwhile. What it returns joins the manifest.
         """
         if self.complete:
             return CalibrationSet.open(self.root)
@@ -240,9 +242,10 @@ class CalibrationWriter:
         }
         if before is not None:
             annotations_file = self.root / "annotations.json"
-            before(
-                CalibrationSet(self.root, *parse_annotations(annotations_file, document), manifest)
+            merged = CalibrationSet(
+                self.root, *parse_annotations(annotations_file, document), manifest
             )
+            manifest = {**before(merged), **manifest}
         write_json(self.root / "manifest.json", manifest)
         self._tidy()
         return CalibrationSet.open(self.root)

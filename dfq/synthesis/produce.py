@@ -27,6 +27,7 @@ from .compiled import why_none
 from .inversion import Inversion
 from .labels import label_source_identity
 from .pace import Pace
+from .quality import set_quality
 from .shards import Plan, ShardMaker, ShardReport, make_shards
 from .workers import Workers, worker_count
 
@@ -35,6 +36,9 @@ ALGORITHM = 5
 
 PREVIEW = "preview.png"
 """A grid of the first images with their labels, beside `images/`."""
+
+LOOKED_AT = 128
+"""Images of a set, at most, that tell how well it meets the statistics."""
 
 FOLDER_SECONDS = 30.0
 """How long the folder of the leading process may take to show on another node."""
@@ -206,13 +210,21 @@ def synthesize_set(
             if not world.leads:
                 return CalibrationSet.open(out)
             versions = {"dfq": __version__, "torch": torch.__version__}
+
+            def before(made: CalibrationSet) -> dict[str, Any]:
+                write_preview(made, out / PREVIEW)
+                # Evenly from all shards.
+                stride = -(-len(made) // LOOKED_AT)
+                quality = set_quality(inversion.detector, made.load(range(0, len(made), stride)))
+                return {} if quality is None else {"quality": quality.to_dict()}
+
             return writer.finish(
                 {
                     "model": detector.source,
                     "model_path": located(detector.source),
                     "versions": versions,
                 },
-                lambda made: write_preview(made, out / PREVIEW),
+                before,
             )
 
 

@@ -313,6 +313,27 @@ class BatchNormStatistics:
         else:
             self._whole.add(passed)
 
+    def compared(self) -> list[tuple[str, float, float]]:
+        """Of all the parts that were gathered, by layer in the order they ran: name, mean over the
+        channels of how many standard deviations the mean is off, and of the logarithm of the
+        variance over that of the training data."""
+        whole, known = self._whole, self._constants(relative=True)
+        if whole is None:
+            raise RuntimeError("no forward pass to tell of")
+        alive = (known.to_mean > 0).to(whole.mean.dtype)
+        stored = known.var.clamp_min(1e-12)
+        shift = (whole.mean - known.mean).abs() / stored.sqrt()
+        ratio = (whole.var / stored).clamp_min(1e-6).log()
+        count = known.sums(alive).clamp_min(1)
+        names = list(self.layers)
+        rows = zip(
+            (known.sums(shift * alive) / count).tolist(),
+            (known.sums(ratio * alive) / count).tolist(),
+            strict=True,
+        )
+        found = [(name, *row) for name, row in zip(names, rows, strict=True)]
+        return [found[index] for index in self._tokens]
+
     def release(self) -> None:
         """Forget the parts: `distances` again tells of the last forward pass."""
         self._whole = None

@@ -141,7 +141,7 @@ def test_curves_and_a_preview(place: Path, model: Path, made: Path) -> None:
     reader.Reload()
     tags = reader.Tags()["scalars"]
     assert {tag.split("/")[0] for tag in tags} == {"labels", "small", "full"}
-    assert {tag.split("/")[1] for tag in tags} == {"bn", "first_bn", "task", "tv"}
+    assert {tag.split("/")[1] for tag in tags} == {"bn", "task", "tv"}
     assert [event.step for event in reader.Scalars("labels/bn")] == [1, 2, 3, 4]
     # Four images in a row, each enlarged to 320 px, and the space between them.
     with Image.open(place / "set" / "preview.png") as preview:

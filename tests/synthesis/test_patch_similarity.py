@@ -163,7 +163,7 @@ def test_it_stands_beside_batchnorm(swin: Detector) -> None:
         torch.Generator().manual_seed(0),
         lambda stage, step, steps, values: terms.update(values),
     )
-    assert {"bn", "first_bn", "entropy", "task"} <= terms.keys()
+    assert {"bn", "entropy", "task"} <= terms.keys()
 
 
 def test_the_weight_counts_only_where_there_is_attention(swin: Detector) -> None:

@@ -288,3 +288,45 @@ def test_parts_of_a_batch_have_the_gradient_of_the_whole() -> None:
         statistics.release()
         network(parts[0])
         assert not torch.allclose(statistics.distances(), expected)
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_divergences_are_those_of_gaussians(folded: bool) -> None:
+    network, images = small_network(), torch.rand(4, 3, 9, 9, requires_grad=True)
+    expected = []
+
+    def watch(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        dims = [d for d in range(inputs[0].ndim) if d != 1]
+        var, mean = torch.var_mean(inputs[0], dims, correction=0)
+        seen = torch.distributions.Normal(mean, var.sqrt())
+        known = torch.distributions.Normal(layer.running_mean, layer.running_var.sqrt())
+        expected.append(torch.distributions.kl_divergence(seen, known).mean())
+
+    norms = [m for m in network.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
+    handles = [m.register_forward_pre_hook(watch) for m in norms]
+    network(images)
+    for handle in handles:
+        handle.remove()
+    (wanted,) = torch.autograd.grad(torch.stack(expected).sum(), images)
+    if folded:
+        fold_batchnorm(network, lambda: network(images))
+    with BatchNormStatistics(network) as statistics:
+        network(images)
+        found = statistics.divergences()
+    (gradient,) = torch.autograd.grad(found.sum(), images)
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-2, atol=1e-4)
+
+
+def test_a_channel_whose_gamma_has_died_says_nothing() -> None:
+    network = small_network()
+    network[1].weight.data[2] = 0
+    images = torch.rand(4, 3, 9, 9)
+    fold_batchnorm(network, lambda: network(images))
+    with BatchNormStatistics(network) as statistics:
+        network(images)
+        first = statistics.first_layer()
+        network(images)
+        divergences = statistics.divergences()
+    assert [len(v) for v in first] == [5] * 4
+    assert torch.isfinite(divergences).all()

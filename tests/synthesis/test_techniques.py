@@ -31,7 +31,7 @@ def detector() -> Detector:
 
 def techniques(detector: Detector, **settings: Any) -> Techniques:
     statistics = BatchNormStatistics(detector.module)
-    return Techniques(Settings(**settings), detector, statistics, relative=True)
+    return Techniques(Settings(**settings), detector, statistics, form="relative")
 
 
 def one_label(count: int) -> Targets:
@@ -119,20 +119,21 @@ def test_slack_and_emphasis(detector: Detector) -> None:
     torch.testing.assert_close(found, torch.tensor([4.0, 2.0, 4 / 3, 1.0]) / (25 / 12))
 
 
-@pytest.mark.parametrize("relative", [False, True])
-def test_statistics_of_one_image_are_those_of_a_batch_of_one(
-    detector: Detector, relative: bool
-) -> None:
+@pytest.mark.parametrize("form", ["absolute", "relative", "gaussian"])
+def test_statistics_of_one_image_are_those_of_a_batch_of_one(detector: Detector, form: str) -> None:
     images = blobs(3, seed=5)
     statistics = BatchNormStatistics(detector.module)
-    with ImageStatistics(statistics, relative=relative) as alone:
+    with ImageStatistics(statistics, form) as alone:
         detector.raw(images.requires_grad_())
         found = alone.distances()
     each = []
     with statistics:
         for image in images.detach():
             detector.raw(image[None])
-            each.append(statistics.distances(relative=relative))
+            if form == "gaussian":
+                each.append(statistics.divergences())
+            else:
+                each.append(statistics.distances(relative=form == "relative"))
     torch.testing.assert_close(found, torch.stack(each).mean(0), rtol=1e-3, atol=1e-4)
 
 
