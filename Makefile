@@ -32,9 +32,13 @@ clean:
 # Heavy runs on real data, written up in docs/RESULTS.md; KIT is the folder of images and networks.
 KIT ?= ../shared/kit
 BENCH ?= runs/bench
+WORKERS ?= 1
+# What tools/fine_tuned.py makes.
+FINE_TUNED := demo-dark demo-pale demo-grey demo-crowded
+FINE_TUNED += yolov5n-dark yolov5n-grey yolov5n-pale yolov5n-bluish
 
 .PHONY: bench-zero-shot bench-demo bench-synthesis bench-synthesis-ablation bench-synthesis-curve
-.PHONY: bench-qat bench-qat-step bench-rounding
+.PHONY: bench-qat bench-qat-step bench-rounding bench-networks
 .PHONY: bench-mmdet bench-mmdet-full bench-mmdet-runner
 
 bench-zero-shot: env
@@ -57,6 +61,19 @@ bench-synthesis-ablation: env
 bench-synthesis-curve: env
 	$(BIN)/python tools/curve_synthesis.py --model $(KIT)/weights/yolov5n-coco/yolov5n.pt \
 	  --real $(KIT)/coco-train --out $(BENCH)/curve
+
+# Every published width on the networks of the kit and on fine-tuned ones, which are trained first:
+# most of a day on two cores. Goes on where it stopped.
+bench-networks: env
+	$(BIN)/python tools/fine_tuned.py --yolov5n $(KIT)/weights/yolov5n-coco/yolov5n.pt \
+	  --photos $(KIT)/coco-train --out $(BENCH)/fine-tuned
+	$(BIN)/python tools/bench_networks.py --network demo \
+	  --network coco=$(KIT)/weights/yolov5n-coco/yolov5n.pt --labelled coco=$(KIT)/coco-val \
+	  --network face=$(KIT)/weights/yolov5n-face/yolov5n.pt \
+	  --network ball=$(KIT)/weights/yolov9t-ball/yolov9t.pt \
+	  $(foreach name,$(FINE_TUNED),--network $(name)=$(BENCH)/fine-tuned/$(name).safetensors) \
+	  --photos $(KIT)/coco-val --photos $(KIT)/voc --real $(KIT)/coco-train \
+	  --out $(BENCH)/networks --workers $(WORKERS)
 
 # SET: any calibration set, say of bench-zero-shot.
 bench-rounding: env
