@@ -540,6 +540,27 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "yaml with an endless number": (
         header(f"val: images\nnames: [a]\nnc: {'9' * 5000}\n"), "broken YAML: Exceeds the limit"
     ),
+    "yaml with a key given twice": (
+        header("val: images\nnames: [a, b]\nval: images\n"),
+        r"data\.yaml: the key 'val' is there twice, in lines 1 and 3: keep one",
+    ),
+    "yaml with a category given twice": (
+        header("val: images\nnames:\n  0: a\n  0: b\n"),
+        r"data\.yaml: the key 0 is there twice, in lines 3 and 4: keep one",
+    ),
+    "yaml with a truth value that is none": (
+        header("val: images\nnames: [a]\nnc: !!bool maybe\n"), "broken YAML: 'maybe'"
+    ),
+    "yaml with a date that is none": (
+        header("val: images\nnames: [a]\ndate: !!timestamp soon\n"), "broken YAML: "
+    ),
+    "coco with a key given twice": (
+        lambda p: _write(
+            small_coco(p) / "annotations.json",
+            b'{"images": [], "annotations": [], "categories": [], "images": []}',
+        ),
+        r"annotations\.json: the key 'images' is there twice: keep one",
+    ),
     "iscrowd that is neither": (
         lambda p: small_coco(p, annotation={"iscrowd": "perhaps"}),
         r"annotations\[0\] \(id 1\) has an 'iscrowd' that is neither 0 nor 1: 'perhaps'",
