@@ -24,6 +24,7 @@ from .cli_compare import compare
 from .cli_data import data
 from .cli_mmdet import mmdet_config
 from .cli_sensitivity import sensitivity
+from .errors import shown
 from .limits import MOST_WORKERS
 from .processes import end_with_launcher
 
@@ -191,6 +192,7 @@ def qat(
 
     On several GPUs or nodes: torchrun --nproc-per-node=GPUS -m dfq qat ...
     """
+    from .comparison import number
     from .distributed import leads
     from .progress import Live
     from .recipe import find_recipe
@@ -221,11 +223,16 @@ def qat(
         return
     metrics = read_metrics(folder)
     share = metrics["quantized_share_of_macs"]
-    click.echo(f"{metrics['selected']}; {share:.1%} of the MACs quantized")
-    for name, value in metrics.get("evaluation", {}).items():
-        if name != "data":
-            masks = f"  mask AP {value['masks']['AP']:.3f}" if value["masks"] else ""
-            click.echo(f"{name}: AP {value['AP']:.3f}  AP50 {value['AP50']:.3f}{masks}")
+    click.echo(f"{shown(metrics['selected'])}; {share:.1%} of the MACs quantized")
+    measured = metrics.get("evaluation")
+    for name, value in measured.items() if isinstance(measured, dict) else ():
+        if isinstance(value, dict):
+            figures = {key: number(value, key) for key in ("AP", "AP50")}
+            if value.get("masks"):
+                figures["mask AP"] = number(value["masks"], "AP")
+            # There is none where there was nothing to find.
+            cells = (f"{k} {'none' if v is None else format(v, '.3f')}" for k, v in figures.items())
+            click.echo(f"{shown(name)}: {'  '.join(cells)}")
     click.echo(str(folder))
 
 

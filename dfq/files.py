@@ -159,7 +159,11 @@ def keys_once(where: str) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
 def read_json(path: Path) -> Any:
     """Parse a JSON file of ours; a broken one is a `UserError` that names it."""
     try:
-        return json.loads(path.read_text(), object_pairs_hook=keys_once(shown(path)))
+        # Not waited for: a pipe in its place.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise UserError(f"{shown(path)}: is no regular file; restore or delete it")
+            return json.loads(file.read().decode(), object_pairs_hook=keys_once(shown(path)))
     except FileNotFoundError:
         raise UserError(f"{shown(path)}: there is no such file") from None
     except RecursionError:

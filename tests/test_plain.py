@@ -6,6 +6,7 @@ import collections
 import datetime
 import json
 import math
+import pickle
 import random
 from pathlib import Path
 from typing import Any
@@ -177,3 +178,11 @@ def test_json_with_a_key_given_twice(text: str, tmp_path: Path) -> None:
     (tmp_path / "own.json").write_text(text)
     with pytest.raises(UserError, match=r"own\.json: the key 'a' is there twice: keep one"):
         read_json(tmp_path / "own.json")
+
+
+def test_what_is_wrong_stays_on_its_line() -> None:
+    """Names of files, devices and keys may hold what ends a line or moves the cursor."""
+    assert str(UserError("a\nb\x1b[2J: gone")) == r"a\nb\x1b[2J: gone"
+    several = UserError("first\nthing", "second")
+    assert str(several).splitlines() == [r"first\nthing", "second"]
+    assert str(pickle.loads(pickle.dumps(several))) == str(several)

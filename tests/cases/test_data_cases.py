@@ -587,6 +587,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda p: small_voc(p, "<?xml?><annotation>图片说明</annotation>".encode("gbk")),
         r"a\.xml: is not a text file in UTF-8",
     ),
+    "voc with XML of another kind": (
+        lambda p: small_voc(p, b"<project><owner/></project>"),
+        r"a\.xml: is no annotation: its XML is a 'project'",
+    ),
     "voc with entities": (
         lambda p: small_voc(p, b'<!DOCTYPE a [<!ENTITY b "c">]><annotation>&b;</annotation>'),
         "declares entities",

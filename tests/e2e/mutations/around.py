@@ -127,7 +127,8 @@ def _copy(things: Things, place: Path) -> Path:
 
 def meeting_run(things: Things, draw: random.Random, run: Path) -> list[Words]:
     again: Words = (
-        "qat", "--recipe", "tiny.yaml", "--model", things.model, "--data", things.made, "--out", run,
+        "qat", "--recipe", "tiny.yaml", "--model", things.model, "--data", things.made,
+        "--out", run,
     )  # fmt: skip
     return some_of(
         draw, inspect(run), evaluate(run, things.made), again, ("compare", run, "--csv", "out.csv")
@@ -201,7 +202,13 @@ def run_sealed(things: Things, place: Path, draw: random.Random) -> Case:
         changed = bytearray(payload)
         place_of = draw.randrange(len(changed) // 4) * 4
         changed[place_of : place_of + 4] = draw.choice(
-            [b"\xff\xff\xff\x7f", b"\0\0\x80\x7f", b"\0\0\x80\xff", b"\0\0\0\0", b"\xff\xff\x7f\x7f"]
+            [
+                b"\xff\xff\xff\x7f",
+                b"\0\0\x80\x7f",
+                b"\0\0\x80\xff",
+                b"\0\0\0\0",
+                b"\xff\xff\x7f\x7f",
+            ]
         )
         done = f"payload at {place_of}"
         model.write_bytes(with_header(header, bytes(changed)))
@@ -238,7 +245,8 @@ def run_begun(things: Things, place: Path, draw: random.Random) -> Case:
         path.unlink()
         path.symlink_to("checkpoint.pt")
     command: Words = (
-        "qat", "--recipe", "tiny.yaml", "--model", things.model, "--data", things.made, "--out", run,
+        "qat", "--recipe", "tiny.yaml", "--model", things.model, "--data", things.made,
+        "--out", run,
     )  # fmt: skip
     refused = what in ("cut", "evil", "twice")
     return Case(f"{what}: {name}", [inspect(run), command][draw.randrange(2) :], refused)
@@ -273,7 +281,7 @@ def output(things: Things, place: Path, draw: random.Random) -> Case:
     elif what == "input":
         path = draw.choice([model, data / "annotations.json", data / "manifest.json"])
     else:
-        path = Path(draw.choice(["~nobody-here/x.json", "/proc/x/y", "kept/", "set", "/"]))
+        path = Path(draw.choice(["~no-such-user/x.json", "/proc/x/y", "kept/x", "set", "/"]))
     evaluated: Words = ("eval", "--model", model, "--data", data, "--json", path)
     commands: list[Words] = [evaluated]
     if path != model:
@@ -348,13 +356,21 @@ def environment(things: Things, place: Path, draw: random.Random) -> Case:
         return Case(f"{given}", [work], refused=True, environment=given)
     if name == "CC":
         text = draw.choice(["'", "nothing-here", "/", "a-pipe", "a-file", "false", "true", "\\"])
-        made: Words = ("synthesize", "--model", things.model, "--recipe", "tiny.yaml", "--out", "out")
+        made: Words = (
+            "synthesize",
+            "--model",
+            things.model,
+            "--recipe",
+            "tiny.yaml",
+            "--out",
+            "out",
+        )
         return Case(f"CC={text}", [(*made, "--workers", "1")], environment={"CC": text})
     if name == "STATE":
         text = str(place / draw.choice(["a-file", "a-pipe", "a-loop", "x" * 300]))
         return Case(f"state: {text}", [work], environment={"XDG_STATE_HOME": text})
-    text = draw.choice(["a-file", "a-pipe", "a-loop", "a-file/x", "x" * 300, "~nobody/x", "/proc/x",
-                        "/dev/null"])  # fmt: skip
+    folders = ["a-file", "a-pipe", "a-loop", "a-file/x", "x" * 300, "~no-such-user/x"]
+    text = draw.choice([*folders, "/proc/x", "/dev/null"])
     cached: list[Words] = [
         ("synthesize", "--model", things.model, "--recipe", "tiny.yaml"),
         ("qat", "--recipe", "tiny.yaml", "--model", things.model, "--set", "method=ptq"),
@@ -372,7 +388,7 @@ def names(things: Things, place: Path, draw: random.Random) -> Case:
     text = text.replace("\ud800", "\udc80")
     out: Words = ("--out", "out")
     commands: list[Words] = [
-        inspect(f"--model={text}")[:1] + (f"--model={text}",),
+        ("inspect", f"--model={text}"),
         ("eval", f"--model={text}", "--data", things.made),
         ("eval", "--model", things.model, f"--data={text}"),
         ("synthesize", f"--model={text}", *out),
@@ -398,8 +414,8 @@ def mixed_bits(things: Things, place: Path, draw: random.Random) -> Case:
     """What a run that was interrupted had measured of its layers."""
     run = Path(shutil.copytree(things.begun_run, place / "out")).relative_to(place)
     words = (
-        "qat", "--recipe", "tiny.yaml", "--model", things.model, "--data", things.made, "--out", run,
-        "--set", "quantization.mixed.budget=w4a8", "--set", "method=ptq",
+        "qat", "--recipe", "tiny.yaml", "--model", things.model, "--data", things.made,
+        "--out", run, "--set", "quantization.mixed.budget=w4a8", "--set", "method=ptq",
         "--set", "quantization.mixed.candidates=[4, 8]",
     )  # fmt: skip
     identity = json.loads((run / "state.json").read_text())

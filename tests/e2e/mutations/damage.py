@@ -26,7 +26,8 @@ CODE = [
     f"torch.nn.SiLU(open({MARK!r}, 'w'))",
 ]
 PATHS = [
-    "../../out-of-here", "/etc/passwd", "/dev/zero", "/dev/stdin", "..", ".", "/", "~", "~nobody/x",
+    "../../out-of-here", "/etc/passwd", "/dev/zero", "/dev/stdin", "..", ".", "/", "~",
+    "~no-such-user/x", "[/b]x", "[red]x[/]", "a\x1b[2Jb", "a\rb",
     "a/../../b", "..\\..\\b", "C:\\b", "file:///etc/passwd", "https://example.com/x.pt", "con",
     "x" * 300, "x/" * 3000, "images/../../b", "\0", "-", "--help", "*", "a@b@c",
 ]  # fmt: skip
@@ -224,7 +225,7 @@ def bomb_pickle(draw: random.Random) -> bytes:
     forms: list[Callable[[], bytes]] = [
         lambda: b"(" * 50_000 + b"l" * 50_000 + b".",
         lambda: b"\x80\x02]q\x00" + b"".join(
-            b"]q" + bytes([n + 1]) + b"(h" + bytes([n]) + b"h" + bytes([n]) + b"e" for n in range(60)
+            b"]q" + bytes([n + 1]) + b"(" + 2 * (b"h" + bytes([n])) + b"e" for n in range(60)
         ) + b".",
         lambda: b"\x80\x04\x8e" + struct.pack("<Q", 2**62) + b".",
         lambda: b"\x80\x02}q\x00(" + _text("a") + b"h\x00u.",

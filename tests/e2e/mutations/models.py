@@ -129,15 +129,18 @@ def _disturb(model: Any, draw: random.Random) -> tuple[str, bool]:
         model.yaml, done = mutate_tree(model.yaml, draw, draw.choice([1, 3]))
         return done, False
     if what == "names":
-        model.names = draw.choice([odd_value(draw), [], {0: "a"}, {1: "a", 2: "b"}, [CODE[0]] * 9])
-        return "names", True
+        wrong = [["a"], {0: "a"}, {1: "a", 2: "b"}, [CODE[0]] * 9, {"a": "b"}, 7, [None] * 3]
+        model.names = draw.choice([*wrong, odd_value(draw)])
+        return f"names {str(model.names)[:80]}", model.names in wrong
     if what == "args":
         model.args = {"imgsz": odd_value(draw)}
         return "args", False
     layers = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     layer = draw.choice(layers)
     if what == "attribute":
-        name = draw.choice(["stride", "padding", "groups", "kernel_size", "dilation", "in_channels"])
+        name = draw.choice(
+            ["stride", "padding", "groups", "kernel_size", "dilation", "in_channels"]
+        )
         setattr(layer, name, odd_value(draw))
         return f"{name} of a convolution", False
     layer.weight = nn.Parameter(torch.zeros(draw.choice([(0,), (1, 1, 1, 1), (3, 2)])))
@@ -186,7 +189,9 @@ def saved_header(things: Things, place: Path, draw: random.Random) -> Case:
     header, payload = header_of(draw.choice([things.model, *things.models.values()]).read_bytes())
     names = [name for name in header if name != "__metadata__" and "num_batches" not in name]
     name = draw.choice(names)
-    what = draw.choice(["tree", "gone", "dtype", "offsets", "twice", "renamed", "deep", "described"])
+    what = draw.choice(
+        ["tree", "gone", "dtype", "offsets", "twice", "renamed", "deep", "described"]
+    )
     text = ""
     if what == "tree":
         header[name], _ = mutate_tree(header[name], draw)
@@ -313,7 +318,8 @@ def model_yaml(things: Things, place: Path, draw: random.Random) -> Case:
             "loop": f"{text}x: &x [*x]\n",
         }[done]  # fmt: skip
     path.write_text(text, errors="surrogatepass")
-    return Case(done, meeting_model(things, draw, f"{path}@random")[1:] + [inspect(path)], refused)
+    commands = [inspect(path), *meeting_model(things, draw, f"{path}@random")[1:]]
+    return Case(done, commands, refused)
 
 
 KINDS: dict[str, Kind] = {

@@ -51,7 +51,7 @@ KINDS: dict[str, Kind] = {**models.KINDS, **sets.KINDS, **around.KINDS}
 COUNT = int(os.environ.get("DFQ_MUTATIONS", "208"))
 SEED = os.environ.get("DFQ_MUTATIONS_SEED", "0")
 CPU_SECONDS = 20.0
-WALL_SECONDS = 300.0
+WALL_SECONDS = 120.0
 """After which a command counts as waiting for something that never comes."""
 OUTPUTS = ("out", "out.json", "out.csv", "out.png", "out.py", "runs", "home")
 
@@ -84,9 +84,7 @@ def limited() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def things(
-    model: Path, made: Path, run: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Things:
+def things(model: Path, made: Path, run: Path, tmp_path_factory: pytest.TempPathFactory) -> Things:
     folder = tmp_path_factory.mktemp("valid")
     shutil.copy(made.parent / "tiny.yaml", folder)
     config = write_config(folder, "retinanet")
@@ -198,7 +196,9 @@ def build(kind: str, number: int, things: Things, place: Path) -> Case:
     return KINDS[kind](things, place, random.Random(f"{SEED} {kind} {number}"))
 
 
-NUMBERED = [(name, n // len(KINDS)) for n, name in zip(range(COUNT), [*KINDS] * COUNT, strict=False)]
+NUMBERED = [
+    (name, n // len(KINDS)) for n, name in zip(range(COUNT), [*KINDS] * COUNT, strict=False)
+]
 
 
 @pytest.mark.parametrize(("kind", "number"), NUMBERED)
