@@ -103,7 +103,14 @@ def _row(folder: Path) -> Row:
 
 def _recipe(folder: Path) -> dict[str, Any]:
     # As the run has it: with every value.
-    return load_recipe(folder / "recipe.yaml").model_dump()
+    try:
+        return load_recipe(folder / "recipe.yaml").model_dump()
+    except UserError as error:
+        # Of several runs, the one; and what is wrong first.
+        problem = error.args[0].removeprefix(f"{folder / 'recipe.yaml'}: ")
+        raise UserError(
+            f"{shown(folder / 'recipe.yaml')}: damaged ({problem}); restore it"
+        ) from None
 
 
 def _bits(metrics: dict[str, Any]) -> str | None:
@@ -131,7 +138,7 @@ def number(values: Any, key: str) -> float | None:
     """A figure of what a file of metrics holds, finite; None where there is none."""
     value = values.get(key) if isinstance(values, dict) else None
     # What is not finite, or no float holds, is no more of a figure than text.
-    if type(value) not in (int, float) or not abs(value) < 1e300:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
         return None
     return float(value)
 

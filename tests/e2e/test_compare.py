@@ -155,6 +155,22 @@ def test_metrics_of_odd_kinds_show_as_nothing(place: Path, measured: Path, value
     assert (row["AP_float"], row["AP_kept"], row["images"], row["divergence"]) == (None,) * 4
 
 
+@pytest.mark.parametrize(
+    "text", ["synthesis: 3\nquantization: 4\n", "[", "nothing: 1\n", None, "a: 1\na: 2\n"]
+)
+def test_a_damaged_recipe_of_a_run_says_which(
+    place: Path, measured: Path, text: str | None
+) -> None:
+    shutil.copytree(measured / "four", place / "run")
+    (place / "run" / "recipe.yaml").unlink()
+    if text is not None:
+        (place / "run" / "recipe.yaml").write_text(text)
+    line = has_one_error(command("compare", measured / "eight", "run"))
+    assert "run/recipe.yaml: damaged (" in line
+    assert line.count("run/recipe.yaml") == 1 or text is None
+    assert line.endswith("; restore it")
+
+
 @pytest.mark.parametrize("value", [10**400, float("nan"), float("-inf"), 1e308])
 def test_figures_that_are_none_show_as_nothing(place: Path, measured: Path, value: Any) -> None:
     shutil.copytree(measured / "four", place / "run")

@@ -63,7 +63,7 @@ def recipe_file(things: Things, place: Path, draw: random.Random) -> Case:
     """A recipe that is none; one that is another is only written into a config."""
     document = Recipe().model_dump(mode="json")
     what = draw.choice(["tree", "unknown", "type", "infinite", "text", "text", "section"])
-    way = draw.choice(_scalars(document))
+    way = draw.choice([w for w in _scalars(document) if isinstance(w[-1], str)])
     above = at(document, way[:-1])
     done = f"{what}: {'.'.join(map(str, way))}"
     text = ""
@@ -76,7 +76,7 @@ def recipe_file(things: Things, place: Path, draw: random.Random) -> Case:
     elif what == "infinite":
         numbers = [w for w in _scalars(document) if type(at(document, w)) in (int, float)]
         way = draw.choice(numbers)
-        at(document, way[:-1])[way[-1]] = draw.choice([n for n in NUMBERS if not 0 <= n < 1e18])
+        at(document, way[:-1])[way[-1]] = draw.choice([n for n in NUMBERS if not 0 <= n <= 1e308])
         done = f"{'.'.join(map(str, way))}: {at(document, way)!r}"[:99]
     elif what == "section":
         name = draw.choice([key for key, value in document.items() if isinstance(value, dict)])
@@ -147,7 +147,8 @@ def run_files(things: Things, place: Path, draw: random.Random) -> Case:
     if what == "flip":
         path.write_bytes(flipped(data, draw))
     elif what == "cut":
-        path.write_bytes(truncated(data, draw))
+        # More than the last line's end.
+        path.write_bytes(truncated(data[:-3], draw))
     elif what == "tree":
         document, _ = mutate_tree(json.loads(data), draw)
         path.write_text(json.dumps(document))

@@ -23,7 +23,8 @@ class Things:
     ultralytics: Path
     """Checkpoints (.pt)."""
     config: Path
-    """Of mmdet."""
+    weights: Path
+    """Of mmdet: a network, and a state dict for it."""
     made: Path
     begun_set: Path
     """A calibration set, finished and interrupted."""

@@ -79,7 +79,7 @@ def odd_value(draw: random.Random) -> Any:
         lambda: draw.choice(CODE),
         lambda: draw.choice(PATHS),
         lambda: draw.choice(DOTTED),
-        lambda: nested(draw.choice([5, 70, 400])),
+        lambda: nested(draw.choice([5, 70, 200])),
         lambda: [0] * draw.choice([3, 2000]),
     ]
     return draw.choice(kinds)()

@@ -322,7 +322,42 @@ def model_yaml(things: Things, place: Path, draw: random.Random) -> Case:
     return Case(done, commands, refused)
 
 
+def weights_apart(things: Things, place: Path, draw: random.Random) -> Case:
+    """A state dict for a network that is named beside it."""
+    path = Path(f"w.{draw.choice(['pth', 'safetensors'])}")
+    state = torch.load(things.weights, weights_only=True)["state_dict"]
+    names = [name for name, tensor in state.items() if tensor.is_floating_point()]
+    name = draw.choice(names)
+    what = draw.choice(["gone", "more", "shape", "nan", "odd", "evil", "bytes", "prefix"])
+    if what == "gone":
+        del state[name]
+    elif what == "more":
+        state[draw.choice([f"{name}x", "x.y", "", "backbone", CODE[0]])] = torch.zeros(2)
+    elif what == "shape":
+        state[name] = torch.zeros(draw.choice([(0,), (1, 2), (3, 3, 3, 3, 3)]))
+    elif what == "nan":
+        state[name].view(-1)[0] = draw.choice([float("nan"), float("inf")])
+    elif what == "odd":
+        state[name] = draw.choice([None, 3, "x", [1.0], {}, state[name].cfloat()])
+    elif what == "prefix":
+        state = {f"{draw.choice(['a.', 'b.'])}{key}": value for key, value in state.items()}
+    if path.suffix == ".pth":
+        torch.save({"state_dict": state}, path)
+    else:
+        kept = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+        path.write_bytes(save({key: value.contiguous() for key, value in kept.items()}))
+    if what == "evil":
+        path.write_bytes(evil_pickle(draw))
+    elif what == "bytes":
+        path.write_bytes(truncated(path.read_bytes()[:-1], draw))
+    words = ("inspect", "--model", things.config, "--checkpoint", path)
+    # What else a state dict holds may be left out (the names of other packages' counters, say).
+    refused = what in ("gone", "shape", "nan", "evil", "bytes", "prefix")
+    return Case(f"{what}: {name} in {path}", [words], refused)
+
+
 KINDS: dict[str, Kind] = {
+    "weights apart": weights_apart,
     "bytes of a checkpoint": checkpoint_bytes,
     "records of a checkpoint": checkpoint_records,
     "a bare pickle": bare_pickle,

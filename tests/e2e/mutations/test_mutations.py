@@ -100,6 +100,7 @@ def things(model: Path, made: Path, run: Path, tmp_path_factory: pytest.TempPath
     }
     for family, detector in saved.items():
         save_detector(detector, folder / f"{family}.safetensors")
+    torch.save({"state_dict": saved["mmdet"].module.state_dict()}, folder / "weights.pth")
     whole = Inversion.batch
 
     def batch(self: Any, count: int, seed: int, shard: int, report: Any = None) -> Any:
@@ -126,6 +127,7 @@ def things(model: Path, made: Path, run: Path, tmp_path_factory: pytest.TempPath
         yolov5=yolov5_files.write(folder / "yolov5.pt"),
         ultralytics=ultralytics,
         config=config,
+        weights=folder / "weights.pth",
         made=made,
         begun_set=folder / "begun-set",
         run=run,
@@ -142,6 +144,8 @@ def alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (place / MARK).touch()
         raise OSError("the network was asked")
 
+    (place / "user").mkdir()
+    monkeypatch.setenv("HOME", str(place / "user"))
     monkeypatch.setattr(socket, "create_connection", reached)
     monkeypatch.setattr(urllib.request, "urlopen", reached)
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", reached)
@@ -256,7 +260,7 @@ def test_a_mutated_input_in_a_process_of_its_own(alone: Path, things: Things, ki
 
 def _emptied(place: Path) -> Path:
     for path in place.iterdir():
-        if path.name == "tiny.yaml":
+        if path.name in ("tiny.yaml", "user"):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
