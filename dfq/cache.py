@@ -49,7 +49,8 @@ class Origin:
         """The very model.
 
         Raises:
-            UserError: where it is gone or has changed, or reading it would run a program.
+            UserError: where it is gone, cannot be read or has changed, or reading it would run a
+                program.
         """
         network, _, weights = self.model.rpartition("@")
         whole = not network or Path(self.model).is_file()
@@ -61,7 +62,10 @@ class Origin:
                 raise UserError(f"{self._said}, a config, which is a program; give --model")
             if path.is_absolute() and path.suffix in _WEIGHTS:
                 self._check(sha256_of(path))
-        detector = load_detector(self.model, trust=trust, device=device)
+        try:
+            detector = load_detector(self.model, trust=trust, device=device)
+        except UserError as error:
+            raise UserError(f"{self._said}, and {error}; or give --model") from None
         self._check(detector.fingerprint)
         return detector
 

@@ -202,6 +202,7 @@ def qat(
 
     On several GPUs or nodes: torchrun --nproc-per-node=GPUS -m dfq qat ...
     """
+    from .comparison import number
     from .distributed import leads
     from .progress import Live
     from .recipe import find_recipe
@@ -234,13 +235,19 @@ def qat(
     metrics = read_metrics(folder)
     share = metrics["quantized_share_of_macs"]
     # Runs of earlier versions say no more than what was selected.
-    for line in metrics.get("said", [metrics["selected"]]):
+    said = metrics.get("said")
+    for line in said if isinstance(said, list) else [metrics["selected"]]:
         click.echo(shown(line, limit=2000))
     click.echo(f"{share:.1%} of the MACs quantized")
-    for name, value in metrics.get("evaluation", {}).items():
-        if name != "data":
-            masks = f"  mask AP {value['masks']['AP']:.3f}" if value["masks"] else ""
-            click.echo(f"{name}: AP {value['AP']:.3f}  AP50 {value['AP50']:.3f}{masks}")
+    measured = metrics.get("evaluation")
+    for name, value in measured.items() if isinstance(measured, dict) else ():
+        if isinstance(value, dict):
+            figures = {key: number(value, key) for key in ("AP", "AP50")}
+            if value.get("masks"):
+                figures["mask AP"] = number(value["masks"], "AP")
+            # There is none where there was nothing to find.
+            cells = (f"{k} {'none' if v is None else format(v, '.3f')}" for k, v in figures.items())
+            click.echo(f"{shown(name)}: {'  '.join(cells)}")
     click.echo(str(folder))
 
 

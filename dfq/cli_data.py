@@ -106,7 +106,7 @@ def verify(folder: Path) -> None:
     found = CalibrationSet.open(user_path(folder))
     problems = found.verify()
     if problems:
-        raise UserError("\n".join(problems))
+        raise UserError(*problems)
     objects = sum(len(label) for label in found.labels)
     click.echo(f"ok: {len(found)} images, {objects} objects")
 

@@ -30,13 +30,15 @@ def _console() -> Console:
 
 def print_layers(found: Inspection) -> None:
     """One row a layer, and the sums."""
-    table = Table(title=f"{found.source} ({found.family}, {found.image_size} px)")
+    title = f"{shown(found.source)} ({found.family}, {found.image_size} px)"
+    table = Table(title=escape(title))
     for column in ("layer", "kind", "weight", "output", "MACs (M)", "weight bits", "act. bits"):
         table.add_column(column, justify="left" if column in ("layer", "kind") else "right")
     for layer in found.layers:
         bits = [str(b) if b < 32 else "float" for b in (layer.weight_bits, layer.activation_bits)]
         shapes = ["x".join(map(str, s)) for s in (layer.weight_shape, layer.output_shape)]
-        table.add_row(layer.name, layer.kind, *shapes, f"{layer.macs / 1e6:.2f}", *bits)
+        words = (escape(shown(text)) for text in (layer.name, layer.kind))
+        table.add_row(*words, *shapes, f"{layer.macs / 1e6:.2f}", *bits)
     console = _console()
     console.print(table)
     total = sum(layer.macs for layer in found.layers)
@@ -56,7 +58,8 @@ def print_layers(found: Inspection) -> None:
 
 def print_sensitivity(found: Sensitivity, model: str) -> None:
     """One row a layer: its divergence at each width it may have, and the one it is given."""
-    table = Table(title=f"{model}: divergence of the predictions, one layer quantized at a time")
+    title = f"{shown(model)}: divergence of the predictions, one layer quantized at a time"
+    table = Table(title=escape(title))
     free = [row for row in found.layers if row.free]
     widths = free[0].widths
     table.add_column("layer")
@@ -69,7 +72,8 @@ def print_sensitivity(found: Sensitivity, model: str) -> None:
             chosen = "" if row.free else "float"
         else:
             chosen = format_widths(given) + ("" if row.free else " (fixed)")
-        table.add_row(row.name, f"{row.macs / 1e6:.2f}", str(row.weights), *values, chosen)
+        name = escape(shown(row.name))
+        table.add_row(name, f"{row.macs / 1e6:.2f}", str(row.weights), *values, chosen)
     console = _console()
     console.print(table)
     line = f"{len(free)} of {len(found.layers)} layers measured on {found.images} images"

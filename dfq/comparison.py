@@ -77,7 +77,7 @@ def _row(folder: Path) -> Row:
     metrics = read_metrics(folder)
     measured = metrics.get("evaluation")
     measured = measured if isinstance(measured, dict) else {}
-    before, after = (_number(measured.get(name), "AP") for name in ("float", "quantized"))
+    before, after = (number(measured.get(name), "AP") for name in ("float", "quantized"))
     start, kept = _divergence(metrics)
     weights = weight_bytes(layers)
     return Row(
@@ -86,8 +86,8 @@ def _row(folder: Path) -> Row:
         bits=_bits(metrics),
         method=_text(metrics.get("method")),
         kept=_text(metrics.get("selected")),
-        images=_whole(_number(metrics, "images")),
-        quantized_share=_number(metrics, "quantized_share_of_macs"),
+        images=_whole(number(metrics, "images")),
+        quantized_share=number(metrics, "quantized_share_of_macs"),
         divergence_start=start,
         divergence=kept,
         measured_on=_text(measured.get("data")),
@@ -103,12 +103,19 @@ def _row(folder: Path) -> Row:
 
 def _recipe(folder: Path) -> dict[str, Any]:
     # As the run has it: with every value.
-    return load_recipe(folder / "recipe.yaml").model_dump()
+    try:
+        return load_recipe(folder / "recipe.yaml").model_dump()
+    except UserError as error:
+        # Of several runs, the one; and what is wrong first.
+        problem = error.args[0].removeprefix(f"{folder / 'recipe.yaml'}: ")
+        raise UserError(
+            f"{shown(folder / 'recipe.yaml')}: damaged ({problem}); restore it"
+        ) from None
 
 
 def _bits(metrics: dict[str, Any]) -> str | None:
     weights, activations = (
-        _whole(_number(metrics, key)) for key in ("weight_bits", "activation_bits")
+        _whole(number(metrics, key)) for key in ("weight_bits", "activation_bits")
     )
     if weights is None or activations is None:
         return None
@@ -124,12 +131,14 @@ def _divergence(metrics: dict[str, Any]) -> tuple[float | None, float | None]:
         name = "best"
     elif selected.startswith("qat: "):
         name = selected.removeprefix("qat: ").partition(" ")[0]
-    return _number(found, "start"), _number(found, name)
+    return number(found, "start"), number(found, name)
 
 
-def _number(values: Any, key: str) -> float | None:
+def number(values: Any, key: str) -> float | None:
+    """A figure of what a file of metrics holds, finite; None where there is none."""
     value = values.get(key) if isinstance(values, dict) else None
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    # What is not finite, or no float holds, is no more of a figure than text.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
         return None
     return float(value)
 

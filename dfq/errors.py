@@ -13,17 +13,29 @@ from typing import Any, TypeVar
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_LONGEST_LINE = 2000
+
 _NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
 
 
 class UserError(Exception):
     """A mistake in what was asked for: a missing file, an impossible setting, a full disk.
 
-    The message is a single line that says what is wrong, where, and what to do. The command line
+    The message is a line that says what is wrong, where, and what to do. The command line
     prints it without a traceback and exits with code 2; callers of the Python functions catch it
     like any other exception. Arguments are named as flags, `--image-size`; the functions of `dfq`
     name them as Python has them (see `in_python`).
+
+    Args:
+        lines: of the message; more than one where several things are wrong. Whatever in them is not
+            printable, such as a new line in a file's name, is escaped.
     """
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__(*lines)
+
+    def __str__(self) -> str:
+        return "\n".join(shown(line, limit=_LONGEST_LINE) for line in self.args)
 
 
 class DivergedError(UserError):
@@ -69,7 +81,7 @@ def for_python(function: F) -> F:
         try:
             return function(*args, **kwargs)
         except UserError as error:
-            error.args = (in_python(str(error)),)
+            error.args = tuple(in_python(line) for line in error.args)
             raise
         except OSError as error:
             # A name that cannot be one; what disks and networks do is no mistake of the caller's.

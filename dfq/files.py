@@ -13,7 +13,7 @@ import json
 import os
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -135,10 +135,35 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json_bytes(value))
 
 
+def keys_once(where: str) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+    """An `object_pairs_hook` for `json.loads`, which by itself takes the last of two equal keys.
+
+    Args:
+        where: what to call the text in messages.
+
+    Raises:
+        UserError: when called with a key that is there twice.
+    """
+
+    def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in found if keys.count(key) > 1)
+            raise UserError(f"{where}: the key {shown(repr(twice))} is there twice: keep one")
+        return found
+
+    return mapping
+
+
 def read_json(path: Path) -> Any:
     """Parse a JSON file of ours; a broken one is a `UserError` that names it."""
     try:
-        return json.loads(path.read_text())
+        # Not waited for: a pipe in its place.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise UserError(f"{shown(path)}: is no regular file; restore or delete it")
+            return json.loads(file.read().decode(), object_pairs_hook=keys_once(shown(path)))
     except FileNotFoundError:
         raise UserError(f"{shown(path)}: there is no such file") from None
     except RecursionError:

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from .errors import UserError, shown
-from .files import reason
+from .files import keys_once, reason
 from .limits import DEEPEST, MOST_NODES, MOST_TEXT
 
 # libyaml's parser where PyYAML was built with it: it is some ten times faster.
@@ -89,7 +89,7 @@ def parse_yaml(text: str, where: str) -> Any:
             root = loader.get_single_node()
             if root is None:
                 return None
-            _check_keys(root, loader.construct_object, where)
+            check_keys(root, loader.construct_object, where)
             return loader.construct_document(root)
         finally:
             loader.dispose()
@@ -137,7 +137,17 @@ def _check_size(text: str, where: str) -> None:
             raise UserError(f"{where}: holds more than {MOST_NODES} values")
 
 
-def _check_keys(root: yaml.Node, construct: Callable[..., Any], where: str) -> None:
+def check_keys(root: yaml.Node, construct: Callable[..., Any], where: str) -> None:
+    """Refuse a YAML that says a key twice.
+
+    Args:
+        root: its document.
+        construct: what makes a value of a node.
+        where: what to call it in messages.
+
+    Raises:
+        UserError: names the key and both lines.
+    """
     nodes, seen = [root], set()
     while nodes:
         node = nodes.pop()
@@ -165,13 +175,13 @@ def parse_json(text: str, where: str) -> Any:
     """The value of a JSON text, as `plain_tree` gives it.
 
     Raises:
-        UserError: it is no JSON, too large or nested too deeply, or holds a number that is not
-            finite.
+        UserError: it is no JSON, too large or nested too deeply, says a key twice, or holds a
+            number that is not finite.
     """
     if len(text) > MOST_TEXT:
         raise UserError(f"{where}: is too large for a description, over {MOST_TEXT >> 20} MB")
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=keys_once(where))
     except RecursionError:
         raise UserError(f"{where}: is nested more than {DEEPEST} deep") from None
     except ValueError as error:

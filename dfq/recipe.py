@@ -321,7 +321,7 @@ def _validated(data: dict[str, Any], origin: str) -> Recipe:
         return Recipe.model_validate(data)
     except ValidationError as error:
         lines = [f"{origin}: {_explain(problem)}" for problem in error.errors()]
-        raise UserError("\n".join(dict.fromkeys(lines))) from None
+        raise UserError(*dict.fromkeys(lines)) from None
 
 
 def _explain(problem: Any) -> str:

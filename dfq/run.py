@@ -294,9 +294,17 @@ def read_metrics(folder: Path) -> dict[str, Any]:
         UserError: where it is missing or broken.
     """
     found = read_json(folder / "metrics.json")
-    if not isinstance(found, dict) or not {"selected", "quantized_share_of_macs"} <= found.keys():
+    if not (
+        isinstance(found, dict)
+        and isinstance(found.get("selected"), str)
+        and _is_share(found.get("quantized_share_of_macs"))
+    ):
         raise UserError(f"{folder / 'metrics.json'}: not as dfq wrote it; restore it")
     return found
+
+
+def _is_share(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= 1
 
 
 def load_run(folder: str | Path, *, device: str = "cpu") -> Detector:

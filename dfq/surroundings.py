@@ -54,7 +54,7 @@ def pick_device(device: str) -> str:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError):
         raise UserError(
-            f"--device {device}: there is no such device here; try --device cpu or auto"
+            f"--device {shown(device)}: there is no such device here; try --device cpu or auto"
         ) from None
     return device
 

@@ -6,7 +6,9 @@ import collections
 import datetime
 import json
 import math
+import pickle
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 import yaml
 
 from dfq.errors import UserError, shown
+from dfq.files import read_json
 from dfq.limits import DEEPEST, MOST_NODES
 from dfq.plain import brief, one_line, parse_json, parse_yaml, plain_tree
 from dfq.suggest import suggestion
@@ -166,3 +169,20 @@ def test_values_in_a_few_words() -> None:
 )
 def test_suggestions(given: str, known: list[str], expected: str) -> None:
     assert suggestion(given, known) == expected
+
+
+@pytest.mark.parametrize("text", ['{"a": 1, "a": 1}', '[{"b": {"a": 1, "c": 2, "a": []}}]'])
+def test_json_with_a_key_given_twice(text: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="x: the key 'a' is there twice: keep one"):
+        parse_json(text, "x")
+    (tmp_path / "own.json").write_text(text)
+    with pytest.raises(UserError, match=r"own\.json: the key 'a' is there twice: keep one"):
+        read_json(tmp_path / "own.json")
+
+
+def test_what_is_wrong_stays_on_its_line() -> None:
+    """Names of files, devices and keys may hold what ends a line or moves the cursor."""
+    assert str(UserError("a\nb\x1b[2J: gone")) == r"a\nb\x1b[2J: gone"
+    several = UserError("first\nthing", "second")
+    assert str(several).splitlines() == [r"first\nthing", "second"]
+    assert str(pickle.loads(pickle.dumps(several))) == str(several)

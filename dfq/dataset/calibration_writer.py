@@ -9,7 +9,6 @@ flight and resumes to the same bytes. When the last shard is in, the records are
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -136,10 +135,10 @@ class CalibrationWriter:
 
     def _is_made(self, index: int) -> bool:
         try:
-            record = json.loads(self._record(index).read_text())
+            record = read_json(self._record(index))
             files = record["shard"]["files"]
             parse_annotations(self._record(index), {**record, "categories": []})
-        except (OSError, ValueError, KeyError, TypeError, RecursionError, UserError):
+        except (OSError, KeyError, TypeError, UserError):
             return False
         named = [image["file_name"] for image in record["images"]]
         return files == named and is_as_made(self.root, record["shard"])

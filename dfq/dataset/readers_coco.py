@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import UserError, shown
+from ..files import keys_once
 from .gathered import Gathered
 from .image_set import ImageSet, image_size, is_file, read_bytes, require_images
 from .outlines import BrokenOutline, Segment, outline
@@ -60,7 +61,7 @@ def read_coco(path: Path) -> ImageSet:
 def _load(path: Path) -> dict[str, Any]:
     try:
         # Bytes: the parser tells UTF-8, -16 and -32 apart.
-        data = json.loads(read_bytes(path))
+        data = json.loads(read_bytes(path), object_pairs_hook=keys_once(shown(path)))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: broken JSON: {error.msg}") from None
     except UnicodeDecodeError:

@@ -231,6 +231,10 @@ class _Annotation:
 
 def _parse(path: Path) -> _Annotation:
     root = _root(path)
+    if root.tag.lower() != "annotation" and root.find(".//object") is None:
+        raise UserError(
+            f"{shown(path)}: is no annotation: its XML is a {shown(repr(root.tag))}; move it away"
+        )
     objects: list[_Object] = []
     for number, node in enumerate(root.iter("object"), 1):
         name = (node.findtext("name") or "").strip()

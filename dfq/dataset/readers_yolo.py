@@ -13,6 +13,7 @@ import yaml
 
 from ..errors import UserError, shown
 from ..files import reason
+from ..plain import ODD, check_keys, one_line
 from .gathered import MAX_CATEGORIES, Gathered
 from .image_set import (
     ImageSet,
@@ -99,7 +100,11 @@ class _Loader(yaml.SafeLoader):
 def _load(path: Path) -> dict[str, Any]:
     try:
         # Bytes: the parser tells UTF-8 and UTF-16 apart.
-        data = yaml.load(read_bytes(path), Loader=_Loader)
+        loader = _Loader(read_bytes(path))
+        root = loader.get_single_node()
+        if root is not None:
+            check_keys(root, loader.construct_object, shown(path))
+        data = None if root is None else loader.construct_document(root)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -107,9 +112,9 @@ def _load(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}{line}: broken YAML: {shown(problem)}") from None
     except RecursionError:
         raise UserError(f"{path}: broken YAML: nested too deeply") from None
-    except (ValueError, OverflowError) as error:
-        # Dates that are none, and numbers of thousands of digits.
-        raise UserError(f"{path}: broken YAML: {shown(error)}") from None
+    except ODD as error:
+        # Dates that are none, numbers of thousands of digits, tags that do not fit.
+        raise UserError(f"{path}: broken YAML: {one_line(error)}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: not a YOLO data file: no keys such as 'val' and 'names'")
     return data

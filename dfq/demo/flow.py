@@ -123,5 +123,8 @@ def _print(results: dict[str, Any], out: Path) -> None:
         table.add_row(name, f"{row['AP']:.3f}", f"{row['AP50']:.3f}", f"{row['kept']:.1%}")
     console = Console()
     console.print(table)
-    console.print(f"what both networks detect, side by side: {out / 'images.png'}", highlight=False)
-    console.print(f"the quantized network: {out / 'zero-shot'}", highlight=False)
+    for what, name in (
+        ("what both networks detect, side by side", "images.png"),
+        ("the quantized network", "zero-shot"),
+    ):
+        console.print(f"{what}: {out / name}", highlight=False, markup=False)

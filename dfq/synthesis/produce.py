@@ -17,6 +17,7 @@ from .. import __version__
 from ..dataset.calibration import CalibrationSet
 from ..dataset.calibration_writer import CalibrationWriter
 from ..dataset.preview import write_preview
+from ..detectors import RANDOM
 from ..detectors.base import Detector
 from ..distributed import World, one_thread
 from ..errors import UserError
@@ -94,6 +95,8 @@ def located(source: str) -> str | None:
         return str(path.absolute())
     if apart and (file := user_path(weights)).is_file():
         return f"{located(network) or network}@{file.absolute()}"
+    if apart and weights == RANDOM and (file := user_path(network)).is_file():
+        return f"{file.absolute()}@{RANDOM}"
     return None
 
 

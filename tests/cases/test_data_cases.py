@@ -540,6 +540,27 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "yaml with an endless number": (
         header(f"val: images\nnames: [a]\nnc: {'9' * 5000}\n"), "broken YAML: Exceeds the limit"
     ),
+    "yaml with a key given twice": (
+        header("val: images\nnames: [a, b]\nval: images\n"),
+        r"data\.yaml: the key 'val' is there twice, in lines 1 and 3: keep one",
+    ),
+    "yaml with a category given twice": (
+        header("val: images\nnames:\n  0: a\n  0: b\n"),
+        r"data\.yaml: the key 0 is there twice, in lines 3 and 4: keep one",
+    ),
+    "yaml with a truth value that is none": (
+        header("val: images\nnames: [a]\nnc: !!bool maybe\n"), "broken YAML: 'maybe'"
+    ),
+    "yaml with a date that is none": (
+        header("val: images\nnames: [a]\ndate: !!timestamp soon\n"), "broken YAML: "
+    ),
+    "coco with a key given twice": (
+        lambda p: _write(
+            small_coco(p) / "annotations.json",
+            b'{"images": [], "annotations": [], "categories": [], "images": []}',
+        ),
+        r"annotations\.json: the key 'images' is there twice: keep one",
+    ),
     "iscrowd that is neither": (
         lambda p: small_coco(p, annotation={"iscrowd": "perhaps"}),
         r"annotations\[0\] \(id 1\) has an 'iscrowd' that is neither 0 nor 1: 'perhaps'",
@@ -565,6 +586,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "voc in another encoding than it says": (
         lambda p: small_voc(p, "<?xml?><annotation>图片说明</annotation>".encode("gbk")),
         r"a\.xml: is not a text file in UTF-8",
+    ),
+    "voc with XML of another kind": (
+        lambda p: small_voc(p, b"<project><owner/></project>"),
+        r"a\.xml: is no annotation: its XML is a 'project'",
     ),
     "voc with entities": (
         lambda p: small_voc(p, b'<!DOCTYPE a [<!ENTITY b "c">]><annotation>&b;</annotation>'),

@@ -155,6 +155,70 @@ def test_metrics_of_odd_kinds_show_as_nothing(place: Path, measured: Path, value
     assert (row["AP_float"], row["AP_kept"], row["images"], row["divergence"]) == (None,) * 4
 
 
+@pytest.mark.parametrize(
+    "text", ["synthesis: 3\nquantization: 4\n", "[", "nothing: 1\n", None, "a: 1\na: 2\n"]
+)
+def test_a_damaged_recipe_of_a_run_says_which(
+    place: Path, measured: Path, text: str | None
+) -> None:
+    shutil.copytree(measured / "four", place / "run")
+    (place / "run" / "recipe.yaml").unlink()
+    if text is not None:
+        (place / "run" / "recipe.yaml").write_text(text)
+    line = has_one_error(command("compare", measured / "eight", "run"))
+    assert "run/recipe.yaml: damaged (" in line
+    assert line.count("run/recipe.yaml") == 1 or text is None
+    assert line.endswith("; restore it")
+
+
+@pytest.mark.parametrize("value", [10**400, float("nan"), float("-inf"), 1e308])
+def test_figures_that_are_none_show_as_nothing(place: Path, measured: Path, value: Any) -> None:
+    shutil.copytree(measured / "four", place / "run")
+    odd = {
+        "images": value, "weight_bits": value, "teacher_divergence": {"start": value},
+        "evaluation": {"float": {"AP": value}},
+    }  # fmt: skip
+    rewrite_metrics(place / "run", lambda found: {**found, **odd})
+    result = command("compare", "run", "--json", "a.json")
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads((place / "a.json").read_text())
+    keys = ("images", "bits", "divergence_start", "AP_float")
+    assert [row[key] for key in keys] == [None] * len(keys)
+
+
+@pytest.mark.parametrize("values", [None, [1, 2], {"AP": "high"}, 3, {"AP": None, "masks": [3]}])
+def test_a_finished_run_of_odd_accuracies_is_told(
+    place: Path, run: Path, model: Path, made: Path, values: Any
+) -> None:
+    """AP is none where a set has nothing that counts, too."""
+    shutil.copytree(run, place / "run")
+    words = ("qat", "--recipe", "tiny.yaml", "--model", model, "--data", made, "--out", "run")
+    for measured in (values, {"data": "x", "float": values, "quantized": values}):
+        rewrite_metrics(place / "run", lambda found, to=measured: {**found, "evaluation": to})
+        result = command(*words)
+        assert result.exit_code == 0, result.output
+        assert result.stdout.endswith("run\n")
+    for odd in ({"quantized_share_of_macs": [0.5]}, {"quantized_share_of_macs": "1"},
+                {"selected": 3}, {"quantized_share_of_macs": float("nan")}):  # fmt: skip
+        rewrite_metrics(place / "run", lambda found, to=odd: {**found, **to})
+        assert "metrics.json: not as dfq wrote it" in has_one_error(command(*words))
+
+
+def test_names_that_a_table_would_take_for_markup(place: Path, model: Path, made: Path) -> None:
+    # A folder whose name ends in a bracket: with what is in it, the end of a style.
+    (place / "[").mkdir()
+    shutil.copy(model, place / "[" / "b][red].safetensors")
+    words = ("--model", "[/b][red].safetensors")
+    for command_words in (
+        ("inspect", *words),
+        ("sensitivity", *words, "--data", made, "--images", "1", "--set",
+         "quantization.mixed.candidates=[4, 8]"),
+    ):  # fmt: skip
+        result = command(*command_words)
+        assert result.exit_code == 0, result.output
+        assert "[red]" in result.stdout
+
+
 def test_the_interval_of_an_evaluation(place: Path, model: Path) -> None:
     data = real_set(place / "real", count=6)
     words = ("eval", "--model", model, "--data", data, "--json", "a.json")

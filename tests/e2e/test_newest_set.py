@@ -211,6 +211,52 @@ def test_networks_whose_weights_are_apart(place: Path, monkeypatch: pytest.Monke
     assert list((place / "home").iterdir()) == [made]
 
 
+WITHOUT_WEIGHTS = """nc: 2
+scales: {n: [0.5, 0.25, 1024]}
+backbone:
+- [-1, 1, Conv, [32, 3, 2]]
+- [-1, 1, Conv, [64, 3, 2]]
+- [-1, 1, Conv, [64, 3, 2]]
+head:
+- [-1, 1, nn.Upsample, [None, 2, nearest]]
+- [[-1, 1], 1, Concat, [1]]
+- [-1, 1, C2f, [64]]
+- [[5, 2], 1, Detect, [nc]]
+"""
+
+
+def test_a_network_with_random_weights(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same ones are drawn again, from wherever it is asked."""
+    (place / "mine.yaml").write_text(WITHOUT_WEIGHTS)
+    made = synthesized(place, "mine.yaml", "--random-weights")
+    monkeypatch.chdir("/")
+    words = ("qat", "--recipe", place / "tiny.yaml", "--set", "method=ptq", "--out", place / "run")
+    result = command(*words)
+    assert result.exit_code == 0, result.output
+    assert recorded(str(place / "run")) == f"{place / 'mine.yaml'}@random"
+    shutil.rmtree(place / "run")
+    (place / "mine.yaml").rename(place / "renamed.yaml")
+    line = has_one_error(command(*words))
+    assert str(made) in line
+    assert "give --model" in line
+
+
+@pytest.mark.parametrize("named", ["mine.yaml@random", "mine.safetensors", "random", "@random"])
+def test_a_model_that_only_another_folder_has(
+    place: Path, own: Path, monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
+    """What the set calls its model is none here: the line says whose words these are."""
+    made = synthesized(place, own)
+    manifest = json.loads((made / "manifest.json").read_text())
+    manifest.update(model=named, model_path=None)
+    (made / "manifest.json").write_text(json.dumps(manifest))
+    (place / "elsewhere").mkdir()
+    monkeypatch.chdir(place / "elsewhere")
+    line = has_one_error(command("qat", "--recipe", place / "tiny.yaml"))
+    assert f"{made}: was made from {named}" in line
+    assert "give --model" in line
+
+
 def test_several_processes_take_the_same(place: Path, own: Path) -> None:
     synthesized(place, own)
     processes = launch(["qat", "--recipe", "tiny.yaml", "--out", "run"], 2, place)

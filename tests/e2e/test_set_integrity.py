@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import command, has_one_error
+from harness import command, contents, has_one_error
 from PIL import Image
 from test_outputs import everything
 
@@ -409,3 +409,33 @@ def test_a_real_coco_set_stays_in_its_folder(place: Path, model: Path, name: str
     line = has_one_error(command("eval", "--model", model, "--data", "deep/set"))
     assert "leads out of the set's folder" in line
     assert repr(name) in line
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", ["identity.json", "000000.json"])
+def test_a_pipe_in_a_set_that_was_begun_is_not_waited_for(
+    place: Path, model: Path, made: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    from dfq.synthesis.inversion import Inversion
+
+    plain = Inversion.batch
+
+    def batch(self: Any, count: int, seed: int, shard: int, report: Any = None) -> Any:
+        if shard == 1:
+            raise KeyboardInterrupt
+        return plain(self, count, seed, shard, report)
+
+    words = ("synthesize", "--model", model, "--recipe", "tiny.yaml", "--out", "set")
+    with monkeypatch.context() as patch:
+        patch.setattr(Inversion, "batch", batch)
+        assert command(*words).exit_code == 130
+    path = place / "set" / "shards" / name
+    path.unlink()
+    os.mkfifo(path)
+    result = command(*words)
+    if name == "identity.json":
+        assert f"{name}: is no regular file" in has_one_error(result)
+    else:
+        # The shard is made again.
+        assert result.exit_code == 0, result.output
+        assert contents(place / "set") == contents(made)
