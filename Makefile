@@ -62,8 +62,8 @@ bench-synthesis-curve: env
 	$(BIN)/python tools/curve_synthesis.py --model $(KIT)/weights/yolov5n-coco/yolov5n.pt \
 	  --real $(KIT)/coco-train --out $(BENCH)/curve
 
-# Every published width on the networks of the kit and on fine-tuned ones, which are trained first:
-# most of a day on two cores. Goes on where it stopped.
+# Low-bit networks from synthetic images, photographs and noise, of the kit's networks and of
+# fine-tuned ones, which are trained first: hours on one core. Goes on where it stopped.
 bench-networks: env
 	$(BIN)/python tools/fine_tuned.py --yolov5n $(KIT)/weights/yolov5n-coco/yolov5n.pt \
 	  --photos $(KIT)/coco-train --out $(BENCH)/fine-tuned

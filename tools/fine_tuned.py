@@ -5,8 +5,8 @@
 What holds for one network may hold for its statistics alone; `tools/bench_networks.py` measures
 these as well. Each is the demo detector or a COCO-trained YOLOv5n, trained on with its family's own
 loss, BatchNorm included, on drawn scenes or photographs that were made dark, pale, grey, bluish or
-crowded, with fewer categories. A network that is there is not trained again. A variant of the demo
-detector takes about 5 minutes on one core, one of the YOLOv5n at 320 px several times that.
+crowded, with fewer categories. A network that is there is not trained again. Each takes about 5
+minutes on one core.
 """
 
 from __future__ import annotations
@@ -98,6 +98,8 @@ def with_categories(detector: Detector, names: list[str]) -> Detector:
     *head, (inputs, repeats, module, (_, *others)) = spec[key]["head"]
     last = [inputs, repeats, module, [len(names), *others]]
     spec |= {"names": names, key: {**spec[key], "nc": len(names), "head": [*head, last]}}
+    # What has another shape begins at random.
+    torch.manual_seed(0)
     changed = from_spec(spec)
     state, old = changed.module.state_dict(), detector.module.state_dict()
     kept = {name: old[name] for name in state if state[name].shape == old[name].shape}
