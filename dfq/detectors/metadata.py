@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import UserError
@@ -72,6 +72,19 @@ def image_side(size: Any, source: str) -> int:
         f"{source}: was trained at an image size of {brief(size)}, which is none: from 1 to "
         f"{LARGEST_SIDE} pixels are possible"
     )
+
+
+def require_names(names: Sequence[str], count: Any, source: str) -> None:
+    """Refuse category names that are not one for each category of the head.
+
+    Raises:
+        UserError: they are more or fewer.
+    """
+    if count != len(names):
+        raise UserError(
+            f"{source} has {len(names)} category names and {brief(count)} categories: give both "
+            "the same number"
+        )
 
 
 def stated(spec: Any, source: str) -> tuple[list[str], int, str]:

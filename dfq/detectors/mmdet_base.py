@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..plain import one_line
 from .base import Detector, Targets
 from .checkpoint import Checkpoint, tensors_of
-from .metadata import source_of, stated
+from .metadata import require_names, source_of, stated
 from .mmdet_config import (
     build_model,
     category_names,
@@ -112,11 +112,7 @@ class MMDetDetector(Detector):
         check_spec(config, source)
         module = build_model(config, source, tried=True)
         kind = class_for(module, source)
-        if len(names) != _class_count(module):
-            raise UserError(
-                f"{source} has {len(names)} category names and {_class_count(module)} categories: "
-                "give both the same number"
-            )
+        require_names(names, _class_count(module), source)
         return kind(module, config, names, image_size=size, fingerprint=digest, source=source)
 
 

@@ -24,7 +24,7 @@ from ..errors import UserError
 from .agreement import Changes, apply_changes
 from .base import Boundary, Detections, Detector, DistillationPair, Targets
 from .checkpoint import Checkpoint, attribute, class_of, find_model
-from .metadata import source_of, stated
+from .metadata import require_names, source_of, stated
 from .ultralytics_head import RawPredictions, best_pairs, predict
 from .ultralytics_layout import (
     IMAGE,
@@ -73,6 +73,7 @@ class UltralyticsDetector(Detector):
         self._yaml = yaml
         self._activations = activations or {}
         self._nms_free = False
+        require_names(self.names, int(self._head.nc), source)
         # Read off once: a layer that a quantizer puts in another's place has no wiring of its own.
         self._inputs = wiring(module.model)
         self._kept = kept_outputs(self._inputs)

@@ -19,7 +19,7 @@ from .checkpoint import (
     class_of,
     find_model,
 )
-from .metadata import source_of, stated
+from .metadata import require_names, source_of, stated
 from .yolov5_blocks import BN_EPS
 from .yolov5_loss import boxes_of, yolov5_loss
 from .yolov5_network import YOLOv5Network, activation_text
@@ -179,13 +179,10 @@ class YOLOv5(Detector):
             raise UserError(f"the description of {source} is damaged (at {error})") from error
         if not isinstance(description, dict) or anchors.ndim != 3:
             raise UserError(f"the description of {source} is damaged (at 'description')")
-        if description.get("nc") != len(names):
-            raise UserError(
-                f"{source} has {len(names)} category names and {brief(description.get('nc'))} "
-                "categories: give both the same number"
-            )
+        require_names(names, description.get("nc"), source)
         activation = activation_text(activation)
         network = YOLOv5Network(description, sound_anchors(anchors, source), activation)
+        require_names(names, network.detect.outputs - 5, source)
         set_eps(network, spec.get("eps", {}), source)
         return cls(
             network,

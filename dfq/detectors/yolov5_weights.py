@@ -18,7 +18,7 @@ from .checkpoint import (
     modules_of,
     state_dict_of,
 )
-from .metadata import image_side, listed_names
+from .metadata import image_side, listed_names, require_names
 from .tensors import check_kinds, sound
 from .yolov5_blocks import BN_EPS
 from .yolov5_network import YOLOv5Network
@@ -75,12 +75,7 @@ def names_of(names: Any, head: Any, source: str) -> list[str]:
     if not isinstance(names, dict | list | tuple) or not names:
         raise UserError(f"{source} holds no category names: it is damaged or no YOLOv5")
     found = listed_names(names, source)
-    count = attribute(head, "nc", len(found))
-    if count != len(found):
-        raise UserError(
-            f"{source} has {len(found)} category names and {brief(count)} categories: give both "
-            "the same number"
-        )
+    require_names(found, attribute(head, "nc", len(found)), source)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -251,3 +252,13 @@ def test_from_spec(detector: Detector) -> None:
         from_spec({**spec, "family": "ssd"})
     with pytest.raises(UserError, match="damaged"):
         from_spec({"family": "ultralytics"})
+
+
+def test_names_of_another_number_than_the_head_has_categories() -> None:
+    spec = load_detector("demo").spec()
+    yaml = copy.deepcopy(spec["yaml"])
+    # The head's own count stays as it is; what is said beside it changes.
+    assert yaml["head"][-1][3] == [10]
+    spec |= {"names": ["a", "b"], "yaml": {**yaml, "nc": 2}}
+    with pytest.raises(UserError, match="2 category names and 10 categories"):
+        from_spec(spec)
