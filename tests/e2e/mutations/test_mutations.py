@@ -251,7 +251,8 @@ def test_a_mutated_input_in_a_process_of_its_own(alone: Path, things: Things, ki
     words = [sys.executable, "-m", "dfq", *map(str, case.commands[0])]
     result = subprocess.run(
         words, capture_output=True, text=True, timeout=2 * WALL_SECONDS, stdin=subprocess.DEVNULL,
-        env={**os.environ, **case.environment},
+        # Ultralytics keeps settings of its own.
+        env={**os.environ, "YOLO_CONFIG_DIR": str(alone / "home"), **case.environment},
     )  # fmt: skip
     assert result.returncode == 2, result.stderr
     assert faults(alone, case.commands[0], case, (2, result.stderr, "")) == []
