@@ -139,8 +139,9 @@ def synthesize(
     if not leads():
         return
     objects = sum(len(label) for label in made.labels)
-    click.echo(f"{len(made)} images, {objects} objects: {made.root}")
     tell_quality(made)
+    # Last, where scripts look for it.
+    click.echo(f"{len(made)} images, {objects} objects: {made.root}")
 
 
 @cli.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,9 @@ os.environ.setdefault("YOLO_VERBOSE", "False")
 
 import pytest
 import torch
+
+# A shell that starts the tests in the background has SIGINT ignored, by what they start as well.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Small networks on shared cores: threads that wait for each other take most of the time.
 torch.set_num_threads(1)

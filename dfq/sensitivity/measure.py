@@ -29,7 +29,7 @@ from ..quantization.quantizers import Quantizer
 from ..quantization.widths import Widths, format_widths
 from ..reconstruction.finished import FinishedBlocks, ended_blocks
 from ..reconstruction.moments import Moments, MomentSums, execution_order, inputs_of
-from ..reconstruction.second_order import PLACES, is_too_wide, reconstruct_layer
+from ..reconstruction.second_order import FINE, PLACES, is_too_wide, reconstruct_layer
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,8 @@ class _Layer:
         for number in range(batches):
             for x in inputs_of(self.original, calls, partial(network.run, number)):
                 for bits, some in sums.items():
-                    self.layer.input_quantizer = self.inputs[bits]
+                    # As in `reconstruct`.
+                    self.layer.input_quantizer = off if bits >= FINE else self.inputs[bits]
                     some.add(x, x)
         self.layer.input_quantizer = off
         return {bits: some.moments() for bits, some in sums.items()}

@@ -102,7 +102,8 @@ class Inversion:
             form=settings.bn_form,
         )
         self.start = Start(settings.init)
-        if self.statistics is not None and settings.bn_form == "gaussian":
+        matched = settings.bn_form == "gaussian" and settings.iterations > 0
+        if self.statistics is not None and matched:
             # A multiple of every stride, on which a border counts little.
             side = 4 * self.detector.stride
             self.start = matched_start(self.statistics, self._look, side, settings.init)
