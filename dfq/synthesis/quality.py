@@ -104,7 +104,7 @@ class Quality:
         """One line for people."""
         named = ", ".join(f"{layer.name} ({_figures(layer)})" for layer in self.worst())
         return (
-            f"BatchNorm over {self.images} images, shift in sigmas and ln of the variance ratio: "
+            "BatchNorm, shift in sigmas and ln of the variance ratio: "
             f"first {_figures(self.first)}; worst {named}"
         )
 

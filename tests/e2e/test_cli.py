@@ -110,7 +110,7 @@ def test_synthesize_into_a_folder(place: Path, model: Path) -> None:
     objects = len(document["annotations"])
     assert objects >= 3
     quality, line = result.stdout.splitlines()
-    assert quality.startswith("BatchNorm over 3 images")
+    assert quality.startswith("BatchNorm, shift in sigmas")
     assert line == f"3 images, {objects} objects: set"
     manifest = json.loads((place / "set" / "manifest.json").read_text())
     determinants = manifest["determinants"]

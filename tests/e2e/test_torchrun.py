@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -78,7 +77,11 @@ def test_the_leading_process_dies(place: Path, model: Path, whole: Path) -> None
     killed(first)
     assert ended(second) == 2
     printed = (place / "rank-1.txt").read_text()
-    assert re.fullmatch(r"error: the leading process of this run died; [^\n]*\n", printed)
+    # PyTorch may have told before that a connection broke.
+    (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: the leading process of this run died; ")
+    assert printed.endswith(f"{line}\n")
+    assert "Traceback" not in printed
     assert not (place / "set" / "manifest.json").exists()
     assert command(*words_for(model)).exit_code == 0
     assert contents(place / "set") == contents(whole)
