@@ -40,8 +40,15 @@ def test_shipped_yaml(detector: Detector) -> None:
 def test_yaml_of_ones_own(tmp_path: Path, detector: Detector) -> None:
     spec = detector.spec()
     path = tmp_path / "mine.yml"
-    path.write_text(json.dumps({**spec["yaml"], "nc": 3}))  # JSON is YAML
+    yaml = copy.deepcopy(spec["yaml"])
+    yaml["head"][-1][3] = ["nc"]
+    path.write_text(json.dumps({**yaml, "nc": 3}))  # JSON is YAML
     assert load_detector(path).names == ["0", "1", "2"]
+    # One whose head says otherwise contradicts itself.
+    yaml["head"][-1][3] = [80]
+    path.write_text(json.dumps({**yaml, "nc": 3}))
+    with pytest.raises(UserError, match="3 category names and 80 categories"):
+        load_detector(path)
 
 
 def test_the_checkpoint_decides_the_family(kit: Path, yolov5n: Path) -> None:
