@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -133,7 +134,7 @@ class _Rate:
         return ", ".join(parts)
 
 
-class _Task:
+class _Task(ABC):
     """What tasks on a terminal and in a log have in common: how far they are, and how long yet."""
 
     def __init__(self, name: str, total: int, unit: str) -> None:
@@ -159,9 +160,9 @@ class _Task:
         shown = " ".join(f"{name} {value:.3g}" for name, value in values.items())
         self.show(False, f"{stage} {step}/{steps} {shown}")
 
+    @abstractmethod
     def show(self, last: bool, detail: str = "") -> None:
         """Show how far it is, if it is time to."""
-        raise NotImplementedError
 
     def announcement(self) -> str:
         """How long the work will take, once it is known and if it is long; else nothing."""

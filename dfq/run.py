@@ -29,7 +29,7 @@ from .detectors.base import Detector
 from .detectors.bounded import bounded, most_for
 from .detectors.checkpoint import sha256_of
 from .detectors.tensors import check_kinds, read_metadata, read_safetensors, sound
-from .errors import UserError
+from .errors import UserError, naming
 from .files import append_line, read_json, write_atomic, write_json
 from .lock import locked
 from .plain import ODD, one_line, parse_json
@@ -355,16 +355,13 @@ def _description(metadata: dict[str, str]) -> dict[str, Any] | None:
 def _rebuilt(path: Path, described: dict[str, Any]) -> Detector:
     """The detector whose state a file holds, as `spec` and `policy` describe it."""
     try:
-        with bounded("its description", most=most_for(path.stat().st_size)):
-            detector = from_spec(described["spec"])
-            insert_quantizers(fold(detector), Policy.from_dict(described["policy"]))
-        state = sound(read_safetensors(path), str(path))
-        check_kinds(detector.module.state_dict(), state, str(path))
-        detector.module.load_state_dict(state)
-    except UserError as error:
-        if str(path) in str(error):
-            raise
-        raise UserError(f"{path}: {error}") from error
+        with naming(path):
+            with bounded("its description", most=most_for(path.stat().st_size)):
+                detector = from_spec(described["spec"])
+                insert_quantizers(fold(detector), Policy.from_dict(described["policy"]))
+            state = sound(read_safetensors(path), str(path))
+            check_kinds(detector.module.state_dict(), state, str(path))
+            detector.module.load_state_dict(state)
     except ODD as error:
         raise UserError(
             f"{path}: damaged or does not fit its manifest ({one_line(error)})"

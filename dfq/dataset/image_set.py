@@ -13,9 +13,9 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from ..coco_categories import match_names
 from ..errors import UserError, shown
 from ..files import IMAGE_SUFFIXES, reason
-from .coco_categories import match_names
 from .outlines import BrokenOutline, Segment
 
 __all__ = ["IMAGE_SUFFIXES", "BrokenOutline", "ImageSet", "Item", "Segment"]

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from ..errors import UserError, shown
+from ..errors import UserError, naming, shown
 from ..files import NAME_BYTES, reason, user_path, write_atomic
 from ..plain import ODD, brief, one_line, parse_json, plain_tree
 from ..suggest import suggestion
@@ -294,15 +294,12 @@ def _from_yaml(name: str) -> Detector:
 def _from_checkpoint(path: Path, trust: bool) -> Detector:
     checkpoint = read_checkpoint(path, trust=trust)
     try:
-        for family in _families():
-            if family.matches(checkpoint):
-                with bounded(str(path), most=most_for(path.stat().st_size)):
-                    return family.from_checkpoint(checkpoint)
-        what = class_of(find_model(checkpoint))
-    except UserError as error:
-        if str(path) in str(error):
-            raise
-        raise UserError(f"{path}: {error}") from error
+        with naming(path):
+            for family in _families():
+                if family.matches(checkpoint):
+                    with bounded(str(path), most=most_for(path.stat().st_size)):
+                        return family.from_checkpoint(checkpoint)
+            what = class_of(find_model(checkpoint))
     except ODD as error:
         # What of a checkpoint is looked at is checked where it is; this is for what was not
         # thought of.

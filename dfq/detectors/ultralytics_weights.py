@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..dataset.coco_categories import COCO_NAMES
+from ..coco_categories import COCO_NAMES
 from ..errors import UserError, shown
 from ..plain import brief
 from .agreement import Changes, check_layers, take_over_activations

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from ..coco_categories import match_names
 from ..dataset.calibration import CalibrationSet
-from ..dataset.coco_categories import match_names
 from ..dataset.image_set import ImageSet
 from ..dataset.summary import Objects
 from ..errors import UserError

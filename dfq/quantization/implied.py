@@ -25,8 +25,12 @@ STEPS = 13
 """Values of a channel that are followed, evenly from one end to the other: a function's least value
 may lie in between, as SiLU's does."""
 
-_SUMS = ("conv2d", "linear", "matmul", "__matmul__", "bmm", "einsum", "addmm")
-_NORMS = ("layer_norm", "group_norm")
+_PRODUCTS = frozenset(
+    {
+        *("conv2d", "linear", "matmul", "__matmul__", "bmm", "einsum", "addmm"),
+        *("layer_norm", "group_norm"),
+    }
+)
 
 
 class _Unknown(TorchFunctionMode):
@@ -52,7 +56,7 @@ class _Unknown(TorchFunctionMode):
     ) -> Any:
         unknown = self.among((args, kwargs))
         result = func(*args, **(kwargs or {}))
-        self.note(result, unknown or getattr(func, "__name__", "") in (*_SUMS, *_NORMS))
+        self.note(result, unknown or getattr(func, "__name__", "") in _PRODUCTS)
         return result
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .moments import gaussian_divergence
 from .statistics import BatchNormStatistics, expected_statistics
 
 
@@ -70,10 +71,7 @@ def _per_image(x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
 
 def _divergence(x: Tensor, mean: Tensor, var: Tensor, to_mean: Tensor, _to_var: Tensor) -> Tensor:
     offset, spread = _per_image(x, mean)
-    stored = var.clamp_min(1e-12)
-    ratio = (spread / stored).clamp_min(1e-6)
-    each = 0.5 * (ratio + offset.square() / stored - 1 - ratio.log())
-    return each[:, to_mean > 0].mean()
+    return gaussian_divergence(offset, spread, var)[:, to_mean > 0].mean()
 
 
 def _distance(x: Tensor, mean: Tensor, var: Tensor, to_mean: Tensor, to_var: Tensor) -> Tensor:

@@ -73,3 +73,16 @@ def moments_backward(x: Tensor, grad: Tensor, slope: Tensor, offset: Tensor, sil
     zero, one = torch.zeros_like(slope), torch.ones_like(slope)
     linear = torch.batch_norm(x, slope, offset, zero, one, False, 0.0, 0.0, False)
     return linear.add_(torch.ops.aten.silu_backward(grad, x) if silu else grad)
+
+
+def gaussian_divergence(offset: Tensor, var: Tensor, expected: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of Gaussians from expected ones, elementwise, nats.
+
+    Args:
+        offset: mean less the expected one.
+        var: variance; the least that counts is a millionth of the expected one.
+        expected: variance of the expected ones.
+    """
+    stored = expected.clamp_min(1e-12)
+    ratio = (var / stored).clamp_min(1e-6)
+    return 0.5 * (ratio + offset.square() / stored - 1 - ratio.log())

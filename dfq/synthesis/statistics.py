@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import UserError
 from ..quantization.folding import FoldedBatchNorm
-from .moments import moments, moments_backward
+from .moments import gaussian_divergence, moments, moments_backward
 
 
 def expected_statistics(
@@ -376,10 +376,7 @@ class BatchNormStatistics:
         """
         mean, var, known, ran = self._moments(relative=True)
         alive = known.to_mean > 0
-        stored = known.var.clamp_min(1e-12)
-        ratio = (var / stored).clamp_min(1e-6)
-        away = (mean - known.mean).square() / stored
-        each = torch.where(alive, 0.5 * (ratio + away - 1 - ratio.log()), 0.0)
+        each = torch.where(alive, gaussian_divergence(mean - known.mean, var, known.var), 0.0)
         return (known.sums(each) / known.sums(alive.to(each.dtype)).clamp_min(1))[ran]
 
     def distances(self, *, relative: bool = False) -> Tensor:

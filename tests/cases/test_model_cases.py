@@ -24,7 +24,7 @@ from tiny_detector import stacked, tiny_detector
 from torch import Tensor, nn
 
 import dfq
-from dfq.dataset.coco_categories import match_names
+from dfq.coco_categories import match_names
 from dfq.detectors import load_detector, save_detector
 from dfq.detectors.torchvision_base import from_name
 from dfq.errors import UserError

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dfq.dataset.coco_categories import COCO_NAMES, coco_id
+from dfq.coco_categories import COCO_NAMES, coco_id
 from dfq.dataset.readers import ImageSet, open_set
 from dfq.errors import UserError
 

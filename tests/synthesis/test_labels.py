@@ -115,7 +115,7 @@ def test_real_labels_are_letterboxed_and_matched_by_name() -> None:
 
 
 def test_real_labels_agree_with_the_letterbox_of_the_images(kit: Path) -> None:
-    from dfq.dataset.coco_categories import COCO_NAMES
+    from dfq.coco_categories import COCO_NAMES
     from dfq.dataset.letterbox import load_letterboxed
     from dfq.dataset.readers import open_set
 

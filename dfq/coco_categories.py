@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from importlib import resources
 
-from ..errors import UserError, shown
+from .errors import UserError, shown
 
 
 def _canonical(name: str) -> str:
