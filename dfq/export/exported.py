@@ -1,0 +1,118 @@
+"""An exported detector: a file that a runtime executes, and what it says of itself."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from ..detectors.base import Detections
+
+Format = Literal["onnx", "openvino", "litert", "torch"]
+Runtime = Literal["onnxruntime", "openvino", "tensorrt", "litert", "torch"]
+
+
+class ExportInfo(BaseModel):
+    """What an exported file says of itself, as one JSON text in the file's own metadata.
+
+    Attributes:
+        format, runtime: of the file, and whose placement its grids follow.
+        family: of the detector, as `Detector.family`.
+        names: category names by index.
+        image_size: side in pixels that it was exported for; the graph takes any multiple of
+            `stride` where `dynamic` is set, else this side alone.
+        stride: image sides are multiples of it.
+        batch: images a call takes; None: any number.
+        weight_bits, activation_bits: 32 for a float file.
+        precision: in words, as "W8A8" or "float32".
+        checkpoint: sha256 of the file that the float detector came from.
+        model_sha256: of the run's model; None: exported from a float detector.
+        source: what the user named.
+        letterbox: how images get to the network's size.
+        normalisation: what the graph does itself; images are RGB in [0, 1], float32.
+        outputs: name of each output and what it holds.
+        spec: `Detector.spec()`, from which the family's decoding is rebuilt.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    kind: Literal["dfq exported detector"] = "dfq exported detector"
+    version: Literal[1] = 1
+    format: Format
+    runtime: Runtime
+    family: str
+    names: list[str]
+    image_size: int
+    stride: int
+    dynamic: bool = False
+    batch: int | None = None
+    weight_bits: int = 32
+    activation_bits: int = 32
+    precision: str
+    checkpoint: str
+    model_sha256: str | None = None
+    source: str
+    letterbox: str
+    normalisation: str
+    outputs: dict[str, str]
+    spec: dict[str, Any]
+
+
+class ExportedModel(ABC):
+    """A file opened in its runtime, which detects as a `Detector` does.
+
+    Attributes:
+        path: of the file.
+        info: what the file says of itself.
+    """
+
+    path: Path
+    info: ExportInfo
+
+    @property
+    def names(self) -> list[str]:
+        """Category names by index."""
+        return self.info.names
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels."""
+        return self.info.image_size
+
+    @property
+    def stride(self) -> int:
+        """Image sides are multiples of it."""
+        return self.info.stride
+
+    @property
+    def source(self) -> str:
+        """For messages."""
+        return str(self.path)
+
+    @property
+    def device(self) -> torch.device:
+        """Runtimes take images from the CPU."""
+        return torch.device("cpu")
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether it predicts instance masks: no exported file does."""
+        return False
+
+    @abstractmethod
+    def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """The file's outputs by name.
+
+        Args:
+            images: float32 `(n, 3, h, w)`, RGB in [0, 1], letterboxed.
+        """
+
+    @abstractmethod
+    def detect(self, images: Tensor, *, masks: bool = False, **thresholds: Any) -> list[Detections]:
+        """Detections for images `(n, 3, h, w)` in [0, 1], one per image, as `Detector.detect`;
+        `masks` is for its sake alone."""
