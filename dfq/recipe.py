@@ -18,6 +18,7 @@ from .limits import (
     MOST_STEPS,
 )
 from .plain import brief, parse_yaml, read_small
+from .quantization.placement import Runtime
 from .quantization.widths import Widths, check_budget, parse_widths
 from .recipe_overrides import Overrides, flat, override
 from .recipe_section import Section
@@ -83,9 +84,12 @@ class Quantization(Section):
     """Images of the set that the former looks at."""
     scope: Literal["all", "backbone"] = "all"
     """Layers that are quantized at all; with backbone, neck and heads stay in float."""
-    placement: Literal["inputs", "everywhere"] = "inputs"
-    """Where activations are quantized: on the inputs of layers, or also on their outputs (but for
-    the predictions) and on all that is added or concatenated, as onnxruntime computes."""
+    placement: Literal["inputs", "everywhere", "qdq"] = "inputs"
+    """Where activations are quantized: on the inputs of layers; also on their outputs (but for the
+    predictions) and on all that is added or concatenated; or where `runtime` needs it to compute in
+    integers."""
+    runtime: Runtime = "onnxruntime"
+    """Which runtime `placement: qdq` is for."""
     overrides: dict[str, int | str] = Field({})
     """Layer name or wildcard -> "float", a bit width, or "w4a8"; the first match wins."""
     mixed: Mixed = Mixed()

@@ -110,6 +110,7 @@ def policy_of(recipe: Recipe) -> Policy:
         overrides=tuple(section.overrides.items()),
         scope=section.scope,
         placement=section.placement,
+        runtime=section.runtime,
     )
 
 

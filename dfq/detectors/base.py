@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..errors import UserError
 from ..limits import LARGEST_SIDE
@@ -269,6 +270,34 @@ class Detector(ABC):
         max_detections: int = 300,
     ) -> list[Detections]:
         """Raw predictions to detections, by the framework's own decoder and NMS."""
+
+    def outputs(self, raw: Any, image_shape: tuple[int, int]) -> dict[str, Tensor]:
+        """What an exported file gives for `raw`, by name: boxes and scores where a family decodes
+        without choosing, else the raw predictions one by one. Traceable by `torch.export`.
+
+        Args:
+            raw: what `raw` returned for a batch.
+            image_shape: height and width of the batch, pixels.
+        """
+        leaves = [leaf for leaf in tree_leaves(raw) if isinstance(leaf, Tensor)]
+        return {f"raw{index}": leaf for index, leaf in enumerate(leaves)}
+
+    def from_outputs(
+        self, outputs: dict[str, Tensor], image_shape: tuple[int, int], **thresholds: Any
+    ) -> list[Detections]:
+        """Detections of what an exported file gave; thresholds are those of `decode`.
+
+        Args:
+            outputs: as `outputs` gives them, from wherever.
+            image_shape: height and width of the batch, pixels.
+        """
+        batch = len(next(iter(outputs.values())))
+        with torch.no_grad():
+            # For its structure; what it holds is replaced.
+            leaves, structure = tree_flatten(self.raw(torch.zeros(batch, 3, *image_shape)))
+        given = iter(outputs.values())
+        filled = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return self.decode(tree_unflatten(filled, structure), image_shape, **thresholds)
 
     def segment(self, raw: Any, found: Sequence[Detections]) -> list[Detections]:
         """`found`, what `decode` made of `raw`, with masks where the network predicts them."""

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from ultralytics.utils.nms import non_max_suppression
+from ultralytics.utils.ops import xyxy2xywh
 from ultralytics.utils.tal import dist2bbox, make_anchors
 
 from ..errors import UserError
@@ -229,18 +230,48 @@ class UltralyticsDetector(Detector):
         Args:
             multi_label: whether one anchor point may give several classes, as in evaluation.
         """
-        nms_free = self.nms_free and raw.one2one is not None
-        branch = (raw.one2one if nms_free else None) or raw.one2many
-        scores = branch.scores.float().sigmoid()
+        return self.from_outputs(
+            self.outputs(raw, image_shape),
+            image_shape,
+            score_threshold=score_threshold,
+            iou_threshold=iou_threshold,
+            max_detections=max_detections,
+            multi_label=multi_label,
+        )
+
+    def outputs(self, raw: RawPredictions, image_shape: tuple[int, int]) -> dict[str, Tensor]:
+        """`boxes` `(n, A, 4)`, x1 y1 x2 y2 in pixels, and `scores` `(n, A, classes)` in [0, 1], of
+        the branch that `decode` takes. They are never in one tensor: on one grid, steps of pixels
+        would leave nothing of scores."""
+        branch = (raw.one2one if self._is_nms_free else None) or raw.one2many
         points, strides = make_anchors(branch.grids(), self._head.stride, 0.5)
         boxes = strides.T * dist2bbox(
-            branch.distances(), points.T.unsqueeze(0).float(), xywh=not nms_free, dim=1
+            branch.distances(), points.T.unsqueeze(0).float(), xywh=False, dim=1
         )
-        if nms_free:
+        return {"boxes": boxes.mT, "scores": branch.scores.float().sigmoid().mT}
+
+    @property
+    def _is_nms_free(self) -> bool:
+        return self.nms_free and self._has_one2one
+
+    @torch.no_grad()
+    def from_outputs(
+        self,
+        outputs: dict[str, Tensor],
+        image_shape: tuple[int, int],
+        *,
+        score_threshold: float = 0.001,
+        iou_threshold: float = 0.6,
+        max_detections: int = 300,
+        multi_label: bool = True,
+    ) -> list[Detections]:
+        """Ultralytics' NMS, or the best pairs of a network that needs none; see `decode`."""
+        boxes, scores = outputs["boxes"].mT, outputs["scores"].mT
+        if self._is_nms_free:
             rows = best_pairs(boxes, scores, score_threshold, max_detections)
         else:
             rows = non_max_suppression(
-                torch.cat([boxes, scores], dim=1),
+                torch.cat([xyxy2xywh(boxes.mT).mT, scores], dim=1),
                 score_threshold,
                 iou_threshold,
                 multi_label=multi_label,

@@ -220,18 +220,43 @@ class YOLOv5(Detector):
         """Detections by the original's decoder: every class of a prediction whose objectness times
         class probability is above `score_threshold`, then NMS within each class. Boxes may reach
         beyond the image, as the original's do before they are scaled back."""
-        with torch.no_grad():
-            predictions = torch.cat(
-                [self._decode_level(level, index) for index, level in enumerate(raw)], dim=1
-            ).float()
-            return [
-                _suppress(image, score_threshold, iou_threshold, max_detections)
-                for image in predictions
-            ]
+        return self.from_outputs(
+            self.outputs(raw, image_shape),
+            image_shape,
+            score_threshold=score_threshold,
+            iou_threshold=iou_threshold,
+            max_detections=max_detections,
+        )
 
-    def _decode_level(self, logits: Tensor, index: int) -> Tensor:
-        """`(n, anchors * h * w, 4 + classes)`: x1 y1 x2 y2 in pixels, and scores."""
-        n, _, height, width, outputs = logits.shape
+    def outputs(self, raw: list[Tensor], image_shape: tuple[int, int]) -> dict[str, Tensor]:
+        """`boxes` `(n, A, 4)`, x1 y1 x2 y2 in pixels, and `scores` `(n, A, classes)` in [0, 1]:
+        objectness times class probability; A is the number of anchors of all levels."""
+        levels = [self._decode_level(level, index) for index, level in enumerate(raw)]
+        boxes, scores = (torch.cat(parts, dim=1).float() for parts in zip(*levels, strict=True))
+        return {"boxes": boxes, "scores": scores}
+
+    @torch.no_grad()
+    def from_outputs(
+        self,
+        outputs: dict[str, Tensor],
+        image_shape: tuple[int, int],
+        *,
+        score_threshold: float = 0.001,
+        iou_threshold: float = 0.6,
+        max_detections: int = 300,
+    ) -> list[Detections]:
+        """NMS within each class; see `decode`."""
+        return [
+            _suppress(boxes, scores, score_threshold, iou_threshold, max_detections)
+            for boxes, scores in zip(outputs["boxes"], outputs["scores"], strict=True)
+        ]
+
+    def _decode_level(self, logits: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """Boxes `(n, anchors * h * w, 4)`, x1 y1 x2 y2 in pixels, and scores `(..., classes)`.
+
+        They are never in one tensor: on one grid, steps of pixels would leave nothing of scores.
+        """
+        n, _, height, width, _ = logits.shape
         stride = self.module.detect.strides[index]
         anchors = self.module.detect.anchors[index].view(1, -1, 1, 1, 2)
         rows, columns = torch.meshgrid(
@@ -243,8 +268,9 @@ class YOLOv5(Detector):
         centres = (centres + torch.stack([columns, rows], dim=-1)) * stride
         half = sizes * (stride / 2)
         scores = logits[..., 4:5].sigmoid() * logits[..., 5:].sigmoid()
-        decoded = torch.cat([centres - half, centres + half, scores], dim=-1)
-        return decoded.view(n, -1, outputs - 1)
+        decoded = (torch.cat([centres - half, centres + half], dim=-1), scores)
+        boxes, scores = (part.reshape(n, -1, part.shape[-1]) for part in decoded)
+        return boxes, scores
 
     def distillation_pairs(
         self, student_raw: list[Tensor], teacher_raw: list[Tensor]
@@ -293,14 +319,18 @@ class YOLOv5(Detector):
 
 
 def _suppress(
-    predictions: Tensor, score_threshold: float, iou_threshold: float, max_detections: int
+    boxes: Tensor,
+    scores: Tensor,
+    score_threshold: float,
+    iou_threshold: float,
+    max_detections: int,
 ) -> Detections:
-    """NMS within each class over the predictions of one image, `(n, 4 + classes)`."""
-    row, label = (predictions[:, 4:] > score_threshold).nonzero(as_tuple=True)
-    scores = predictions[row, 4 + label]
+    """NMS within each class over the predictions of one image, `(n, 4)` and `(n, classes)`."""
+    row, label = (scores > score_threshold).nonzero(as_tuple=True)
+    scores = scores[row, label]
     if len(scores) > _MOST_CANDIDATES:
         scores, best = scores.topk(_MOST_CANDIDATES)
         row, label = row[best], label[best]
-    boxes = predictions[row, :4]
+    boxes = boxes[row]
     kept = batched_nms(boxes, scores, label, iou_threshold)[:max_detections]
     return Detections(boxes[kept], scores[kept], label[kept])

@@ -16,8 +16,9 @@ from ..detectors.base import Detector
 from ..errors import UserError
 from .folding import fold_batchnorm
 from .joins import trace
-from .layers import QUANTIZED_LAYERS, QuantConv2d, QuantLinear, QuantMatmul
+from .layers import QUANTIZED_LAYERS, QuantConv2d, QuantLinear, QuantMatmul, QuantSiLU
 from .listing import FLOAT_KINDS, describe
+from .placement import EVERYWHERE, INPUTS, PLACEMENTS, Placement
 from .quantizers import Quantizer
 from .ranges import READERS, SEARCHES, mse
 from .results import quantize_results, result_quantizers
@@ -41,7 +42,9 @@ class Policy:
             the first match counts and wins over everything else.
         scope: "all", or "backbone": layers outside it stay in float.
         placement: "inputs": weights and inputs of layers are quantized; "everywhere": also their
-            outputs and what is added or concatenated (see `results`).
+            outputs and what is added or concatenated (see `results`); "qdq": as `runtime` needs it
+            to compute in integers (see `placement`).
+        runtime: a key of `placement.PLACEMENTS`; counts with "qdq" alone.
     """
 
     weight_bits: int = 4
@@ -53,6 +56,19 @@ class Policy:
     scope: str = "all"
     placement: str = "inputs"
     weight_grid: str = "asymmetric"
+    runtime: str = "onnxruntime"
+
+    @property
+    def where(self) -> Placement:
+        """Where quantizers stand."""
+        if self.placement == "qdq":
+            return PLACEMENTS[self.runtime]
+        return EVERYWHERE if self.placement == "everywhere" else INPUTS
+
+    @property
+    def asymmetric(self) -> bool:
+        """Whether grids of activations have zero points."""
+        return self.activations == "asymmetric" and not self.where.symmetric
 
     def bits_for(
         self, name: str, boundary: bool, backbone: str | None = None
@@ -133,13 +149,13 @@ def insert_quantizers(detector: Detector, policy: Policy) -> Detector:
                 f"quantization.overrides: no layer is called '{pattern}' "
                 f"(for example '{layers[0].name}'; dfq inspect lists them all)"
             )
-    asymmetric = policy.activations == "asymmetric"
+    asymmetric = policy.asymmetric
     chosen: dict[str, Widths] = {}
     for row in layers:
         bits = policy.bits_for(row.name, row.name in edge, detector.backbone)
         if bits is not None and row.kind not in FLOAT_KINDS:
             chosen[row.name] = bits
-    found = trace(detector, chosen) if policy.placement == "everywhere" else None
+    found = trace(detector, chosen) if policy.where.joins else None
     for row in layers:
         if row.name not in chosen:
             continue
@@ -164,7 +180,7 @@ def insert_quantizers(detector: Detector, policy: Policy) -> Detector:
         wrapped.train(layer.training).to(detector.device)
         _replace(detector.module, layer, wrapped)
     if found is not None:
-        quantize_results(detector, found, asymmetric=asymmetric)
+        quantize_results(detector, found, policy.where, asymmetric=asymmetric)
     return detector
 
 
@@ -197,7 +213,7 @@ def activation_quantizers(module: nn.Module) -> Iterator[tuple[str, Quantizer]]:
 @contextmanager
 def float_mode(module: nn.Module) -> Iterator[None]:
     """Within this context the quantizers let everything through."""
-    quantizers = [m for m in module.modules() if isinstance(m, Quantizer)]
+    quantizers = [m for m in module.modules() if isinstance(m, (Quantizer, QuantSiLU))]
     before = [q.enabled for q in quantizers]
     for quantizer in quantizers:
         quantizer.enabled = False

@@ -56,6 +56,7 @@ class Value:
     Attributes:
         layer: name of the layer; None: it is no layer's output.
         call: number of the function's call in the trace; None for layers, and outside of modules.
+        function: its name; empty for layers.
         live: whether it comes from quantized layers alone, through whatever functions.
         predicted: whether it comes from the layers that give the predictions.
         operands: of a sum or a concatenation of activations; empty for all others.
@@ -67,6 +68,7 @@ class Value:
     live: bool
     predicted: bool
     operands: tuple[Value, ...] = ()
+    function: str = ""
     readers: set[str] = field(default_factory=set)
 
     @property
@@ -145,7 +147,7 @@ class Trace(TorchFunctionMode):
             predicted = any(value.predicted for value in values)
             joins = call is not None and len(known) == len(given) and _joins(name, given)
             operands = tuple(values) if joins and live and not predicted else ()
-            self._add(outputs, Value(None, call, live, predicted, operands))
+            self._add(outputs, Value(None, call, live, predicted, operands, name))
         return result
 
     def _add(self, tensors: Iterable[Tensor], value: Value) -> None:

@@ -3,13 +3,16 @@ and the quantized product of two activations."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from ..detectors.matmul import Matmul
-from .quantizers import Quantizer
+from .quantizers import Quantizer, fake_quantize
 
 
 class QuantConv2d(nn.Conv2d):
@@ -96,3 +99,40 @@ class QuantMatmul(Matmul):
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         return super().forward(self.left_quantizer(left), self.right_quantizer(right))
+
+
+class QuantSiLU(nn.Module):
+    """SiLU with its sigmoid on a grid of 8 bits from zero, as runtimes compute it in integers.
+
+    Args:
+        step: of the grid, 1/255 or 1/256. It is no parameter: a sigmoid ends at 1.
+
+    Attributes:
+        enabled: otherwise the sigmoid is let through.
+    """
+
+    def __init__(self, step: float) -> None:
+        super().__init__()
+        self.step = step
+        self.enabled = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gated_silu(x, self._on_grid) if self.enabled else F.silu(x)
+
+    def _on_grid(self, gate: Tensor) -> Tensor:
+        scale = torch.full((1,), self.step, dtype=gate.dtype, device=gate.device)
+        return fake_quantize(gate, scale, torch.zeros_like(scale), 0, 255)
+
+
+def gated_silu(x: Tensor, on_grid: Callable[[Tensor], Tensor]) -> Tensor:
+    """`x * on_grid(sigmoid(x))`, like `x`.
+
+    Whatever watches a network's functions sees it as the one function that it takes the place of.
+    """
+    if has_torch_function_unary(x):
+        result: Tensor = handle_torch_function(gated_silu, (x,), x, on_grid)
+        return result
+    return x * on_grid(x.sigmoid())
+
+
+gated_silu.__name__ = "silu"

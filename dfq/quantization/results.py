@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -23,8 +24,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..detectors.base import Detector
-from .joins import CONCATENATIONS, Key, Trace, Value, name_of, trace
-from .layers import QUANTIZED_LAYERS, QuantConv2d, QuantLinear
+from .joins import CONCATENATIONS, SUMS, Key, Trace, Value, name_of, trace
+from .layers import QUANTIZED_LAYERS, QuantConv2d, QuantLinear, QuantSiLU
+from .placement import Placement
 from .quantizers import Quantizer
 
 RESULT_BITS = 8
@@ -105,19 +107,26 @@ def _watch(owner: nn.Module) -> dict[tuple[str, int], Quantizer]:
     return owner._quantized_results
 
 
-def quantize_results(detector: Detector, found: Trace, *, asymmetric: bool) -> None:
+def quantize_results(
+    detector: Detector, found: Trace, where: Placement, *, asymmetric: bool
+) -> None:
     """Put quantizers on the outputs of layers and on the operands and results of sums and
     concatenations, in place; scales are not set yet.
 
     Args:
         detector: its layers quantized.
         found: what `trace` saw before they were.
+        where: which of these.
         asymmetric: whether the grids have zero points.
     """
     last = detector.boundary_layers().last
+    chosen = _joined(found, where)
+    joined = {value for join in chosen for value in (*chosen[join], join)}
     grids: dict[Value, Quantizer] = {}
     for value in found.values:
         if value.layer is None or value.layer in last:
+            continue
+        if not where.outputs and value not in joined:
             continue
         layer = detector.module.get_submodule(value.layer)
         if isinstance(layer, QUANTIZED_LAYERS):
@@ -128,12 +137,80 @@ def quantize_results(detector: Detector, found: Trace, *, asymmetric: bool) -> N
             if layer.output_quantizer.reader != value.reader:
                 layer.output_quantizer.reader = None
             grids[value] = layer.output_quantizer
-    _quantize_functions(detector, found, grids, asymmetric)
+    _quantize_functions(detector, found, grids, chosen, asymmetric)
+    if where.one_grid:
+        _unite(detector.module, chosen, grids)
+    if where.sigmoid_step is not None:
+        _quantize_sigmoids(detector.module, where.sigmoid_step)
     _share_inputs(detector.module, found, grids)
     # An activation function that writes into a quantizer's output destroys what its gradient needs.
     for module in detector.module.modules():
         if getattr(module, "inplace", False) is True:
             module.inplace = False
+
+
+def _joined(found: Trace, where: Placement) -> dict[Value, list[Value]]:
+    """Sums and concatenations that are quantized, and which of their operands are."""
+    number = {value: place for place, value in enumerate(found.values)}
+    chosen = {}
+    for join in found.joins():
+        operands = list(join.operands)
+        if where.fused_sums and join.function in SUMS:
+            operands = sorted(operands, key=number.__getitem__)[:-1]
+        # What is computed outside of every module cannot be reached.
+        if all(value.layer is not None or found.owner_of(value) for value in (*operands, join)):
+            chosen[join] = operands
+    return chosen
+
+
+def _unite(
+    module: nn.Module, chosen: dict[Value, list[Value]], grids: dict[Value, Quantizer]
+) -> None:
+    """One quantizer for all that goes into a concatenation and comes out, and into and out of what
+    that is concatenated with."""
+    one: dict[Quantizer, Quantizer] = {}
+
+    def root(quantizer: Quantizer) -> Quantizer:
+        while quantizer in one:
+            quantizer = one[quantizer]
+        return quantizer
+
+    for join, operands in chosen.items():
+        if join.function in CONCATENATIONS:
+            kept = root(grids[join])
+            for operand in operands:
+                other = root(grids[operand])
+                if other is not kept:
+                    one[other] = kept
+                    # Its errors matter to several readers.
+                    kept.reader = None
+    for value in grids:
+        grids[value] = root(grids[value])
+    for child in module.modules():
+        if isinstance(child, QUANTIZED_LAYERS) and child.output_quantizer is not None:
+            child.output_quantizer = root(child.output_quantizer)
+        if isinstance(child, _Watched):
+            found = child._quantized_results
+            found.update({key: root(quantizer) for key, quantizer in found.items()})
+    holder = getattr(module, RESULTS)
+    for name, quantizer in list(holder.items()):
+        holder[name] = root(quantizer)
+
+
+def _quantize_sigmoids(module: nn.Module, step: float) -> None:
+    """Put the sigmoid within SiLU on a grid where what it is computed of is on one."""
+    quantized: dict[nn.Module, QuantSiLU] = {}
+    for parent in list(module.modules()):
+        children = parent._modules
+        if any(_has_output(child) for child in children.values()):
+            for name, child in children.items():
+                if type(child) is nn.SiLU:
+                    silu = quantized.setdefault(child, QuantSiLU(step).train(child.training))
+                    children[name] = silu
+
+
+def _has_output(layer: nn.Module | None) -> bool:
+    return isinstance(layer, QUANTIZED_LAYERS) and layer.output_quantizer is not None
 
 
 def _quantizer(detector: Detector, asymmetric: bool) -> Quantizer:
@@ -142,23 +219,25 @@ def _quantizer(detector: Detector, asymmetric: bool) -> Quantizer:
 
 
 def _quantize_functions(
-    detector: Detector, found: Trace, grids: dict[Value, Quantizer], asymmetric: bool
+    detector: Detector,
+    found: Trace,
+    grids: dict[Value, Quantizer],
+    joined: dict[Value, list[Value]],
+    asymmetric: bool,
 ) -> None:
     """Quantize sums, concatenations, and what goes into them; `grids` is added to."""
     chosen: dict[Value, None] = {}
-    for join in found.joins():
-        new = [value for value in join.operands if value not in grids]
-        # What is computed outside of every module cannot be reached.
-        if all(found.owner_of(value) is not None for value in (*new, join)):
-            chosen |= dict.fromkeys([*new, join])
+    for join, operands in joined.items():
+        chosen |= dict.fromkeys([*(one for one in operands if one not in grids), join])
     holder = nn.ModuleDict()
     quantizers: dict[Key, Quantizer] = {}
     for value, key in zip(chosen, found.keys(list(chosen)), strict=True):
-        operands = {grids[operand] for operand in value.operands}
+        grid_of = {grids.get(operand) for operand in value.operands}
         if key not in quantizers:
-            if key.function in CONCATENATIONS and len(operands) == 1:
+            only = grid_of.pop() if len(grid_of) == 1 else None
+            if key.function in CONCATENATIONS and only is not None:
                 # Of tensors on one grid, as are the poolings of one: it is on it too.
-                quantizers[key] = operands.pop()
+                quantizers[key] = only
             else:
                 quantizers[key] = _quantizer(detector, asymmetric)
                 quantizers[key].reader = value.reader
@@ -224,3 +303,11 @@ def count_joins(detector: Detector) -> tuple[int, int]:
     holder = getattr(detector.module, RESULTS, None)
     there = set(holder) if isinstance(holder, nn.ModuleDict) else set()
     return len(every & there), len(every)
+
+
+def requantize_results(module: nn.Module, replace: Callable[[Quantizer], nn.Module]) -> None:
+    """Put something else in the places of the quantizers of functions' results, in place."""
+    for child in module.modules():
+        if isinstance(child, _Watched):
+            found: dict[Any, Any] = child._quantized_results
+            found.update({key: replace(quantizer) for key, quantizer in found.items()})

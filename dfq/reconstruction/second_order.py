@@ -26,7 +26,7 @@ from torch import Generator, Tensor, nn
 from ..detectors.base import Detector
 from ..errors import UserError
 from ..quantization.convert import activation_quantizers, quantized_layers
-from ..quantization.layers import QuantConv2d, QuantLinear
+from ..quantization.layers import QuantConv2d, QuantLinear, QuantSiLU
 from ..quantization.quantizers import Quantizer
 from ..quantization.ranges import grid_between
 from .finished import FinishedBlocks, ended_blocks
@@ -272,7 +272,10 @@ def reconstruct_layer(
 def without_fine_activations(module: nn.Module) -> Iterator[None]:
     """Within this context quantizers of activations of `FINE` bits and more let everything through:
     what weights should make up for is then what any image suffers from."""
-    fine = [q for _, q in activation_quantizers(module) if q.bits >= FINE and q.enabled]
+    fine: list[Quantizer | QuantSiLU] = [
+        q for _, q in activation_quantizers(module) if q.bits >= FINE and q.enabled
+    ]
+    fine += [child for child in module.modules() if isinstance(child, QuantSiLU) and child.enabled]
     for quantizer in fine:
         quantizer.enabled = False
     try:

@@ -136,7 +136,9 @@ def measure(
     known = images if calibration is None else [b.to(teacher.device) for b in calibration]
     options = choices(teacher, policy, candidates)
     # One layer at a time: what others share with it is not to be quantized along.
-    student = insert_quantizers(teacher.twin(), replace(policy, placement="inputs"))
+    grids = "asymmetric" if policy.asymmetric else "symmetric"
+    alone = replace(policy, placement="inputs", activations=grids)
+    student = insert_quantizers(teacher.twin(), alone)
     values = observe(student, known)
     calls = execution_order(student.module, lambda: student.raw(images[0][:1]))
     free = {info.name: widths for info, widths in options if len(widths) > 1}

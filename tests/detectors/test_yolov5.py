@@ -187,7 +187,8 @@ def test_anchors_follow_the_device(tiny: YOLOv5) -> None:
     moved = tiny.twin().to("meta")
     raw = moved.raw(torch.rand(1, 3, 64, 64, device="meta"))
     assert moved.module.detect.anchors.device.type == "meta"
-    assert moved._decode_level(raw[0], 0).device.type == "meta"  # type: ignore[attr-defined]
+    boxes, scores = moved.outputs(raw, (64, 64)).values()
+    assert boxes.device.type == scores.device.type == "meta"
 
 
 def test_spec_rebuilds_the_architecture(tiny: YOLOv5) -> None:

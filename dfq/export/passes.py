@@ -1,0 +1,111 @@
+"""What is done to the graph of an exported program before it is lowered.
+
+Values stay what they are; the quantize and dequantize operations come to stand as runtimes look for
+them: one pair a tensor, on both sides of operations that keep a tensor on its grid.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.ao.quantization.fx._decomposed
+from torch import fx
+
+QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
+DEQUANTIZE = torch.ops.quantized_decomposed.dequantize_per_tensor.default
+_ATEN = torch.ops.aten
+
+_KEEPING = {
+    *(_ATEN.max_pool2d.default, _ATEN.upsample_nearest2d.vec, _ATEN.upsample_nearest2d.default),
+    *(_ATEN.view.default, _ATEN.reshape.default, _ATEN.permute.default, _ATEN.transpose.int),
+    *(_ATEN.flatten.using_ints, _ATEN.slice.Tensor, _ATEN.select.int, _ATEN.squeeze.dim),
+    *(_ATEN.unsqueeze.default, _ATEN.pixel_shuffle.default, _ATEN.expand.default),
+    *(_ATEN.numpy_T.default, _ATEN.mT.default, _ATEN.contiguous.default, _ATEN.clone.default),
+    *(_ATEN.unflatten.int, _ATEN.roll.default),
+}
+"""Give values that they are given, or zero, and so stay on a grid."""
+
+_SPLITTING = {
+    *(_ATEN.split.Tensor, _ATEN.split_with_sizes.default, _ATEN.chunk.default),
+    *(_ATEN.unbind.int,),
+}
+
+
+def tidy(graph: fx.Graph) -> None:
+    """Make one pair of operations of each grid on each tensor, and carry grids on."""
+    _drop_idle_relus(graph)
+    _carry(graph)
+    _merge(graph)
+    graph.eliminate_dead_code()
+    graph.lint()
+
+
+def grid_at(node: Any) -> tuple[Any, ...] | None:
+    """The grid that a tensor is on: what a dequantize was given; None for none."""
+    if isinstance(node, fx.Node) and node.target is DEQUANTIZE:
+        return tuple(node.args[1:6])
+    return None
+
+
+def _drop_idle_relus(graph: fx.Graph) -> None:
+    """A ReLU does nothing on a grid that begins at zero; without it the quantize stands directly
+    on the layer."""
+    for node in list(graph.nodes):
+        if node.target in (_ATEN.relu.default, _ATEN.relu_.default):
+            grid = grid_at(node.args[0])
+            if grid is not None and grid[1] == grid[2]:
+                node.replace_all_uses_with(node.args[0])
+                graph.erase_node(node)
+
+
+def _carry(graph: fx.Graph) -> None:
+    """Quantize and dequantize again behind what keeps a tensor on its grid."""
+    for node in list(graph.nodes):
+        if node.target in _SPLITTING:
+            continue
+        if node.target is operator.getitem and node.args[0].target in _SPLITTING:
+            grid = grid_at(node.args[0].args[0])
+        elif node.target in _KEEPING:
+            grid = grid_at(node.args[0])
+        else:
+            continue
+        if grid is None:
+            continue
+        users = list(node.users)
+        if all(user.target is QUANTIZE and tuple(user.args[1:6]) == grid for user in users):
+            continue
+        with graph.inserting_after(node):
+            quantized = graph.call_function(QUANTIZE, (node, *grid))
+        with graph.inserting_after(quantized):
+            back = graph.call_function(DEQUANTIZE, (quantized, *grid))
+        _describe(quantized, node, grid[4])
+        _describe(back, node, None)
+        for user in users:
+            user.replace_input_with(node, back)
+
+
+def _describe(new: fx.Node, source: fx.Node, dtype: torch.dtype | None) -> None:
+    value = source.meta.get("val")
+    if value is not None:
+        new.meta["val"] = value if dtype is None else value.to(dtype)
+
+
+def _merge(graph: fx.Graph) -> None:
+    """One operation where several do the same to one tensor, and none where a tensor is on that
+    very grid already."""
+    seen: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.target not in (QUANTIZE, DEQUANTIZE):
+            continue
+        if node.target is QUANTIZE and grid_at(node.args[0]) == tuple(node.args[1:6]):
+            node.replace_all_uses_with(node.args[0].args[0])
+            graph.erase_node(node)
+            continue
+        key = (node.target, *node.args)
+        if key in seen:
+            node.replace_all_uses_with(seen[key])
+            graph.erase_node(node)
+        else:
+            seen[key] = node
