@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .comparison import compare as compare
     from .detectors import load_detector as load_detector
     from .errors import UserError as UserError
+    from .exporting import export as export
     from .recipe import Recipe as Recipe
     from .recipe import load_recipe as load_recipe
     from .run import load_run as load_run
@@ -40,6 +41,7 @@ _HOMES = {
     "evaluate": "verbs",
     "inspect": "verbs",
     "compare": "comparison",
+    "export": "exporting",
 }
 __all__ = ["__version__", *sorted(_HOMES)]
 
@@ -50,9 +52,9 @@ def __getattr__(name: str) -> Any:
     found = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
     if isinstance(found, type):
         return found
-    if name == "sensitivity":
+    if name in ("sensitivity", "export"):
         # A package has this name too, which importing it gives back in any case.
-        return importlib.import_module(".sensitivity", __name__)
+        return importlib.import_module(f".{name}", __name__)
     from .errors import for_python
 
     # Kept, so that the name stands for one function.

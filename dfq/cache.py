@@ -131,3 +131,18 @@ def newest_origin() -> Origin | None:
         if CalibrationSet.is_one(folder):
             return origin_of(folder)
     return None
+
+
+def sets_of(fingerprint: str) -> list[Path]:
+    """Folders of the complete sets in the cache that were made from a model, newest first; those
+    that are damaged are passed over."""
+    cache = cache_folder()
+    found = []
+    for path in cache.glob("*/manifest.json") if cache.is_dir() else ():
+        with contextlib.suppress(FileNotFoundError, UserError):
+            if (
+                CalibrationSet.is_one(path.parent)
+                and origin_of(path.parent).fingerprint == fingerprint
+            ):
+                found.append((path.stat().st_mtime_ns, path.parent))
+    return [folder for _, folder in sorted(found, reverse=True)]

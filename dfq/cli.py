@@ -23,6 +23,7 @@ from .cli_common import (
 )
 from .cli_compare import compare
 from .cli_data import data
+from .cli_export import export
 from .cli_mmdet import mmdet_config
 from .cli_sensitivity import sensitivity
 from .errors import shown
@@ -341,6 +342,7 @@ def demo(out: Path) -> None:
 
 cli.add_command(compare)
 cli.add_command(data)
+cli.add_command(export)
 cli.add_command(mmdet_config)
 cli.add_command(sensitivity)
 

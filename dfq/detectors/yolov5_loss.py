@@ -81,7 +81,9 @@ def boxes_of(logits: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
     """Box logits `(..., 4)` to centres `2σ - 0.5` relative to the cell's corner and sizes
     `(2σ)² · anchor`, each `(..., 2)` in the unit of `anchors` (broadcastable to `(..., 2)`)."""
     doubled = logits.sigmoid() * 2
-    return doubled[..., :2] - 0.5, doubled[..., 2:4] ** 2 * anchors
+    sides = doubled[..., 2:4]
+    # Not a power: LiteRT has none of five dimensions.
+    return doubled[..., :2] - 0.5, sides * sides * anchors
 
 
 class _Read(torch.autograd.Function):

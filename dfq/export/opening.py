@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+from abc import abstractmethod
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from ..detectors import from_spec
+from ..detectors.base import Detections, Detector
 from ..errors import UserError, shown
-from .exported import ExportedModel
+from ..files import user_path
+from ..plain import one_line
+from .dependencies import require
+from .exported import ExportedModel, ExportInfo
+from .writers import KEY
 
 SUFFIXES = (".onnx", ".xml", ".tflite", ".pt2")
 """Of exported files: ONNX, OpenVINO IR, LiteRT, and PyTorch's own exported program."""
@@ -28,4 +42,239 @@ def open_exported(path: str | Path, *, threads: int | None = None) -> ExportedMo
         UserError: no such file, one that is broken, of no dfq export, or whose runtime is not
             installed.
     """
-    raise UserError(f"{shown(path)}: exported files cannot be opened yet")
+    file = open_file(path, threads=threads)
+    if file.says is None:
+        raise UserError(
+            f"{shown(path)}: is no export of dfq (it says nothing of itself); `dfq verify` takes "
+            "such files"
+        )
+    return _Opened(file, file.says)
+
+
+def open_file(path: str | Path, *, threads: int | None = None) -> RuntimeFile:
+    """Anyone's file, opened in the runtime of its format; arguments and errors are those of
+    `open_exported`, which wants a file of dfq's."""
+    path = user_path(path)
+    kind = _KINDS.get(path.suffix.lower())
+    if kind is None:
+        raise UserError(
+            f"{shown(path)}: not one of the files that dfq exports and opens: {SUFFIXES}"
+        )
+    if not path.is_file():
+        raise UserError(f"{shown(path)}: no such file")
+    try:
+        return kind(path, threads)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{shown(path)}: cannot be opened: damaged, or of another version "
+            f"({type(error).__name__}: {one_line(error)[:200]})"
+        ) from error
+
+
+class RuntimeFile:
+    """A file in its runtime, whatever it computes.
+
+    Attributes:
+        path: of the file.
+        runtime: that executes it.
+        says: what it says of itself; None where dfq did not write it.
+        input_shape: of its one input; None where a side is free.
+    """
+
+    runtime: str
+    says: ExportInfo | None = None
+    input_shape: tuple[int | None, ...]
+
+    def __init__(self, path: Path, threads: int | None) -> None:
+        self.path = path
+
+    @abstractmethod
+    def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Outputs by name, of images float32 `(n, 3, h, w)` in [0, 1]."""
+
+    def _read(self, text: str | None) -> None:
+        """Take what the file says of itself."""
+        if text is None:
+            return
+        try:
+            self.says = ExportInfo.model_validate_json(text)
+        except ValidationError as error:
+            raise UserError(
+                f"{shown(self.path)}: what it says of itself is damaged "
+                f"({error.errors()[0]['msg']}); export it again"
+            ) from None
+
+
+class OnnxFile(RuntimeFile):
+    """An ONNX file in onnxruntime, on the CPU."""
+
+    runtime = "onnxruntime"
+
+    def __init__(self, path: Path, threads: int | None, *, optimised: Path | None = None) -> None:
+        super().__init__(path, threads)
+        ort = require("onnxruntime", "An .onnx file")
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        if optimised is not None:
+            options.optimized_model_filepath = str(optimised)
+        providers = ["CPUExecutionProvider"]
+        self._session = ort.InferenceSession(str(path), options, providers=providers)
+        inputs = self._session.get_inputs()
+        if len(inputs) != 1:
+            raise UserError(f"{shown(path)}: has {len(inputs)} inputs, and an image is one")
+        self._input = inputs[0].name
+        sides = inputs[0].shape
+        self.input_shape = tuple(side if isinstance(side, int) else None for side in sides)
+        self._outputs = [output.name for output in self._session.get_outputs()]
+        self._read(self._session.get_modelmeta().custom_metadata_map.get(KEY))
+
+    def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        found = self._session.run(self._outputs, {self._input: images})
+        return dict(zip(self._outputs, found, strict=True))
+
+
+class OpenVinoFile(RuntimeFile):
+    """An OpenVINO IR on the CPU, with float parts in float32."""
+
+    runtime = "openvino"
+
+    def __init__(self, path: Path, threads: int | None, *, precision: str = "f32") -> None:
+        super().__init__(path, threads)
+        openvino = require("openvino", "An OpenVINO file")
+        core = openvino.Core()
+        model = core.read_model(str(path))
+        if len(model.inputs) != 1:
+            raise UserError(f"{shown(path)}: has {len(model.inputs)} inputs, and an image is one")
+        settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision}
+        if threads is not None:
+            settings |= {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
+        self.compiled = core.compile_model(model, "CPU", settings)
+        shape = model.inputs[0].partial_shape
+        self.input_shape = tuple(side.get_length() if side.is_static else None for side in shape)
+        self._outputs = [_ov_name(output, i) for i, output in enumerate(self.compiled.outputs)]
+        if model.has_rt_info([KEY]):
+            self._read(str(model.get_rt_info([KEY]).value))
+
+    def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        found = self.compiled([images])
+        return {name: found[index].copy() for index, name in enumerate(self._outputs)}
+
+
+def _ov_name(output: Any, index: int) -> str:
+    names = sorted(output.get_names())
+    return names[0] if names else f"output{index}"
+
+
+class LiteRtFile(RuntimeFile):
+    """A LiteRT file on the CPU, by XNNPACK."""
+
+    runtime = "litert"
+
+    def __init__(self, path: Path, threads: int | None) -> None:
+        super().__init__(path, threads)
+        litert = require("ai_edge_litert.interpreter", "A .tflite file")
+        self._interpreter = litert.Interpreter(str(path), num_threads=threads)
+        self._interpreter.allocate_tensors()
+        inputs = self._interpreter.get_input_details()
+        if len(inputs) != 1:
+            raise UserError(f"{shown(path)}: has {len(inputs)} inputs, and an image is one")
+        self._input = inputs[0]
+        self.input_shape = tuple(int(side) for side in inputs[0]["shape"])
+        self._outputs = self._interpreter.get_output_details()
+        self._read(_litert_metadata(path))
+
+    def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        rows = [self._run_one(image[None]) for image in images]
+        return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+    def _run_one(self, image: np.ndarray) -> dict[str, np.ndarray]:
+        if self.input_shape[-1] == 3:
+            image = image.transpose(0, 2, 3, 1)
+        scale, zero = self._input["quantization"]
+        kind = self._input["dtype"]
+        if scale:
+            limits = np.iinfo(kind)
+            image = np.clip(np.round(image / np.float32(scale)) + zero, limits.min, limits.max)
+        self._interpreter.set_tensor(self._input["index"], image.astype(kind))
+        self._interpreter.invoke()
+        names = list(self.says.outputs) if self.says else [one["name"] for one in self._outputs]
+        found = {}
+        for name, output in zip(names, self._outputs, strict=True):
+            value = self._interpreter.get_tensor(output["index"])
+            scale, zero = output["quantization"]
+            found[name] = (value.astype(np.float32) - zero) * np.float32(scale) if scale else value
+        return found
+
+
+def _litert_metadata(path: Path) -> str | None:
+    schema = require("ai_edge_litert.schema_py_generated", "A .tflite file")
+    model = schema.Model.GetRootAs(path.read_bytes(), 0)
+    for index in range(model.MetadataLength()):
+        entry = model.Metadata(index)
+        if entry.Name() == KEY.encode():
+            return bytes(model.Buffers(entry.Buffer()).DataAsNumpy()).decode()
+    return None
+
+
+class TorchFile(RuntimeFile):
+    """PyTorch's own exported program."""
+
+    runtime = "torch"
+
+    def __init__(self, path: Path, threads: int | None) -> None:
+        super().__init__(path, threads)
+        extra = {f"{KEY}.json": ""}
+        # Registers the quantize and dequantize operations.
+        import torch.ao.quantization.fx._decomposed
+
+        program = torch.export.load(path, extra_files=extra)
+        self._module = program.module()
+        self._read(extra[f"{KEY}.json"] or None)
+        value = next(
+            node.meta["val"]
+            for node in program.graph.nodes
+            if node.op == "placeholder" and node.name == "images"
+        )
+        self.input_shape = tuple(s if isinstance(s, int) else None for s in value.shape)
+
+    def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        with torch.no_grad():
+            found = self._module(torch.from_numpy(images))
+        names = list(self.says.outputs) if self.says else map(str, range(len(found)))
+        return {name: value.numpy() for name, value in zip(names, found, strict=True)}
+
+
+_KINDS: dict[str, type[Any]] = {
+    ".onnx": OnnxFile,
+    ".xml": OpenVinoFile,
+    ".tflite": LiteRtFile,
+    ".pt2": TorchFile,
+}
+
+
+class _Opened(ExportedModel):
+    """An export of dfq's in its runtime."""
+
+    def __init__(self, file: RuntimeFile, info: ExportInfo) -> None:
+        self.file, self.info, self.path = file, info, file.path
+
+    @functools.cached_property
+    def _family(self) -> Detector:
+        """For its decoding; its weights are random."""
+        return from_spec(self.info.spec)
+
+    def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        if self.info.batch is None or len(images) == self.info.batch:
+            return self.file.run(images)
+        rows = [self.file.run(images[i : i + 1]) for i in range(len(images))]
+        return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+    def detect(self, images: Tensor, *, masks: bool = False, **thresholds: Any) -> list[Detections]:
+        found = self.run(images.detach().cpu().numpy())
+        outputs = {name: torch.from_numpy(value) for name, value in found.items()}
+        shape = (images.shape[2], images.shape[3])
+        return self._family.from_outputs(outputs, shape, **thresholds)

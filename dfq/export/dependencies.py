@@ -1,0 +1,33 @@
+"""Packages that are needed for one format alone, imported when it is used."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from ..errors import UserError
+
+_EXTRAS = {"litert_torch": "litert", "ai_edge_litert": "litert"}
+
+
+def require(name: str, what: str) -> ModuleType:
+    """An optional package or one of its modules.
+
+    Args:
+        name: as in an import.
+        what: what it is needed for, for the message.
+
+    Raises:
+        UserError: it is not installed; says how to.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        root = name.partition(".")[0]
+        if (error.name or "").partition(".")[0] != root:
+            raise
+        extra = _EXTRAS.get(root, "export")
+        raise UserError(
+            f"{what} needs the package {root.replace('_', '-')}, which is not installed: "
+            f"pip install 'dfq[{extra}]'"
+        ) from None

@@ -1,0 +1,78 @@
+"""Quantizers put where another runtime wants them, in a network that is quantized already."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..detectors import from_spec
+from ..detectors.base import Detector
+from ..quantization.convert import (
+    Policy,
+    activation_quantizers,
+    fold,
+    insert_quantizers,
+    observe,
+    set_range,
+)
+from ..quantization.quantizers import Quantizer
+
+
+def is_placed_for(policy: Policy, runtime: str) -> bool:
+    """Whether a network of this policy has its quantizers where a runtime needs them."""
+    return policy.placement == "qdq" and policy.runtime == runtime
+
+
+@torch.no_grad()
+def place_for(
+    detector: Detector, policy: Policy, runtime: str, batches: Iterable[Tensor]
+) -> tuple[Detector, Policy]:
+    """A network's weights, and what of its grids the placement keeps, under another placement.
+
+    Weights and biases stay as they are. So does the grid of an activation that is one tensor's in
+    both; the others are found anew.
+
+    Args:
+        detector: quantized under `policy`; left as it is.
+        runtime: a key of `placement.PLACEMENTS`.
+        batches: images `(n, 3, h, w)` in [0, 1], to find ranges on.
+
+    Returns:
+        The network, and its policy.
+    """
+    wanted = replace(policy, placement="qdq", runtime=runtime)
+    made = insert_quantizers(fold(from_spec(detector.spec())), wanted)
+    given = {
+        name: module
+        for name, module in detector.module.named_modules(remove_duplicate=False)
+        if isinstance(module, Quantizer)
+    }
+    kept: dict[Quantizer, list[Quantizer]] = defaultdict(list)
+    for name, module in made.module.named_modules(remove_duplicate=False):
+        if isinstance(module, Quantizer) and name in given:
+            kept[module].append(given[name])
+    state = detector.module.state_dict()
+    for name, tensor in made.module.state_dict().items():
+        # Of quantizers only those of weights: all others may have come to be shared.
+        if name in state and (".weight_quantizer." in name or "_quantizer" not in name):
+            tensor.copy_(state[name])
+    values = observe(made, batches)
+    same = wanted.asymmetric == policy.asymmetric
+    for name, quantizer in activation_quantizers(made.module):
+        before = kept[quantizer]
+        alike = before and all(_agree(before[0], other) for other in before)
+        if alike and same and before[0].bits == quantizer.bits:
+            quantizer.load_state_dict(before[0].state_dict())
+        else:
+            set_range(quantizer, values[name], "mse" if quantizer.bits <= 8 else "minmax")
+    return made, wanted
+
+
+def _agree(one: Quantizer, other: Quantizer) -> bool:
+    return torch.equal(one.log_scale, other.log_scale) and torch.equal(
+        one.zero_point, other.zero_point
+    )

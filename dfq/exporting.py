@@ -1,0 +1,255 @@
+"""`dfq export`: a detector or a run as a file that a runtime executes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from .cache import sets_of
+from .detectors.base import Detector
+from .errors import UserError, argument, shown
+from .export.exported import ExportInfo, Format
+from .export.program import build
+from .export.replacing import is_placed_for, place_for
+from .export.writers import write
+from .files import require_output_file, user_path
+from .models import load_model, require_weights
+from .quantization.convert import Policy, fold
+from .quantization.layers import QUANTIZED_LAYERS
+from .run import check_run, is_run
+from .surroundings import Report, reporter
+from .training import open_training_data
+
+FORMATS: tuple[str, ...] = get_args(Format)
+
+RUNTIMES: dict[str, tuple[str, ...]] = {
+    "onnx": ("onnxruntime", "openvino", "tensorrt"),
+    "openvino": ("openvino",),
+    "litert": ("litert",),
+    "torch": ("torch", "onnxruntime", "openvino", "tensorrt", "litert"),
+}
+"""Runtimes that execute a format, the usual one first."""
+
+_SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "litert": ".tflite", "torch": ".pt2"}
+
+RANGE_IMAGES = 64
+"""Images that ranges are found on, where a run's quantizers stand elsewhere than a runtime's."""
+
+
+def export(
+    model: str | Path | Detector,
+    out: str | Path,
+    *,
+    format: str | None = None,
+    runtime: str | None = None,
+    image_size: int | None = None,
+    batch: int | None = 1,
+    int4: bool = False,
+    data: str | Path | None = None,
+    trust: bool = False,
+    progress: Report = None,
+) -> Path:
+    """Write a run, or a float detector, as a file that a runtime executes.
+
+    Args:
+        model: a run folder, or what names a float detector.
+        out: the file; its suffix says the format where `format` does not.
+        format: "onnx", "openvino", "litert" or "torch".
+        runtime: that is to execute it; None: the usual one of the format.
+        image_size: side in pixels; None: the detector's own.
+        batch: images a call takes; None: any number (not LiteRT).
+        int4: ONNX alone: weights of 4 bits and fewer are stored as INT4.
+        data: images to find ranges on, where the run was not made for this runtime; None: the
+            calibration set of its network that the cache has.
+        trust: run what is in a checkpoint.
+        progress: told how far it is.
+
+    Returns:
+        The file written.
+
+    Raises:
+        UserError: for anything the user can mend; nothing is written then.
+
+    Example:
+        >>> dfq.export("runs/w8a8-yolo11s-1", "yolo11s-int8.onnx")
+    """
+    told = reporter(progress)
+    path = user_path(out, "--out")
+    format, runtime = choose(path, format, runtime)
+    if path.suffix.lower() != _SUFFIXES[format]:
+        path = path.with_name(path.name + _SUFFIXES[format])
+    _check(format, batch, int4)
+    require_output_file(path, "out", (str(model), str(data) if data else None))
+    detector = model if isinstance(model, Detector) else load_model(model, trust=trust)
+    require_weights(detector)
+    size = image_size or detector.image_size
+    detector.check_size(size, "--image-size")
+    folder = user_path(model) if not isinstance(model, Detector) else None
+    manifest = check_run(folder) if folder is not None and is_run(folder) else None
+    if manifest is None:
+        detector = fold(detector.twin())
+        policy = None
+    else:
+        policy = Policy.from_dict(manifest["policy"])
+        if runtime != "torch" and not is_placed_for(policy, runtime):
+            told.note(
+                f"ranges: this run has its quantizers where {_where(policy)}; those that {runtime} "
+                "needs are found now. To train with them: "
+                f"--set quantization.placement=qdq --set quantization.runtime={runtime}"
+            )
+            images = _images(detector, manifest, data)
+            detector, policy = place_for(detector, policy, runtime, images)
+    if any(isinstance(m, QUANTIZED_LAYERS) for m in detector.module.modules()) and policy is None:
+        raise UserError(f"{argument('model')}: give the run's folder, not its loaded detector")
+    for line in remarks(policy, runtime, int4):
+        told.note(line)
+    with told.task("export", 2, "steps") as task:
+        program = build(detector, runtime, image_size=size, dynamic=batch is None, batch=batch or 1)
+        task.update(1, 2)
+        info = describe_export(detector, policy, format, runtime, size, batch, manifest)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        written = write(program, info, path, int4=int4)
+        task.update(2, 2)
+    return written[0]
+
+
+def choose(path: Path, format: str | None, runtime: str | None) -> tuple[str, str]:
+    """Format and runtime, where one or both may be left to the other or to a file's suffix.
+
+    Raises:
+        UserError: nothing says which, or they exclude each other.
+    """
+    suffixes = {suffix: name for name, suffix in _SUFFIXES.items()}
+    if format is None:
+        format = suffixes.get(path.suffix.lower())
+    if format is None and runtime is not None:
+        format = next((f for f, runtimes in RUNTIMES.items() if runtime in runtimes), None)
+    if format is None:
+        raise UserError(
+            f"{argument('format')}: which? one of {', '.join(FORMATS)}, or an --out that ends in "
+            f"{', '.join(_SUFFIXES.values())}"
+        )
+    if format not in RUNTIMES:
+        raise UserError(f"{argument('format', format)}: no such format; {', '.join(FORMATS)}")
+    runtime = runtime or RUNTIMES[format][0]
+    if runtime not in RUNTIMES[format]:
+        known = {name for runtimes in RUNTIMES.values() for name in runtimes}
+        if runtime not in known:
+            raise UserError(
+                f"{argument('runtime', runtime)}: no such runtime; {', '.join(sorted(known))}"
+            )
+        fits = [name for name, runtimes in RUNTIMES.items() if runtime in runtimes]
+        raise UserError(
+            f"{argument('runtime', runtime)}: does not execute the format {format}; "
+            f"use --format {fits[0]}, or --runtime {RUNTIMES[format][0]}"
+        )
+    if path.suffix.lower() in suffixes and suffixes[path.suffix.lower()] != format:
+        raise UserError(
+            f"{argument('out', path)}: ends as a file of the format "
+            f"{suffixes[path.suffix.lower()]}, and the format is {format}"
+        )
+    return format, runtime
+
+
+def _check(format: str, batch: int | None, int4: bool) -> None:
+    if int4 and format != "onnx":
+        raise UserError("--pack int4: ONNX alone has 4-bit integers; leave it out")
+    if batch is not None and batch < 1:
+        raise UserError(f"--batch {batch}: 1 or more, or dynamic")
+    if format == "litert" and batch != 1:
+        raise UserError("--batch: LiteRT takes one image a call; leave it out")
+
+
+def _where(policy: Policy) -> str:
+    if policy.placement == "qdq":
+        return f"{policy.runtime} needs them"
+    if policy.placement == "everywhere":
+        return "layers, sums and concatenations have theirs"
+    return "the inputs of layers are"
+
+
+def _images(
+    detector: Detector, manifest: dict[str, Any], data: str | Path | None
+) -> Iterator[Tensor]:
+    """Images to find ranges on."""
+    if data is None:
+        sets = sets_of(manifest["identity"]["checkpoint"])
+        if not sets:
+            raise UserError(
+                f"{argument('data')}: ranges have to be found for this runtime, and no calibration "
+                "set of this network is in the cache; name the set or some photos"
+            )
+        data = sets[0]
+    found = open_training_data(data, detector, None)
+    count = min(RANGE_IMAGES, len(found))
+    pixels = found.load(list(range(count)))
+    return (batch.float() / 255 for batch in pixels.split(8))
+
+
+def remarks(policy: Policy | None, runtime: str, int4: bool) -> list[str]:
+    """What a user should know of a file before it is written."""
+    if policy is None:
+        return []
+    found = []
+    if policy.weight_bits < 8:
+        stored = "INT4" if int4 and policy.weight_bits <= 4 else "int8"
+        found.append(
+            f"weights of {policy.weight_bits} bits are stored as {stored}: {runtime} computes with "
+            "them as with 8 bits, so fewer bits save storage and no time"
+        )
+    if policy.activation_bits != 8:
+        found.append(
+            f"activations of {policy.activation_bits} bits: {runtime} has integer kernels for 8; "
+            "these layers run in float"
+        )
+    return found
+
+
+def describe_export(
+    detector: Detector,
+    policy: Policy | None,
+    format: str,
+    runtime: str,
+    image_size: int,
+    batch: int | None,
+    manifest: dict[str, Any] | None,
+) -> ExportInfo:
+    """What the file says of itself."""
+    with torch.no_grad():
+        image = torch.zeros(1, 3, image_size, image_size)
+        outputs = detector.outputs(detector.raw(image), (image_size, image_size))
+    decoded = set(outputs) == {"boxes", "scores"}
+    meaning = {
+        "boxes": "x1 y1 x2 y2 in pixels of the letterboxed image, before NMS",
+        "scores": "probability of each category, before NMS",
+    }
+    bits = (32, 32) if policy is None else (policy.weight_bits, policy.activation_bits)
+    return ExportInfo.model_validate(
+        {
+            "format": format,
+            "runtime": runtime,
+            "family": detector.family,
+            "names": list(detector.names),
+            "image_size": image_size,
+            "stride": detector.stride,
+            "batch": batch,
+            "dynamic": batch is None,
+            "weight_bits": bits[0],
+            "activation_bits": bits[1],
+            "precision": "float32" if policy is None else "W{}A{}".format(*bits),
+            "checkpoint": manifest["identity"]["checkpoint"] if manifest else detector.fingerprint,
+            "model_sha256": manifest["model_sha256"] if manifest else None,
+            "source": shown(detector.source),
+            "letterbox": f"longer side to {image_size}, centred on grey 114/255",
+            "normalisation": "within the graph; images are RGB, float32 in [0, 1], n x 3 x h x w",
+            "outputs": {
+                name: meaning[name] if decoded else "raw predictions of the family"
+                for name in outputs
+            },
+            "spec": detector.spec(),
+        }
+    )
