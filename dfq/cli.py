@@ -253,7 +253,7 @@ def qat(
 
 
 @cli.command("eval")
-@click.option("--model", required=True, help="A detector or a run folder.")
+@click.option("--model", required=True, help="A detector, a run folder or an exported file.")
 @checkpoint_option
 @click.option("--data", required=True, help="A labelled SET; with --against, any photos.")
 @click.option(

@@ -179,6 +179,16 @@ def _at_least_one(n: int) -> int:
     return n
 
 
+def read_image(path: Path) -> np.ndarray:
+    """An image file as it is meant to be seen: uint8 `(height, width, 3)`, RGB, EXIF orientation
+    applied.
+
+    Raises:
+        UserError: it is no readable image.
+    """
+    return cv2.cvtColor(_decode(path, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+
+
 def _decode(path: Path, flags: int) -> np.ndarray:
     try:
         # Not cv2.imread: it cannot open non-ASCII paths on Windows.
