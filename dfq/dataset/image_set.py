@@ -190,7 +190,10 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def _decode(path: Path, flags: int) -> np.ndarray:
+    level = cv2.utils.logging.getLogLevel()
     try:
+        # What is wrong with a broken file is said in a line of ours.
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
         # Not cv2.imread: it cannot open non-ASCII paths on Windows.
         data = np.fromfile(path, dtype=np.uint8)
         image = cv2.imdecode(data, flags) if data.size else None
@@ -198,6 +201,8 @@ def _decode(path: Path, flags: int) -> np.ndarray:
         raise UserError(f"{path}: cannot be read: {reason(error)}") from None
     except cv2.error:
         image = None
+    finally:
+        cv2.utils.logging.setLogLevel(level)
     if image is None:
         raise UserError(f"{path}: is not an image that can be read")
     return image

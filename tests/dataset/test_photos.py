@@ -85,13 +85,17 @@ def test_pixels_are_those_of_evaluation(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "bmp", "tif", "webp"])
-def test_a_photo_that_is_cut_short_is_refused_by_name(tmp_path: Path, suffix: str) -> None:
+def test_a_photo_that_is_cut_short_is_refused_by_name(
+    tmp_path: Path, suffix: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
     path = tmp_path / f"cut.{suffix}"
     Image.fromarray(noise).save(path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(UserError, match=rf"cut\.{suffix}: is not an image that can be read"):
         read_photo(path)
+    # The one line is all that there is to read.
+    assert "OpenCV" not in capfd.readouterr().err
 
 
 def test_pixels_without_a_known_range_are_refused(tmp_path: Path) -> None:
