@@ -107,9 +107,9 @@ def predict(
     report = reporter(progress)
     _detect(found, files, detectors, report, None if folder is None else (folder, names))
     if not found:
-        problem, *others = found.unreadable.values()
-        more = f" (nor can {len(others)} others)" if others else ""
-        raise UserError(f"{problem}{more}")
+        problem = next(iter(found.unreadable.values()))
+        rest = f"; of {len(files)} images none can be read" if len(files) > 1 else ""
+        raise UserError(f"{problem}{rest}")
     if folder is not None:
         _write(folder / LIST, json_bytes(found.to_dict()))
     return found

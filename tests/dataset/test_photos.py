@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -96,6 +98,15 @@ def test_a_photo_that_is_cut_short_is_refused_by_name(
         read_photo(path)
     # The one line is all that there is to read.
     assert "OpenCV" not in capfd.readouterr().err
+
+
+def test_opencv_may_speak_again_after_reading_in_threads(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    level = cv2.utils.logging.getLogLevel()
+    with ThreadPoolExecutor(4) as readers:
+        assert len(list(readers.map(read_photo, [tmp_path / "noise.png"] * 64))) == 64
+    assert cv2.utils.logging.getLogLevel() == level != cv2.utils.logging.LOG_LEVEL_SILENT
 
 
 def test_pixels_without_a_known_range_are_refused(tmp_path: Path) -> None:

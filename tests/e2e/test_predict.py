@@ -174,7 +174,7 @@ def test_where_nothing_can_be_read_one_line_says_so(place: Path) -> None:
     (place / "photos" / "a.png").write_text("no image")
     (place / "photos" / "b.png").write_text("nor this")
     line = has_one_error(command(*words, "photos"))
-    assert "photos/a.png: is not an image that can be read (nor can 1 others)" in line
+    assert "photos/a.png: is not an image that can be read; of 2 images none can be read" in line
     assert "absent.png: no such file or folder" in has_one_error(command(*words, "absent.png"))
     assert "which images?" in has_one_error(command(*words))
     assert not (place / "out").exists()
