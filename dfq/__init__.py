@@ -4,7 +4,7 @@
 >>> dfq.synthesize("demo", out="set")            # labelled images out of the network itself
 >>> run = dfq.quantize("w4a8", model="demo")     # a 4-bit network trained on them
 >>> dfq.evaluate(run, "my-validation-set").AP
->>> dfq.load_run(run).detect(images)             # to use it: boxes, scores, categories
+>>> dfq.predict(run, "my-photos", out="pictures")  # boxes, scores, categories; and drawn
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .detectors import load_detector as load_detector
     from .errors import UserError as UserError
     from .exporting import export as export
+    from .predicting import predict as predict
     from .recipe import Recipe as Recipe
     from .recipe import load_recipe as load_recipe
     from .run import load_run as load_run
@@ -40,6 +41,7 @@ _HOMES = {
     "sensitivity": "verbs",
     "evaluate": "verbs",
     "inspect": "verbs",
+    "predict": "predicting",
     "compare": "comparison",
     "export": "exporting",
 }

@@ -25,6 +25,7 @@ from .cli_compare import compare
 from .cli_data import data
 from .cli_export import export
 from .cli_mmdet import mmdet_config
+from .cli_predict import predict
 from .cli_sensitivity import sensitivity
 from .errors import shown
 from .limits import MOST_WORKERS
@@ -254,7 +255,7 @@ def qat(
 
 
 @cli.command("eval")
-@click.option("--model", required=True, help="A detector or a run folder.")
+@click.option("--model", required=True, help="A detector, a run folder or an exported file.")
 @checkpoint_option
 @click.option("--data", required=True, help="A labelled SET; with --against, any photos.")
 @click.option(
@@ -344,6 +345,7 @@ cli.add_command(compare)
 cli.add_command(data)
 cli.add_command(export)
 cli.add_command(mmdet_config)
+cli.add_command(predict)
 cli.add_command(sensitivity)
 
 

@@ -74,6 +74,4 @@ def _batch(text: str) -> int | None:
     try:
         return int(text)
     except ValueError:
-        raise click.BadParameter(
-            f"{shown(text)}: a number or dynamic", param_hint="--batch"
-        ) from None
+        raise UserError(f"--batch {shown(text)}: a number of images, or dynamic") from None

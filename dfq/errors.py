@@ -53,8 +53,8 @@ _SET = re.compile(r"(?<![\w-])--set ([\w.]+)=((?:\{[^}]*\}|\[[^\]]*\]|[^\s,;:])+
 # Options that stand for another way of naming a model, which is there in parentheses.
 _WEIGHTS = re.compile(r"--(?:checkpoint FILE|random-weights) \(([^()\s]*@[^()\s]*)\)")
 _FLAG = re.compile(
-    r"(?<![\w-])--(against|batch-size|budget|checkpoint|cost|data|device|images|image-size|init|interval"
-    r"|iterations|labels|model|out|photos|recipe|seed|select-on|set|tensorboard|trust|workers)\b"
+    r"(?<![\w-])--(against|batch-size|budget|checkpoint|compare|cost|data|device|images|image-size|init|interval"
+    r"|iterations|labels|model|out|photos|recipe|seed|select-on|set|tensorboard|threshold|trust|workers)\b"
 )
 
 

@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import overload
 
 from .dataset.readers import open_set
-from .detectors.base import Detector
+from .detectors.base import Detecting, Detector
 from .errors import UserError, shown
 from .evaluation.agreement import REFERENCE_SCORE, Agreement, agreement, check_categories
 from .evaluation.coco import Metrics
 from .evaluation.coco import evaluate as evaluate_detector
-from .models import load_float, load_model, require_float, require_weights
+from .models import as_detecting, as_float
 from .surroundings import Report, pick_device, reporter
 
 
 @overload
 def evaluate(
-    model: str | Path | Detector,
+    model: str | Path | Detecting,
     data: str | Path,
     *,
     against: None = None,
@@ -31,7 +31,7 @@ def evaluate(
 
 @overload
 def evaluate(
-    model: str | Path | Detector,
+    model: str | Path | Detecting,
     data: str | Path,
     *,
     against: str | Path | Detector,
@@ -44,7 +44,7 @@ def evaluate(
 
 
 def evaluate(
-    model: str | Path | Detector,
+    model: str | Path | Detecting,
     data: str | Path,
     *,
     against: str | Path | Detector | None = None,
@@ -54,14 +54,16 @@ def evaluate(
     trust: bool = False,
     progress: Report = None,
 ) -> Metrics | Agreement:
-    """COCO AP of a float detector or a run on a labelled set; fractions in [0, 1].
+    """COCO AP of a float detector, a run or an exported file on a labelled set; fractions in
+    [0, 1].
 
     Args:
-        model: a detector, or what names one, or a run folder.
+        model: a detector, or what names one, a run folder, or an exported file.
         data: the set.
         against: a float detector, or what names one: its detections are taken for labels, those of
             the set do not count, and it needs none. None: measured against the set's labels.
-        image_size: side in pixels; None: the detector's own.
+        image_size: side in pixels; None: the detector's own, which is the only one of most exported
+            files.
         interval: also find between which values AP is over the draw of images.
         device, trust, progress: as for `synthesize`.
 
@@ -73,14 +75,9 @@ def evaluate(
     """
     images = open_set(data)
     target = pick_device(device)
-    if isinstance(model, Detector):
-        detector = model.to(target)
-    else:
-        detector = require_weights(load_model(model, trust=trust, device=target))
+    detector = as_detecting(model, trust=trust, device=target)
     if against is not None:
-        if not isinstance(against, Detector):
-            against = load_float(against, trust=trust, device=target)
-        reference = require_float(against).to(target)
+        reference = as_float(against, trust=trust, device=target)
         check_categories(detector, reference)
         found = agreement(
             detector,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .dataset.image_set import is_file
 from .detectors import load_detector
-from .detectors.base import Detector
+from .detectors.base import Detecting, Detector
 from .errors import UserError
+from .export.opening import is_exported, open_exported
 from .files import user_path
 from .inputs import refuse_set
 from .quantization.convert import quantized_layers
@@ -20,6 +22,17 @@ def load_model(source: str | Path, *, trust: bool = False, device: str = "cpu") 
     if _is_run(source):
         return load_run(user_path(source), device=device)
     return load_detector(source, trust=trust, device=device)
+
+
+def as_detecting(model: str | Path | Detecting, *, trust: bool, device: str) -> Detecting:
+    """What detects, on a device: as it is given, or as it is named: a float detector with weights,
+    the quantized one of a run folder, or an exported file."""
+    if not isinstance(model, str | Path):
+        return model.to(device) if isinstance(model, Detector) else model
+    # NETWORK@WEIGHTS names two files and is the name of none.
+    if is_exported(model) and ("@" not in str(model) or is_file(user_path(model))):
+        return open_exported(user_path(model))
+    return require_weights(load_model(model, trust=trust, device=device))
 
 
 def load_float(source: str | Path | None, *, trust: bool, device: str) -> Detector:
@@ -37,6 +50,17 @@ def load_float(source: str | Path | None, *, trust: bool, device: str) -> Detect
     if _is_run(source):
         raise UserError(f"{source}: is a quantized run; give the float detector it was made from")
     return require_float(require_weights(load_detector(source, trust=trust, device=device)))
+
+
+def as_float(model: str | Path | Detector, *, trust: bool, device: str) -> Detector:
+    """The float detector that is named to compare with, or that is given, on a device.
+
+    Raises:
+        UserError: it is none.
+    """
+    if isinstance(model, Detector):
+        return require_float(model).to(device)
+    return load_float(model, trust=trust, device=device)
 
 
 def require_float(detector: Detector) -> Detector:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import os
 import random
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -179,11 +180,48 @@ def _at_least_one(n: int) -> int:
     return n
 
 
+class _Quiet:
+    """Within this context, in whichever threads, OpenCV writes nothing to standard error: what is
+    wrong with a broken file is said in a line of ours."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._level = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._level = cv2.utils.logging.getLogLevel()
+                cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                cv2.utils.logging.setLogLevel(self._level)
+
+
+_QUIET = _Quiet()
+
+
+def read_image(path: Path) -> np.ndarray:
+    """An image file as it is meant to be seen: uint8 `(height, width, 3)`, RGB, EXIF orientation
+    applied.
+
+    Raises:
+        UserError: it is no readable image.
+    """
+    return cv2.cvtColor(_decode(path, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+
+
 def _decode(path: Path, flags: int) -> np.ndarray:
     try:
         # Not cv2.imread: it cannot open non-ASCII paths on Windows.
         data = np.fromfile(path, dtype=np.uint8)
-        image = cv2.imdecode(data, flags) if data.size else None
+        with _QUIET:
+            image = cv2.imdecode(data, flags) if data.size else None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {reason(error)}") from None
     except cv2.error:

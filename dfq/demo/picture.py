@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from ..dataset.calibration import CalibrationSet
 from ..dataset.image_set import ImageSet
 from ..detectors.base import Detections
+from ..drawing import FAINT, INK, PAPER, draw_boxes, font
 
 SHOWN_SCORE = 0.3
 """Detections that are not above are not drawn, nor labels of which the network is less sure."""
@@ -21,27 +22,13 @@ _MARGIN = 28
 _BETWEEN = 32
 """Pixels: an image's side, the gap within a pair, the edge, and the gap between pairs and parts."""
 
-_COLOURS = (
-    *("#d7263d", "#1f6fd0", "#23862b", "#c75b12", "#8338ec"),
-    *("#00798c", "#b5179e", "#6b6f00", "#7a4419", "#30425f"),
-)
-"""White text is legible on each; repeated in this order over the categories."""
-
 _SYNTHETIC = 5
 """Synthetic images in the row."""
-
-_TAG = 18
-"""Height of a tag in pixels."""
-
-Place = tuple[float, float, float, float]
-"""Left, top, right and bottom edge in pixels."""
 
 _TITLE = "A detector in 4 bits, made without its training data"
 
 _SHOWN = f"boxes: detections with a score above {SHOWN_SCORE}"
 _MADE = "What the 4-bit network was made from: images synthesized out of the float one, with labels"
-
-_INK, _FAINT, _PAPER = "#1b1f24", "#57606a", "#ffffff"
 
 
 @dataclass(frozen=True)
@@ -79,20 +66,20 @@ def draw_picture(
     top = 76
     header, caption = 52, 40
     below = top + header + rows * (_TILE + _GAP) + _BETWEEN - _GAP
-    sheet = Image.new("RGB", (width, below + caption + _TILE + _MARGIN), _PAPER)
+    sheet = Image.new("RGB", (width, below + caption + _TILE + _MARGIN), PAPER)
     pen = ImageDraw.Draw(sheet)
-    pen.text((_MARGIN, 24), _TITLE, _INK, _font(28))
-    pen.text((width - _MARGIN, 34), _SHOWN, _FAINT, _font(15), anchor="ra")
+    pen.text((_MARGIN, 24), _TITLE, INK, font(28))
+    pen.text((width - _MARGIN, 34), _SHOWN, FAINT, font(15), anchor="ra")
     for number, index in enumerate(chosen):
         row, side = divmod(number, 2)
         for place, column in enumerate(columns):
             x = _MARGIN + side * (pair + _BETWEEN) + place * (_TILE + _GAP)
             if row == 0:
-                pen.text((x, top), column.title, _INK, _font(17))
-                pen.text((x, top + 23), column.figure, _FAINT, _font(15))
+                pen.text((x, top), column.title, INK, font(17))
+                pen.text((x, top + 23), column.figure, FAINT, font(15))
             image = _scene(scenes.load_image(index), column.found[index], scenes.names)
             sheet.paste(image, (x, top + header + row * (_TILE + _GAP)))
-    pen.text((_MARGIN, below), _MADE, _INK, _font(17))
+    pen.text((_MARGIN, below), _MADE, INK, font(17))
     side = (width - 2 * _MARGIN - (_SYNTHETIC - 1) * _GAP) // _SYNTHETIC
     for number, index in enumerate(_with_labels(made)):
         corner = (_MARGIN + number * (side + _GAP), below + caption)
@@ -144,35 +131,5 @@ def _tile(
         texts: of each box its tag.
     """
     image = Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS)
-    pen, font = ImageDraw.Draw(image), _font(13)
-    corners = (boxes * side).clip(0, side - 1)
-    for box, label in reversed(list(zip(corners, labels, strict=True))):
-        pen.rectangle([*box], outline=_COLOURS[label % len(_COLOURS)], width=3)
-    taken: list[Place] = []
-    for box, label, text in zip(corners, labels, texts, strict=True):
-        place = _place(box, pen.textlength(text, font) + 8, side, taken)
-        taken.append(place)
-        pen.rectangle(place, fill=_COLOURS[label % len(_COLOURS)])
-        pen.text((place[0] + 4, place[1] + 1), text, _PAPER, font)
+    draw_boxes(image, boxes * side, labels, texts, text_size=13)
     return image
-
-
-def _place(box: np.ndarray, width: float, side: int, taken: Sequence[Place]) -> Place:
-    """Where the tag of a box covers no other tag, if there is such a place at its edges."""
-    x1, y1, x2, y2 = map(float, box)
-    places = []
-    for y in (y1 - _TAG, y2, y1, y2 - _TAG):
-        for x in (x1, x2 - width):
-            left = min(max(x, 0), side - 1 - width)
-            above = min(max(y, 0), side - 1 - _TAG)
-            places.append((left, above, left + width, above + _TAG))
-    free = [place for place in places if not any(_meet(place, other) for other in taken)]
-    return (free or places)[0]
-
-
-def _meet(one: Place, other: Place) -> bool:
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
-
-
-def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size)

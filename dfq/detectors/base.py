@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -139,6 +139,59 @@ class Boundary:
     last: tuple[str, ...] = field(default=())
 
 
+class Detecting(Protocol):
+    """Whatever detects, and says how it is to be asked: a `Detector`, or an exported file."""
+
+    @property
+    def names(self) -> list[str]:
+        """Category names, by index."""
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels that it is for."""
+
+    @property
+    def stride(self) -> int:
+        """Image sides are multiples of it."""
+
+    @property
+    def source(self) -> str:
+        """What the user named, for messages."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it takes images."""
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether it predicts instance masks."""
+
+    def check_size(self, size: int, key: str = "image size") -> None:
+        """Raise a `UserError` for a side in pixels that it cannot take."""
+
+    def detect(self, images: Tensor, *, masks: bool = False, **thresholds: Any) -> list[Detections]:
+        """Detections for images `(n, 3, h, w)` in [0, 1], RGB, one per image."""
+
+
+def check_side(size: int, stride: int, key: str) -> None:
+    """Refuse a side in pixels that is no positive multiple of a stride, or beyond all use.
+
+    Args:
+        size: the side.
+        stride: of the model.
+        key: what the user set the side by, for the message.
+
+    Raises:
+        UserError: names the nearest sides that are possible.
+    """
+    if size < stride or size % stride:
+        below = max(size, 0) // stride * stride
+        near = f"{below} or {below + stride}" if below else f"{stride}"
+        raise UserError(f"{key}: {size} is no multiple of the model's stride {stride}; try {near}")
+    if size > LARGEST_SIDE:
+        raise UserError(f"{key}: {size} is too large; up to {LARGEST_SIDE} is possible")
+
+
 class Detector(ABC):
     """A trained detector of any family behind one protocol.
 
@@ -217,14 +270,7 @@ class Detector(ABC):
         Raises:
             UserError: where it is no positive multiple of the stride; names the nearest that are.
         """
-        if size < self.stride or size % self.stride:
-            below = max(size, 0) // self.stride * self.stride
-            near = f"{below} or {below + self.stride}" if below else f"{self.stride}"
-            raise UserError(
-                f"{key}: {size} is no multiple of the model's stride {self.stride}; try {near}"
-            )
-        if size > LARGEST_SIDE:
-            raise UserError(f"{key}: {size} is too large; up to {LARGEST_SIDE} is possible")
+        check_side(size, self.stride, key)
 
     def check_sides(self, images: Tensor) -> None:
         """Raise a `ValueError` where a side of images `(n, 3, h, w)` is no multiple of `stride`."""

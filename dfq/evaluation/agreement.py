@@ -17,8 +17,8 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from ..dataset.image_set import ImageSet, Item, usable
-from ..detectors.base import Detections, Detector
-from ..errors import UserError, shown
+from ..detectors.base import Detecting, Detections, Detector
+from ..errors import UserError, argument, shown
 from ..progress import Progress
 from .coco import bootstrap_ap, plain, predict, score
 
@@ -76,7 +76,11 @@ class Agreement(Kept):
         return {key: plain(value) for key, value in asdict(self).items()}
 
 
-def kept_of(reference: Sequence[Detections], found: Sequence[Detections]) -> Kept:
+def kept_of(
+    reference: Sequence[Detections],
+    found: Sequence[Detections],
+    above: float = REFERENCE_SCORE,
+) -> Kept:
     """What of a float network's detections another network has.
 
     As in COCO's evaluation, detections are taken by falling score, and each is matched with the
@@ -85,10 +89,11 @@ def kept_of(reference: Sequence[Detections], found: Sequence[Detections]) -> Kep
     Args:
         reference: the float network's, one an image, on the CPU.
         found: the other network's on the same images.
+        above: detections of the float network whose score is not above it are no objects.
     """
-    objects, shifts, above = 0, [], 0
+    objects, shifts, again = 0, [], 0
     for wanted, given in zip(reference, found, strict=True):
-        rows = _certain(wanted)
+        rows = _certain(wanted, above)
         boxes, scores, labels = wanted.boxes[rows], wanted.scores[rows], wanted.labels[rows]
         objects += len(boxes)
         # A network that has diverged gives NaN, which overlaps nothing.
@@ -101,10 +106,10 @@ def kept_of(reference: Sequence[Detections], found: Sequence[Detections]) -> Kep
             match = int(overlaps[row].argmax())
             overlaps[:, match] = 0.0
             shifts.append(float(given.scores[row]) - float(scores[match]))
-            above += bool(given.scores[row] > REFERENCE_SCORE)
+            again += bool(given.scores[row] > above)
     # Rounded: the last bits are those of the order in which sums are taken.
     shift = round(float(np.mean(shifts)), 6) if shifts else None
-    return Kept(objects, len(shifts), above, shift, len(reference))
+    return Kept(objects, len(shifts), again, shift, len(reference))
 
 
 def sentence(found: Kept, where: str) -> str:
@@ -129,8 +134,12 @@ def sentence(found: Kept, where: str) -> str:
     return f"{text}; scores shifted by {found.score_shift:+.3f} on average"
 
 
-def check_categories(model: Detector, reference: Detector) -> None:
+def check_categories(model: Detecting, reference: Detecting, name: str = "against") -> None:
     """Refuse two networks that do not detect the same.
+
+    Args:
+        model, reference: the networks.
+        name: of the argument that named the second.
 
     Raises:
         UserError: their categories differ; the first difference is named.
@@ -138,7 +147,7 @@ def check_categories(model: Detector, reference: Detector) -> None:
     ours, theirs = list(model.names), list(reference.names)
     if ours == theirs:
         return
-    beginning = f"--against {shown(reference.source)}: its categories are not those of the model"
+    beginning = f"{argument(name, reference.source)}: its categories are not those of the model"
     end = "give the float network that the model was made from"
     if len(ours) != len(theirs):
         raise UserError(f"{beginning} ({len(theirs)}, and the model's are {len(ours)}); {end}")
@@ -150,8 +159,8 @@ def check_categories(model: Detector, reference: Detector) -> None:
 
 
 def agreement(
-    model: Detector,
-    reference: Detector,
+    model: Detecting,
+    reference: Detecting,
     images: ImageSet,
     *,
     progress: Progress,
@@ -174,7 +183,7 @@ def agreement(
         The figures; where the float network detects nothing, `objects` is 0 and AP is NaN.
 
     Raises:
-        UserError: an image cannot be read, or the size is no multiple of a network's stride.
+        UserError: an image cannot be read, or the size is none that both networks can take.
     """
     size = model.image_size if image_size is None else image_size
     for detector in (reference, model):
@@ -258,9 +267,9 @@ def _labelled(item: Item, found: Detections) -> Item:
     )
 
 
-def _certain(found: Detections) -> Tensor:
+def _certain(found: Detections, above: float = REFERENCE_SCORE) -> Tensor:
     """Which of a float network's detections are taken for objects: bool `(n,)`."""
-    return (found.scores > REFERENCE_SCORE) & torch.from_numpy(usable(found.boxes.numpy()))
+    return (found.scores > above) & torch.from_numpy(usable(found.boxes.numpy()))
 
 
 def on_squares(model: Detector, reference: Detector, pixels: Tensor, batch_size: int) -> Kept:

@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from ..dataset.letterbox import LetterboxTransform, load_letterboxed
 from ..dataset.outlines import Segment
 from ..dataset.readers import ImageSet, open_set
-from ..detectors.base import Detections, Detector
+from ..detectors.base import Detecting, Detections, Detector
 from ..errors import UserError
+from ..export.exported import ExportedModel
 from .bootstrap import bootstrap_ap
 from .masks import encode
 from .matching import match, require_labels
@@ -87,7 +89,7 @@ class Metrics:
 
 
 def evaluate(
-    detector: Detector,
+    detector: Detecting,
     data: ImageSet | str | Path,
     *,
     image_size: int | None = None,
@@ -102,7 +104,8 @@ def evaluate(
     """Measure a detector, float or quantized, on a labelled set.
 
     Args:
-        detector: any family's; its mode (train or eval) is restored afterwards.
+        detector: any family's, whose mode (train or eval) is restored afterwards; or an exported
+            file.
         data: the set, or what `open_set` takes.
         image_size: pixels of the long side; the detector's own by default.
         batch_size, score_threshold, iou_threshold, rect, progress: see `predict`.
@@ -111,7 +114,7 @@ def evaluate(
 
     Raises:
         UserError: the set is broken or unlabelled, shares no category with the model, or
-            `image_size` is no multiple of the detector's stride.
+            `image_size` is none that the detector can take.
     """
     imageset = data if isinstance(data, ImageSet) else open_set(data)
     # Found before the minutes of detection, not after.
@@ -158,7 +161,7 @@ def evaluate(
 
 
 def predict(
-    detector: Detector,
+    detector: Detecting,
     imageset: ImageSet,
     *,
     image_size: int | None = None,
@@ -172,7 +175,7 @@ def predict(
     masks.
 
     Args:
-        detector: any family's.
+        detector: any family's, or an exported file.
         imageset: the images; labels are not needed.
         image_size: pixels of the long side; the detector's own by default.
         batch_size: images at a time.
@@ -183,7 +186,7 @@ def predict(
         progress: called after every batch.
 
     Raises:
-        UserError: an image cannot be read, or `image_size` is no multiple of the stride.
+        UserError: an image cannot be read, or `image_size` is none that the detector can take.
     """
     rows = _predict(
         detector,
@@ -200,7 +203,7 @@ def predict(
 
 
 def _predict(
-    detector: Detector,
+    detector: Detecting,
     imageset: ImageSet,
     *,
     image_size: int | None,
@@ -217,22 +220,56 @@ def _predict(
     if batch_size < 1:
         raise UserError(f"the batch size must be at least 1, got {batch_size}")
     found: list[tuple[Detections, list[Segment]]] = []
-    with _eval_mode(detector.module):
+    with eval_mode(detector):
         for images, transforms in _batches(imageset, size, detector.stride, batch_size, rect):
-            # `detect` runs without gradients but not in inference mode: YOLO heads keep tensors
-            # (anchor grids) between calls, and inference tensors would break a later backward.
-            batch = detector.detect(
-                images.to(detector.device),
+            found += detect_batch(
+                detector,
+                images,
+                transforms,
                 score_threshold=score_threshold,
                 iou_threshold=iou_threshold,
                 masks=masks,
             )
-            found += [
-                _original(one, transform) for one, transform in zip(batch, transforms, strict=True)
-            ]
             if progress is not None:
                 progress(len(found), len(imageset))
     return found
+
+
+def detect_batch(
+    detector: Detecting,
+    images: Tensor,
+    transforms: Sequence[LetterboxTransform],
+    *,
+    score_threshold: float,
+    iou_threshold: float = 0.6,
+    masks: bool = False,
+) -> list[tuple[Detections, list[Segment]]]:
+    """Detections in letterboxed images, in pixels of the original ones, on the CPU, and the masks
+    of each image's first detections (none where none are wished).
+
+    Args:
+        detector: in eval mode.
+        images: `(n, 3, h, w)` in [0, 1].
+        transforms: how each got there.
+        score_threshold, iou_threshold: see `predict`.
+        masks: with instance masks, in networks that have them.
+    """
+    fixed = detector.info.batch if isinstance(detector, ExportedModel) else None
+    batch: list[Detections] = []
+    for part in images.split(fixed or len(images)):
+        given = part
+        if fixed is not None and len(part) < fixed:
+            # What takes so many images and no fewer is given blank ones at the end.
+            given = torch.cat([part, part.new_zeros(fixed - len(part), *part.shape[1:])])
+        # `detect` runs without gradients but not in inference mode: YOLO heads keep tensors (anchor
+        # grids) between calls, and inference tensors would break a later backward.
+        batch += detector.detect(
+            given.to(detector.device),
+            score_threshold=score_threshold,
+            iou_threshold=iou_threshold,
+            masks=masks,
+        )[: len(part)]
+    return [_original(one, transform) for one, transform in zip(batch, transforms, strict=True)]
 
 
 def _original(one: Detections, transform: LetterboxTransform) -> tuple[Detections, list[Segment]]:
@@ -319,8 +356,12 @@ def _batches(
 
 
 @contextlib.contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
+def eval_mode(detector: Detecting) -> Iterator[None]:
     """Eval mode inside, every submodule's own mode (some may be frozen) afterwards."""
+    if not isinstance(detector, Detector):
+        yield
+        return
+    module = detector.module
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:

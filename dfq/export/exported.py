@@ -11,7 +11,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from ..detectors.base import Detections
+from ..detectors.base import Detections, check_side
+from ..errors import UserError, shown
 
 Format = Literal["onnx", "openvino", "litert", "torch"]
 Runtime = Literal["onnxruntime", "openvino", "tensorrt", "litert", "torch"]
@@ -103,6 +104,23 @@ class ExportedModel(ABC):
     def has_masks(self) -> bool:
         """Whether it predicts instance masks: no exported file does."""
         return False
+
+    def check_size(self, size: int, key: str = "image size") -> None:
+        """Refuse a side in pixels that the file cannot take.
+
+        Args:
+            size: the side.
+            key: what the user set it by, for the message.
+
+        Raises:
+            UserError: it is another than the file's only one, or no multiple of the stride.
+        """
+        if not self.info.dynamic and size != self.image_size:
+            raise UserError(
+                f"{key}: {size} is not what {shown(self.path)} was exported for, which is "
+                f"{self.image_size} alone; leave it out, or export another file"
+            )
+        check_side(size, self.stride, key)
 
     @abstractmethod
     def run(self, images: np.ndarray) -> dict[str, np.ndarray]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dfq import drawing
 from dfq.dataset.calibration import CalibrationSet
 from dfq.dataset.readers import ImageSet, open_set
 from dfq.demo import picture
@@ -61,7 +62,7 @@ def test_each_side_shows_its_own_network(scenes: ImageSet, made: CalibrationSet)
     tile, gap, edge = picture._TILE, picture._GAP, picture._MARGIN
     starts = [edge, edge + tile + gap]
     starts += [start + 2 * tile + gap + picture._BETWEEN for start in starts]
-    ball, ring = picture._COLOURS[:2]
+    ball, ring = drawing.COLOURS[:2]
     drawn = [
         [coloured(image, (x, 128, x + tile, 128 + tile), colour) > 200 for colour in (ball, ring)]
         for x in starts
@@ -70,7 +71,7 @@ def test_each_side_shows_its_own_network(scenes: ImageSet, made: CalibrationSet)
     assert drawn == [[True, False], [False, False], [False, False], [False, True]]
     # Whatever is there to be read is in the headings.
     for x in starts:
-        assert coloured(image, (x, 70, x + tile, 100), picture._INK) > 20
+        assert coloured(image, (x, 70, x + tile, 100), drawing.INK) > 20
     # Below, what has labels comes first.
     height = image.size[1]
     strip = [
@@ -82,10 +83,10 @@ def test_each_side_shows_its_own_network(scenes: ImageSet, made: CalibrationSet)
 
 def test_tags_cover_no_other_and_stay_inside() -> None:
     boxes = np.array([[100, 100, 200, 200]] * 4 + [[0, 0, 30, 30], [250, 0, 299, 299]], float)
-    taken: list[picture.Place] = []
+    taken: list[drawing.Place] = []
     for box in boxes:
-        taken.append(picture._place(box, 60, 300, taken))
+        taken.append(drawing.place_tag(box, (60, 18), (300, 300), taken))
     for place in taken:
         assert 0 <= place[0] < place[2] < 300
         assert 0 <= place[1] < place[3] < 300
-    assert not any(picture._meet(a, b) for i, a in enumerate(taken) for b in taken[:i])
+    assert not any(drawing.meet(a, b) for i, a in enumerate(taken) for b in taken[:i])
