@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .comparison import compare as compare
     from .detectors import load_detector as load_detector
     from .errors import UserError as UserError
+    from .export.cost import cost as cost
     from .recipe import Recipe as Recipe
     from .recipe import load_recipe as load_recipe
     from .run import load_run as load_run
@@ -40,6 +41,7 @@ _HOMES = {
     "evaluate": "verbs",
     "inspect": "verbs",
     "compare": "comparison",
+    "cost": "export.cost",
 }
 __all__ = ["__version__", *sorted(_HOMES)]
 
