@@ -24,6 +24,7 @@ from .cli_common import (
 from .cli_compare import compare
 from .cli_cost import cost
 from .cli_data import data
+from .cli_deploy import deploy
 from .cli_export import export
 from .cli_mmdet import mmdet_config
 from .cli_predict import predict
@@ -345,6 +346,7 @@ def demo(out: Path) -> None:
 cli.add_command(compare)
 cli.add_command(cost)
 cli.add_command(data)
+cli.add_command(deploy)
 cli.add_command(export)
 cli.add_command(mmdet_config)
 cli.add_command(predict)
