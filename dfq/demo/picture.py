@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ..dataset.calibration import CalibrationSet
 from ..dataset.image_set import ImageSet
 from ..detectors.base import Detections
+from ..report.tags import COLOURS, Place, place_tag
 
 SHOWN_SCORE = 0.3
 """Detections that are not above are not drawn, nor labels of which the network is less sure."""
@@ -21,20 +22,11 @@ _MARGIN = 28
 _BETWEEN = 32
 """Pixels: an image's side, the gap within a pair, the edge, and the gap between pairs and parts."""
 
-_COLOURS = (
-    *("#d7263d", "#1f6fd0", "#23862b", "#c75b12", "#8338ec"),
-    *("#00798c", "#b5179e", "#6b6f00", "#7a4419", "#30425f"),
-)
-"""White text is legible on each; repeated in this order over the categories."""
-
 _SYNTHETIC = 5
 """Synthetic images in the row."""
 
 _TAG = 18
 """Height of a tag in pixels."""
-
-Place = tuple[float, float, float, float]
-"""Left, top, right and bottom edge in pixels."""
 
 _TITLE = "A detector in 4 bits, made without its training data"
 
@@ -147,31 +139,14 @@ def _tile(
     pen, font = ImageDraw.Draw(image), _font(13)
     corners = (boxes * side).clip(0, side - 1)
     for box, label in reversed(list(zip(corners, labels, strict=True))):
-        pen.rectangle([*box], outline=_COLOURS[label % len(_COLOURS)], width=3)
+        pen.rectangle([*box], outline=COLOURS[label % len(COLOURS)], width=3)
     taken: list[Place] = []
     for box, label, text in zip(corners, labels, texts, strict=True):
-        place = _place(box, pen.textlength(text, font) + 8, side, taken)
-        taken.append(place)
-        pen.rectangle(place, fill=_COLOURS[label % len(_COLOURS)])
-        pen.text((place[0] + 4, place[1] + 1), text, _PAPER, font)
+        at = place_tag(box, (pen.textlength(text, font) + 8, _TAG), (side, side), taken)
+        taken.append(at)
+        pen.rectangle(at, fill=COLOURS[label % len(COLOURS)])
+        pen.text((at[0] + 4, at[1] + 1), text, _PAPER, font)
     return image
-
-
-def _place(box: np.ndarray, width: float, side: int, taken: Sequence[Place]) -> Place:
-    """Where the tag of a box covers no other tag, if there is such a place at its edges."""
-    x1, y1, x2, y2 = map(float, box)
-    places = []
-    for y in (y1 - _TAG, y2, y1, y2 - _TAG):
-        for x in (x1, x2 - width):
-            left = min(max(x, 0), side - 1 - width)
-            above = min(max(y, 0), side - 1 - _TAG)
-            places.append((left, above, left + width, above + _TAG))
-    free = [place for place in places if not any(_meet(place, other) for other in taken)]
-    return (free or places)[0]
-
-
-def _meet(one: Place, other: Place) -> bool:
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:

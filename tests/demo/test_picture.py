@@ -14,6 +14,7 @@ from dfq.dataset.readers import ImageSet, open_set
 from dfq.demo import picture
 from dfq.demo.picture import Column, draw_picture
 from dfq.detectors.base import Detections
+from dfq.report.tags import COLOURS, meet, place_tag
 
 GREY = (90, 90, 90)
 
@@ -61,7 +62,7 @@ def test_each_side_shows_its_own_network(scenes: ImageSet, made: CalibrationSet)
     tile, gap, edge = picture._TILE, picture._GAP, picture._MARGIN
     starts = [edge, edge + tile + gap]
     starts += [start + 2 * tile + gap + picture._BETWEEN for start in starts]
-    ball, ring = picture._COLOURS[:2]
+    ball, ring = COLOURS[:2]
     drawn = [
         [coloured(image, (x, 128, x + tile, 128 + tile), colour) > 200 for colour in (ball, ring)]
         for x in starts
@@ -84,8 +85,8 @@ def test_tags_cover_no_other_and_stay_inside() -> None:
     boxes = np.array([[100, 100, 200, 200]] * 4 + [[0, 0, 30, 30], [250, 0, 299, 299]], float)
     taken: list[picture.Place] = []
     for box in boxes:
-        taken.append(picture._place(box, 60, 300, taken))
+        taken.append(place_tag(box, (60, picture._TAG), (300, 300), taken))
     for place in taken:
         assert 0 <= place[0] < place[2] < 300
         assert 0 <= place[1] < place[3] < 300
-    assert not any(picture._meet(a, b) for i, a in enumerate(taken) for b in taken[:i])
+    assert not any(meet(a, b) for i, a in enumerate(taken) for b in taken[:i])
