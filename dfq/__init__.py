@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .errors import UserError as UserError
     from .recipe import Recipe as Recipe
     from .recipe import load_recipe as load_recipe
+    from .report.verb import report as report
     from .run import load_run as load_run
     from .verbs import evaluate as evaluate
     from .verbs import inspect as inspect
@@ -40,6 +41,7 @@ _HOMES = {
     "evaluate": "verbs",
     "inspect": "verbs",
     "compare": "comparison",
+    "report": "report.verb",
 }
 __all__ = ["__version__", *sorted(_HOMES)]
 
@@ -50,9 +52,9 @@ def __getattr__(name: str) -> Any:
     found = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
     if isinstance(found, type):
         return found
-    if name == "sensitivity":
+    if name in ("report", "sensitivity"):
         # A package has this name too, which importing it gives back in any case.
-        return importlib.import_module(".sensitivity", __name__)
+        return importlib.import_module(f".{name}", __name__)
     from .errors import for_python
 
     # Kept, so that the name stands for one function.

@@ -24,6 +24,7 @@ from .cli_common import (
 from .cli_compare import compare
 from .cli_data import data
 from .cli_mmdet import mmdet_config
+from .cli_report import report
 from .cli_sensitivity import sensitivity
 from .errors import shown
 from .limits import MOST_WORKERS
@@ -342,6 +343,7 @@ def demo(out: Path) -> None:
 cli.add_command(compare)
 cli.add_command(data)
 cli.add_command(mmdet_config)
+cli.add_command(report)
 cli.add_command(sensitivity)
 
 
