@@ -198,7 +198,7 @@ class _Interpreter(fx.Interpreter):
         if n.target in KEEPING or n.target in SPLITTING or n.target is operator.getitem:
             return self._keep(n, args, kwargs)
         if n in self.fused:
-            grid: Grid = tuple(self.fused[n].args[1:6])  # type: ignore[assignment]
+            grid: Grid = tuple(self.fused[n].args[1:6])
             done = self._kernel(n, args, grid)
             if done is not None:
                 return _Done(done)
