@@ -28,6 +28,7 @@ from .cli_deploy import deploy
 from .cli_export import export
 from .cli_mmdet import mmdet_config
 from .cli_predict import predict
+from .cli_report import report
 from .cli_sensitivity import sensitivity
 from .errors import shown
 from .limits import MOST_WORKERS
@@ -350,6 +351,7 @@ cli.add_command(deploy)
 cli.add_command(export)
 cli.add_command(mmdet_config)
 cli.add_command(predict)
+cli.add_command(report)
 cli.add_command(sensitivity)
 
 
