@@ -39,7 +39,7 @@ FINE_TUNED += yolov5n-dark yolov5n-grey yolov5n-pale yolov5n-bluish
 
 .PHONY: bench-zero-shot bench-demo bench-synthesis bench-synthesis-ablation bench-synthesis-curve
 .PHONY: bench-qat bench-qat-step bench-rounding bench-networks
-.PHONY: bench-mmdet bench-mmdet-full bench-mmdet-runner
+.PHONY: bench-mmdet bench-mmdet-full bench-mmdet-runner bench-calibration-sets
 
 bench-zero-shot: env
 	$(BIN)/python tools/bench_zero_shot.py --model $(KIT)/weights/yolov5n-coco/yolov5n.pt \
@@ -98,3 +98,16 @@ bench-mmdet-full: env
 # After bench-mmdet: the same training by mmdet's own script, in one process and in two.
 bench-mmdet-runner: env
 	$(BIN)/python tools/bench_mmdet_runner.py --bench $(BENCH)/mmdet --out $(BENCH)/mmdet-runner
+
+# The quantizers of onnxruntime and NNCF, each on noise, synthetic images and photographs.
+CALIBRATION := $(BENCH)/calibration-sets
+bench-calibration-sets: env
+	for seed in 0 1; do $(BIN)/dfq synthesize --model $(KIT)/weights/yolov5n-coco/yolov5n.pt \
+	  --images 64 --image-size 320 --seed $$seed --out $(CALIBRATION)/synthetic-$$seed || exit; done
+	$(BIN)/dfq synthesize --model $(KIT)/weights/yolov5n-coco/yolov5n.pt \
+	  --images 64 --image-size 320 --init noise --out $(CALIBRATION)/noise
+	$(BIN)/python benchmarks/runtimes/calibration_sets.py --size 320 \
+	  --model $(KIT)/weights/yolov5n-coco/yolov5n.pt --data $(KIT)/coco-val \
+	  --set noise=$(CALIBRATION)/noise --set synthetic-0=$(CALIBRATION)/synthetic-0 \
+	  --set synthetic-1=$(CALIBRATION)/synthetic-1 --set photos-64=$(KIT)/coco-train \
+	  --first photos-64=64 --set photos-178=$(KIT)/coco-train --out $(CALIBRATION)/files

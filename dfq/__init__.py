@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .comparison import compare as compare
     from .detectors import load_detector as load_detector
     from .errors import UserError as UserError
+    from .export.cost import cost as cost
     from .exporting import export as export
     from .predicting import predict as predict
     from .recipe import Recipe as Recipe
@@ -44,6 +45,7 @@ _HOMES = {
     "predict": "predicting",
     "compare": "comparison",
     "export": "exporting",
+    "cost": "export.cost",
 }
 __all__ = ["__version__", *sorted(_HOMES)]
 

@@ -22,6 +22,7 @@ from .cli_common import (
     write_json_output,
 )
 from .cli_compare import compare
+from .cli_cost import cost
 from .cli_data import data
 from .cli_export import export
 from .cli_mmdet import mmdet_config
@@ -342,6 +343,7 @@ def demo(out: Path) -> None:
 
 
 cli.add_command(compare)
+cli.add_command(cost)
 cli.add_command(data)
 cli.add_command(export)
 cli.add_command(mmdet_config)

@@ -84,7 +84,8 @@ def mendable(command: F) -> F:
             text = str(error).splitlines()[0] if str(error) else ""
             if any(sign in text for sign in _TORCH_DISK):
                 _fail(f"the disk is full{again}")
-            if "out of memory" in text:
+            # Of a GPU, and of the machine itself.
+            if "out of memory" in text or "can't allocate memory" in text:
                 _fail(f"out of memory ({text}); lower the batch size or the image size")
             raise
         except KeyboardInterrupt as stop:

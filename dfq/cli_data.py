@@ -111,27 +111,53 @@ def verify(folder: Path) -> None:
     click.echo(f"ok: {len(found)} images, {objects} objects")
 
 
-@data.command()
-@click.argument("folder", metavar="DIR", type=PATH)
+@data.command(short_help="Write a SET as the calibration set of another tool.")
+@click.argument("source", metavar="SET")
 @click.option(
     "--format",
     "layout",
     type=click.Choice(["yolo"]),
-    default="yolo",
-    show_default=True,
+    show_default="yolo",
     help="yolo: as Ultralytics reads it (yolo val data=OUT/data.yaml).",
+)
+@click.option(
+    "--for",
+    "tool",
+    metavar="TOOL",
+    help="The calibration set of ultralytics, onnxruntime, openvino, nncf, ai-edge-quantizer, mct, "
+    "modelopt, rknn or hailo; SET may be a folder of photos.",
+)
+@click.option(
+    "--image-size",
+    type=int,
+    show_default="that of a calibration set",
+    help="With --for: side of the network's input, to which real images are letterboxed.",
 )
 @click.option("--out", type=PATH, required=True, help="A new folder.")
 @mendable
-def export(folder: Path, layout: str, out: Path) -> None:
-    """Write the set in DIR in the layout of another tool."""
-    from .dataset.calibration import CalibrationSet
-    from .dataset.export import export_yolo
+def export(
+    source: str, layout: str | None, tool: str | None, image_size: int | None, out: Path
+) -> None:
+    """Write a SET in the layout of another tool.
 
-    exporters = {"yolo": export_yolo}
+    With --for, as what this tool calibrates with when it quantizes, and says how to go on.
+    """
     out = output_folder(out, link=False) or out
-    found = CalibrationSet.open(user_path(folder))
-    click.echo(f"{len(found)} images: {exporters[layout](found, out)}")
+    if tool is None:
+        from .dataset.calibration import CalibrationSet
+        from .dataset.export import export_yolo
+
+        if image_size is not None:
+            raise UserError("--image-size: is for --for; name the tool, or leave it out")
+        found = CalibrationSet.open(user_path(source))
+        click.echo(f"{len(found)} images: {export_yolo(found, out)}")
+        return
+    from .export.calibration_files import export_for
+
+    if layout is not None:
+        raise UserError("--format and --for contradict: leave one out")
+    written, images, command = export_for(tool, source, out, image_size)
+    click.echo(f"{images} images: {written}\nnext: {command}")
 
 
 def _tables(summary: Summary, title: str) -> list[Table]:

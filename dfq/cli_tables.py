@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from .comparison import Row
     from .evaluation.agreement import Agreement
+    from .export.cost import Cost, Figures
     from .quantization.listing import Inspection
     from .sensitivity.policy import Sensitivity
 
@@ -54,6 +55,50 @@ def print_layers(found: Inspection) -> None:
         highlight=False,
         markup=False,
     )
+
+
+def print_cost(found: Cost) -> None:
+    """One row a layer, and the whole beside the same network in float."""
+    title = f"{shown(found.source)} ({found.family}, {found.image_size} px, one image)"
+    table = Table(title=escape(title))
+    sizes = ("disk (KiB)", "memory (KiB)", "act. (KiB)")
+    figures = ("MACs (M)", "bit ops (M)", *sizes, "energy (mJ)")
+    for column in ("layer", "kind", "bits", *figures):
+        table.add_column(column, justify="right" if column in figures else "left")
+    for layer in found.layers:
+        widths = (layer.weight_bits, layer.activation_bits)
+        bits = format_widths(widths) if max(widths) < 32 else "float"
+        words = (escape(shown(text)) for text in (layer.name, layer.kind))
+        table.add_row(*words, bits, *_figure_cells(layer.figures))
+    console = _console()
+    console.print(table)
+    whole = Table(title="all layers")
+    for column in ("", *figures):
+        whole.add_column(column, justify="right" if column else "left")
+    whole.add_row("network", *_figure_cells(found.total))
+    whole.add_row("as float", *_figure_cells(found.as_float))
+    ratios = found.total.ratio(found.as_float).values()
+    where = shown(found.peak_at) or "the network's own code"
+    whole.add_row("ratio", *("" if ratio is None else f"{ratio:.1%}" for ratio in ratios))
+    console.print(whole)
+    console.print(
+        "disk, memory: of the weights, at their bits and at a byte each up to 8 bits",
+        f"act.: of the activations that are there at once, most of all in {where}",
+        "energy: an estimate from operations and memory accesses (Horowitz, ISSCC 2014, 45 nm)",
+        sep="\n",
+        highlight=False,
+        markup=False,
+    )
+
+
+def _figure_cells(figures: Figures) -> list[str]:
+    sizes = (figures.disk_bytes, figures.memory_bytes, figures.activation_bytes)
+    return [
+        f"{figures.macs / 1e6:.2f}",
+        f"{figures.bit_operations / 1e6:.1f}",
+        *(f"{size / 1024:.1f}" for size in sizes),
+        f"{figures.energy_joules * 1e3:.4g}",
+    ]
 
 
 def print_sensitivity(found: Sensitivity, model: str) -> None:

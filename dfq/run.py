@@ -1,7 +1,8 @@
 """A run folder: what was asked, what came out, and enough in between to go on after a kill.
 
     recipe.yaml         the resolved recipe, every value
-    model.safetensors   the quantized network, with all it takes to load it
+    model.safetensors   the quantized network, with all it takes to load it; its quantized weights
+                        as integers (`quantization.storage`)
     metrics.json        bits, share of MACs, agreement with the teacher, accuracy where measured
     manifest.json       what made it: checkpoint sha256, set, policy, versions; sha256 of the above
     log.txt             what happened when
@@ -28,17 +29,19 @@ from .detectors import from_spec
 from .detectors.base import Detector
 from .detectors.bounded import bounded, most_for
 from .detectors.checkpoint import sha256_of
-from .detectors.tensors import check_kinds, read_metadata, read_safetensors, sound
+from .detectors.tensors import read_metadata, read_safetensors, sound
 from .errors import UserError, naming
 from .files import append_line, read_json, write_atomic, write_json
 from .lock import locked
-from .plain import ODD, one_line, parse_json
+from .plain import ODD, brief, one_line, parse_json
 from .quantization.convert import Policy, fold, insert_quantizers
+from .quantization.storage import WEIGHTS_PER_BYTE, restore_state, stored_state
 from .recipe import Recipe
 
 KIND = "dfq quantized detector"
-FORMAT = 2
-"""2: the model says by itself what it is; 1: the manifest alone."""
+FORMAT = 3
+"""3: quantized weights are integers, and the model says its format; 2: they are floats, and the
+model says by itself what it is; 1: the manifest alone does."""
 
 _DESCRIBED = ("identity", "spec", "policy")
 """What the manifest and the model have to say alike."""
@@ -117,18 +120,14 @@ class Run:
         self, detector: Detector, policy: Policy, metrics: dict[str, Any], extra: dict[str, Any]
     ) -> None:
         """Write the model, the metrics and, last, the manifest; drop the training checkpoint."""
-        tensors = {
-            name: tensor.detach().cpu().contiguous().clone()
-            for name, tensor in detector.module.state_dict().items()
-        }
         described = {
             "identity": self.identity,
             "spec": detector.spec(),
             "policy": policy.to_dict(),
         }
         # One entry: the file format keeps several in no order of its own.
-        metadata = {"dfq": json.dumps({"kind": KIND, **described}, sort_keys=True)}
-        data = save(tensors, metadata=metadata)
+        text = json.dumps({"kind": KIND, "format": FORMAT, **described}, sort_keys=True)
+        data = save(stored_state(detector.module), metadata={"dfq": text})
         write_atomic(self.folder / "model.safetensors", data)
         write_json(self.folder / "metrics.json", metrics)
         manifest = {
@@ -250,11 +249,7 @@ def check_run(folder: Path) -> dict[str, Any]:
     manifest = read_json(path)
     if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
         raise UserError(f"{folder}: holds no quantized model (manifest.json is of something else)")
-    if manifest.get("format") not in (1, FORMAT):
-        raise UserError(
-            f"{path}: of format {manifest.get('format')!r}, and this dfq reads 1 to {FORMAT}; "
-            "use the version that made it"
-        )
+    check_format(path, manifest.get("format"))
     for key in _DESCRIBED:
         if not isinstance(manifest.get(key), dict):
             raise UserError(f"{path}: damaged (no {key}); restore it or make the run again")
@@ -278,7 +273,9 @@ def check_run(folder: Path) -> dict[str, Any]:
     described = _description(read_metadata(folder / "model.safetensors"))
     if described is None and manifest["format"] != 1:
         raise UserError(f"{folder / 'model.safetensors'}: does not say what it is; restore it")
-    for key in _DESCRIBED:
+    # Models of runs of format 1 say nothing of a format.
+    alike = _DESCRIBED if manifest["format"] == 1 else (*_DESCRIBED, "format")
+    for key in alike:
         if described is not None and manifest[key] != described.get(key):
             raise UserError(
                 f"{path}: altered (its {key} is not the one that the model was saved with); "
@@ -335,6 +332,7 @@ def load_quantized(path: Path) -> Detector:
     described = _description(read_metadata(path))
     if described is None:
         raise UserError(f"{path}: does not say what it is the model of; give the run's folder")
+    check_format(path, described["format"])
     return _rebuilt(path, described)
 
 
@@ -349,19 +347,36 @@ def _description(metadata: dict[str, str]) -> dict[str, Any] | None:
         found = parse_json(metadata.get("dfq", "null"), "its description")
     except UserError:
         return None
-    return found if isinstance(found, dict) and found.get("kind") == KIND else None
+    if not isinstance(found, dict) or found.get("kind") != KIND:
+        return None
+    # Models of format 2 do not say it.
+    return {"format": 2, **found}
+
+
+def check_format(path: Path, found: Any) -> None:
+    """Refuse what is of no format that this version reads.
+
+    Raises:
+        UserError: says which ones it does.
+    """
+    if type(found) is not int or not 1 <= found <= FORMAT:
+        raise UserError(
+            f"{path}: of format {brief(found)}, and this dfq reads 1 to {FORMAT}; use the version "
+            "that made it"
+        )
 
 
 def _rebuilt(path: Path, described: dict[str, Any]) -> Detector:
-    """The detector whose state a file holds, as `spec` and `policy` describe it."""
+    """The detector whose state a file holds, as `spec`, `policy` and `format` describe it."""
     try:
         with naming(path):
-            with bounded("its description", most=most_for(path.stat().st_size)):
+            # At 2 bits a file is an eighth of what it is in half precision.
+            size = path.stat().st_size * 2 * WEIGHTS_PER_BYTE
+            with bounded("its description", most=most_for(size)):
                 detector = from_spec(described["spec"])
                 insert_quantizers(fold(detector), Policy.from_dict(described["policy"]))
             state = sound(read_safetensors(path), str(path))
-            check_kinds(detector.module.state_dict(), state, str(path))
-            detector.module.load_state_dict(state)
+            restore_state(detector.module, state, str(path), floats=described["format"] < 3)
     except ODD as error:
         raise UserError(
             f"{path}: damaged or does not fit its manifest ({one_line(error)})"

@@ -1,4 +1,4 @@
-"""How much AP would move on another draw of images: `bootstrap_ap`."""
+"""How much AP, or a difference of two, would move on another draw of images."""
 
 from __future__ import annotations
 
@@ -40,16 +40,60 @@ def bootstrap_ap(
     Raises:
         UserError: as `score`.
     """
+    return _interval(_draws(imageset, detections, names, samples, seed, segments))
+
+
+def bootstrap_difference(
+    imageset: ImageSet,
+    detections: Sequence[Detections],
+    others: Sequence[Detections],
+    names: Sequence[str],
+    samples: int = 200,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """95 % interval of the difference of two networks' AP on the same images (paired percentile
+    bootstrap): both are measured on each draw, so that what makes a draw hard counts for both.
+
+    Args:
+        imageset, names, samples, seed: as for `bootstrap_ap`.
+        detections, others: of the two networks.
+
+    Returns:
+        The 2.5 and 97.5 percentiles of AP minus the others' AP; NaN where there is nothing to find.
+
+    Raises:
+        UserError: as `score`.
+    """
+    first, second = (
+        _draws(imageset, found, names, samples, seed, None) for found in (detections, others)
+    )
+    return _interval(first - second)
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    if np.isnan(values).all():
+        return math.nan, math.nan
+    low, high = np.nanpercentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _draws(
+    imageset: ImageSet,
+    detections: Sequence[Detections],
+    names: Sequence[str],
+    samples: int,
+    seed: int,
+    segments: Sequence[Sequence[Segment]] | None,
+) -> np.ndarray:
+    """AP on each draw of images; equal seeds draw equal images."""
     evaluator, _ = match(imageset, detections, names, areas=("all",), segments=segments)
     tables = _tables(evaluator)
     generator = np.random.default_rng(seed)
     n = len(imageset)
     draws = [np.bincount(generator.integers(n, size=n), minlength=n) for _ in range(samples)]
-    values = [_average_precision(tables, counts, evaluator.params.recThrs) for counts in draws]
-    if np.isnan(values).all():
-        return math.nan, math.nan
-    low, high = np.nanpercentile(values, [2.5, 97.5])
-    return float(low), float(high)
+    return np.array(
+        [_average_precision(tables, counts, evaluator.params.recThrs) for counts in draws]
+    )
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
 DEQUANTIZE = torch.ops.quantized_decomposed.dequantize_per_tensor.default
 _ATEN = torch.ops.aten
 
-_KEEPING = {
+KEEPING = {
     *(_ATEN.max_pool2d.default, _ATEN.upsample_nearest2d.vec, _ATEN.upsample_nearest2d.default),
     *(_ATEN.view.default, _ATEN.reshape.default, _ATEN.permute.default, _ATEN.transpose.int),
     *(_ATEN.flatten.using_ints, _ATEN.slice.Tensor, _ATEN.select.int, _ATEN.squeeze.dim),
@@ -27,7 +27,7 @@ _KEEPING = {
 }
 """Give values that they are given, or zero, and so stay on a grid."""
 
-_SPLITTING = {
+SPLITTING = {
     *(_ATEN.split.Tensor, _ATEN.split_with_sizes.default, _ATEN.chunk.default),
     *(_ATEN.unbind.int,),
 }
@@ -63,11 +63,11 @@ def _drop_idle_relus(graph: fx.Graph) -> None:
 def _carry(graph: fx.Graph) -> None:
     """Quantize and dequantize again behind what keeps a tensor on its grid."""
     for node in list(graph.nodes):
-        if node.target in _SPLITTING:
+        if node.target in SPLITTING:
             continue
-        if node.target is operator.getitem and node.args[0].target in _SPLITTING:
+        if node.target is operator.getitem and node.args[0].target in SPLITTING:
             grid = grid_at(node.args[0].args[0])
-        elif node.target in _KEEPING:
+        elif node.target in KEEPING:
             grid = grid_at(node.args[0])
         else:
             continue

@@ -117,7 +117,8 @@ class _Layer(nn.Module):
             rows = x.permute(0, 2, 3, 1) if self.is_convolution else x
             y = torch.matmul(rows, weight)
             if self.bias is not None:
-                y = y + self.bias
+                # Of a vector, onnxruntime makes one float layer with the product.
+                y = y + self.bias.view(*[1] * (y.ndim - 1), -1)
             y = y.permute(0, 3, 1, 2) if self.is_convolution else y
         elif not self.is_convolution:
             y = F.linear(x, weight, self.bias)

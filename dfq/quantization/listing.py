@@ -23,7 +23,7 @@ PyTorch's own attention after `detectors.exposed`."""
 WEIGHTED = (nn.Conv2d, nn.Linear, nn.ConvTranspose2d, nn.MultiheadAttention)
 """Layers of weights, quantized or not."""
 
-_LISTED = (*WEIGHTED, Matmul)
+LISTED = (*WEIGHTED, Matmul)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def describe(detector: Detector, image_size: int | None = None) -> list[LayerInf
     rows: dict[str, LayerInfo] = {}
     handles = []
     for name, module in detector.module.named_modules():
-        if not isinstance(module, _LISTED):
+        if not isinstance(module, LISTED):
             continue
 
         def after(

@@ -203,7 +203,16 @@ class Quantizer(nn.Module):
         turn single integers over as the step size moves. The zero point then has no say, and gets
         no gradient.
         """
-        self.levels = torch.round(x / self.scale_of(x)).clamp_(*self.limits_of(x))
+        self.levels = self._rounded(x)
+
+    @torch.no_grad()
+    def integers(self, x: Tensor) -> Tensor:
+        """What `x` is rounded to: whole numbers in its shape, counted from the zero point, which
+        the step sizes are multiplied with. Where integers are held, those."""
+        return self._rounded(x) if self.levels is None else self.levels
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        return torch.round(x.float() / self.scale_of(x)).clamp_(*self.limits_of(x))
 
     def release(self) -> None:
         """Round what comes in again."""

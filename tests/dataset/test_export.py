@@ -95,15 +95,15 @@ def test_images_are_copies(data: CalibrationSet, tmp_path: Path) -> None:
 def test_nothing_is_left_of_half_an_export(
     data: CalibrationSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    copy, calls = export._copy, []
+    read, calls = export.read_regular, []
 
-    def fails_at_the_second(source: Path, target: Path) -> None:
+    def fails_at_the_second(source: Path) -> bytes:
         calls.append(source)
         if len(calls) == 2:
             raise error
-        copy(source, target)
+        return read(source)
 
-    monkeypatch.setattr(export, "_copy", fails_at_the_second)
+    monkeypatch.setattr(export, "read_regular", fails_at_the_second)
     with pytest.raises(type(error)):
         export_yolo(data, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["set"]

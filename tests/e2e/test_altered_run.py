@@ -107,6 +107,8 @@ ALTERED = {
     "an identity that is none": manifest(identity="me"),
     "no format": without("format"),
     "a format to come": manifest(format=99),
+    "a format that is no number": manifest(format="3"),
+    "a format that was": manifest(format=2),
     "no metrics": metrics(None),
     "truncated metrics": metrics('{"selected": '),
     "other metrics": metrics('{"selected": "qat", "quantized_share_of_macs": 1.0}'),
@@ -223,11 +225,41 @@ def test_broken_findings_of_mixed_precision_are_one_line(
     assert command(*words).exit_code == 0
 
 
+def as_floats(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a run's model as files held them before they held integers."""
+    tensors = load_run(folder).module.state_dict()
+    # They were where training had left them, on the grid or beside it.
+    for name, tensor in tensors.items():
+        if name.endswith("conv.weight"):
+            scale = tensors[f"{name}_quantizer.log_scale"].exp().view(-1, 1, 1, 1)
+            tensors[name] = tensor + 0.2 * scale
+    return tensors
+
+
+def test_a_run_of_format_2_is_still_read(place: Path, copy: Path, model: Path, made: Path) -> None:
+    """Its weights are floats, and its model does not say its format."""
+    expected = stacked(load_run(copy).raw(blobs(1)))
+    path = copy / "model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        described = json.loads(file.metadata()["dfq"])
+    assert described.pop("format") == 3
+    assert load_file(path)["model.0.conv.weight"].dtype == torch.int8
+    save_file(as_floats(copy), path, metadata={"dfq": json.dumps(described)})
+    old = {"format": 2, "model_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    edited(copy / "manifest.json", lambda value: {**value, **old})
+    assert torch.equal(stacked(load_run(copy).raw(blobs(1))), expected)
+    assert command("inspect", "--model", "run").exit_code == 0
+    assert command(*words_for(model, made)).exit_code == 0
+    path.rename(place / "alone.safetensors")
+    alone = dfq.load_detector(place / "alone.safetensors")
+    assert torch.equal(stacked(alone.raw(blobs(1))), expected)
+
+
 def test_a_run_of_format_1_is_still_read(place: Path, copy: Path, model: Path, made: Path) -> None:
     """Its model says nothing of itself, and nobody summed up its metrics."""
     expected = stacked(load_run(copy).raw(blobs(1)))
     path = copy / "model.safetensors"
-    save_file(load_file(path), path, metadata={"kind": "dfq quantized detector"})
+    save_file(as_floats(copy), path, metadata={"kind": "dfq quantized detector"})
     old = {"format": 1, "model_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     edited(copy / "manifest.json", lambda value: {**value, **old})
     without("metrics_sha256")(copy)
@@ -277,13 +309,40 @@ def of_a_text_for_a_spec(described: dict[str, Any], _: dict[str, torch.Tensor]) 
 
 
 def with_nan(_: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    name = next(name for name in tensors if name.endswith("weight"))
+    name = next(name for name in tensors if name.endswith("bias"))
     tensors[name] = torch.full_like(tensors[name], float("nan"))
+
+
+def of_floats(_: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    name = "model.1.conv.weight"
+    tensors[name] = tensors[name].float()
+
+
+def of_a_shorter_weight(_: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    name = "model.1.conv.weight"
+    tensors[name] = tensors[name][:-1].clone()
+
+
+def of_other_bits(described: dict[str, Any], _: dict[str, torch.Tensor]) -> None:
+    described["policy"]["weight_bits"] = 5
+
+
+def of_a_format_to_come(described: dict[str, Any], _: dict[str, torch.Tensor]) -> None:
+    described["format"] = 9
+
+
+def of_a_format_that_is_none(described: dict[str, Any], _: dict[str, torch.Tensor]) -> None:
+    described["format"] = [3]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (of_floats, "the tensor model.1.conv.weight holds float32"),
+        (of_a_shorter_weight, "the tensor model.1.conv.weight holds uint8"),
+        (of_other_bits, "integers of 5 bits take"),
+        (of_a_format_to_come, "of format 9, and this dfq reads 1 to 3"),
+        (of_a_format_that_is_none, "of format a list of 1"),
         (wide, "asks for a network of more than"),
         (of_a_policy_that_is_none, "alone.safetensors"),
         (of_a_text_for_a_spec, "the description is of the family None"),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from harness import as_shipped, command, contents
+from harness import as_shipped, command, contents, has_one_error
 from PIL import Image
 from tiny_detector import blobs
 
@@ -29,6 +29,7 @@ OPTIONS = {
     "qat": "recipe model data out select_on photos overrides seed device trust",
     "eval": "model data against image_size json_file device trust",
     "inspect": "model json_file trust",
+    "cost": "model image_size json_file trust",
     "sensitivity": "model data recipe budget cost images json_file seed overrides device trust",
     "demo": "out",
 }
@@ -346,6 +347,84 @@ def test_inspect(place: Path, model: Path, run: Path) -> None:
     assert after["bit_operations"] == sum(
         row["macs"] * row["weight_bits"] * row["activation_bits"] for row in after["layers"]
     )
+
+
+def test_cost(place: Path, model: Path, run: Path) -> None:
+    before, after = Path("float.json"), Path("run.json")
+    assert command("cost", "--model", model, "--json", before).exit_code == 0
+    result = command("cost", "--model", run, "--json", after)
+    assert result.exit_code == 0, result.output
+    as_float, found = json.loads(before.read_text()), json.loads(after.read_text())
+    inspected = dfq.inspect(run)
+    assert [row["name"] for row in found["layers"]] == [row.name for row in inspected.layers]
+    assert all(row["name"] in result.stdout for row in found["layers"])
+    assert found["total"]["macs"] == inspected.to_dict()["macs"]
+    assert found["total"]["bit_operations"] == inspected.to_dict()["bit_operations"]
+    # What the run would be without quantizers is what it was made from.
+    assert found["float"] == as_float["total"] == as_float["float"]
+    assert set(as_float["ratio"].values()) == {1.0}
+    assert found["ratio"]["memory_bytes"] == 0.25
+    assert 0.125 < found["ratio"]["disk_bytes"] < 0.25
+    # The weights are what most of the file is.
+    assert found["total"]["disk_bytes"] < (run / "model.safetensors").stat().st_size
+    assert "Horowitz" in result.stdout
+    assert dfq.cost(run).to_dict() == found
+    larger = command("cost", "--model", run, "--image-size", "128")
+    assert "128 px" in larger.stdout
+
+
+def test_cost_of_an_exported_file(place: Path) -> None:
+    (place / "a.onnx").write_bytes(b"x" * 2_340_000)
+    result = command("cost", "--model", "a.onnx", "--json", "a.json")
+    assert result.exit_code == 0, result.output
+    assert "a.onnx: 2.34 MB on disk" in result.stdout
+    assert "layers are listed for models and runs" in result.stdout
+    assert json.loads(Path("a.json").read_text()) == {"model": "a.onnx", "disk_bytes": 2_340_000}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("none.onnx",), "none.onnx: there is no such file"),
+        (("none.pt",), "none.pt"),
+        (("MODEL", "--image-size", "100"), "--image-size: 100 is no multiple"),
+        (("MODEL", "--image-size", "0"), "--image-size: 0 is no multiple"),
+        (("MODEL", "--image-size", "16400"), "--image-size: 16400 is too large"),
+        (("SET",), "is a calibration set and no detector"),
+        (("tiny.yaml",), "tiny.yaml"),
+    ],
+)
+def test_cost_of_what_it_cannot_count(
+    place: Path, model: Path, made: Path, words: tuple[str, ...], message: str
+) -> None:
+    real = {"MODEL": str(model), "SET": str(made)}
+    name, *more = (real.get(word, word) for word in words)
+    assert message in has_one_error(command("cost", "--model", name, *more, "--json", "a.json"))
+    assert not (place / "a.json").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
+        "you tried to allocate 68719476736 bytes. Error code 12 (Cannot allocate memory)",
+        "CUDA out of memory. Tried to allocate 64.00 GiB",
+    ],
+)
+def test_an_image_that_memory_is_too_small_for(
+    place: Path, model: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    """As torch says it of the CPU and of a GPU."""
+    from dfq.detectors.yolov5 import YOLOv5
+
+    def full(*_: Any) -> None:
+        raise RuntimeError(text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(YOLOv5, "raw", full)
+        line = has_one_error(command("cost", "--model", model, "--image-size", "16384"))
+    assert "out of memory" in line
+    assert "lower the batch size or the image size" in line
 
 
 def test_an_ultralytics_model_of_yaml(place: Path) -> None:

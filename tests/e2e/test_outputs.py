@@ -23,6 +23,7 @@ def writers(model: Path, made: Path, run: Path, out: Path) -> dict[str, Words]:
     return {
         "eval": ("eval", "--model", model, "--data", made, "--json", out),
         "inspect": ("inspect", "--model", model, "--json", out),
+        "cost": ("cost", "--model", model, "--json", out),
         "sensitivity": (
             "sensitivity", "--model", model, "--data", made, "--set",
             "quantization.mixed.candidates=[4, 8]", "--images", "1", "--json", out,
@@ -34,7 +35,7 @@ def writers(model: Path, made: Path, run: Path, out: Path) -> dict[str, Words]:
     }  # fmt: skip
 
 
-COMMANDS = ["eval", "inspect", "sensitivity", "show", "grid", "compare json", "compare csv"]
+COMMANDS = ["eval", "inspect", "cost", "sensitivity", "show", "grid", "compare json", "compare csv"]
 
 
 def a_fifo(path: Path) -> None:
@@ -197,6 +198,7 @@ def test_no_output_replaces_an_input(
         (("inspect", "--model", own_model), own_model),
         (("inspect", "--model", own_run), own_run / "manifest.json"),
         (("inspect", "--model", own_run), own_run / "model.safetensors"),
+        (("cost", "--model", own_run), own_run / "model.safetensors"),
         (("eval", "--model", own_model, "--data", data), own_model),
         (("eval", "--model", own_model, "--data", data), annotations),
         (("eval", "--model", own_model, "--data", data), data / "images" / "0.png"),

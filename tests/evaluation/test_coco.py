@@ -18,7 +18,7 @@ from dfq.dataset.readers import ImageSet
 from dfq.detectors import load_detector
 from dfq.detectors.base import Boundary, Detections, Detector, Targets
 from dfq.errors import UserError
-from dfq.evaluation.bootstrap import _average_precision, _tables
+from dfq.evaluation.bootstrap import _average_precision, _tables, bootstrap_difference
 from dfq.evaluation.coco import Metrics, bootstrap_ap, evaluate, predict, score
 from dfq.evaluation.matching import match
 
@@ -330,6 +330,23 @@ def test_bootstrap_interval():
     assert (low, high) == bootstrap_ap(data, answers, NAMES, samples=100)
     one = image_set([(LARGE, 0, False)])
     assert bootstrap_ap(one, perfect(one), NAMES, samples=5) == (pytest.approx(1),) * 2
+
+
+def test_bootstrap_of_a_difference_is_paired():
+    data, answers = random_case(30, 0)
+    others = random_case(30, 1)[1]
+    empty = [found()] * 30
+    assert bootstrap_difference(data, answers, answers, NAMES) == (0, 0)
+    # Against nothing it is the interval of AP itself.
+    alone = bootstrap_ap(data, answers, NAMES)
+    assert bootstrap_difference(data, answers, empty, NAMES) == pytest.approx(alone, abs=1e-12)
+    low, high = bootstrap_difference(data, answers, others, NAMES)
+    assert low < score(data, answers, NAMES).AP - score(data, others, NAMES).AP < high
+    assert bootstrap_difference(data, others, answers, NAMES) == pytest.approx((-high, -low))
+    # One image more that is missed: the draws differ much more than the two networks do.
+    missed = [answers[0], found(), *answers[2:]]
+    low, high = bootstrap_difference(data, missed, answers, NAMES)
+    assert high - low < (alone[1] - alone[0]) / 2
 
 
 # --- real

@@ -1,0 +1,37 @@
+"""`dfq cost`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .cli_common import PATH, checkpoint_option, mendable, output_file, write_json_output
+
+
+@click.command(short_help="Count operations, bytes and energy, layer by layer.")
+@click.option("--model", required=True, help="A detector, a run folder or an exported file.")
+@checkpoint_option
+@click.option("--image-size", type=int, show_default="the model's", help="Side in pixels.")
+@click.option("--json", "json_file", type=PATH, help="Write the result here.")
+@click.option("--trust", is_flag=True, help="Run what is in the checkpoint.")
+@mendable
+def cost(model: str, image_size: int | None, json_file: Path | None, trust: bool) -> None:
+    """Count what a detector costs for one image, layer by layer, beside the same one in float.
+
+    MACs, bit operations, bytes of weights on disk and in memory, the memory that activations take
+    at most, and an estimate of the energy. Of an exported file, its size.
+    """
+    from .cli_tables import print_cost
+    from .errors import shown
+    from .export.cost import FileCost
+    from .export.cost import cost as verb
+
+    json_file = output_file(json_file, inputs=(model,))
+    found = verb(model, image_size=image_size, trust=trust)
+    if isinstance(found, FileCost):
+        click.echo(f"{shown(found.source)}: {found.disk_bytes / 1e6:.2f} MB on disk")
+        click.echo("layers are listed for models and runs: give the one it was exported from")
+    else:
+        print_cost(found)
+    write_json_output(json_file, found.to_dict())

@@ -1,0 +1,102 @@
+"""How long a file takes in its runtime, beside another one: in turns, in one run, as a ratio."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .opening import open_file
+
+ROUNDS = 15
+"""Turns that each file gets: enough for a median that a busy machine does not move."""
+
+SECONDS_A_TURN = 0.1
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Two files in one runtime, batch 1.
+
+    Attributes:
+        image_size: side in pixels.
+        threads: that the runtime was given; None: its own choice.
+        reference_ms, file_ms: medians over the turns, milliseconds an image.
+        ratio: median of the turns' own ratios, file to reference: below 1 the file is faster.
+    """
+
+    image_size: int
+    threads: int | None
+    reference_ms: float
+    file_ms: float
+    ratio: float
+
+    @property
+    def throughput(self) -> float:
+        """Images a second, one after the other."""
+        return 1000 / self.file_ms
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "images_per_second": self.throughput}
+
+
+def in_turns(
+    runs: Sequence[Callable[[], object]], *, rounds: int = ROUNDS, seconds: float = SECONDS_A_TURN
+) -> list[list[float]]:
+    """Time calls in turns, so that what else the machine does falls on all alike.
+
+    Args:
+        runs: what to time.
+        rounds: turns of each.
+        seconds: a turn repeats its call for about so long.
+
+    Returns:
+        Of each, the seconds a call took in each turn, a median within the turn.
+    """
+    counts = []
+    for run in runs:
+        run()
+        start = time.perf_counter()
+        run()
+        counts.append(max(1, round(seconds / (time.perf_counter() - start))))
+    found: list[list[float]] = [[] for _ in runs]
+    for _ in range(rounds):
+        for place, (run, count) in enumerate(zip(runs, counts, strict=True)):
+            times = []
+            for _ in range(count):
+                start = time.perf_counter()
+                run()
+                times.append(time.perf_counter() - start)
+            found[place].append(statistics.median(times))
+    return found
+
+
+def compare_latency(
+    file: Path, reference: Path, *, image_size: int, threads: int | None = 1
+) -> Latency:
+    """Time a file against another one that takes the same images.
+
+    Args:
+        file, reference: exported files, each run in the runtime of its format.
+        image_size: side in pixels.
+        threads: that each runtime may use; None: its own choice.
+
+    Raises:
+        UserError: a file cannot be opened.
+    """
+    images = np.random.default_rng(0).random((1, 3, image_size, image_size), dtype=np.float32)
+    opened = [open_file(path, threads=threads) for path in (file, reference)]
+    ours, theirs = in_turns([lambda one=one: one.run(images) for one in opened])
+    ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+    return Latency(
+        image_size,
+        threads,
+        statistics.median(theirs) * 1e3,
+        statistics.median(ours) * 1e3,
+        ratio,
+    )
