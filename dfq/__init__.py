@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .predicting import predict as predict
     from .recipe import Recipe as Recipe
     from .recipe import load_recipe as load_recipe
+    from .report.verb import report as report
     from .run import load_run as load_run
     from .verbs import evaluate as evaluate
     from .verbs import inspect as inspect
@@ -46,6 +47,7 @@ _HOMES = {
     "compare": "comparison",
     "export": "exporting",
     "cost": "export.cost",
+    "report": "report.verb",
 }
 __all__ = ["__version__", *sorted(_HOMES)]
 
@@ -56,7 +58,7 @@ def __getattr__(name: str) -> Any:
     found = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
     if isinstance(found, type):
         return found
-    if name in ("sensitivity", "export"):
+    if name in ("export", "report", "sensitivity"):
         # A package has this name too, which importing it gives back in any case.
         return importlib.import_module(f".{name}", __name__)
     from .errors import for_python

@@ -27,6 +27,7 @@ from .cli_data import data
 from .cli_export import export
 from .cli_mmdet import mmdet_config
 from .cli_predict import predict
+from .cli_report import report
 from .cli_sensitivity import sensitivity
 from .errors import shown
 from .limits import MOST_WORKERS
@@ -348,6 +349,7 @@ cli.add_command(data)
 cli.add_command(export)
 cli.add_command(mmdet_config)
 cli.add_command(predict)
+cli.add_command(report)
 cli.add_command(sensitivity)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 COLOURS = (
-    *("#d7263d", "#1f6fd0", "#23862b", "#c75b12", "#8338ec"),
+    *("#d7263d", "#1f6fd0", "#23862b", "#b8530f", "#8338ec"),
     *("#00798c", "#b5179e", "#6b6f00", "#7a4419", "#30425f"),
 )
 """White text is legible on each; repeated in this order over the categories."""
@@ -69,7 +69,10 @@ def draw_boxes(
 
 
 def place_tag(
-    box: np.ndarray, tag: tuple[float, float], image: tuple[int, int], taken: Sequence[Place]
+    box: np.ndarray | Sequence[float],
+    tag: tuple[float, float],
+    image: tuple[float, float],
+    taken: Sequence[Place],
 ) -> Place:
     """Where the tag of a box covers no other tag, if there is such a place at its edges.
 

@@ -150,7 +150,11 @@ def finish(
     metrics["said"] = said
     if measured_on is not None:
         metrics["evaluation"] = measure(teacher, student, measured_on, settings, progress)
-    run.finish(student, policy, metrics, {"versions": versions()})
+    # Not above: what draws is slow to import, and looks at runs.
+    from .report.verb import drawing_of
+
+    draw = drawing_of(run, metrics, student, layers, teacher, looked.data, photos, progress)
+    run.finish(student, policy, metrics, {"versions": versions()}, draw)
     for line in said:
         run.log(line)
     run.log(f"finished: {selected}")

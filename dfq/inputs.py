@@ -97,24 +97,29 @@ def refuse_set(source: str | Path) -> None:
         )
 
 
+def joining(count: int) -> list[int]:
+    """Which of `count` photos join calibration; the others are left to look at."""
+    return list(range(0, count - 1, 2))[:MOST_JOINING]
+
+
 class WithPhotographs:
     """Real images between those of a set, as calibration takes them: by turns, while there are any.
 
     Args:
-        photos: images without labels; every second one joins, `MOST_JOINING` at most, and the
-            others are left to look at (`left`).
+        photos: images without labels, some of which join (see `joining`); the others are left to
+            look at (`left`).
         others: the set.
         detector: whose stride counts.
     """
 
     def __init__(self, photos: ImageSet, others: LabelledImages, detector: Detector) -> None:
-        joining = list(range(0, len(photos) - 1, 2))[:MOST_JOINING]
+        joined = joining(len(photos))
         self.left = replace(
-            photos, items=[item for i, item in enumerate(photos.items) if i not in joining]
+            photos, items=[item for i, item in enumerate(photos.items) if i not in joined]
         )
         size = others.load([0]).shape[-1]
         self.photos = LetterboxedImages(
-            replace(photos, items=[photos.items[i] for i in joining]), detector, size
+            replace(photos, items=[photos.items[i] for i in joined]), detector, size
         )
         self.others = others
 

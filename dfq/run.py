@@ -5,6 +5,7 @@
                         as integers (`quantization.storage`)
     metrics.json        bits, share of MACs, agreement with the teacher, accuracy where measured
     manifest.json       what made it: checkpoint sha256, set, policy, versions; sha256 of the above
+    report.html         the page of the run, for people
     log.txt             what happened when
 
 The manifest is written last: a folder without one, or without its model, is an unfinished run, and
@@ -18,6 +19,7 @@ import contextlib
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +119,21 @@ class Run:
         append_line(self.folder / "log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")
 
     def finish(
-        self, detector: Detector, policy: Policy, metrics: dict[str, Any], extra: dict[str, Any]
+        self,
+        detector: Detector,
+        policy: Policy,
+        metrics: dict[str, Any],
+        extra: dict[str, Any],
+        before: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
-        """Write the model, the metrics and, last, the manifest; drop the training checkpoint."""
+        """Write the model, the metrics and, last, the manifest; drop the training checkpoint.
+
+        Args:
+            detector, policy, metrics: of the run.
+            extra: what else the manifest is to say.
+            before: given the manifest before it is written: what else there is to be in the folder
+                once the run is finished.
+        """
         described = {
             "identity": self.identity,
             "spec": detector.spec(),
@@ -138,6 +152,8 @@ class Run:
             "model_sha256": hashlib.sha256(data).hexdigest(),
             "metrics_sha256": sha256_of(self.folder / "metrics.json"),
         }
+        if before is not None:
+            before(manifest)
         write_json(self.folder / "manifest.json", manifest)
         self._tidy()
 

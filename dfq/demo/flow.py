@@ -16,7 +16,10 @@ from ..evaluation.coco import predict, score
 from ..files import write_atomic, write_json
 from ..models import load_model
 from ..progress import Progress
+from ..quantization.listing import describe
 from ..recipe import load_recipe
+from ..report.cost import cost_of
+from ..report.material import Compared, Comparison
 from ..verbs import quantize, synthesize
 from .picture import Column, draw_picture
 from .scenes import VALIDATION_SEED_START, write_coco
@@ -26,16 +29,21 @@ SIZE = 160
 SHOWN = 4
 """Scenes in the picture."""
 
+PAGE = "report.html"
+
 FLOAT = "float"
 ZERO_SHOT = "zero-shot QAT W4A8"
+
+_COLUMNS = ("Float", "Naive (min-max, noise)", "Naive, a scale per channel", "This")
+"""Of the page, in the order that they are measured."""
 
 
 def run_demo(out: Path, progress: Progress) -> dict[str, Any]:
     """Synthesize from the demo detector, quantize it to W4A8 naively and by zero-shot QAT, and
     measure all three on scenes none of them ever saw.
 
-    Writes the sets, the runs, `images.png` and `results.json` to `out`; an interrupted demo goes on
-    where it was. Returns what `results.json` holds.
+    Writes the sets, the runs, `images.png`, `report.html` and `results.json` to `out`; an
+    interrupted demo goes on where it was. Returns what `results.json` holds.
     """
     out.mkdir(parents=True, exist_ok=True)
     validation = out / "validation"
@@ -75,18 +83,44 @@ def run_demo(out: Path, progress: Progress) -> dict[str, Any]:
     results: dict[str, Any] = {}
     scenes = open_set(validation)
     found: dict[str, list[Detections]] = {}
+    costs = {}
     for name, model in models.items():
         detector = load_model(model)
         with progress.task("evaluation", len(scenes), "images") as task:
             found[name] = predict(detector, scenes, progress=task.update)
         measured = score(scenes, found[name], detector.names)
         results[name] = {"AP": measured.AP, "AP50": measured.AP50}
+        costs[name] = cost_of(describe(detector))
     for row in results.values():
         row["kept"] = row["AP"] / results["float"]["AP"]
     write_json(out / "results.json", results)
     write_atomic(out / "images.png", _picture(scenes, found, results, made))
+    # Not above: what draws is slow to import.
+    from ..report.verb import report
+
+    report(models[ZERO_SHOT], out / PAGE, comparison=_comparison(results, costs))
     _print(results, out)
     return results
+
+
+def _comparison(results: dict[str, Any], costs: dict[str, Any]) -> Comparison:
+    """What was measured, as the page shows it; by network."""
+    return Comparison(
+        [
+            Compared(
+                label,
+                row["AP"],
+                row["AP50"],
+                this=name == ZERO_SHOT,
+                before=name == FLOAT,
+                cost=costs[name],
+            )
+            for label, (name, row) in zip(_COLUMNS, results.items(), strict=True)
+        ],
+        data=f"{SCENES} scenes that none of them ever saw",
+        source="results.json of the demo",
+        command="dfq demo",
+    )
 
 
 def _picture(
@@ -124,6 +158,7 @@ def _print(results: dict[str, Any], out: Path) -> None:
     console = Console()
     console.print(table)
     for what, name in (
+        ("the page of it, to open in a browser", PAGE),
         ("what both networks detect, side by side", "images.png"),
         ("the quantized network", "zero-shot"),
     ):

@@ -207,14 +207,14 @@ class _Interpreter(fx.Interpreter):
             sums = (a.integers - a.zero_point) @ (b.integers - b.zero_point)
             return sums.float() * (a.scale * b.scale)
         plain = [_values(value) for value in args]
-        return n.target(*plain, **{k: _values(v) for k, v in kwargs.items()})  # type: ignore[operator]
+        return n.target(*plain, **{k: _values(v) for k, v in kwargs.items()})
 
     def _keep(self, n: fx.Node, args: Any, kwargs: Any) -> Any:
         """What moves values about, done to the integers."""
         x = args[0]
         if isinstance(x, OnGrid) and x.axis is None:
             # Padding of a pool is below all; of zeros there is none among these.
-            found = n.target(x.integers, *args[1:], **kwargs)  # type: ignore[operator]
+            found = n.target(x.integers, *args[1:], **kwargs)
             if isinstance(found, list | tuple):
                 return [x.with_integers(part) for part in found]
             kept = x.with_integers(found)
@@ -223,7 +223,7 @@ class _Interpreter(fx.Interpreter):
             part = x[args[1]]
             same = isinstance(part, OnGrid) and self._same_grid(n, part)
             return _Done(part.integers) if same else part
-        return n.target(_values(x), *args[1:], **kwargs)  # type: ignore[operator]
+        return n.target(_values(x), *args[1:], **kwargs)
 
     def _same_grid(self, n: fx.Node, x: OnGrid) -> bool:
         """Whether the only reader puts it on the grid that it is on."""

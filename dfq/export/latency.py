@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -91,7 +92,7 @@ def compare_latency(
     """
     images = np.random.default_rng(0).random((1, 3, image_size, image_size), dtype=np.float32)
     opened = [open_file(path, threads=threads) for path in (file, reference)]
-    ours, theirs = in_turns([lambda one=one: one.run(images) for one in opened])
+    ours, theirs = in_turns([functools.partial(one.run, images) for one in opened])
     ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
     return Latency(
         image_size,

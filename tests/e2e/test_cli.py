@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -31,6 +33,7 @@ OPTIONS = {
     "inspect": "model json_file trust",
     "cost": "model image_size json_file trust",
     "sensitivity": "model data recipe budget cost images json_file seed overrides device trust",
+    "report": "run out",
     "demo": "out",
 }
 
@@ -78,7 +81,7 @@ def test_the_options_other_programs_rely_on(name: str) -> None:
     found = cli.commands[name].params
     # There may be more; these are promised.
     assert {p.name for p in found} >= set(OPTIONS[name].split())
-    flags = {p.name: p.opts[0] for p in found}
+    flags = {p.name: p.opts[0] for p in found if isinstance(p, click.Option)}
     assert all(
         flag == "--" + {"overrides": "set", "json_file": "json"}.get(key, key.replace("_", "-"))
         for key, flag in flags.items()
@@ -196,6 +199,7 @@ def test_a_run_folder(run: Path, made: Path, model: Path) -> None:
         "metrics.json",
         "model.safetensors",
         "manifest.json",
+        "report.html",
         "log.txt",
     }
     metrics = json.loads((run / "metrics.json").read_text())
@@ -519,7 +523,15 @@ def test_demo(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["float"]["AP"] == dfq.evaluate("demo", place / "demo" / "validation").AP
     with Image.open(place / "demo" / "images.png") as grid:
         assert grid.size[0] > 4 * 320
+    page = (place / "demo" / "report.html").read_text()
+    for row in found.values():
+        assert f"<td>{row['AP']:.3f}" in page.replace(' class="this"', "")
+    assert "6 scenes that none of them ever saw" in page
+    # The naive ones have its bits, and so cost the same.
+    (costs,) = re.findall(r"Bit operations an image<small>.*?</tr>", page)[:1]
+    assert len(set(re.findall(r"<td[^>]*>(.*?)</td>", costs)[1:])) == 1
+    assert "–" not in costs
     again = stamps(place / "demo")
     assert command("demo", "--out", "demo").exit_code == 0
     changed = {Path(p).name for p, t in stamps(place / "demo").items() if again[p] != t}
-    assert changed <= {"results.json", "images.png", "demo"}
+    assert changed <= {"results.json", "images.png", "report.html", "demo"}

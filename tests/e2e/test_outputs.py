@@ -32,10 +32,17 @@ def writers(model: Path, made: Path, run: Path, out: Path) -> dict[str, Words]:
         "grid": ("data", "show", made, "--grid", out.with_suffix(".png")),
         "compare json": ("compare", run, "--json", out),
         "compare csv": ("compare", run, "--csv", out),
+        "report": ("report", run, "--out", out.with_suffix(".html")),
     }  # fmt: skip
 
 
-COMMANDS = ["eval", "inspect", "cost", "sensitivity", "show", "grid", "compare json", "compare csv"]
+COMMANDS = [
+    *("eval", "inspect", "cost", "sensitivity", "show", "grid"),
+    *("compare json", "compare csv", "report"),
+]  # fmt: skip
+
+ENDINGS = {"grid": "out.png", "report": "out.html"}
+"""Names that commands insist on; others write `out.json`."""
 
 
 def a_fifo(path: Path) -> None:
@@ -105,7 +112,7 @@ def test_what_is_no_regular_file_stays(
 ) -> None:
     make, message = IN_THE_WAY[kind]
     words = writers(model, made, run, place / "out.json")[name]
-    make(place / ("out.png" if name == "grid" else "out.json"))
+    make(place / ENDINGS.get(name, "out.json"))
     before = everything(place)
     assert message in has_one_error(command(*words))
     assert everything(place) == before
@@ -143,7 +150,7 @@ def test_the_mode_of_a_file_is_kept(
     place: Path, model: Path, made: Path, run: Path, name: str
 ) -> None:
     words = writers(model, made, run, place / "out.json")[name]
-    out = place / ("out.png" if name == "grid" else "out.json")
+    out = place / ENDINGS.get(name, "out.json")
     out.write_text("old")
     out.chmod(0o600)
     result = command(*words)

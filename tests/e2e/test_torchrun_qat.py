@@ -40,7 +40,8 @@ def test_two_processes_make_one_run(place: Path, model: Path, made: Path) -> Non
     assert "run\n" in printed[0]
     assert printed[1] == ""
     assert {p.name for p in (place / "run").iterdir()} == {
-        "recipe.yaml", "metrics.json", "model.safetensors", "manifest.json", "log.txt",
+        "recipe.yaml", "metrics.json", "model.safetensors", "manifest.json", "report.html",
+        "log.txt",
     }  # fmt: skip
     log = (place / "run" / "log.txt").read_text()
     assert log.count("epoch 2/2") == 1

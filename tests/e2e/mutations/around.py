@@ -131,8 +131,9 @@ def meeting_run(things: Things, draw: random.Random, run: Path) -> list[Words]:
         "--out", run,
     )  # fmt: skip
     return some_of(
-        draw, inspect(run), evaluate(run, things.made), again, ("compare", run, "--csv", "out.csv")
-    )
+        draw, inspect(run), evaluate(run, things.made), again,
+        ("compare", run, "--csv", "out.csv"), ("report", run, "--out", "out.html"),
+    )  # fmt: skip
 
 
 def run_files(things: Things, place: Path, draw: random.Random) -> Case:

@@ -53,7 +53,7 @@ SEED = os.environ.get("DFQ_MUTATIONS_SEED", "0")
 CPU_SECONDS = 20.0
 WALL_SECONDS = 120.0
 """After which a command counts as waiting for something that never comes."""
-OUTPUTS = ("out", "out.json", "out.csv", "out.png", "out.py", "runs", "home")
+OUTPUTS = ("out", "out.json", "out.csv", "out.png", "out.html", "out.py", "runs", "home")
 
 
 class Hang(BaseException):

@@ -1,0 +1,195 @@
+"""What was done, in words: of which network, from what images, by which commands."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..comparison import number
+from ..dataset.calibration import CalibrationSet
+from ..inputs import joining
+from ..training import LetterboxedImages
+from .formats import text
+from .material import SYNTHESIS, Material
+
+RUN = "RUN"
+"""What commands on the page call the run's folder, whose name is another for everybody."""
+
+
+def is_made_on_real(found: Material) -> bool:
+    """Whether the run was made on a real set."""
+    if found.data is not None:
+        return isinstance(found.data, LetterboxedImages)
+    identity = found.manifest.get("identity")
+    data = identity.get("data") if isinstance(identity, Mapping) else None
+    # Of a calibration set there are checksums.
+    return isinstance(data, list) and len(data) == 2 and isinstance(data[1], int)
+
+
+def joined_photos(found: Material) -> int:
+    """How many real photos joined calibration."""
+    identity = found.manifest.get("identity")
+    photos = identity.get("photos") if isinstance(identity, Mapping) else None
+    if not isinstance(photos, list) or len(photos) != 2:
+        return 0
+    count = photos[1]
+    return len(joining(count)) if type(count) is int and 0 < count < 1 << 31 else 0
+
+
+def network_name(found: Material) -> str:
+    """What the network is called, in short."""
+    source = found.recipe.model or str(found.student.spec().get("source") or "")
+    last = source.rpartition("@")[0] or source
+    return text(Path(last).stem or found.student.family, 60)
+
+
+def bits_in_words(metrics: Mapping[str, Any]) -> str:
+    """Bits of weights and activations."""
+    weights, activations = number(metrics, "weight_bits"), number(metrics, "activation_bits")
+    if weights is None or activations is None:
+        return "low-bit weights and activations"
+    words = f"{weights:.0f}-bit weights and {activations:.0f}-bit activations"
+    return words + (", spread over the layers by a budget" if "mixed" in metrics else "")
+
+
+def _settings_of_set(found: Material) -> Mapping[str, Any] | None:
+    """The settings that a synthetic set was made by: its own, where it is there; those of the run,
+    where the run made it; None where they are not known."""
+    if isinstance(found.data, CalibrationSet):
+        settings = found.data.manifest["determinants"].get("synthesis")
+        return settings if isinstance(settings, Mapping) else None
+    return found.recipe.synthesis.model_dump() if found.origin == SYNTHESIS else None
+
+
+def is_noise(found: Material) -> bool:
+    """Whether the run's set is noise, which no optimisation has changed."""
+    settings = _settings_of_set(found)
+    return settings is not None and settings.get("iterations") == 0
+
+
+def _labels_of_set(found: Material) -> str:
+    """Where the labels of a synthetic set are from."""
+    settings = _settings_of_set(found)
+    if settings is None:
+        return "where its labels are from is not known, as the set is gone"
+    labels = str(settings.get("labels"))
+    if labels.startswith("real:"):
+        return "its labels were taken from a real set"
+    return "without labels" if labels == "none" else "its labels are the network's own"
+
+
+def _is_selected_on_real(found: Material) -> bool:
+    recipe = found.recipe
+    return recipe.method != "ptq" and recipe.distillation.select_on is not None
+
+
+def what_was_real(found: Material) -> str:
+    """Whether anything real had a part in making the network, in a sentence."""
+    if is_made_on_real(found) or joined_photos(found) or _is_selected_on_real(found):
+        return "Real images had a part in it."
+    settings = _settings_of_set(found)
+    if settings is None:
+        return "No real image was used to make it, as far as this run goes."
+    if str(settings.get("labels")).startswith("real:"):
+        return "No real image was used to make it, but the labels of a real set were."
+    return "No real image was used to make it."
+
+
+def sentence(found: Material) -> str:
+    """What was done, in a sentence or two."""
+    metrics = found.metrics
+    trained = str(metrics.get("selected")).startswith("qat")
+    how = "trained" if trained else "calibrated and rounded, not trained,"
+    count = number(metrics, "images")
+    many = "" if count is None else f"{count:.0f} "
+    on = f"a set of {many}images made out of the float network itself"
+    if is_made_on_real(found):
+        on = f"a set of {many}real images"
+    elif is_noise(found):
+        on = f"a set of {many}images of noise"
+    kinds = len(found.student.names)
+    return (
+        f"The detector {network_name(found)} ({kinds} "
+        f"{'category' if kinds == 1 else 'categories'}) with {bits_in_words(metrics)}, {how} on "
+        f"{on}. {what_was_real(found)}"
+    )
+
+
+def real_images(found: Material) -> list[tuple[str, str]]:
+    """Where real images had a part, and where they had none: (what for, what)."""
+    count = f"{number(found.metrics, 'images') or 0:.0f}"
+    if is_made_on_real(found):
+        made_on = f"{count} real images: {text(found.origin)}"
+    else:
+        kind = "images of noise" if is_noise(found) else "synthetic images"
+        made_on = f"none: {count} {kind}; {_labels_of_set(found)}"
+    joined = joined_photos(found)
+    chosen = found.recipe.distillation.select_on if _is_selected_on_real(found) else None
+    rows = [
+        ("Calibration and training", made_on),
+        ("Photos that joined calibration", f"{joined}" if joined else "none"),
+        ("Choice of the epoch", f"AP on {text(chosen)}" if chosen else "none"),
+    ]
+    looked = found.metrics.get("closeness")
+    photos = looked.get("photos") if isinstance(looked, Mapping) else None
+    if isinstance(photos, Mapping):
+        some = f"{number(photos, 'images') or 0:.0f} of {text(photos.get('data'))}"
+        rows.append(("Measured on photos, without labels", some))
+    measured = found.metrics.get("evaluation")
+    if isinstance(measured, Mapping):
+        rows.append(("Measured against labels", text(measured.get("data"))))
+    if found.comparison is not None:
+        rows.append(("Measured against labels", f"{found.comparison.data} (after the run)"))
+    return rows
+
+
+def set_name(found: Material) -> str | None:
+    """What names the set of the run; None where that is not known."""
+    if isinstance(found.data, CalibrationSet):
+        return str(found.data.root)
+    return None if found.origin == SYNTHESIS else found.origin
+
+
+def commands(found: Material) -> list[tuple[str, str]]:
+    """What repeats the run and its figures: (what, command)."""
+    recipe, model = f"{RUN}/recipe.yaml", found.recipe.model or "MODEL"
+    name = set_name(found)
+    rows = []
+    if not is_made_on_real(found):
+        rows.append(
+            ("the synthetic set", _line("synthesize", model=model, recipe=recipe, out=name))
+        )
+    identity = found.manifest.get("identity")
+    photos = identity.get("photos") if isinstance(identity, Mapping) else None
+    photos = str(photos[0]) if isinstance(photos, list) and photos else None
+    rows.append(
+        (
+            "the run, and all that metrics.json says",
+            _line("qat", recipe=recipe, model=model, data=name, photos=photos, out="ANOTHER"),
+        )
+    )
+    rows.append(("the layers", _line("inspect", model=RUN)))
+    if name is not None:
+        rows.append(("the labels of the set", f"dfq data show {shlex.quote(name)}"))
+    if found.sensitivity is not None:
+        rows.append(
+            (
+                "what each layer's bits do",
+                _line("sensitivity", model=model, recipe=recipe, data=name),
+            )
+        )
+    if found.comparison is not None:
+        rows.append(("the comparison", found.comparison.command))
+    rows += [(f"exports/{one.source}", one.command) for one in found.exports if one.command]
+    rows.append(("this page", f"dfq report {RUN}"))
+    return [(what, text(command, 600)) for what, command in rows]
+
+
+def _line(verb: str, **options: str | None) -> str:
+    words = ["dfq", verb]
+    for name, value in options.items():
+        if value is not None:
+            words += [f"--{name}", shlex.quote(value)]
+    return " ".join(words)

@@ -1,0 +1,275 @@
+"""Everything that a page is made of, gathered: from the run's folder, and from where its set, its
+photos and its float network are, as far as they are still there."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..cache import origin_of
+from ..dataset.calibration import CalibrationSet
+from ..dataset.image_set import ImageSet
+from ..dataset.readers import open_set
+from ..detectors import TORCHVISION, load_detector
+from ..detectors.base import Detector
+from ..distillation.trainer import LabelledImages
+from ..errors import UserError
+from ..evaluation.agreement import unlabelled
+from ..files import read_json, user_path
+from ..inputs import joining
+from ..plain import plain_tree
+from ..quantization.convert import fold
+from ..quantization.listing import LayerInfo, describe
+from ..recipe import Recipe, load_recipe
+from ..surroundings import cache_folder
+from ..training import data_identity, open_training_data
+from .exports import Export, read_exports
+
+SYNTHESIS = "synthesis"
+"""What a run's log calls a set that it made itself, or found in the cache."""
+
+_ORIGIN = re.compile(r"  model .*, \d+ images from (.*)$")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A network beside the run's own, measured on the same images.
+
+    Attributes:
+        name: what it is called.
+        AP, AP50: fractions in [0, 1].
+        this: whether it is the run's own network.
+        before: whether it is the float one.
+        cost: what it costs, see `cost.Costs`; empty: not known.
+    """
+
+    name: str
+    AP: float
+    AP50: float
+    this: bool = False
+    before: bool = False
+    cost: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Networks measured on labelled images.
+
+    Attributes:
+        rows: two of them at least, the float network and the run's own among them.
+        data: what images.
+        source: the file that has these figures.
+        command: that repeats them.
+    """
+
+    rows: Sequence[Compared]
+    data: str
+    source: str
+    command: str
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a page is made of.
+
+    Attributes:
+        manifest, metrics: of the run, as JSON has them.
+        recipe: that the run was made by.
+        student: its network.
+        layers: what `describe` says of that.
+        origin: what the run's log calls its set; None where it says nothing.
+        teacher: the float network, folded, on the student's device; None: not found.
+        data: the whole set that the run was made on; None: not found.
+        photos: those that it was looked at on; None: there were none, or they are not found.
+        sensitivity: what `sensitivity.json` holds; None: there is none.
+        exports: what is known of exported files.
+        comparison: with other networks; None: there is none.
+        missing: what could not be found or read, a line each.
+    """
+
+    manifest: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+    recipe: Recipe
+    student: Detector
+    layers: list[LayerInfo]
+    origin: str | None = None
+    teacher: Detector | None = None
+    data: LabelledImages | None = None
+    photos: ImageSet | None = None
+    sensitivity: Mapping[str, Any] | None = None
+    exports: list[Export] = field(default_factory=list)
+    comparison: Comparison | None = None
+    missing: list[str] = field(default_factory=list)
+
+
+def gather(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    student: Detector,
+    *,
+    teacher: Detector | None = None,
+    data: LabelledImages | None = None,
+    photos: ImageSet | None = None,
+    layers: list[LayerInfo] | None = None,
+    comparison: Comparison | None = None,
+) -> Material:
+    """The material of a run; what is given need not be searched for.
+
+    Args:
+        folder: of the run.
+        manifest, metrics: what it says.
+        student: its network.
+        teacher, data, photos, layers, comparison: see `Material`.
+
+    Raises:
+        UserError: where the run's recipe is broken.
+    """
+    try:
+        recipe = load_recipe(folder / "recipe.yaml")
+    except UserError as error:
+        problem = str(error).removeprefix(f"{folder / 'recipe.yaml'}: ")
+        raise UserError(f"{folder / 'recipe.yaml'}: damaged ({problem}); restore it") from None
+    exports, problems = read_exports(folder)
+    found = Material(
+        manifest, metrics, recipe, student, layers or describe(student), _origin(folder), teacher,
+        data, photos, exports=exports, comparison=comparison, missing=problems,
+    )  # fmt: skip
+    search = _Search(folder, found)
+    if (folder / "sensitivity.json").exists():
+        read = search.tried("sensitivity.json", search.sensitivity)
+        found = replace(found, sensitivity=read)
+    if data is None:
+        # The next ones may be named by it.
+        search.found = found = replace(found, data=search.tried("the set", search.set))
+    if photos is None and "photos" in _mapping(metrics.get("closeness")):
+        found = replace(found, photos=search.tried("the photos", search.photos))
+    if teacher is None:
+        found = replace(found, teacher=search.tried("the float network", search.float))
+    return found
+
+
+def _origin(folder: Path) -> str | None:
+    """What the run's log calls its set, when the run was begun for the last time."""
+    try:
+        lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    found = [match[1] for line in lines if (match := _ORIGIN.search(line))]
+    return found[-1] if found else None
+
+
+class _Search:
+    """Finds what a run was made from."""
+
+    def __init__(self, folder: Path, found: Material) -> None:
+        self.folder, self.found = folder, found
+        self.identity = _mapping(found.manifest.get("identity"))
+
+    def tried(self, what: str, find: Callable[[], T]) -> T | None:
+        """What is found; where it is not, `missing` says why."""
+        try:
+            return find()
+        except (UserError, OSError) as error:
+            text = error.args[0] if isinstance(error, UserError) else str(error)
+            # The folder has another name for everybody.
+            text = str(text).removeprefix(f"{self.folder / what}: ")
+            self.found.missing.append(f"{what}: {text}")
+            return None
+
+    def sensitivity(self) -> Mapping[str, Any]:
+        content = plain_tree(read_json(self.folder / "sensitivity.json"), "sensitivity.json")
+        if not isinstance(content, dict):
+            raise UserError("not as dfq wrote it")
+        return content
+
+    def set(self) -> LabelledImages:
+        """The very set; one that changed since is none."""
+        wanted = self.identity.get("data")
+        for path in self._sets(wanted):
+            with contextlib.suppress(UserError, OSError):
+                size = self.found.recipe.synthesis.image_size
+                opened = open_training_data(path, self.found.student, size)
+                source = path if isinstance(opened, CalibrationSet) else self.found.origin
+                if data_identity(opened, source) == wanted:
+                    return opened
+        name = self.found.origin or "its name is not known"
+        where = "the cache" if name == SYNTHESIS else name
+        raise UserError(f"not found, or changed since ({where})")
+
+    def _sets(self, wanted: Any) -> Iterator[Path]:
+        if self.found.origin not in (None, SYNTHESIS):
+            yield from self._places(str(self.found.origin))
+        if not isinstance(wanted, list) or not wanted:
+            return
+        cache = cache_folder()
+        for manifest in sorted(cache.glob("*/manifest.json")) if cache.is_dir() else ():
+            with contextlib.suppress(UserError, OSError):
+                content = read_json(manifest)
+                if isinstance(content, dict) and content.get("annotations_sha256") == wanted[0]:
+                    yield manifest.parent
+
+    def _places(self, name: str) -> Iterable[Path]:
+        """Where something may be that was named from another folder than this one."""
+        path = user_path(name)
+        yield path
+        if not path.is_absolute():
+            yield from (parent / path for parent in self.folder.resolve().parents)
+
+    def photos(self) -> ImageSet:
+        wanted = self.identity.get("photos")
+        source, count = wanted if isinstance(wanted, list) and len(wanted) == 2 else (None, None)
+        if not isinstance(source, str):
+            raise UserError("the run does not say where they were")
+        for path in self._places(source):
+            if not path.exists():
+                continue
+            found = unlabelled(open_set(path))
+            if len(found) != count:
+                raise UserError(f"{source}: {len(found)} images, and there were {count}")
+            joined = set(joining(len(found)))
+            left = [item for index, item in enumerate(found.items) if index not in joined]
+            return replace(found, items=left)
+        raise UserError(f"not found ({source})")
+
+    def float(self) -> Detector:
+        """The very network. Nothing is fetched for it, and no program run."""
+        wanted = self.identity.get("checkpoint")
+        name = self.found.recipe.model
+        for source in self._networks(name):
+            with contextlib.suppress(UserError, OSError):
+                detector = load_detector(source)
+                if detector.fingerprint == wanted:
+                    return fold(detector).to(self.found.student.device)
+        raise UserError(f"not found, or changed since ({name})")
+
+    def _networks(self, name: str | None) -> Iterator[str]:
+        names = [name] if name else []
+        data = self.found.data
+        if isinstance(data, CalibrationSet):
+            with contextlib.suppress(UserError):
+                names.append(origin_of(data.root).model)
+        for one in names:
+            network, apart, weights = one.rpartition("@")
+            if one == "demo":
+                yield one
+            elif apart and network.startswith(TORCHVISION):
+                yield from (f"{network}@{path}" for path in self._files(weights))
+            else:
+                yield from map(str, self._files(one))
+
+    def _files(self, name: str) -> Iterator[Path]:
+        for path in self._places(name):
+            # A config is a program.
+            if path.suffix.lower() != ".py" and path.is_file():
+                yield path
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}

@@ -1,0 +1,355 @@
+"""What the template shows: every section's figures as text, charts and pictures; None where there
+is nothing to show."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from .. import __version__
+from ..comparison import number
+from ..dataset.calibration import CalibrationSet
+from ..dataset.summary import Objects, Summary, summarize
+from ..errors import UserError
+from ..finish import hold_out
+from ..quantization.convert import Policy
+from ..quantization.results import count_joins
+from ..synthesis.quality import BOUND, FIRST_BOUND, quality_of
+from ..training import LetterboxedImages
+from . import account, figures
+from .cost import cost_of, cost_rows
+from .figures import Chart
+from .formats import amount, fixed, percent, text
+from .layers import LayerRow, layer_rows, too_wide
+from .material import Material
+from .pictures import Tile, pairs_on_photos, pairs_on_squares, set_tiles
+from .table import measured_AP, side_by_side
+from .verdict import RULE, judge
+
+TOP = 20
+"""Categories that are listed one by one."""
+
+MOST_EPOCHS, MOST_LAYERS, MOST_LINES = 2_000, 1_000, 50
+"""Of charts and tables, and of what a run said."""
+
+LARGEST = 1e9
+"""Values beyond are not drawn: nothing sensible is so large, and axes have their bounds."""
+
+T = TypeVar("T")
+
+
+def sections(found: Material) -> dict[str, Any]:
+    """All that the template is given."""
+    looked = _Looked(found)
+    policy = Policy.from_dict(dict(found.manifest["policy"]))
+    rows = layer_rows(found.student, found.layers, policy, found.sensitivity)
+    context: dict[str, Any] = {
+        "title": f"{account.network_name(found)} in {_bits(found.metrics)}",
+        "sentence": account.sentence(found),
+        "verdict": judge(found.metrics, measured_AP(found)),
+        "rule": RULE,
+        "comparison": side_by_side(found),
+        "set": looked.tried("the images it was made on", _set, found),
+        "pairs": [group for group in looked.groups() if group["pairs"]],
+        "quality": _quality(found.metrics),
+        "training": _training(found.metrics),
+        "layers": _layers(found, rows),
+        "cost": cost_rows(cost_of(found.layers)),
+        "exports": found.exports,
+        "untouched": _untouched(found, rows, policy),
+        "selected": text(found.metrics.get("selected"), 400),
+        "said": [text(line, 1200) for line in _list(found.metrics.get("said"))[:MOST_LINES]],
+        "real": account.real_images(found),
+        "commands": account.commands(found),
+        "record": _record(found),
+    }
+    # Last: what could not be shown is known now.
+    context["missing"] = [text(line, 400) for line in found.missing]
+    return context
+
+
+class _Looked:
+    """Pictures, which need what may be gone or broken."""
+
+    def __init__(self, found: Material) -> None:
+        self.found = found
+
+    def tried(self, what: str, find: Callable[..., T], *given: Any) -> T | None:
+        try:
+            return find(*given)
+        except UserError as error:
+            self.found.missing.append(f"{what}: {error}")
+            return None
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Images with both networks' detections."""
+        found = self.found
+        if found.teacher is None:
+            return []
+        groups, batch_size = [], found.recipe.evaluation.batch_size
+        if found.data is not None:
+            _, looked = hold_out(found.data)
+            pairs = self.tried(
+                "detections on images of the set", pairs_on_squares,
+                found.teacher, found.student, looked.data, looked.indices, batch_size,
+            )  # fmt: skip
+            title = f"On {looked.where}" if looked.held_out else "On images it was made on"
+            groups.append({"title": title, "pairs": pairs, "real": _is_real(found)})
+        if found.photos is not None:
+            size = found.recipe.evaluation.image_size
+            pairs = self.tried(
+                "detections on photos", pairs_on_photos,
+                found.teacher, found.student, found.photos, size, batch_size,
+            )  # fmt: skip
+            title = f"On {len(found.photos)} photos it was made without"
+            groups.append({"title": title, "pairs": pairs, "real": True})
+        return groups
+
+
+def _is_real(found: Material) -> bool:
+    return isinstance(found.data, LetterboxedImages)
+
+
+def _bits(metrics: Mapping[str, Any]) -> str:
+    weights, activations = number(metrics, "weight_bits"), number(metrics, "activation_bits")
+    if weights is None or activations is None:
+        return "low bits"
+    return f"W{weights:.0f}A{activations:.0f}" + (" (mixed)" if "mixed" in metrics else "")
+
+
+def _set(found: Material) -> dict[str, Any] | None:
+    data = found.data
+    if isinstance(data, LetterboxedImages):
+        objects = Objects.of(data.images)
+    elif isinstance(data, CalibrationSet):
+        objects = Objects.of(data)
+    else:
+        return None
+    summary = summarize(objects)
+    tiles: list[Tile] = set_tiles(data, found.student.names)
+    return {
+        "tiles": tiles,
+        "real": _is_real(found),
+        "noise": account.is_noise(found),
+        "labelled": summary.labelled,
+        "summary": _overview(summary),
+        "categories": _categories(summary),
+        "charts": _set_charts(objects),
+    }
+
+
+def _overview(summary: Summary) -> list[tuple[str, str]]:
+    width, height, _ = summary.sizes[0]
+    size = f"{width} × {height}"
+    if len(summary.sizes) > 1:
+        size += f" and {len(summary.sizes) - 1} other sizes"
+    rows = [("Images", f"{summary.images}"), ("Pixels", size)]
+    if not summary.labelled:
+        return rows
+    rows += [
+        ("Objects", f"{summary.objects}"),
+        ("Objects an image", f"{summary.objects / summary.images:.2f}"),
+        ("Categories that occur", f"{len(summary.categories)}"),
+        ("Small (under 32 × 32 px)", f"{summary.by_size['small']}"),
+        ("Medium", f"{summary.by_size['medium']}"),
+        ("Large (over 96 × 96 px)", f"{summary.by_size['large']}"),
+    ]
+    if summary.mean_score is not None:
+        rows.append(("Mean score of the labels", f"{summary.mean_score:.3f}"))
+    return rows
+
+
+def _categories(summary: Summary) -> dict[str, Any] | None:
+    top, others, objects = summary.top(TOP)
+    if not top:
+        return None
+    most = top[0][1]
+    return {
+        "rows": [(text(name, 60), count, round(100 * count / most, 2)) for name, count in top],
+        "others": others,
+        "objects": objects,
+    }
+
+
+def _set_charts(objects: Objects) -> list[Chart]:
+    if not len(objects):
+        return []
+    sides = np.sqrt(objects.sides.prod(axis=1))
+    charts = [
+        figures.histogram("side", "Box sizes", sides, "root of the box's area, pixels"),
+        figures.histogram(
+            "count", "Objects an image", objects.counts.astype(float), "objects", whole=True
+        ),
+    ]
+    if objects.scores is not None:
+        title = "How sure the float network is of the labels"
+        charts.append(figures.histogram("score", title, objects.scores, "score"))
+    return charts
+
+
+def _quality(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
+    found = quality_of({"quality": metrics.get("set_quality")})
+    if found is None:
+        return None
+    layers = found.layers[:MOST_LAYERS]
+    shift = [layer.shift for layer in layers]
+    spread = [layer.log_variance for layer in layers]
+    named = [
+        ("first", found.first),
+        *((f"worst {i}", one) for i, one in enumerate(found.worst(), 1)),
+    ]
+    return {
+        "images": found.images,
+        "rows": [
+            (which, text(one.name, 80), f"{one.shift:.2f}", f"{one.log_variance:+.2f}")
+            for which, one in named
+        ],
+        "warnings": [text(line, 600) for line in found.warnings()],
+        "bounds": (FIRST_BOUND, BOUND),
+        "chart": figures.quality("quality", "Layer by layer", shift, spread, BOUND)
+        if len(layers) > 1 and _can_be_drawn(shift + spread)
+        else None,
+    }
+
+
+def _training(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
+    history = [row for row in _list(metrics.get("history")) if isinstance(row, Mapping)]
+    history = history[:MOST_EPOCHS]
+    divergence = _mapping(metrics.get("teacher_divergence"))
+    if not history and not divergence:
+        return None
+    names = dict.fromkeys(key for row in history for key in row)
+    rows, charts = [], []
+    for index, name in enumerate(sorted(names, key=lambda key: (key != "loss", str(key)))[:8]):
+        values = [value for row in history if (value := number(row, name)) is not None]
+        if not values:
+            continue
+        rows.append((text(name, 40), f"{values[0]:.4g}", f"{values[-1]:.4g}"))
+        if len(values) > 1 and _can_be_drawn(values):
+            charts.append(figures.curve(f"loss{index}", text(name, 40), values))
+    return {
+        "epochs": len(history),
+        "rows": rows,
+        "charts": charts,
+        "divergence": [
+            (text(name, 40), f"{value:.4g}")
+            for name in divergence
+            if (value := number(divergence, name)) is not None
+        ],
+    }
+
+
+def _can_be_drawn(values: Sequence[float]) -> bool:
+    """Whether no value is too large for an axis; NaN, which stands for nothing, is not."""
+    return not any(abs(value) > LARGEST for value in values)
+
+
+def _layers(found: Material, rows: Sequence[LayerRow]) -> dict[str, Any]:
+    some = list(rows)[:MOST_LAYERS]
+    charts = []
+    if len(some) > 1:
+        infos = [row.info for row in some]
+        charts.append(
+            figures.bits(
+                "bits", "Bits",
+                [one.weight_bits for one in infos], [one.activation_bits for one in infos],
+            )
+        )  # fmt: skip
+        low = [row.grids[0].low if row.grids else math.nan for row in some]
+        high = [row.grids[0].high if row.grids else math.nan for row in some]
+        if any(map(math.isfinite, low)) and _can_be_drawn(low + high):
+            charts.append(figures.ranges("ranges", "Range of each layer's input", low, high))
+        millions = [one.macs / 1e6 for one in infos]
+        charts.append(figures.bars("macs", "Multiplications", millions, "millions", form=".4g"))
+        divergence = [math.nan if row.divergence is None else row.divergence for row in some]
+        if any(map(math.isfinite, divergence)) and _can_be_drawn(divergence):
+            title = "Sensitivity: divergence with this layer alone at its bits"
+            charts.append(figures.bars("sensitivity", title, divergence, "divergence", form=".4g"))
+    return {
+        "charts": charts,
+        "measured": any(row.divergence is not None for row in some),
+        "more": len(rows) - len(some),
+        "count": len(rows),
+        "rows": [
+            {
+                "name": text(row.info.name, 120),
+                "kind": text(row.info.kind, 20),
+                "bits": row.bits,
+                "grids": [
+                    (f"{one.step:.3g}", f"{one.zero_point}", f"{one.low:.3g}", f"{one.high:.3g}")
+                    for one in row.grids
+                ],
+                "macs": amount(row.info.macs),
+                "share": percent(row.share),
+                "divergence": fixed(row.divergence, ".3g"),
+            }
+            for row in some
+        ],
+    }
+
+
+def _untouched(found: Material, rows: Sequence[LayerRow], policy: Policy) -> dict[str, Any]:
+    """What is in float or apart from the others, and why."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row.why or not row.info.quantized:
+            key = (row.bits, row.why or "as the run's policy has it")
+            reasons.setdefault(key, []).append(text(row.info.name, 80))
+    wide = too_wide(found.student, found.layers)
+    if wide and found.recipe.quantization.rounding == "gptq":
+        key = ("rounded to nearest", "too many inputs for rounding that makes up for its errors")
+        reasons[key] = [text(name, 80) for name in wide]
+    joins = None
+    # Of networks that cannot be traced.
+    with contextlib.suppress(Exception):
+        joins = count_joins(found.student)
+    return {
+        "share": percent(number(found.metrics, "quantized_share_of_macs")),
+        "reasons": [
+            (bits, why, names[:TOP], max(0, len(names) - TOP))
+            for (bits, why), names in reasons.items()
+        ],
+        "joins": joins,
+        "placement": policy.placement,
+    }
+
+
+def _record(found: Material) -> list[tuple[str, str]]:
+    """What made the run, by name and checksum."""
+    identity = _mapping(found.manifest.get("identity"))
+    versions = _mapping(found.manifest.get("versions"))
+    rows = [
+        ("Float network", text(found.recipe.model, 200)),
+        ("Its sha256", text(identity.get("checkpoint"), 80)),
+        ("Family", text(found.student.family, 40)),
+        ("Categories", f"{len(found.student.names)}"),
+        ("Image side", f"{found.student.image_size} px"),
+        ("Set", text(account.set_name(found), 200)),
+    ]
+    data = identity.get("data")
+    if not account.is_made_on_real(found) and isinstance(data, list) and data:
+        rows.append(("sha256 of its labels", text(data[0], 80)))
+    rows += [
+        ("sha256 of model.safetensors", text(found.manifest.get("model_sha256"), 80)),
+        ("sha256 of metrics.json", text(found.manifest.get("metrics_sha256"), 80)),
+        ("Seed", text(found.recipe.seed, 40)),
+        ("Method asked for", text(found.metrics.get("method"), 40)),
+    ]
+    rows += [
+        (f"{text(name, 40)} (of the run)", text(versions[name], 60))
+        for name in sorted(versions)[:MOST_LINES]
+    ]
+    rows.append(("dfq (of this page)", __version__))
+    return rows
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []

@@ -1,0 +1,110 @@
+"""The table of the page: the float network, this one, and others that it was measured with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..comparison import number
+from .cost import cost_of, cost_rows
+from .formats import NOTHING, fixed, mebibytes, percent, text
+from .material import Compared, Material
+
+
+def measured_AP(found: Material) -> tuple[float | None, float | None]:
+    """Of the float network and of this one, where measured."""
+    measured = found.metrics.get("evaluation")
+    if isinstance(measured, Mapping):
+        return number(measured.get("float"), "AP"), number(measured.get("quantized"), "AP")
+    if found.comparison is not None:
+        before = [row.AP for row in found.comparison.rows if row.before]
+        after = [row.AP for row in found.comparison.rows if row.this]
+        return before[0] if before else None, after[0] if after else None
+    return None, None
+
+
+Cell = tuple[str, str]
+"""A figure, and what share of the float network's it is, where that says something."""
+
+_NOTHING: Cell = (NOTHING, "")
+
+
+def side_by_side(found: Material) -> dict[str, Any]:
+    """Networks as columns, figures as rows: "columns", "rows" and, of the columns, the one that is
+    "this" network."""
+    given: Sequence[Compared] = ()
+    if found.comparison is not None:
+        given = found.comparison.rows
+    # These two first: a phone may show no more.
+    given = sorted(given, key=lambda one: (not one.before, not one.this))
+    columns = [text(one.name, 60) for one in given] or ["Float", "This"]
+    rows = _compared_rows(found, given)
+
+    def add(
+        label: str, first: str, last: str | Cell, source: str, others: Sequence[str] = ()
+    ) -> None:
+        cells = [(first, ""), (last, "") if isinstance(last, str) else last]
+        cells += [(other, "") for other in others] or [_NOTHING] * (len(columns) - 2)
+        rows.append({"label": label, "cells": cells, "source": source})
+
+    measured = found.metrics.get("evaluation")
+    if isinstance(measured, Mapping):
+        source = "metrics.json, evaluation"
+        one, other = measured.get("float"), measured.get("quantized")
+        for key in ("AP", "AP50"):
+            first, last = number(one, key), number(other, key)
+            share = percent(last / first) if first and last is not None else ""
+            where = f" on {text(measured.get('data'), 80)}" if key == "AP" else ""
+            add(f"{key}{where}", fixed(first), (fixed(last), share), source)
+    closeness = _mapping(found.metrics.get("closeness"))
+    for key in ("synthetic", "photos"):
+        source = f"metrics.json, closeness.{key}"
+        values = _mapping(closeness.get(key))
+        objects, kept, above = (number(values, k) for k in ("objects", "kept", "kept_above"))
+        where = f"{number(values, 'images') or 0:.0f} {_where(key, values)}"
+        for label, count in (
+            (f"Detections kept on {where}", kept),
+            ("… with a score above 0.3 again", above),
+        ):
+            if objects is not None and count is not None:
+                share = percent(count / objects) if objects else ""
+                add(label, f"{objects:.0f}", (f"{count:.0f}", share), source)
+        if number(values, "AP") is not None:
+            add("Agreement AP on them", fixed(1.0), fixed(number(values, "AP")), source)
+    costs = [{line.label: line.after for line in cost_rows(one.cost)} for one in given[2:]]
+    for line in cost_rows(cost_of(found.layers)):
+        if line.before != line.after:
+            others = [one.get(line.label, NOTHING) for one in costs]
+            add(line.label, line.before, line.after, "dfq inspect", others)
+    for export in found.exports:
+        if export.size_bytes is not None:
+            label = f"Size on disk, {text(export.file or export.source, 60)}"
+            where = f"exports/{text(export.source, 60)}"
+            add(label, NOTHING, mebibytes(export.size_bytes), where)
+    return {"columns": columns, "this": 1, "rows": rows}
+
+
+def _compared_rows(found: Material, given: Sequence[Compared]) -> list[dict[str, Any]]:
+    if found.comparison is None or not given:
+        return []
+    rows = []
+    for label, values in (
+        (f"AP on {text(found.comparison.data, 80)}", [one.AP for one in given]),
+        ("AP50", [one.AP50 for one in given]),
+    ):
+        shares = ("", *(percent(value / values[0]) if values[0] else "" for value in values[1:]))
+        cells = list(zip(map(fixed, values), shares, strict=True))
+        rows.append({"label": label, "cells": cells, "source": found.comparison.source})
+    return rows
+
+
+def _where(key: str, values: Mapping[str, Any]) -> str:
+    if key == "photos":
+        return "photos it was made without"
+    if values.get("held_out") is True:
+        return "held-out synthetic images"
+    return "of the images it was made on"
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
