@@ -210,7 +210,9 @@ class ForeignModel(ExportedModel):
             )
         size = sides[0] if sides and sides[0] is not None else image_size
         if size is None:
-            raise UserError(f"{shown(self.path)}: takes images of any side; compare it with a model")
+            raise UserError(
+                f"{shown(self.path)}: takes images of any side; compare it with a model"
+            )
         self._batch = file.input_shape[0]
         grey = np.full((self._batch or 1, 3, size, size), 0.45, np.float32)
         self._classes = None if names is None else len(names)
@@ -240,7 +242,7 @@ class ForeignModel(ExportedModel):
             source=str(self.path),
             letterbox="centred",
             normalisation="unknown",
-            outputs={name: "as the file has it" for name in outputs},
+            outputs=dict.fromkeys(outputs, "as the file has it"),
             spec={},
         )
 

@@ -184,4 +184,3 @@ def same_number(
         if low < value <= high:
             return float(value)
     return float(high)
-

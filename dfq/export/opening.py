@@ -48,7 +48,7 @@ def open_exported(path: str | Path, *, threads: int | None = None) -> ExportedMo
             f"{shown(path)}: is no export of dfq (it says nothing of itself); `dfq verify` takes "
             "such files"
         )
-    return _Opened(file, file.says)
+    return Opened(file, file.says)
 
 
 def open_file(path: str | Path, *, threads: int | None = None) -> RuntimeFile:
@@ -286,7 +286,7 @@ _KINDS: dict[str, type[Any]] = {
 }
 
 
-class _Opened(ExportedModel):
+class Opened(ExportedModel):
     """An export of dfq's in its runtime."""
 
     def __init__(self, file: RuntimeFile, info: ExportInfo) -> None:

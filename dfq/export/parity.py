@@ -49,7 +49,7 @@ class Parity:
     """The distance of each output, and the floor: that between two correct executions.
 
     Attributes:
-        outputs, floor: by name of the output.
+        outputs, floor: by name of the output; no floor where it was not needed.
         held: by output what held: "within one step", "rounding floor", or None where neither did.
         images: of how many images.
     """
@@ -97,30 +97,34 @@ def distance(reference: np.ndarray, found: np.ndarray) -> Distance:
 def parity(
     reference: dict[str, np.ndarray],
     found: dict[str, np.ndarray],
-    otherwise: dict[str, np.ndarray],
+    otherwise: dict[str, np.ndarray] | None,
 ) -> Parity:
     """Compare a file's outputs with the reference's, and judge them.
 
     Args:
         reference: outputs of the program, by name.
         found: those of the file; `reference` names all that count.
-        otherwise: those of the program as it may as rightly be computed.
+        otherwise: those of the program as it may as rightly be computed; None: the floor counts
+            for nothing.
     """
-    outputs, floor = {}, {}
+    outputs: dict[str, Distance] = {}
+    floor: dict[str, Distance] = {}
     held: dict[str, str | None] = {}
     for name, wanted in reference.items():
         if name not in found or found[name].shape != wanted.shape:
             outputs[name] = Distance(0.0, *[float("inf")] * 3, 0.0, wanted.size, False)
-            floor[name] = distance(wanted, otherwise[name])
             held[name] = None
             continue
         outputs[name] = of_file = distance(wanted, found[name])
-        floor[name] = least = distance(wanted, otherwise[name])
         held[name] = None
+        if otherwise is not None:
+            floor[name] = distance(wanted, otherwise[name])
+        least = floor.get(name)
         if of_file.share_within_one >= WITHIN_ONE:
             held[name] = "within one step"
         elif (
-            of_file.mean_steps <= TIMES_FLOOR * least.mean_steps
+            least is not None
+            and of_file.mean_steps <= TIMES_FLOOR * least.mean_steps
             and of_file.percentile_steps <= TIMES_FLOOR * least.percentile_steps
         ):
             held[name] = "rounding floor"

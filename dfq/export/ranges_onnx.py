@@ -129,8 +129,8 @@ def _branches(graph: Any) -> dict[str, str]:
             return {}
         by_kind = {"boxes": [maker.input[0]], "scores": list(maker.input[1:])}
     above = {kind: _ancestors(names, makers) for kind, names in by_kind.items()}
-    only = {name: "boxes" for name in above["boxes"] - above["scores"]}
-    return only | {name: "scores" for name in above["scores"] - above["boxes"]}
+    only = dict.fromkeys(above["boxes"] - above["scores"], "boxes")
+    return only | dict.fromkeys(above["scores"] - above["boxes"], "scores")
 
 
 def _ancestors(names: list[str], makers: dict[str, Any]) -> set[str]:
