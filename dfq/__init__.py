@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .verbs import quantize as quantize
     from .verbs import sensitivity as sensitivity
     from .verbs import synthesize as synthesize
+    from .verifying import verify as verify
 
 # Imported on first use: `dfq --help` need not wait seconds for torch and Ultralytics.
 _HOMES = {
@@ -48,6 +49,7 @@ _HOMES = {
     "compare": "comparison",
     "deploy": "deploying",
     "export": "exporting",
+    "verify": "verifying",
     "cost": "export.cost",
     "report": "report.verb",
 }
