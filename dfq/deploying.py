@@ -14,6 +14,7 @@ from .distributed import leads
 from .errors import UserError, argument, shown
 from .export.cost import BESIDE, detector_cost
 from .export.speed import Speed, compare_speed
+from .export.structure import structure_faults
 from .export.targets import KINDS, Target, load_target
 from .exporting import export
 from .files import (
@@ -129,7 +130,7 @@ def deploy(
     with place.lock():
         job = _Job(place, wanted, model, detector, settings, side, told)
         job.quantize(images, photos, data, device, trust)
-        content = job.calibration_only() if wanted.calibration else job.exported()
+        content = job.calibration_only() if wanted.calibration else job.exported(data)
         place.write({**content, "finished": True})
     return _as_made(out, content, new=True)
 
@@ -260,15 +261,19 @@ class _Job:
                 "were looked at; no label was used"
             )
 
-    def exported(self) -> dict[str, Any]:
-        """The files for the target, checked and timed; returns what `deploy.json` is to hold."""
+    def exported(self, data: str | Path | None) -> dict[str, Any]:
+        """The files for the target, checked and timed; returns what `deploy.json` is to hold.
+
+        Args:
+            data: images to check it on; None: those that it was made on.
+        """
         suffix = SUFFIXES[self.target.format]
         bits = self.target.precision.lower()
         file = self.folder / f"{self.stem}-{'int8' if bits == 'w8a8' else bits}{suffix}"
         reference = self._float_file(suffix)
         if not file.is_file():
             self._export(self.run, file.name, self.target.runtime)
-        verified = self._verify(file)
+        verified = self._verify(file, data)
         speed = None
         if self.target.latency:
             with self.told.task("latency", 1, "comparisons") as task:
@@ -286,8 +291,9 @@ class _Job:
             "speed": None if speed is None else {**speed.to_dict(), "command": measured},
             "size": {"bytes": size_of(file), "float_bytes": size_of(reference)},
         }
+        # Where the page of the run looks for it.
         write_json(
-            self._beside(file),
+            self.run / "exports" / f"{file.name}.verify.json",
             {**verified, "latency": [] if speed is None else speed.to_dict()["latency"]},
         )
         places = {"file": str(file), "float": str(reference), "stem": file.stem}
@@ -342,20 +348,15 @@ class _Job:
                 image_size=self.side, progress=self.told,
             )  # fmt: skip
 
-    def _verify(self, file: Path) -> dict[str, Any]:
-        """What `dfq verify` finds, as JSON has it."""
+    def _verify(self, file: Path, data: str | Path | None) -> dict[str, Any]:
+        """What `dfq verify` finds, as JSON has it; and what can be seen of a file that does not run
+        here."""
         from .verifying import verify
 
-        with self.told.task("verify", 1, "files") as task:
-            found = verify(file, self.run, data=self.set).to_dict()
-            task.update(1, 1)
-        return json.loads(json_bytes(found))
-
-    def _beside(self, file: Path) -> Path:
-        """Where the page of the run looks for what was found of a file."""
-        folder = self.run / "exports"
-        folder.mkdir(exist_ok=True)
-        return folder / f"{file.name}.verify.json"
+        found = verify(file, self.run, data=data, progress=self.told).to_dict()
+        if self.target.verify == "structure":
+            found["faults"] = [*structure_faults(file), *found["faults"]]
+        return dict(json.loads(json_bytes(found)))
 
     def _said(
         self,
@@ -365,7 +366,10 @@ class _Job:
         float_size: int,
     ) -> list[str]:
         """What there is to know, for people."""
-        lines = [str(line) for line in read_metrics(self.run)["said"]]
+        # What a run calls photos are images here.
+        lines = [
+            str(line).replace("--photos", "--images") for line in read_metrics(self.run)["said"]
+        ]
         if self.joined is not None:
             lines.append(self.joined)
         if size is not None:
@@ -374,14 +378,22 @@ class _Job:
                 f"({size / float_size:.0%})"
             )
         if verified is not None and not verified["faults"]:
-            share = verified.get("integers", {}).get("share_of_macs")
-            integers = "" if share is None else f", {share:.1%} of the MACs in integers"
-            how = "run" if self.target.verify == "run" else "looked at, and not run"
-            lines.append(f"verified ({how}){integers}")
+            if self.target.verify == "run":
+                share = verified["integers"]["share_of_macs"]
+                lines.append(
+                    f"verified in {verified['runtime']}: its outputs are those of PyTorch, "
+                    f"{share:.1%} of the MACs are computed in integers"
+                )
+            else:
+                lines.append(
+                    "verified as far as it can be here: its grids are where "
+                    f"{self.target.runtime} wants them, its values (in {verified['runtime']}) "
+                    "those of PyTorch"
+                )
         if speed is not None:
             lines += [*speed.table(), *speed.said()]
         else:
-            lines.append(f"not timed here: {self.target.title} is elsewhere")
+            lines.append(f"not timed here, where there is no such device: {self.target.title}")
         return [*lines, *self.target.notes]
 
     def _whole(
@@ -414,7 +426,8 @@ class _Job:
             "photos": self.joined,
             "said": said,
             "next": self.target.commands(places),
-            "files": described([*files, (page, "the page of it")]),
+            "files": described(files),
+            "page": page.name,
             "versions": versions(),
         }
 
