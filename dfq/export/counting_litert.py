@@ -30,7 +30,7 @@ def count_litert(file: LiteRtFile) -> IntegerShare:
         shapes = [_tensor(interpreter, index)["shape"] for index in (data, weight)]
         kinds = [_tensor(interpreter, index)["dtype"] for index in (data, weight)]
         target = _tensor(interpreter, one["outputs"][0])
-        macs = _macs(one["op_name"], *shapes, target["shape"])
+        macs = _macs(one["op_name"], shapes[0], shapes[1], target["shape"])
         integers = all(kind in _INTEGER for kind in kinds)
         reason = None
         if not integers:

@@ -88,9 +88,9 @@ class OnnxRuntimeKernels:
         """Whole `sums` times a float32 factor, to the nearest even integer."""
         return _clamped(torch.round(sums.float() * factor).double() + grid[1], grid)
 
-    def bias(self, bias: Tensor, scale: Tensor) -> Tensor:
-        """As whole numbers of the products' own step."""
-        return torch.round(bias / scale).double()
+    def bias(self, bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """As whole numbers of the products' own step, of the scales of input and weight."""
+        return torch.round(bias / (x * weight)).double()
 
     def layer_factor(self, x: OnGrid, weight: OnGrid, grid: Grid) -> Tensor:
         return x.scale * weight.scale / _float(grid[0])
@@ -123,6 +123,10 @@ class LiteRtKernels(OnnxRuntimeKernels):
     """What XNNPACK's kernels compute for LiteRT."""
 
     fuses_product = False
+
+    def bias(self, bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        # Its converter divides in double precision.
+        return torch.round(bias.double() / (x.double() * weight.double()))
 
     def add(self, a: OnGrid, b: OnGrid, grid: Grid) -> Tensor:
         left = float(a.scale / _float(grid[0]))
@@ -243,9 +247,8 @@ class _Interpreter(fx.Interpreter):
             function = F.linear if target is _ATEN.linear.default else F.conv2d
             sums = function(x.integers - x.zero_point, weight.integers, None, *rest)
             shape = [-1] if target is _ATEN.linear.default else [-1, 1, 1]
-            step = x.scale * weight.scale
             if bias is not None:
-                sums = sums + kernels.bias(bias, step).view(shape)
+                sums = sums + kernels.bias(bias, x.scale, weight.scale).view(shape)
             factor = kernels.layer_factor(x, weight, grid).expand(len(weight.integers))
             return kernels.requantize(sums, factor.view(shape), grid)
         if target is _ATEN.sigmoid.default and isinstance(args[0], OnGrid):

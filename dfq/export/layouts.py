@@ -229,8 +229,8 @@ class ForeignModel(ExportedModel):
             count = found.scores.shape[2] if found.labels is None else 1000
             names = [str(index) for index in range(count)]
         self.info = ExportInfo(
-            format=_FORMATS[self.path.suffix.lower()],  # type: ignore[arg-type]
-            runtime=file.runtime,  # type: ignore[arg-type]
+            format=_FORMATS[self.path.suffix.lower()],
+            runtime=file.runtime,
             family="unknown",
             names=list(names),
             image_size=size,

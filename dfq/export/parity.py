@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -65,7 +66,11 @@ class Parity:
         return all(self.held.values())
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "holds": self.holds}
+        rows = asdict(self)
+        for one in (*rows["outputs"].values(), *rows["floor"].values()):
+            # JSON has no infinity.
+            one.update({k: None for k, v in one.items() if v == math.inf})
+        return {**rows, "holds": self.holds}
 
 
 def distance(reference: np.ndarray, found: np.ndarray) -> Distance:
@@ -73,7 +78,7 @@ def distance(reference: np.ndarray, found: np.ndarray) -> Distance:
     wanted, given = reference.astype(np.float64).ravel(), found.astype(np.float64).ravel()
     finite = bool(np.isfinite(given).all() and np.isfinite(wanted).all())
     if not finite:
-        return Distance(0.0, float("inf"), float("inf"), float("inf"), 0.0, len(wanted), False)
+        return _apart(len(wanted))
     low, high = float(wanted.min()), float(wanted.max())
     step = (high - low) / 255 or max(abs(high), 1e-6) / 255
     steps = np.abs(given - wanted) / step
@@ -94,6 +99,11 @@ def distance(reference: np.ndarray, found: np.ndarray) -> Distance:
     )
 
 
+def _apart(values: int) -> Distance:
+    """Of outputs that cannot be compared."""
+    return Distance(0.0, math.inf, math.inf, math.inf, 0.0, values, False)
+
+
 def parity(
     reference: dict[str, np.ndarray],
     found: dict[str, np.ndarray],
@@ -112,7 +122,7 @@ def parity(
     held: dict[str, str | None] = {}
     for name, wanted in reference.items():
         if name not in found or found[name].shape != wanted.shape:
-            outputs[name] = Distance(0.0, *[float("inf")] * 3, 0.0, wanted.size, False)
+            outputs[name] = _apart(wanted.size)
             held[name] = None
             continue
         outputs[name] = of_file = distance(wanted, found[name])

@@ -1,4 +1,4 @@
-"""Whether the grids of a quantized file hold what its tensors have, in any file that can be read."""
+"""Whether the grids of a quantized file hold what its tensors have, in files that can be read."""
 
 from __future__ import annotations
 

@@ -196,5 +196,11 @@ def worst(fits: list[Fit] | None) -> list[Fit] | None:
     if fits is None:
         return None
     if any(fit.sqnr is not None for fit in fits):
-        return sorted(fits, key=lambda fit: fit.sqnr if fit.sqnr is not None else 1e9)[:_BLAMED]
-    return sorted(fits, key=lambda fit: -fit.clipped)[:_BLAMED]
+        order = sorted(fits, key=lambda fit: fit.sqnr if fit.sqnr is not None else 1e9)
+    else:
+        order = sorted(fits, key=lambda fit: -fit.clipped)
+    # What a tensor is only turned or cut into is on its grid too, and fits as well.
+    alike = {(fit.low, fit.high, fit.sqnr, fit.clipped): fit for fit in reversed(order)}
+    return [fit for fit in order if alike.get((fit.low, fit.high, fit.sqnr, fit.clipped)) is fit][
+        :_BLAMED
+    ]

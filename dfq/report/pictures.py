@@ -18,11 +18,11 @@ from ..dataset.image_set import ImageSet
 from ..dataset.letterbox import load_letterboxed
 from ..detectors.base import Detections, Detector
 from ..distillation.trainer import LabelledImages
+from ..drawing import COLOURS, Place, place_tag
 from ..evaluation.agreement import REFERENCE_SCORE
 from ..evaluation.coco import predict
 from ..training import LetterboxedImages
 from .formats import text
-from ..drawing import COLOURS, Place, place_tag
 
 TILES = 12
 """Images of the set that are shown."""
