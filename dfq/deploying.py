@@ -13,6 +13,7 @@ from .detectors.base import Detector
 from .distributed import leads
 from .errors import UserError, argument, shown
 from .export.cost import BESIDE, detector_cost
+from .export.dependencies import require
 from .export.speed import Speed, compare_speed
 from .export.structure import structure_faults
 from .export.targets import KINDS, Target, load_target
@@ -45,6 +46,13 @@ IMAGES = 128
 """Synthetic images: 8 bits take no more (docs/RESULTS.md)."""
 
 QUICK = {"synthesis.images": 32, "synthesis.iterations": 100}
+
+PACKAGES = {
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("onnx", "onnxscript", "openvino"),
+    "litert": ("litert_torch", "ai_edge_litert"),
+}
+"""What a format takes to be written and run: looked for before hours of work, not after."""
 
 NOTED_IMAGES = 8
 """That the bits of single layers are looked at on, for a compiler that takes them."""
@@ -127,6 +135,8 @@ def deploy(
     place = DeploymentFolder(out, identity)
     if (found := place.finished()) is not None:
         return _as_made(out, found, new=False)
+    for name in PACKAGES[wanted.format]:
+        require(name, f"The target {wanted.name}")
     with place.lock():
         job = _Job(place, wanted, model, detector, settings, side, told)
         job.quantize(images, photos, data, device, trust)
