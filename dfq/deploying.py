@@ -242,6 +242,7 @@ class _Job:
         self.stem = short_name(Path(detector.source).stem)
         self.run = self.folder / "run"
         self.set = Path()
+        self.photos: str | Path | None = None
         self.joined: str | None = None
 
     def quantize(
@@ -265,6 +266,7 @@ class _Job:
         # The float network's copies are made where files are written, which is on the CPU.
         self.detector.to("cpu")
         if images is not None:
+            self.photos = images
             count = len(range(0, photos - 1, 2)[:MOST_JOINING])
             self.joined = (
                 f"{count} of {photos} real photos joined calibration and rounding, the others "
@@ -417,7 +419,8 @@ class _Job:
         from .report.verb import report
 
         page = report(self.run, self.folder / "report.html")
-        run = shlex.quote(str(self.run))
+        run, recipe = (shlex.quote(str(path)) for path in (self.run, self.run / "recipe.yaml"))
+        photos = "" if self.photos is None else f" --photos {shlex.quote(str(self.photos))}"
         costs = detector_cost(load_run(self.run), self.side).to_dict()
         metrics = read_metrics(self.run)
         return {
@@ -425,8 +428,8 @@ class _Job:
             "model": shown(self.model),
             "closeness": {
                 **metrics.get("closeness", {}),
-                "command": f"dfq deploy --model {shlex.quote(str(self.model))} "
-                f"--target {self.target.name}",
+                "command": f"dfq qat --recipe {recipe} --model {shlex.quote(str(self.model))}"
+                f"{photos}",
             },
             "cost": {
                 **{key: costs[key] for key in ("total", "float", "ratio", "image_size")},

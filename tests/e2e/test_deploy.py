@@ -292,6 +292,31 @@ def test_what_a_vendors_compiler_needs(place: Path, model: Path) -> None:
     assert done.stdout.count("--calib-set-path out/calibration/calibration.npy") == 1
 
 
+@pytest.mark.parametrize(
+    ("target", "suffixes"),
+    [
+        ("openvino-cpu", [".xml", ".bin"]),
+        ("openvino-npu", [".xml", ".bin"]),
+        ("tensorrt", [".onnx"]),
+        ("litert-xnnpack", [".tflite"]),
+    ],
+)
+def test_the_other_targets(place: Path, model: Path, target: str, suffixes: list[str]) -> None:
+    done = command(*words_for(model, "--out", "out", target=target))
+    assert done.exit_code in (0, 1), done.output
+    out = place / "out"
+    names = {f"tiny-{what}{suffix}" for what in ("int8", "float") for suffix in suffixes}
+    assert names <= {path.name for path in out.iterdir()}
+    found = figures(out)
+    assert set(found["files"]) == names
+    assert (found["speed"] is None) == (target in ("openvino-npu", "tensorrt"))
+    if target == "openvino-cpu":
+        assert [row["threads"] for row in found["speed"]["float_in_bfloat16"]] == [1, None]
+    if target == "tensorrt":
+        assert not any("grid" in fault for fault in found["faults"])
+        assert "trtexec --onnx=out/tiny-int8.onnx" in done.stdout
+
+
 def test_the_targets_are_listed() -> None:
     done = command("deploy", "--list-targets")
     assert done.exit_code == 0, done.output
