@@ -27,6 +27,7 @@ from .files import (
     write_json,
 )
 from .inputs import MOST_JOINING, photographs, training_data
+from .lock import locked
 from .models import load_float
 from .progress import Progress
 from .quantization.convert import fold, insert_quantizers
@@ -263,6 +264,9 @@ class _Job:
             self.settings, model=self.model, data=data, out=self.run, photos=images,
             device=device, trust=trust, progress=self.told,
         )  # fmt: skip
+        # Of a process that was killed when its run was finished and its lock not yet dropped.
+        with locked(self.run, f"{self.run}: another process is working on this run"):
+            pass
         # The float network's copies are made where files are written, which is on the CPU.
         self.detector.to("cpu")
         if images is not None:
