@@ -168,6 +168,20 @@ def test_clipped_tensors_are_named_by_branch() -> None:
     assert fit(8.0, None).fit().sqnr > 40  # type: ignore[operator]
 
 
+def test_one_clipped_tensor_without_consequences_is_no_fault() -> None:
+    seen = Seen("conv", -1.0, 1.0, 2 / 255, None)
+    seen.add(np.linspace(-1, 8, 1000))
+    good = Seen("other", -1.0, 8.0, 9 / 255, None)
+    good.add(np.linspace(-1, 8, 1000))
+    rows = [seen.fit(), *[good.fit()] * 99]
+    wanted = [_detections(np.full(50, 0.8))]
+    same = moved(wanted, wanted, ["ball"], "float model")
+    assert not of_ranges(rows, same)
+    lower = moved(wanted, [_detections(np.full(50, 0.6))], ["ball"], "float model")
+    assert of_ranges(rows, lower)
+    assert of_ranges(rows[:5], same)
+
+
 def test_a_share_of_nothing_is_none() -> None:
     assert IntegerShare((), "nowhere").share_of_macs == 0
     rows = (Operation("a", "QLinearConv", 90, True), Operation("b", "Conv", 10, False, "why"))
