@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .verbs import quantize as quantize
     from .verbs import sensitivity as sensitivity
     from .verbs import synthesize as synthesize
+    from .verifying import verify as verify
 
 # Imported on first use: `dfq --help` need not wait seconds for torch and Ultralytics.
 _HOMES = {
@@ -46,6 +47,7 @@ _HOMES = {
     "predict": "predicting",
     "compare": "comparison",
     "export": "exporting",
+    "verify": "verifying",
     "cost": "export.cost",
     "report": "report.verb",
 }

@@ -29,6 +29,7 @@ from .cli_mmdet import mmdet_config
 from .cli_predict import predict
 from .cli_report import report
 from .cli_sensitivity import sensitivity
+from .cli_verify import verify
 from .errors import shown
 from .limits import MOST_WORKERS
 from .processes import end_with_launcher
@@ -351,6 +352,7 @@ cli.add_command(mmdet_config)
 cli.add_command(predict)
 cli.add_command(report)
 cli.add_command(sensitivity)
+cli.add_command(verify)
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
 from pathlib import Path
 from typing import Any, get_args
 
@@ -88,6 +88,7 @@ def export(
     require_weights(detector)
     size = image_size or detector.image_size
     detector.check_size(size, "--image-size")
+    ranges = None
     folder = user_path(model) if not isinstance(model, Detector) else None
     manifest = check_run(folder) if folder is not None and is_run(folder) else None
     if manifest is None:
@@ -101,7 +102,9 @@ def export(
                 "needs are found now. To train with them: "
                 f"--set quantization.placement=qdq --set quantization.runtime={runtime}"
             )
-            images = _images(detector, manifest, data)
+            pixels = range_images(detector, range_source(manifest, data))
+            ranges = digest_of(pixels)
+            images = (batch.float() / 255 for batch in pixels.split(8))
             detector, policy = place_for(detector, policy, runtime, images)
     if any(isinstance(m, QUANTIZED_LAYERS) for m in detector.module.modules()) and policy is None:
         raise UserError(f"{argument('model')}: give the run's folder, not its loaded detector")
@@ -111,6 +114,7 @@ def export(
         program = build(detector, runtime, image_size=size, dynamic=batch is None, batch=batch or 1)
         task.update(1, 2)
         info = describe_export(detector, policy, format, runtime, size, batch, manifest)
+        info = info.model_copy(update={"ranges": ranges})
         path.parent.mkdir(parents=True, exist_ok=True)
         written = write(program, info, path, int4=int4)
         task.update(2, 2)
@@ -172,22 +176,28 @@ def _where(policy: Policy) -> str:
     return "the inputs of layers are"
 
 
-def _images(
-    detector: Detector, manifest: dict[str, Any], data: str | Path | None
-) -> Iterator[Tensor]:
-    """Images to find ranges on."""
-    if data is None:
-        sets = sets_of(manifest["identity"]["checkpoint"])
-        if not sets:
-            raise UserError(
-                f"{argument('data')}: ranges have to be found for this runtime, and no calibration "
-                "set of this network is in the cache; name the set or some photos"
-            )
-        data = sets[0]
-    found = open_training_data(data, detector, None)
-    count = min(RANGE_IMAGES, len(found))
-    pixels = found.load(list(range(count)))
-    return (batch.float() / 255 for batch in pixels.split(8))
+def range_source(manifest: dict[str, Any], data: str | Path | None) -> str | Path:
+    """What to find a run's ranges on: what is named, else its network's newest set in the cache."""
+    if data is not None:
+        return data
+    sets = sets_of(manifest["identity"]["checkpoint"])
+    if not sets:
+        raise UserError(
+            f"{argument('data')}: ranges have to be found for this runtime, and no calibration "
+            "set of this network is in the cache; name the set or some photos"
+        )
+    return sets[0]
+
+
+def range_images(detector: Detector, source: str | Path) -> Tensor:
+    """Images to find ranges on: uint8 `(n, 3, s, s)`."""
+    found = open_training_data(source, detector, None)
+    return found.load(list(range(min(RANGE_IMAGES, len(found)))))
+
+
+def digest_of(pixels: Tensor) -> str:
+    """Tells the images that ranges were found on from others."""
+    return hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest()
 
 
 def remarks(policy: Policy | None, runtime: str, int4: bool) -> list[str]:

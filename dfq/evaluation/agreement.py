@@ -94,22 +94,35 @@ def kept_of(
     objects, shifts, again = 0, [], 0
     for wanted, given in zip(reference, found, strict=True):
         rows = _certain(wanted, above)
-        boxes, scores, labels = wanted.boxes[rows], wanted.scores[rows], wanted.labels[rows]
-        objects += len(boxes)
-        # A network that has diverged gives NaN, which overlaps nothing.
-        overlaps = box_iou(given.boxes, boxes).nan_to_num(0.0)
-        overlaps[given.labels[:, None] != labels] = 0.0
-        overlaps[~given.scores.isfinite()] = 0.0
-        for row in given.scores.argsort(descending=True, stable=True).tolist():
-            if not len(boxes) or overlaps[row].max() < SAME_BOX:
-                continue
-            match = int(overlaps[row].argmax())
-            overlaps[:, match] = 0.0
-            shifts.append(float(given.scores[row]) - float(scores[match]))
+        objects += int(rows.sum())
+        for row, match, _ in matches(wanted, given, above):
+            shifts.append(float(given.scores[row]) - float(wanted.scores[match]))
             again += bool(given.scores[row] > above)
     # Rounded: the last bits are those of the order in which sums are taken.
     shift = round(float(np.mean(shifts)), 6) if shifts else None
     return Kept(objects, len(shifts), again, shift, len(reference))
+
+
+def matches(wanted: Detections, given: Detections, above: float) -> list[tuple[int, int, float]]:
+    """Which detections of two networks in one image are of one object, as `kept_of` has it.
+
+    Returns:
+        Row in `given`, row in `wanted`, and IoU.
+    """
+    rows = _certain(wanted, above).nonzero()[:, 0]
+    boxes, labels = wanted.boxes[rows], wanted.labels[rows]
+    # A network that has diverged gives NaN, which overlaps nothing.
+    overlaps = box_iou(given.boxes, boxes).nan_to_num(0.0)
+    overlaps[given.labels[:, None] != labels] = 0.0
+    overlaps[~given.scores.isfinite()] = 0.0
+    found = []
+    for row in given.scores.argsort(descending=True, stable=True).tolist():
+        if not len(boxes) or overlaps[row].max() < SAME_BOX:
+            continue
+        match = int(overlaps[row].argmax())
+        found.append((row, int(rows[match]), float(overlaps[row, match])))
+        overlaps[:, match] = 0.0
+    return found
 
 
 def sentence(found: Kept, where: str) -> str:

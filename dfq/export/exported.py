@@ -33,6 +33,7 @@ class ExportInfo(BaseModel):
         precision: in words, as "W8A8" or "float32".
         checkpoint: sha256 of the file that the float detector came from.
         model_sha256: of the run's model; None: exported from a float detector.
+        ranges: sha256 of the images that ranges were found on; None: they are the run's own.
         source: what the user named.
         letterbox: how images get to the network's size.
         normalisation: what the graph does itself; images are RGB in [0, 1], float32.
@@ -57,6 +58,7 @@ class ExportInfo(BaseModel):
     precision: str
     checkpoint: str
     model_sha256: str | None = None
+    ranges: str | None = None
     source: str
     letterbox: str
     normalisation: str

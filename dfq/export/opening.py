@@ -48,7 +48,7 @@ def open_exported(path: str | Path, *, threads: int | None = None) -> ExportedMo
             f"{shown(path)}: is no export of dfq (it says nothing of itself); `dfq verify` takes "
             "such files"
         )
-    return _Opened(file, file.says)
+    return Opened(file, file.says)
 
 
 def open_file(path: str | Path, *, threads: int | None = None) -> RuntimeFile:
@@ -81,11 +81,15 @@ class RuntimeFile:
         runtime: that executes it.
         says: what it says of itself; None where dfq did not write it.
         input_shape: of its one input; None where a side is free.
+        input_dtype: numpy's, of the same.
+        grid: step and zero point of an input of integers; None where they are pixels.
     """
 
     runtime: str
     says: ExportInfo | None = None
     input_shape: tuple[int | None, ...]
+    input_dtype: Any = np.float32
+    grid: tuple[float, int] | None = None
 
     def __init__(self, path: Path, threads: int | None) -> None:
         self.path = path
@@ -93,6 +97,26 @@ class RuntimeFile:
     @abstractmethod
     def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """Outputs by name, of images float32 `(n, 3, h, w)` in [0, 1]."""
+
+    @property
+    def image(self) -> np.ndarray:
+        """A blank batch as the runtime takes it; free sides are those that dfq exported for."""
+        side = self.says.image_size if self.says is not None else 640
+        free = [1, *[3 if n == 3 else side for n in self.input_shape[1:]]]
+        shape = [given or own for given, own in zip(self.input_shape, free, strict=True)]
+        return np.zeros(shape, self.input_dtype)
+
+    def fitted(self, images: np.ndarray) -> np.ndarray:
+        """Images `(n, 3, h, w)` in [0, 1] in the layout and the type that the file takes."""
+        if self.input_shape[-1] == 3 and self.input_shape[1] != 3:
+            images = images.transpose(0, 2, 3, 1)
+        kind = np.dtype(self.input_dtype)
+        if kind.kind in "ui":
+            limits = np.iinfo(kind)
+            # Without a grid they are pixels, which int8 holds 128 lower.
+            scale, zero = self.grid or (1 / 255, 0 if kind.kind == "u" else int(limits.min))
+            images = np.clip(np.round(images / np.float32(scale)) + zero, limits.min, limits.max)
+        return np.ascontiguousarray(images, dtype=kind)
 
     def _read(self, text: str | None) -> None:
         """Take what the file says of itself."""
@@ -105,6 +129,14 @@ class RuntimeFile:
                 f"{shown(self.path)}: what it says of itself is damaged "
                 f"({error.errors()[0]['msg']}); export it again"
             ) from None
+
+
+_ORT_TYPES = {
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(uint8)": np.uint8,
+    "tensor(int8)": np.int8,
+}
 
 
 class OnnxFile(RuntimeFile):
@@ -128,12 +160,13 @@ class OnnxFile(RuntimeFile):
             raise UserError(f"{shown(path)}: has {len(inputs)} inputs, and an image is one")
         self._input = inputs[0].name
         sides = inputs[0].shape
+        self.input_dtype = _ORT_TYPES.get(inputs[0].type, np.float32)
         self.input_shape = tuple(side if isinstance(side, int) else None for side in sides)
         self._outputs = [output.name for output in self._session.get_outputs()]
         self._read(self._session.get_modelmeta().custom_metadata_map.get(KEY))
 
     def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        found = self._session.run(self._outputs, {self._input: images})
+        found = self._session.run(self._outputs, {self._input: self.fitted(images)})
         return dict(zip(self._outputs, found, strict=True))
 
 
@@ -154,13 +187,14 @@ class OpenVinoFile(RuntimeFile):
             settings |= {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
         self.compiled = core.compile_model(model, "CPU", settings)
         shape = model.inputs[0].partial_shape
+        self.input_dtype = model.inputs[0].element_type.to_dtype()
         self.input_shape = tuple(side.get_length() if side.is_static else None for side in shape)
         self._outputs = [_ov_name(output, i) for i, output in enumerate(self.compiled.outputs)]
         if model.has_rt_info([KEY]):
             self._read(str(model.get_rt_info([KEY]).value))
 
     def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        found = self.compiled([images])
+        found = self.compiled([self.fitted(images)])
         return {name: found[index].copy() for index, name in enumerate(self._outputs)}
 
 
@@ -177,14 +211,17 @@ class LiteRtFile(RuntimeFile):
     def __init__(self, path: Path, threads: int | None) -> None:
         super().__init__(path, threads)
         litert = require("ai_edge_litert.interpreter", "A .tflite file")
-        self._interpreter = litert.Interpreter(str(path), num_threads=threads)
-        self._interpreter.allocate_tensors()
-        inputs = self._interpreter.get_input_details()
+        self.interpreter = litert.Interpreter(str(path), num_threads=threads)
+        self.interpreter.allocate_tensors()
+        inputs = self.interpreter.get_input_details()
         if len(inputs) != 1:
             raise UserError(f"{shown(path)}: has {len(inputs)} inputs, and an image is one")
         self._input = inputs[0]
         self.input_shape = tuple(int(side) for side in inputs[0]["shape"])
-        self._outputs = self._interpreter.get_output_details()
+        self.input_dtype = inputs[0]["dtype"]
+        scale, zero = inputs[0]["quantization"]
+        self.grid = (scale, zero) if scale else None
+        self._outputs = self.interpreter.get_output_details()
         self._read(_litert_metadata(path))
 
     def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
@@ -192,19 +229,12 @@ class LiteRtFile(RuntimeFile):
         return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
     def _run_one(self, image: np.ndarray) -> dict[str, np.ndarray]:
-        if self.input_shape[-1] == 3:
-            image = image.transpose(0, 2, 3, 1)
-        scale, zero = self._input["quantization"]
-        kind = self._input["dtype"]
-        if scale:
-            limits = np.iinfo(kind)
-            image = np.clip(np.round(image / np.float32(scale)) + zero, limits.min, limits.max)
-        self._interpreter.set_tensor(self._input["index"], image.astype(kind))
-        self._interpreter.invoke()
+        self.interpreter.set_tensor(self._input["index"], self.fitted(image))
+        self.interpreter.invoke()
         names = list(self.says.outputs) if self.says else [one["name"] for one in self._outputs]
         found = {}
         for name, output in zip(names, self._outputs, strict=True):
-            value = self._interpreter.get_tensor(output["index"])
+            value = self.interpreter.get_tensor(output["index"])
             scale, zero = output["quantization"]
             found[name] = (value.astype(np.float32) - zero) * np.float32(scale) if scale else value
         return found
@@ -256,7 +286,7 @@ _KINDS: dict[str, type[Any]] = {
 }
 
 
-class _Opened(ExportedModel):
+class Opened(ExportedModel):
     """An export of dfq's in its runtime."""
 
     def __init__(self, file: RuntimeFile, info: ExportInfo) -> None:

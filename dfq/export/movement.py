@@ -1,0 +1,186 @@
+"""How far a file's detections moved from those of its float model, and at which score it finds as
+many, without any label."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torchvision.ops import box_iou
+
+from ..detectors.base import Detections
+from ..evaluation.agreement import matches
+
+THRESHOLD = 0.25
+"""Score from which on a detection counts, as most people set it."""
+
+_SIZES = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, math.inf)}
+"""COCO's, in square pixels of the original images."""
+
+_WORST = 5
+_FEWEST = 3
+"""Detections of a category without which nothing is said of it."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """What became of some of the float model's detections.
+
+    Attributes:
+        detections: how many the float model has.
+        kept: those that the file has too, with any score: in the same category, IoU at least 0.5.
+        box_iou: mean IoU over those kept; None where there are none.
+        score_shift: mean of the file's score less the float model's, over those kept.
+    """
+
+    detections: int
+    kept: int
+    box_iou: float | None
+    score_shift: float | None
+
+    @property
+    def share(self) -> float:
+        """Of the detections, those kept; 1 where there are none."""
+        return self.kept / self.detections if self.detections else 1.0
+
+
+@dataclass(frozen=True)
+class Moved:
+    """`Group` of all detections of the float model with a score of 0.25 or more, by size, and of
+    the categories that lost most.
+
+    Attributes:
+        all, sizes, worst: the groups; `sizes` by COCO's words.
+        side_ratio: side of the file's box over the float model's, of the largest quarter of boxes,
+            as a median over whatever overlaps most; None where there is nothing to compare.
+        images: of how many images.
+        against: what the float model is.
+    """
+
+    all: Group
+    sizes: dict[str, Group]
+    worst: dict[str, Group]
+    side_ratio: float | None
+    images: int
+    against: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it, with shares."""
+
+        def row(group: Group) -> dict[str, Any]:
+            return {**asdict(group), "kept_share": group.share}
+
+        return {
+            **row(self.all),
+            "sizes": {name: row(group) for name, group in self.sizes.items()},
+            "worst_categories": {name: row(group) for name, group in self.worst.items()},
+            "side_ratio": self.side_ratio,
+            "images": self.images,
+            "against": self.against,
+        }
+
+
+def moved(
+    reference: Sequence[Detections],
+    found: Sequence[Detections],
+    names: Sequence[str],
+    against: str,
+    above: float = THRESHOLD,
+) -> Moved:
+    """Compare detections, one an image, in pixels of the original images.
+
+    Args:
+        reference: the float model's.
+        found: the file's, with whatever score.
+        names: of the categories.
+        against: what the float model is, for the record.
+        above: detections of the float model with a lower score do not count.
+    """
+    # Row of the float model's detections: area, label, IoU (NaN: lost), shift of the score.
+    rows: list[tuple[float, int, float, float]] = []
+    for wanted, given in zip(reference, found, strict=True):
+        pairs = {row: (mine, iou) for mine, row, iou in matches(wanted, given, above)}
+        areas = (wanted.boxes[:, 2:] - wanted.boxes[:, :2]).prod(dim=1)
+        for row in (wanted.scores > above).nonzero()[:, 0].tolist():
+            iou = shift = math.nan
+            if row in pairs:
+                mine, iou = pairs[row]
+                shift = float(given.scores[mine] - wanted.scores[row])
+            rows.append((float(areas[row]), int(wanted.labels[row]), iou, shift))
+    table = np.array(rows, dtype=np.float64).reshape(-1, 4)
+    sizes = {
+        name: _group(table[(table[:, 0] >= low) & (table[:, 0] < high)])
+        for name, (low, high) in _SIZES.items()
+    }
+    groups = {
+        names[int(label)]: _group(table[table[:, 1] == label]) for label in np.unique(table[:, 1])
+    }
+    worst = sorted(
+        (item for item in groups.items() if item[1].detections >= _FEWEST),
+        key=lambda item: (item[1].share, item[1].box_iou or 0.0),
+    )
+    ratio = _side_ratio(reference, found, above)
+    return Moved(_group(table), sizes, dict(worst[:_WORST]), ratio, len(reference), against)
+
+
+def _group(table: np.ndarray) -> Group:
+    kept = table[~np.isnan(table[:, 2])]
+    if not len(kept):
+        return Group(len(table), 0, None, None)
+    return Group(len(table), len(kept), float(kept[:, 2].mean()), float(kept[:, 3].mean()))
+
+
+def _side_ratio(
+    reference: Sequence[Detections], found: Sequence[Detections], above: float
+) -> float | None:
+    """Whether large boxes came out too small, whatever their overlap."""
+    pairs = []
+    for wanted, given in zip(reference, found, strict=True):
+        if not len(given.boxes):
+            continue
+        overlaps = box_iou(wanted.boxes, given.boxes).nan_to_num(0.0)
+        overlaps[wanted.labels[:, None] != given.labels] = 0.0
+        for row in (wanted.scores > above).nonzero()[:, 0].tolist():
+            if overlaps[row].max() > 0:
+                match = int(overlaps[row].argmax())
+                sides = [b[2:] - b[:2] for b in (wanted.boxes[row], given.boxes[match])]
+                pairs.append([float(torch.linalg.vector_norm(side)) for side in sides])
+    if not pairs:
+        return None
+    table = np.array(pairs)
+    largest = table[table[:, 0] >= np.quantile(table[:, 0], 0.75)]
+    return float(np.median(largest[:, 1] / largest[:, 0]))
+
+
+def same_number(
+    reference: Sequence[Detections], found: Sequence[Detections], at: float = THRESHOLD
+) -> float | None:
+    """The least score from which on a file has as many detections as its float model has from `at`
+    on; suppression keeps whatever scores higher, so the number falls with it.
+
+    Returns:
+        As few digits as give that number, or the nearest there is; None where the float model has
+        none, or the file cannot reach half as many.
+    """
+    wanted = sum(int((one.scores >= at).sum()) for one in reference)
+    scores = np.sort(np.concatenate([one.scores.numpy() for one in found]).astype(np.float64))[::-1]
+    scores = scores[np.isfinite(scores)]
+    if not wanted or len(scores) < wanted / 2:
+        return None
+    if len(scores) <= wanted:
+        return math.floor(float(scores[-1]) * 1e4) / 1e4
+    # Scores on a grid come in heaps: cut at the one that ends nearest.
+    ends = np.flatnonzero(np.diff(scores) < 0) + 1
+    if not len(ends):
+        return None
+    cut = int(ends[np.abs(ends - wanted).argmin()])
+    high, low = scores[cut - 1], scores[cut]
+    for digits in range(2, 8):
+        value = round((high + low) / 2, digits)
+        if low < value <= high:
+            return float(value)
+    return float(high)

@@ -1,0 +1,141 @@
+"""Whether a file computes what its network does, output by output, in steps of 8 bits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+WITHIN_ONE = 0.999
+"""Share of values no more than a step apart, from which on outputs are the same."""
+
+TIMES_FLOOR = 1.5
+"""A file may be so many times as far from PyTorch as PyTorch is from itself."""
+
+_BEYOND = 100
+"""A percentile has so many values beyond it, or chance decides."""
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far two executions of one output are apart.
+
+    Only values that say something count: those that are more than a step from the output's median
+    in one of the two. Scores are almost all next to zero, and would be the same whatever the
+    network is.
+
+    Attributes:
+        step: range of the reference's values / 255.
+        max_steps, mean_steps: largest and mean difference, in steps.
+        percentile_steps: the 99.9th percentile of the difference, or the highest one with 100
+            values beyond it, in steps.
+        share_within_one: of the values that count, those no more than a step apart.
+        values: how many count.
+        finite: whether all values are.
+    """
+
+    step: float
+    max_steps: float
+    mean_steps: float
+    percentile_steps: float
+    share_within_one: float
+    values: int
+    finite: bool
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The distance of each output, and the floor: that between two correct executions.
+
+    Attributes:
+        outputs, floor: by name of the output; no floor where it was not needed.
+        held: by output what held: "within one step", "rounding floor", or None where neither did.
+        images: of how many images.
+    """
+
+    outputs: dict[str, Distance]
+    floor: dict[str, Distance]
+    held: dict[str, str | None]
+    images: int
+
+    @property
+    def holds(self) -> bool:
+        """Whether every output is as it should be."""
+        return all(self.held.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        rows = asdict(self)
+        for one in (*rows["outputs"].values(), *rows["floor"].values()):
+            # JSON has no infinity.
+            one.update({k: None for k, v in one.items() if v == math.inf})
+        return {**rows, "holds": self.holds}
+
+
+def distance(reference: np.ndarray, found: np.ndarray) -> Distance:
+    """How far an output is from its reference, of the same shape."""
+    wanted, given = reference.astype(np.float64).ravel(), found.astype(np.float64).ravel()
+    finite = bool(np.isfinite(given).all() and np.isfinite(wanted).all())
+    if not finite:
+        return _apart(len(wanted))
+    low, high = float(wanted.min()), float(wanted.max())
+    step = (high - low) / 255 or max(abs(high), 1e-6) / 255
+    steps = np.abs(given - wanted) / step
+    median = np.median(wanted)
+    counts = (np.abs(wanted - median) > step) | (np.abs(given - median) > step)
+    if not counts.any():
+        return Distance(step, float(steps.max()), float(steps.mean()), 0.0, 1.0, 0, True)
+    chosen = steps[counts]
+    quantile = max(0.5, min(0.999, 1 - _BEYOND / len(chosen)))
+    return Distance(
+        step,
+        float(steps.max()),
+        float(chosen.mean()),
+        float(np.quantile(chosen, quantile)),
+        float((chosen <= 1).mean()),
+        len(chosen),
+        True,
+    )
+
+
+def _apart(values: int) -> Distance:
+    """Of outputs that cannot be compared."""
+    return Distance(0.0, math.inf, math.inf, math.inf, 0.0, values, False)
+
+
+def parity(
+    reference: dict[str, np.ndarray],
+    found: dict[str, np.ndarray],
+    otherwise: dict[str, np.ndarray] | None,
+) -> Parity:
+    """Compare a file's outputs with the reference's, and judge them.
+
+    Args:
+        reference: outputs of the program, by name.
+        found: those of the file; `reference` names all that count.
+        otherwise: those of the program as it may as rightly be computed; None: the floor counts
+            for nothing.
+    """
+    outputs: dict[str, Distance] = {}
+    floor: dict[str, Distance] = {}
+    held: dict[str, str | None] = {}
+    for name, wanted in reference.items():
+        if name not in found or found[name].shape != wanted.shape:
+            outputs[name] = _apart(wanted.size)
+            held[name] = None
+            continue
+        outputs[name] = of_file = distance(wanted, found[name])
+        held[name] = None
+        if otherwise is not None:
+            floor[name] = distance(wanted, otherwise[name])
+        least = floor.get(name)
+        if of_file.share_within_one >= WITHIN_ONE:
+            held[name] = "within one step"
+        elif (
+            least is not None
+            and of_file.mean_steps <= TIMES_FLOOR * least.mean_steps
+            and of_file.percentile_steps <= TIMES_FLOOR * least.percentile_steps
+        ):
+            held[name] = "rounding floor"
+    return Parity(outputs, floor, held, len(next(iter(reference.values()))))
