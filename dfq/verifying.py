@@ -35,7 +35,7 @@ from .export.reference import reference_outputs
 from .export.replacing import is_placed_for, place_for
 from .export.verify import Accuracy, Verification, worst
 from .exporting import digest_of, range_images
-from .files import user_path, write_json
+from .files import reason, user_path, write_json
 from .models import load_float
 from .progress import Progress
 from .quantization.convert import Policy, fold
@@ -133,8 +133,11 @@ def verify(
         found.faults += faults.of_accuracy(accuracy.AP, accuracy.reference_AP, max_drop)
     if origin.folder is not None:
         folder = origin.folder / "exports"
-        folder.mkdir(exist_ok=True)
-        write_json(folder / f"{opened.path.name}.verify.json", found.to_dict())
+        try:
+            folder.mkdir(exist_ok=True)
+            write_json(folder / f"{opened.path.name}.verify.json", found.to_dict())
+        except OSError as error:
+            found.notes.append(f"not written beside the run: {shown(folder)}: {reason(error)}")
     return found
 
 
