@@ -464,7 +464,12 @@ def precision_notes(detector: Detector, settings: Recipe, data: Path) -> str:
     """For a compiler that takes bits layer by layer: how much each layer alone changes the
     predictions at 8 bits, the worst first."""
     with_widths = changed_recipe(
-        settings, {"quantization.mixed": {"candidates": [4, 8], "images": NOTED_IMAGES}}
+        settings,
+        {
+            "quantization.mixed": {"candidates": [4, 8], "images": NOTED_IMAGES},
+            # Those that see the image and give the predictions are looked at as well.
+            "quantization.first_last_bits": "same",
+        },
     )
     found = sensitivity(detector, with_widths, data=data)
     rows = []
@@ -477,6 +482,10 @@ def precision_notes(detector: Detector, settings: Recipe, data: Path) -> str:
         "# Give 16 bits to these first, if 8 bits lose too much: the layers that give the",
         "# predictions, then by how far the predictions move when a layer alone has 8 bits.",
         *(f"{name}  gives the predictions" for name in last),
-        *(f"{name}  {divergence:.4g}" for divergence, name in sorted(rows, reverse=True)),
+        *(
+            f"{name}  {divergence:.4g}"
+            for divergence, name in sorted(rows, reverse=True)
+            if name not in last
+        ),
     ]
     return "\n".join(lines) + "\n"
