@@ -15,7 +15,7 @@ from harness import command, contents, has_one_error
 from PIL import Image
 
 import dfq
-from dfq import deploying
+from dfq import deployment_steps
 from dfq.deployment import identity_of
 from dfq.export import latency
 from dfq.synthesis.inversion import Inversion
@@ -100,7 +100,7 @@ def test_finished_it_says_so_and_changes_nothing(
         raise AssertionError("work was done again")
 
     monkeypatch.setattr(Inversion, "batch", forbidden)
-    monkeypatch.setattr(deploying, "quantize", forbidden)
+    monkeypatch.setattr(deployment_steps, "quantize", forbidden)
     before = stamps(whole)
     done = command(*words_for(model, "--out", str(whole)))
     assert done.exit_code == (1 if figures(whole)["faults"] else 0)
