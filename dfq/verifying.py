@@ -121,7 +121,9 @@ def verify(
         compared = origin.float_model(trust) if info is not None else origin.detecting
         _compare(found, model, compared, origin, reference, images, data is not None, told)
         seen = fits(opened, (image[None] for image in few[:_RANGE_IMAGES]))
-        given = candidates(model.run(few), len(origin.detecting.names), model.image_size)
+        given = None
+        if opened.says is None or "scores" in opened.says.outputs:
+            given = candidates(model.run(few), len(origin.detecting.names), model.image_size)
         best = _best(compared or origin.detecting, few)
     found.blamed = worst(seen)
     found.faults += faults.of_parity(found.parity)
