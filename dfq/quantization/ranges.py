@@ -106,6 +106,15 @@ READERS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """Functions that `mse` can look through, by their names."""
 
+FINE = 8
+"""Bits from which on rounding hardly shows: there clipping is what a grid loses by."""
+
+VANISHING = frozenset({"silu", "gelu"})
+"""Those of them that fall towards zero below it, and are nowhere flat."""
+
+VANISHES = -7.0
+"""Where these have come to nothing: within 0.007 of zero."""
+
 SEARCHES: dict[str, RangeSearch] = {
     "minmax": minmax,
     "percentile": percentile,

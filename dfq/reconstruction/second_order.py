@@ -28,7 +28,7 @@ from ..errors import UserError
 from ..quantization.convert import activation_quantizers, quantized_layers
 from ..quantization.layers import QuantConv2d, QuantLinear, QuantSiLU
 from ..quantization.quantizers import Quantizer
-from ..quantization.ranges import grid_between
+from ..quantization.ranges import FINE, grid_between
 from .finished import FinishedBlocks, ended_blocks
 from .moments import Moments, MomentSums, execution_order, inputs_of
 
@@ -53,12 +53,6 @@ TOGETHER = 1 << 24
 
 DAMPING, RIDGE = 0.1, 0.1
 """See `round_compensated` and `aim`."""
-
-FINE = 8
-"""Bits of activations whose own rounding is not made up for. It is small, and depends on how values
-lie to the steps: what makes up for it on synthetic images was worse than nothing on photographs
-that differ from them (YOLOv5n for faces at W8A8, ranges of photographs, agreement on kit/coco-val:
-0.69, 0.94 without)."""
 
 BLOCK = 64
 """Columns rounded before the remaining ones are corrected; changes speed alone."""
@@ -271,7 +265,12 @@ def reconstruct_layer(
 @contextmanager
 def without_fine_activations(module: nn.Module) -> Iterator[None]:
     """Within this context quantizers of activations of `FINE` bits and more let everything through:
-    what weights should make up for is then what any image suffers from."""
+    what weights should make up for is then what any image suffers from.
+
+    The rounding of fine grids is small, and depends on how values lie to the steps: what makes up
+    for it on synthetic images was worse than nothing on photographs that differ from them (YOLOv5n
+    for faces at W8A8, ranges of photographs, agreement on kit/coco-val: 0.69, 0.94 without).
+    """
     fine: list[Quantizer | QuantSiLU] = [
         q for _, q in activation_quantizers(module) if q.bits >= FINE and q.enabled
     ]

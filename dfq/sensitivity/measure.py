@@ -26,10 +26,11 @@ from ..quantization.convert import (
 from ..quantization.layers import QuantConv2d, QuantLinear
 from ..quantization.listing import FLOAT_KINDS, LayerInfo, describe
 from ..quantization.quantizers import Quantizer
+from ..quantization.ranges import FINE
 from ..quantization.widths import Widths, format_widths
 from ..reconstruction.finished import FinishedBlocks, ended_blocks
 from ..reconstruction.moments import Moments, MomentSums, execution_order, inputs_of
-from ..reconstruction.second_order import FINE, PLACES, is_too_wide, reconstruct_layer
+from ..reconstruction.second_order import PLACES, is_too_wide, reconstruct_layer
 
 
 @dataclass(frozen=True)

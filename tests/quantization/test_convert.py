@@ -19,11 +19,12 @@ from dfq.quantization.convert import (
     fold,
     insert_quantizers,
     quantized_layers,
+    set_range,
 )
 from dfq.quantization.layers import QUANTIZED_LAYERS
 from dfq.quantization.listing import describe
 from dfq.quantization.quantizers import Quantizer
-from dfq.quantization.ranges import SEARCHES
+from dfq.quantization.ranges import SEARCHES, mse
 
 
 @pytest.fixture
@@ -233,3 +234,19 @@ def test_float_mode_is_bit_equal_and_ends(detector: YOLOv5) -> None:
     assert states.count(False) == 1
     assert not switched_off.enabled
     assert not torch.equal(stacked(student.raw(images)), want)
+
+
+def test_a_fine_grid_in_front_of_a_silu_clips_nothing_that_it_lets_through() -> None:
+    values = torch.cat([torch.randn(20_000) - 3, torch.tensor([-40.0, 9.0])])
+    before_silu = Quantizer(8, asymmetric=True)
+    before_silu.reader = "silu"
+    set_range(before_silu, values, "mse")
+    step, zero = before_silu.scale.item(), before_silu.zero_point.item()
+    assert -zero * step == pytest.approx(-7, abs=step)
+    assert (255 - zero) * step == pytest.approx(9, abs=step)
+    # Of few bits each is worth more than what is clipped: the search decides.
+    coarse = Quantizer(4, asymmetric=True)
+    coarse.reader = "silu"
+    set_range(coarse, values, "mse")
+    wanted, _ = mse(values[None], 4, asymmetric=True, through=torch.nn.functional.silu)
+    assert torch.allclose(coarse.scale, wanted)
