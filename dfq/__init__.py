@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .comparison import compare as compare
+    from .deploying import deploy as deploy
     from .detectors import load_detector as load_detector
     from .errors import UserError as UserError
     from .export.cost import cost as cost
@@ -46,6 +47,7 @@ _HOMES = {
     "inspect": "verbs",
     "predict": "predicting",
     "compare": "comparison",
+    "deploy": "deploying",
     "export": "exporting",
     "verify": "verifying",
     "cost": "export.cost",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
@@ -24,6 +25,7 @@ from .cli_common import (
 from .cli_compare import compare
 from .cli_cost import cost
 from .cli_data import data
+from .cli_deploy import deploy
 from .cli_export import export
 from .cli_mmdet import mmdet_config
 from .cli_predict import predict
@@ -327,7 +329,7 @@ def inspect(model: str, json_file: Path | None, trust: bool) -> None:
     write_json_output(json_file, found.to_dict())
 
 
-@cli.command(short_help="Run the whole flow in minutes on a small detector.")
+@cli.command(short_help="Deploy the small detector that comes with dfq, in minutes.")
 @click.option(
     "--out",
     type=PATH,
@@ -337,16 +339,23 @@ def inspect(model: str, json_file: Path | None, trust: bool) -> None:
 )
 @mendable
 def demo(out: Path) -> None:
-    """The whole flow in minutes, on the small detector that comes with dfq."""
+    """dfq deploy of the small detector that comes with dfq, for onnxruntime on a CPU, and what it
+    detects on scenes that nobody saw. Takes minutes.
+
+    Exit code 1: the file was made, and is not right.
+    """
     from .demo.flow import run_demo
     from .progress import Live
 
-    run_demo(output_folder(out) or out, Live())
+    made = run_demo(output_folder(out) or out, Live())
+    if not made.ok:
+        sys.exit(1)
 
 
 cli.add_command(compare)
 cli.add_command(cost)
 cli.add_command(data)
+cli.add_command(deploy)
 cli.add_command(export)
 cli.add_command(mmdet_config)
 cli.add_command(predict)

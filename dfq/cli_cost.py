@@ -13,25 +13,56 @@ from .cli_common import PATH, checkpoint_option, mendable, output_file, write_js
 @click.option("--model", required=True, help="A detector, a run folder or an exported file.")
 @checkpoint_option
 @click.option("--image-size", type=int, show_default="the model's", help="Side in pixels.")
+@click.option(
+    "--measure",
+    is_flag=True,
+    help="Also time a run or an exported file beside the same network in float.",
+)
+@click.option(
+    "--runtime",
+    show_default="the file's; onnxruntime for a run",
+    help="With --measure: onnxruntime, openvino or litert.",
+)
 @click.option("--json", "json_file", type=PATH, help="Write the result here.")
 @click.option("--trust", is_flag=True, help="Run what is in the checkpoint.")
 @mendable
-def cost(model: str, image_size: int | None, json_file: Path | None, trust: bool) -> None:
+def cost(
+    model: str,
+    image_size: int | None,
+    measure: bool,
+    runtime: str | None,
+    json_file: Path | None,
+    trust: bool,
+) -> None:
     """Count what a detector costs for one image, layer by layer, beside the same one in float.
 
     MACs, bit operations, bytes of weights on disk and in memory, the memory that activations take
     at most, and an estimate of the energy. Of an exported file, its size.
+
+    With --measure, latency and throughput in the runtime as well, with one thread and with all: in
+    turns with the float network, so that only the ratios carry over to another day.
     """
     from .cli_tables import print_cost
-    from .errors import shown
+    from .errors import UserError, shown
     from .export.cost import FileCost
     from .export.cost import cost as verb
 
     json_file = output_file(json_file, inputs=(model,))
+    if runtime is not None and not measure:
+        raise UserError("--runtime: is for --measure; give both, or leave it out")
     found = verb(model, image_size=image_size, trust=trust)
     if isinstance(found, FileCost):
         click.echo(f"{shown(found.source)}: {found.disk_bytes / 1e6:.2f} MB on disk")
         click.echo("layers are listed for models and runs: give the one it was exported from")
     else:
         print_cost(found)
-    write_json_output(json_file, found.to_dict())
+    figures = found.to_dict()
+    if measure:
+        from .export.speed import measure as time_it
+        from .progress import Live
+
+        speed = time_it(model, runtime=runtime, image_size=image_size, progress=Live())
+        for line in (*speed.table(), *speed.said()):
+            click.echo(line)
+        figures["speed"] = speed.to_dict()
+    write_json_output(json_file, figures)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .comparison import Row
     from .evaluation.agreement import Agreement
     from .export.cost import Cost, Figures
+    from .export.targets import Target
     from .quantization.listing import Inspection
     from .sensitivity.policy import Sensitivity
 
@@ -197,3 +198,22 @@ def print_agreement(found: Agreement) -> None:
         click.echo(f"AP between {low:.4f} and {high:.4f} (95 %, over the draw of images)")
     click.echo(f"{found.images} images at {found.image_size} px; no label was used")
     click.echo(sentence(found, "these images"))
+
+
+def print_targets(targets: Sequence[Target]) -> None:
+    """One row a target, and what there is to know of each."""
+    table = Table(title="targets")
+    for column in ("target", "for", "bits", "file", "checked here", "notes"):
+        table.add_column(column, overflow="fold")
+    for target in targets:
+        if target.calibration is not None:
+            form, checked = (
+                f"{target.format}, float, and a calibration set",
+                "no: its compiler runs",
+            )
+        else:
+            form = target.format
+            checked = "run" if target.verify == "run" else "structure alone"
+        words = (target.name, target.title, target.precision, form, checked)
+        table.add_row(*map(escape, words), escape("\n".join(target.notes)))
+    _console().print(table)

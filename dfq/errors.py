@@ -54,7 +54,7 @@ _SET = re.compile(r"(?<![\w-])--set ([\w.]+)=((?:\{[^}]*\}|\[[^\]]*\]|[^\s,;:])+
 _WEIGHTS = re.compile(r"--(?:checkpoint FILE|random-weights) \(([^()\s]*@[^()\s]*)\)")
 _FLAG = re.compile(
     r"(?<![\w-])--(against|batch-size|budget|checkpoint|compare|cost|data|device|images|image-size|init|interval"
-    r"|iterations|labels|model|out|photos|recipe|seed|select-on|set|tensorboard|threshold|trust|workers)\b"
+    r"|iterations|labels|model|out|photos|recipe|seed|select-on|set|target|tensorboard|threshold|trust|workers)\b"
 )
 
 

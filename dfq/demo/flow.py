@@ -1,4 +1,5 @@
-"""`dfq demo`: the whole zero-shot flow on the small detector that comes with the package."""
+"""`dfq demo`: the small detector that comes with the package, deployed, and measured on scenes that
+nobody saw."""
 
 from __future__ import annotations
 
@@ -11,15 +12,20 @@ from rich.table import Table
 
 from ..dataset.calibration import CalibrationSet
 from ..dataset.readers import ImageSet, open_set
-from ..detectors.base import Detections
+from ..deploying import RECIPE, deploy
+from ..deployment import Deployment
+from ..detectors.base import Detecting, Detections
 from ..evaluation.coco import predict, score
-from ..files import write_atomic, write_json
+from ..export.opening import open_exported
+from ..export.targets import load_target
+from ..files import read_json, write_atomic, write_json
 from ..models import load_model
 from ..progress import Progress
 from ..quantization.listing import describe
 from ..recipe import load_recipe
 from ..report.cost import cost_of
 from ..report.material import Compared, Comparison
+from ..run import load_run
 from ..verbs import quantize, synthesize
 from .picture import Column, draw_picture
 from .scenes import VALIDATION_SEED_START, write_coco
@@ -29,78 +35,86 @@ SIZE = 160
 SHOWN = 4
 """Scenes in the picture."""
 
+TARGET = "onnxruntime-cpu"
+
+SMALL = {
+    "synthesis.images": 64,
+    "synthesis.iterations": 160,
+    "quantization.rounding_images": 48,
+}
+"""Less work than a deployment has by itself: a demo is over in minutes."""
+
 PAGE = "report.html"
+RESULTS = "results.json"
+PICTURE = "images.png"
 
 FLOAT = "float"
-ZERO_SHOT = "zero-shot QAT W4A8"
+NAIVE = "naive INT8 (min-max, noise)"
+THIS = "this INT8 file, in onnxruntime"
 
-_COLUMNS = ("Float", "Naive (min-max, noise)", "Naive, a scale per channel", "This")
-"""Of the page, in the order that they are measured."""
+_COLUMNS = {FLOAT: "Float", NAIVE: "Naive (min-max, noise)", THIS: "This"}
+"""Of the page."""
 
 
-def run_demo(out: Path, progress: Progress) -> dict[str, Any]:
-    """Synthesize from the demo detector, quantize it to W4A8 naively and by zero-shot QAT, and
-    measure all three on scenes none of them ever saw.
+def run_demo(out: Path, progress: Progress) -> Deployment:
+    """Deploy the demo detector, quantize it naively as well, and measure both and the float one on
+    scenes none of them ever saw.
 
-    Writes the sets, the runs, `images.png`, `report.html` and `results.json` to `out`; an
-    interrupted demo goes on where it was. Returns what `results.json` holds.
+    Writes what a deployment writes to `out`, and `images.png` and `results.json`; an interrupted
+    demo goes on where it was, and of a finished one the results are shown again.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    made = deploy("demo", TARGET, out=out, overrides=SMALL, progress=progress)
+    files = [out / name for name in (RESULTS, PICTURE, PAGE)]
+    if made.new or not all(file.is_file() for file in files):
+        _compare(made, out, progress)
+    _print(read_json(out / RESULTS), made)
+    return made
+
+
+def _compare(made: Deployment, out: Path, progress: Progress) -> None:
+    """Measure all, and draw what there is to see."""
     validation = out / "validation"
     if not (validation / "annotations.json").is_file():
         write_coco(validation, SCENES, SIZE, first_seed=VALIDATION_SEED_START)
-
-    made = synthesize("demo", "demo", out=out / "synthetic", progress=progress)
-    noise = load_recipe(
-        "demo", ["synthesis.images=64", "synthesis.iterations=0", "synthesis.labels=none"]
-    )
-    synthesize("demo", noise, out=out / "noise", progress=progress)
-
-    minmax = [
-        "method=ptq",
-        "quantization.ranges=minmax",
-        "quantization.rounding=nearest",
-        "quantization.weight_grid=symmetric",
-    ]
-    per_channel = load_recipe("demo", minmax)
-    naive = load_recipe("demo", [*minmax, "quantization.weights=per_tensor"])
-    models: dict[str, str | Path] = {
-        FLOAT: "demo",
-        "naive W4A8 (min-max, noise)": quantize(
-            naive, model="demo", data=out / "noise", out=out / "naive", progress=progress
-        ),
-        "the same, a scale per channel": quantize(
-            per_channel,
-            model="demo",
-            data=out / "noise",
-            out=out / "per-channel",
-            progress=progress,
-        ),
-        ZERO_SHOT: quantize(
-            "demo", model="demo", data=made.root, out=out / "zero-shot", progress=progress
-        ),
+    minmax = {
+        **load_target(TARGET).overrides(),
+        "quantization.ranges": "minmax",
+        "quantization.rounding": "nearest",
+        "quantization.weights": "per_tensor",
+    }
+    noise = synthesize(
+        "demo", load_recipe(RECIPE), images=64, init="noise", image_size=SIZE, out=out / "noise",
+        progress=progress,
+    )  # fmt: skip
+    naive = quantize(
+        load_recipe(RECIPE, minmax), model="demo", data=noise.root, out=out / "naive",
+        progress=progress,
+    )  # fmt: skip
+    assert made.model is not None
+    models: dict[str, Detecting] = {
+        FLOAT: load_model("demo"),
+        NAIVE: load_model(naive),
+        THIS: open_exported(made.model),
     }
     results: dict[str, Any] = {}
     scenes = open_set(validation)
     found: dict[str, list[Detections]] = {}
-    costs = {}
     for name, model in models.items():
-        detector = load_model(model)
-        with progress.task("evaluation", len(scenes), "images") as task:
-            found[name] = predict(detector, scenes, progress=task.update)
-        measured = score(scenes, found[name], detector.names)
+        with progress.task(f"evaluation ({name})", len(scenes), "images") as task:
+            found[name] = predict(model, scenes, progress=task.update)
+        measured = score(scenes, found[name], list(model.names))
         results[name] = {"AP": measured.AP, "AP50": measured.AP50}
-        costs[name] = cost_of(describe(detector))
     for row in results.values():
-        row["kept"] = row["AP"] / results["float"]["AP"]
-    write_json(out / "results.json", results)
-    write_atomic(out / "images.png", _picture(scenes, found, results, made))
+        row["kept"] = row["AP"] / results[FLOAT]["AP"]
+    picture = _picture(scenes, found, results, CalibrationSet.open(Path(made.figures["set"])))
+    write_atomic(out / PICTURE, picture)
     # Not above: what draws is slow to import.
     from ..report.verb import report
 
-    report(models[ZERO_SHOT], out / PAGE, comparison=_comparison(results, costs))
-    _print(results, out)
-    return results
+    networks = {FLOAT: load_model("demo"), NAIVE: load_run(naive), THIS: load_run(out / "run")}
+    costs = {name: cost_of(describe(network)) for name, network in networks.items()}
+    report(out / "run", out / PAGE, comparison=_comparison(results, costs))
+    write_json(out / RESULTS, results)
 
 
 def _comparison(results: dict[str, Any], costs: dict[str, Any]) -> Comparison:
@@ -108,17 +122,17 @@ def _comparison(results: dict[str, Any], costs: dict[str, Any]) -> Comparison:
     return Comparison(
         [
             Compared(
-                label,
+                _COLUMNS[name],
                 row["AP"],
                 row["AP50"],
-                this=name == ZERO_SHOT,
+                this=name == THIS,
                 before=name == FLOAT,
                 cost=costs[name],
             )
-            for label, (name, row) in zip(_COLUMNS, results.items(), strict=True)
+            for name, row in results.items()
         ],
         data=f"{SCENES} scenes that none of them ever saw",
-        source="results.json of the demo",
+        source=f"{RESULTS} of the demo",
         command="dfq demo",
     )
 
@@ -132,14 +146,14 @@ def _picture(
     """What there is to see, a PNG file."""
     # The first that show something to compare: not chosen by what was detected.
     chosen = [index for index, item in enumerate(scenes.items) if 3 <= len(item.boxes) <= 5]
-    before, after = results[FLOAT], results[ZERO_SHOT]
+    before, after = results[FLOAT], results[THIS]
     where = f"on {len(scenes)} unseen scenes"
     columns = (
         Column("The float network", f"AP {before['AP']:.3f} {where}", found[FLOAT]),
         Column(
-            "4-bit weights, 8-bit activations",
+            "The INT8 file, in onnxruntime",
             f"AP {after['AP']:.3f}, {after['kept']:.1%} of the float one's",
-            found[ZERO_SHOT],
+            found[THIS],
         ),
     )
     picture = draw_picture(scenes, chosen[:SHOWN], columns, made)
@@ -148,18 +162,20 @@ def _picture(
     return buffer.getvalue()
 
 
-def _print(results: dict[str, Any], out: Path) -> None:
+def _print(results: dict[str, Any], made: Deployment) -> None:
+    console = Console()
+    for line in made.said:
+        console.print(line, highlight=False, markup=False)
     table = Table(title=f"demo detector on {SCENES} unseen scenes")
     table.add_column("network")
     for column in ("AP", "AP50", "AP kept"):
         table.add_column(column, justify="right")
     for name, row in results.items():
         table.add_row(name, f"{row['AP']:.3f}", f"{row['AP50']:.3f}", f"{row['kept']:.1%}")
-    console = Console()
     console.print(table)
-    for what, name in (
-        ("the page of it, to open in a browser", PAGE),
-        ("what both networks detect, side by side", "images.png"),
-        ("the quantized network", "zero-shot"),
+    for what, path in (
+        ("the page of it, to open in a browser", made.folder / PAGE),
+        ("what both networks detect, side by side", made.folder / PICTURE),
+        ("the quantized network, for onnxruntime", made.model),
     ):
-        console.print(f"{what}: {out / name}", highlight=False, markup=False)
+        console.print(f"{what}: {path}", highlight=False, markup=False)

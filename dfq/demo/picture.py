@@ -25,10 +25,10 @@ _BETWEEN = 32
 _SYNTHETIC = 5
 """Synthetic images in the row."""
 
-_TITLE = "A detector in 4 bits, made without its training data"
+_TITLE = "A detector in 8 bits, made without its training data"
 
 _SHOWN = f"boxes: detections with a score above {SHOWN_SCORE}"
-_MADE = "What the 4-bit network was made from: images synthesized out of the float one, with labels"
+_MADE = "What the INT8 file was made from: images synthesized out of the float one, with labels"
 
 
 @dataclass(frozen=True)

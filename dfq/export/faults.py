@@ -58,7 +58,7 @@ def of_integers(info: ExportInfo | None, found: IntegerShare) -> list[str]:
     """A file of dfq's that was to be computed in integers, and is not."""
     if info is None or (info.weight_bits, info.activation_bits) != (8, 8):
         return []
-    if info.format == "torch" or found.share_of_macs >= LEAST_SHARE:
+    if info.format == "torch" or info.runtime == "tensorrt" or found.share_of_macs >= LEAST_SHARE:
         return []
     return [
         f"integers: {found.share_of_macs:.1%} of the MACs are computed in integers, and "

@@ -312,27 +312,32 @@ def output(things: Things, place: Path, draw: random.Random) -> Case:
 
 
 def demo(things: Things, place: Path, draw: random.Random) -> Case:
-    """A folder of the demo in which something else is."""
+    """A folder of the demo, or of a deployment, in which something else is."""
     out = place / "out"
-    (out / "validation").mkdir(parents=True)
-    (out / "validation" / "annotations.json").write_text("{}")
-    what = draw.choice(["file", "link", "other set", "run", "broken", "foreign"])
-    made = out / "synthetic"
+    what = draw.choice(["file", "link", "set", "run", "broken", "other", "foreign"])
     if what == "file":
-        made.write_text("mine")
+        out.write_text("mine")
     elif what == "link":
-        made.symlink_to(draw.choice(["synthetic", "nowhere"]))
-    elif what == "other set":
-        shutil.copytree(things.made, made)
+        out.symlink_to(draw.choice(["out", "nowhere"]))
+    elif what == "set":
+        shutil.copytree(things.made, out)
     elif what == "run":
-        shutil.copytree(things.run, made)
+        shutil.copytree(things.run, out)
     elif what == "broken":
-        shutil.copytree(things.made, made)
-        (made / "manifest.json").write_text(draw.choice(["{", "[]", "", '{"shards": 1}']))
+        out.mkdir()
+        (out / "deploy.json").write_text(draw.choice(["{", "[]", "", '{"kind": 1}']))
+    elif what == "other":
+        out.mkdir()
+        other = {"kind": "dfq deployment", "format": draw.choice([1, 2, "1"]), "identity": {}}
+        (out / "deploy.json").write_text(json.dumps(other))
     else:
-        made.mkdir()
-        (made / "thesis.txt").write_text("mine")
-    return Case(what, [("demo", "--out", "out")], refused=True)
+        out.mkdir()
+        (out / "thesis.txt").write_text("mine")
+    words = [
+        ("demo", "--out", "out"),
+        ("deploy", "--model", things.model, "--target", "onnxruntime-cpu", "--out", "out"),
+    ]
+    return Case(what, words, refused=True)
 
 
 def environment(things: Things, place: Path, draw: random.Random) -> Case:
