@@ -333,6 +333,15 @@ def _compare(
         kept["AP"] = _ap(labelled, ours, labelled.names) if kept["objects"] else None
         found.accuracy = Accuracy(found.images, len(images), agreement=kept)
         return
+    if names == [str(index) for index in range(len(names))] != images.names:
+        # Neither file says what its categories are: the set's, where there are as many.
+        if len(images.names) != len(names):
+            found.notes.append(
+                f"AP: not measured, as neither file names its categories, and {found.images} has "
+                f"{len(images.names)} where they have {len(names)}"
+            )
+            return
+        names = list(images.names)
     images.category_mapping(names)
     of_float = of_reference = None
     if compared is not None:
