@@ -21,6 +21,7 @@ from .dataset.readers import open_set
 from .detectors.base import Detecting, Detections, Detector
 from .errors import UserError, argument, shown
 from .evaluation.agreement import kept_of, pseudo_labelled
+from .evaluation.bootstrap import bootstrap_difference
 from .evaluation.coco import predict, score
 from .export import faults
 from .export.counting import count
@@ -132,7 +133,9 @@ def verify(
     found.faults += faults.of_ranges(seen, found.moved)
     if found.accuracy is not None and reference is not None:
         accuracy = found.accuracy
-        found.faults += faults.of_accuracy(accuracy.AP, accuracy.reference_AP, max_drop)
+        found.faults += faults.of_accuracy(
+            accuracy.AP, accuracy.reference_AP, max_drop, accuracy.difference
+        )
     if origin.folder is not None:
         folder = origin.folder / "exports"
         try:
@@ -343,14 +346,16 @@ def _compare(
             return
         names = list(images.names)
     images.category_mapping(names)
-    of_float = of_reference = None
+    of_float = of_reference = between = None
     if compared is not None:
         of_float = _ap(images, theirs, names)
     if reference is not None:
         again = theirs if origin.manifest is None else detections(reference, "PyTorch")
         of_reference = _ap(images, again, names)
+        if len(images) > 1:
+            between = bootstrap_difference(images, ours, again, names)
     found.accuracy = Accuracy(
-        found.images, len(images), _ap(images, ours, names), of_reference, of_float
+        found.images, len(images), _ap(images, ours, names), of_reference, of_float, between
     )
 
 
