@@ -21,6 +21,7 @@ from .dataset.readers import open_set
 from .detectors.base import Detecting, Detections, Detector
 from .errors import UserError, argument, shown
 from .evaluation.agreement import kept_of, pseudo_labelled
+from .evaluation.bootstrap import bootstrap_difference
 from .evaluation.coco import predict, score
 from .export import faults
 from .export.counting import count
@@ -121,7 +122,9 @@ def verify(
         compared = origin.float_model(trust) if info is not None else origin.detecting
         _compare(found, model, compared, origin, reference, images, data is not None, told)
         seen = fits(opened, (image[None] for image in few[:_RANGE_IMAGES]))
-        given = candidates(model.run(few), len(origin.detecting.names), model.image_size)
+        given = None
+        if opened.says is None or "scores" in opened.says.outputs:
+            given = candidates(model.run(few), len(origin.detecting.names), model.image_size)
         best = _best(compared or origin.detecting, few)
     found.blamed = worst(seen)
     found.faults += faults.of_parity(found.parity)
@@ -130,7 +133,9 @@ def verify(
     found.faults += faults.of_ranges(seen, found.moved)
     if found.accuracy is not None and reference is not None:
         accuracy = found.accuracy
-        found.faults += faults.of_accuracy(accuracy.AP, accuracy.reference_AP, max_drop)
+        found.faults += faults.of_accuracy(
+            accuracy.AP, accuracy.reference_AP, max_drop, accuracy.difference
+        )
     if origin.folder is not None:
         folder = origin.folder / "exports"
         try:
@@ -331,15 +336,26 @@ def _compare(
         kept["AP"] = _ap(labelled, ours, labelled.names) if kept["objects"] else None
         found.accuracy = Accuracy(found.images, len(images), agreement=kept)
         return
+    if names == [str(index) for index in range(len(names))] != images.names:
+        # Neither file says what its categories are: the set's, where there are as many.
+        if len(images.names) != len(names):
+            found.notes.append(
+                f"AP: not measured, as neither file names its categories, and {found.images} has "
+                f"{len(images.names)} where they have {len(names)}"
+            )
+            return
+        names = list(images.names)
     images.category_mapping(names)
-    of_float = of_reference = None
+    of_float = of_reference = between = None
     if compared is not None:
         of_float = _ap(images, theirs, names)
     if reference is not None:
         again = theirs if origin.manifest is None else detections(reference, "PyTorch")
         of_reference = _ap(images, again, names)
+        if len(images) > 1:
+            between = bootstrap_difference(images, ours, again, names)
     found.accuracy = Accuracy(
-        found.images, len(images), _ap(images, ours, names), of_reference, of_float
+        found.images, len(images), _ap(images, ours, names), of_reference, of_float, between
     )
 
 

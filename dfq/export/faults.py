@@ -135,9 +135,23 @@ def _as_before(moved: Moved) -> bool:
     )
 
 
-def of_accuracy(file: float | None, reference: float | None, most: float) -> list[str]:
-    """More accuracy lost on the way into the runtime than may be."""
+def of_accuracy(
+    file: float | None,
+    reference: float | None,
+    most: float,
+    between: tuple[float, float] | None = None,
+) -> list[str]:
+    """More accuracy lost on the way into the runtime than may be.
+
+    Args:
+        file, reference: AP in the runtime and in PyTorch; None where not measured.
+        most: that may be lost.
+        between: 95 % interval of the difference over the draw of images: two right executions of
+            one network differ by chance, on few images by more than `most`.
+    """
     if file is None or reference is None or reference - file <= most:
+        return []
+    if between is not None and not between[1] < 0:
         return []
     return [
         f"accuracy: AP {file:.4f} in the runtime and {reference:.4f} in PyTorch; the drop of "

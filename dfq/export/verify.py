@@ -23,6 +23,7 @@ class Accuracy:
         data: the set.
         images: how many it has.
         AP, reference_AP, float_AP: fractions in [0, 1]; None where not measured.
+        difference: 95 % interval of AP minus reference_AP over the draw of images.
         agreement: with the float model's detections, where the set has no labels.
     """
 
@@ -31,6 +32,7 @@ class Accuracy:
     AP: float | None = None
     reference_AP: float | None = None
     float_AP: float | None = None
+    difference: tuple[float, float] | None = None
     agreement: dict[str, Any] | None = None
 
 
@@ -162,6 +164,9 @@ class Verification:
             return [f"AP against the float model's detections on {found.data}: {said}"]
         cells = {"file": found.AP, "PyTorch": found.reference_AP, "float": found.float_AP}
         said = ", ".join(f"{k} {v:.4f}" for k, v in cells.items() if v is not None)
+        if found.difference is not None:
+            low, high = found.difference
+            said += f"; file minus PyTorch, 95 % interval: {low:+.4f} to {high:+.4f}"
         return [f"AP on {found.images} images of {found.data}: {said}"]
 
     def _moved(self) -> list[str]:

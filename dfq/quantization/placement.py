@@ -47,8 +47,9 @@ EVERYWHERE = Placement(outputs=True)
 
 PLACEMENTS: dict[str, Placement] = {
     # A convolution is computed in integers only where its output is on a grid at once; the SiLU
-    # behind it costs more in float than integers gain, unless its sigmoid is on a grid too.
-    "onnxruntime": Placement(outputs=True, sigmoid_step=1 / 255),
+    # behind it costs more in float than integers gain, unless its sigmoid is on a grid too. With
+    # one grid a concatenation is a copy, and nothing is rounded a second time.
+    "onnxruntime": Placement(outputs=True, one_grid=True, sigmoid_step=1 / 255),
     # SiLU is part of the convolution; a grid in between would take it out.
     "openvino": Placement(fused_sums=True, one_grid=True),
     # Explicit quantization takes symmetric int8 only, and one scale across a concatenation.
