@@ -80,8 +80,8 @@ def test_all_files_are_measured_once(scenes: Path) -> None:
     }
     assert set(timed["OpenVINO"]) == {"float", "float, bfloat16", "ours W8A8", "NNCF"}
     for of_runtime, static in (("onnxruntime", "quantize_static"), ("OpenVINO", "NNCF")):
-        assert timed[of_runtime]["float"]["of_float"] == 1
-        assert timed[of_runtime][static]["of_static"] == 1
+        assert timed[of_runtime]["float"]["cpu"]["of_float"] == 1
+        assert timed[of_runtime][static]["wall"]["of_static"] == 1
     assert "Ultralytics INT8: left out" in first.stdout
     assert "CPU: " in first.stdout
 
@@ -131,13 +131,18 @@ def test_figures_stand_in_their_rows() -> None:
         {**common, "tool": "x", "set": "left out", "images": 4, "AP": 0.3, "change": [0, 0]},
         {
             "kind": "latency", "runtime": "r", "size": 64,
-            "files": {"x": {"ms": 3.0, "least_ms": 2.5, "of_float": 0.75, "of_static": 1.5}},
+            "files": {
+                "x": {
+                    "cpu": {"ms": 3.0, "of_float": 0.75, "of_static": 1.5},
+                    "wall": {"ms": 9.0, "of_float": 0.8, "of_static": 1.2},
+                },
+            },
         },
     ]  # fmt: skip
     lines = report(rows, ["a"], [64, 128])
     assert "| r | x | a | 4 | 0.4000 | -0.200 to -0.100 | 80.0% | 0.75 | – | 2.00 MB |" in lines
     assert "| r | float | – | – | 0.5000 | – | 100.0% | – | – | 2.00 MB |" in lines
-    assert "| r | 64 | x | 3.00 | 2.50 | 0.75 | 1.50 |" in lines
+    assert "| r | 64 | x | 3.00 | 0.75 | 1.50 | 9.00 | 0.80 | 1.20 |" in lines
     assert not [line for line in lines if "left out" in line]
 
 
