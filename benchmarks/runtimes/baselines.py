@@ -19,179 +19,45 @@ from __future__ import annotations
 import functools
 import json
 import os
-import shutil
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 import torch
-from baseline_tables import report, surroundings
-from onnxruntime.quantization.shape_inference import quant_pre_process
-from runtime_tools import (
-    Images,
-    by_nncf,
-    by_onnxruntime,
-    by_onnxruntime_dynamic,
-    bytes_of,
-    decoding_of_onnx,
-    decoding_of_openvino,
-    images_of,
-    pairs,
+from baseline_files import (
+    DYNAMIC,
+    FLOAT,
+    MIXED,
+    OURS,
+    STATIC,
+    SUFFIXES,
+    ULTRALYTICS,
+    Files,
+    Settings,
 )
+from baseline_tables import report, surroundings
+from runtime_tools import bytes_of, pairs
 from torch import Tensor
 
-import dfq
 from dfq.dataset.readers import open_set
 from dfq.detectors import load_detector
 from dfq.detectors.base import Detections, Detector
-from dfq.errors import UserError
+from dfq.errors import UserError, shown
 from dfq.evaluation.agreement import pseudo_labelled
 from dfq.evaluation.bootstrap import bootstrap_difference
 from dfq.evaluation.coco import predict, score
-from dfq.export.calibration_files import export_for
 from dfq.export.latency import ROUNDS, in_turns
 from dfq.export.opening import OpenVinoFile, RuntimeFile, open_file
-from dfq.files import append_line
-
-SUFFIXES = {"onnxruntime": ".onnx", "OpenVINO": ".xml"}
-PLACED_FOR = {"onnxruntime": "onnxruntime", "OpenVINO": "openvino"}
-
-IMAGES_FOR_TIMING = 8
-"""What a file is calibrated on that is timed alone: ranges do not change what it computes."""
-
-FLOAT = "float"
-DYNAMIC = "quantize_dynamic"
-ULTRALYTICS = "Ultralytics INT8"
-STATIC = {"onnxruntime": "quantize_static", "OpenVINO": "NNCF"}
-OURS = "ours W8A8"
-MIXED = "ours mixed"
+from dfq.files import append_line, write_atomic
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 """The first also counts what others do on the same cores, the second only the runtime itself."""
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is the same for all files.
-
-    Attributes:
-        model, data: what is quantized, and the set that it is measured on.
-        size: side in pixels that AP is measured at.
-        sets: what to calibrate on, by name.
-        first: of how many images, where not all.
-        ours: name of the set that dfq calibrates on.
-        mixed: a run of mixed bits.
-        threads: of runtimes.
-        out: folder of all that is made.
-        overrides: changes to dfq's recipe.
-        against_float: AP against the float network's own detections, not against labels.
-        rounds: turns of each file that is timed.
-    """
-
-    model: str
-    data: str
-    size: int
-    sets: Mapping[str, str]
-    first: Mapping[str, int]
-    ours: str
-    mixed: str | None
-    threads: int
-    out: Path
-    overrides: tuple[str, ...] = ()
-    against_float: bool = False
-    rounds: int = ROUNDS
-
-    @property
-    def results(self) -> Path:
-        return self.out / "results.jsonl"
-
-
-class Files:
-    """The files, made when they are asked for and only once."""
-
-    def __init__(self, settings: Settings, detector: Detector) -> None:
-        self.settings, self.detector = settings, detector
-
-    def images(self, name: str) -> Images:
-        return images_of(self.settings.sets[name], self.settings.first.get(name))
-
-    def at(self, runtime: str, tool: str, name: str | None, size: int) -> Path:
-        """The file of a runtime by a tool, calibrated on a set; None: any few images, for a file
-        that is only timed."""
-        folder = self.settings.out / "files"
-        folder.mkdir(parents=True, exist_ok=True)
-        stem = "-".join([runtime, tool.replace(" ", "-"), *([name] if name else []), str(size)])
-        path = folder / (stem + SUFFIXES[runtime])
-        if not path.is_file():
-            # Under another name until it is whole.
-            made = self._make(runtime, tool, name, size, folder / f"{path.stem}.part{path.suffix}")
-            if path.suffix == ".xml":
-                made.with_suffix(".bin").replace(path.with_suffix(".bin"))
-            made.replace(path)
-        return path
-
-    def _make(self, runtime: str, tool: str, name: str | None, size: int, out: Path) -> Path:
-        if tool == FLOAT:
-            return dfq.export(self.settings.model, out, image_size=size)
-        if tool in (OURS, MIXED):
-            run, data = self._run(runtime), self.settings.sets[self.settings.ours]
-            if tool == MIXED:
-                assert self.settings.mixed is not None
-                run = Path(self.settings.mixed)
-            return dfq.export(run, out, image_size=size, data=data)
-        whole = self.at(runtime, FLOAT, None, size)
-        if tool == DYNAMIC:
-            return by_onnxruntime_dynamic(whole, out, decoding_of_onnx(whole))
-        images = self.images(name) if name else open_set(self.settings.data)
-        if name is None:
-            images = images.head(IMAGES_FOR_TIMING)
-        if tool == ULTRALYTICS:
-            return self._by_ultralytics(images, size, out)
-        if runtime == "OpenVINO":
-            return by_nncf(whole, images, size, out, decoding_of_openvino(whole))
-        ready = out.with_suffix(".ready.onnx")
-        quant_pre_process(str(whole), str(ready), skip_symbolic_shape=True)
-        made = by_onnxruntime(ready, images, size, out, decoding_of_onnx(ready))
-        ready.unlink()
-        return made
-
-    def _run(self, runtime: str) -> Path:
-        placed = PLACED_FOR[runtime]
-        return dfq.quantize(
-            "w8a8",
-            model=self.settings.model,
-            data=self.settings.sets[self.settings.ours],
-            out=self.settings.out / "runs" / placed,
-            overrides=[
-                "method=ptq", "quantization.placement=qdq", f"quantization.runtime={placed}",
-                *self.settings.overrides,
-            ],
-        )  # fmt: skip
-
-    def _by_ultralytics(self, images: Images, size: int, out: Path) -> Path:
-        """`yolo export format=openvino quantize=8`, which writes beside its checkpoint."""
-        from ultralytics import YOLO
-
-        folder = out.with_suffix(".ultralytics")
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        checkpoint = shutil.copy(self.settings.model, folder / "model.pt")
-        data, _, _ = export_for("ultralytics", images, folder / "set", size)
-        made = YOLO(checkpoint).export(
-            format="openvino", quantize=8, imgsz=size, data=str(data), batch=1
-        )
-        xml = next(Path(made).glob("*.xml"))
-        xml.with_suffix(".bin").replace(out.with_suffix(".bin"))
-        xml.replace(out)
-        shutil.rmtree(folder)
-        return out
 
 
 class Through:
@@ -263,6 +129,34 @@ class Bench:
         if runtime == "OpenVINO" and self.ultralytics:
             found.append((ULTRALYTICS, True))
         return found
+
+    def settle(self) -> None:
+        """Note what files are made from; files of one name are of one making.
+
+        Raises:
+            UserError: files are there that were made from something else.
+        """
+        settings, path = self.settings, self.settings.out / "settings.json"
+        own: dict[str, Any] = {
+            "model": self.detector.fingerprint,
+            "--data": settings.data,
+            "--ours": settings.ours,
+            "--override": list(settings.overrides),
+        }
+        own |= {
+            f"--set {name}": [source, settings.first.get(name)]
+            for name, source in settings.sets.items()
+        }
+        if settings.mixed is not None:
+            own["--mixed"] = settings.mixed
+        there = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        for key, value in own.items():
+            if there.get(key, value) != value:
+                raise UserError(
+                    f"--out {shown(settings.out)}: its files are of another {key}; name another one"
+                )
+        if {**there, **own} != there:
+            write_atomic(path, json.dumps({**there, **own}, indent=1).encode())
 
     def known(self) -> list[Row]:
         path, identity = self.settings.results, self.identity()
@@ -400,6 +294,7 @@ def main(
     try:
         bench = Bench(settings)
         out.mkdir(parents=True, exist_ok=True)
+        bench.settle()
         for runtime in SUFFIXES:
             bench.accuracy(runtime)
         for side in time_at:

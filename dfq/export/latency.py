@@ -69,7 +69,7 @@ def in_turns(
         run()
         start = clock()
         run()
-        counts.append(max(1, round(seconds / (clock() - start))))
+        counts.append(max(1, round(seconds / max(clock() - start, 1e-9))))
     found: list[list[float]] = [[] for _ in runs]
     for _ in range(rounds):
         for place, (run, count) in enumerate(zip(runs, counts, strict=True)):

@@ -89,6 +89,11 @@ def test_all_files_are_measured_once(scenes: Path) -> None:
     again = CliRunner().invoke(baselines.main, words(), catch_exceptions=False)
     assert again.stdout == first.stdout
     assert stamps(scenes / "out") == before
+    # A name that means something else by now is no name of these files.
+    other = CliRunner().invoke(baselines.main, words("--set", "all=val"))
+    assert other.exit_code == 1
+    assert "its files are of another --set all" in other.output
+    assert stamps(scenes / "out") == before
 
 
 def test_decoding_stays_in_float_and_all_before_it_does_not(scenes: Path) -> None:
