@@ -110,9 +110,11 @@ class Files:
         whole = self.at(runtime, FLOAT, None, size)
         if tool == DYNAMIC:
             return by_onnxruntime_dynamic(whole, out, decoding_of_onnx(whole))
-        images = self.images(name) if name else open_set(self.settings.data)
-        if name is None:
-            images = images.head(IMAGES_FOR_TIMING)
+        images = (
+            open_set(self.settings.data).head(IMAGES_FOR_TIMING)
+            if name is None
+            else self.images(name)
+        )
         if tool == ULTRALYTICS:
             return self._by_ultralytics(images, size, out)
         if runtime == "OpenVINO":

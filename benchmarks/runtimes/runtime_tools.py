@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,7 +52,10 @@ def by_nncf(model: Path, data: Images, size: int, out: Path, leave: Sequence[str
     path, images = out.with_suffix(".xml"), nncf_dataset(data, size)
     read = openvino.Core().read_model(model)
     scope = nncf.IgnoredScope(names=list(leave)) if leave else None
-    quantized = nncf.quantize(read, images, subset_size=images.get_length(), ignored_scope=scope)
+    count = images.get_length()
+    # Its progress is no part of the tables.
+    with contextlib.redirect_stdout(sys.stderr):
+        quantized = nncf.quantize(read, images, subset_size=count, ignored_scope=scope)
     openvino.save_model(quantized, path, compress_to_fp16=False)
     return path
 
