@@ -28,8 +28,7 @@ def surroundings() -> list[str]:
             flags = set(value.split())
     has, lacks = ([flag for flag in FLAGS if (flag in flags) is there] for there in (True, False))
     return [
-        f"CPU: {model}; has {', '.join(has) or 'none'}, not {', '.join(lacks) or 'none'} "
-        f"of {', '.join(FLAGS)}.",
+        f"CPU: {model}, with {', '.join(has) or 'none'}, without {', '.join(lacks) or 'none'}.",
         "Versions: " + ", ".join(f"{name} {version(name)}" for name in PACKAGES) + ".",
     ]
 
