@@ -25,6 +25,8 @@ class Placement:
         fused_sums: of a sum, the operand that was computed last stays as it is: the runtime adds
             the other one to it within the layer that gives it.
         one_grid: a concatenation has one grid for all that goes in and what comes out.
+        predictions: on the outputs of the layers that give the predictions too, each its own; what
+            comes behind them stays in float.
         sigmoid_step: step of the grid, from zero, on the sigmoid within SiLU; None: SiLU is one
             function, in float.
         symmetric: activations have grids without a zero point.
@@ -35,6 +37,7 @@ class Placement:
     joins: bool = True
     fused_sums: bool = False
     one_grid: bool = False
+    predictions: bool = False
     sigmoid_step: float | None = None
     symmetric: bool = False
     signed: bool = False
@@ -54,6 +57,9 @@ PLACEMENTS: dict[str, Placement] = {
     "openvino": Placement(fused_sums=True, one_grid=True),
     # Explicit quantization takes symmetric int8 only, and one scale across a concatenation.
     "tensorrt": Placement(fused_sums=True, one_grid=True, symmetric=True, signed=True),
-    # LOGISTIC has 1/256 for its output, CONCATENATION one scale throughout.
-    "litert": Placement(outputs=True, one_grid=True, sigmoid_step=1 / 256, signed=True),
+    # LOGISTIC has 1/256 for its output, CONCATENATION one scale throughout, and no convolution
+    # takes integers and gives floats.
+    "litert": Placement(
+        outputs=True, one_grid=True, predictions=True, sigmoid_step=1 / 256, signed=True
+    ),
 }
