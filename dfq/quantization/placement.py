@@ -29,6 +29,7 @@ class Placement:
             function, in float.
         symmetric: activations have grids without a zero point.
         signed: integers of activations are int8, else uint8 (the same values, 128 apart).
+        narrow_weights: integers of weights end at -127.
     """
 
     outputs: bool = False
@@ -38,6 +39,7 @@ class Placement:
     sigmoid_step: float | None = None
     symmetric: bool = False
     signed: bool = False
+    narrow_weights: bool = False
 
 
 INPUTS = Placement(joins=False)
@@ -53,6 +55,8 @@ PLACEMENTS: dict[str, Placement] = {
     "openvino": Placement(fused_sums=True, one_grid=True),
     # Explicit quantization takes symmetric int8 only, and one scale across a concatenation.
     "tensorrt": Placement(fused_sums=True, one_grid=True, symmetric=True, signed=True),
-    # LOGISTIC has 1/256 for its output, CONCATENATION one scale throughout.
-    "litert": Placement(outputs=True, one_grid=True, sigmoid_step=1 / 256, signed=True),
+    # LOGISTIC has 1/256 for its output, CONCATENATION one scale throughout; weights have no -128.
+    "litert": Placement(
+        outputs=True, one_grid=True, sigmoid_step=1 / 256, signed=True, narrow_weights=True
+    ),
 }
