@@ -47,6 +47,9 @@ def export(
 ) -> None:
     """Write a run as a file that a runtime executes in integers, or a float detector as it is.
 
+    Detectors with proposals become several: FILE.onnx, and FILE.heads.onnx and FILE.masks.onnx for
+    what is computed within boxes. Proposals, RoIAlign and NMS stay outside of them.
+
     The file says of itself what it detects, at which size, and how images get to it. `dfq verify`
     tells whether it is right and computes in integers.
     """

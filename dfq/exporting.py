@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,6 +21,7 @@ from .files import require_output_file, user_path
 from .models import load_model, require_weights
 from .quantization.convert import Policy, fold
 from .quantization.layers import QUANTIZED_LAYERS
+from .quantization.listing import LayerInfo, describe, quantized_share
 from .run import check_run, is_run
 from .surroundings import Report, reporter
 from .training import open_training_data
@@ -108,15 +110,21 @@ def export(
             detector, policy = place_for(detector, policy, runtime, images)
     if any(isinstance(m, QUANTIZED_LAYERS) for m in detector.module.modules()) and policy is None:
         raise UserError(f"{argument('model')}: give the run's folder, not its loaded detector")
-    for line in remarks(policy, runtime, int4):
+    refuse_wide(detector, runtime)
+    for line in remarks(policy, runtime, int4, describe(detector, size)):
         told.note(line)
     with told.task("export", 2, "steps") as task:
         program = build(detector, runtime, image_size=size, dynamic=batch is None, batch=batch or 1)
+        several = format != "litert"
+        parts = {
+            name: build(detector, runtime, image_size=size, dynamic=several, part=name)
+            for name in detector.parts(size)
+        }
         task.update(1, 2)
         info = describe_export(detector, policy, format, runtime, size, batch, manifest)
         info = info.model_copy(update={"ranges": ranges})
         path.parent.mkdir(parents=True, exist_ok=True)
-        written = write(program, info, path, int4=int4)
+        written = write(program, info, path, int4=int4, parts=parts)
         task.update(2, 2)
     return written[0]
 
@@ -200,21 +208,56 @@ def digest_of(pixels: Tensor) -> str:
     return hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest()
 
 
-def remarks(policy: Policy | None, runtime: str, int4: bool) -> list[str]:
-    """What a user should know of a file before it is written."""
+def refuse_wide(detector: Detector, runtime: str) -> None:
+    """LiteRT's kernels of 16 bits gave other values than PyTorch, or were not to be had.
+
+    Raises:
+        UserError: a layer's activations have more than 8 bits, and the file is for LiteRT.
+    """
+    wide = [row.name for row in describe(detector, detector.stride * 2) if row.wide]
+    if wide and runtime == "litert":
+        raise UserError(
+            f"{argument('runtime', runtime)}: no activations of more than 8 bits, as '{wide[0]}' "
+            "has; make the run with 8 bits or float there, or export for another runtime"
+        )
+
+
+def remarks(
+    policy: Policy | None, runtime: str, int4: bool, layers: Sequence[LayerInfo]
+) -> list[str]:
+    """What a user should know of a file before it is written.
+
+    Args:
+        policy: of the run; None: of a float detector.
+        runtime: that is to execute it.
+        int4: weights are stored as INT4.
+        layers: as they are exported.
+    """
     if policy is None:
         return []
     found = []
+    floating = [row.name for row in layers if not row.quantized and row.macs]
+    if floating:
+        names = ", ".join(floating[:3]) + (", ..." if len(floating) > 3 else "")
+        share = 1 - quantized_share(layers)
+        found.append(f"{share:.1%} of the multiply-accumulates stay in float: {names}")
     if policy.weight_bits < 8:
         stored = "INT4" if int4 and policy.weight_bits <= 4 else "int8"
         found.append(
             f"weights of {policy.weight_bits} bits are stored as {stored}: {runtime} computes with "
             "them as with 8 bits, so fewer bits save storage and no time"
         )
-    if policy.activation_bits != 8:
+    if any(row.activation_bits < 8 for row in layers):
         found.append(
-            f"activations of {policy.activation_bits} bits: {runtime} has integer kernels for 8; "
-            "these layers run in float"
+            f"activations of fewer than 8 bits are computed as 8 bits by {runtime}: they save "
+            "nothing"
+        )
+    wide = [row for row in layers if row.wide]
+    if wide:
+        share = sum(row.macs for row in wide) / max(1, sum(row.macs for row in layers))
+        found.append(
+            f"{share:.1%} of the multiply-accumulates have activations of more than 8 bits: "
+            f"{runtime} computes these in float"
         )
     return found
 
@@ -231,7 +274,8 @@ def describe_export(
     """What the file says of itself."""
     with torch.no_grad():
         image = torch.zeros(1, 3, image_size, image_size)
-        outputs = detector.outputs(detector.raw(image), (image_size, image_size))
+        raw = detector.exportable(image)
+        outputs = detector.outputs(raw, (image_size, image_size))
     decoded = set(outputs) == {"boxes", "scores"}
     meaning = {
         "boxes": "x1 y1 x2 y2 in pixels of the letterboxed image, before NMS",

@@ -31,7 +31,7 @@ def as_detecting(model: str | Path | Detecting, *, trust: bool, device: str) -> 
         return model.to(device) if isinstance(model, Detector) else model
     # NETWORK@WEIGHTS names two files and is the name of none.
     if is_exported(model) and ("@" not in str(model) or is_file(user_path(model))):
-        return open_exported(user_path(model))
+        return open_exported(user_path(model), trust=trust)
     return require_weights(load_model(model, trust=trust, device=device))
 
 

@@ -19,7 +19,7 @@ from .limits import (
 )
 from .plain import brief, parse_yaml, read_small
 from .quantization.placement import Runtime
-from .quantization.widths import Widths, check_budget, parse_widths
+from .quantization.widths import ALLOWED, Widths, check_budget, parse_widths
 from .recipe_overrides import Overrides, flat, override
 from .recipe_section import Section
 from .recipe_synthesis import Synthesis
@@ -55,7 +55,7 @@ class Mixed(Section):
             raise ValueError("needs two widths or more to choose from")
         for bits in value:
             if parse_widths(bits) is None:
-                raise ValueError("float is no candidate; 2 to 8, or both as w4a6")
+                raise ValueError(f"float is no candidate; {ALLOWED}")
         return value
 
 
@@ -63,7 +63,7 @@ class Quantization(Section):
     """What is quantized, and to how many bits."""
 
     weight_bits: int = Field(4, ge=2, le=8)
-    activation_bits: int = Field(8, ge=2, le=8)
+    activation_bits: int = Field(8, ge=2, le=16)
     first_last_bits: Literal["float", "same", 8] = 8
     """Of the layers that see the image and those that give the predictions."""
     weights: Literal["per_channel", "per_tensor"] = "per_channel"
@@ -102,10 +102,16 @@ class Quantization(Section):
                 parse_widths(bits)
             except ValueError:
                 asked = f"{bits} bits" if isinstance(bits, int) else f"'{bits}'"
-                raise ValueError(
-                    f"'{name}' asks for {asked}; 2 to 8, two of them as w4a8, or 'float'"
-                ) from None
+                raise ValueError(f"'{name}' asks for {asked}; {ALLOWED}, or 'float'") from None
         return value
+
+    @model_validator(mode="after")
+    def _kernels(self) -> Quantization:
+        widths = [parse_widths(bits) for bits in (*self.overrides.values(), *self.mixed.candidates)]
+        most = max(self.activation_bits, *(pair[1] for pair in widths if pair), 0)
+        if self.placement == "qdq" and self.runtime == "litert" and most > 8:
+            raise ValueError(f"litert has no activations of {most} bits; 8 at most")
+        return self
 
     def candidates(self) -> list[Widths]:
         """What `mixed.candidates` stands for, as (weight bits, activation bits)."""

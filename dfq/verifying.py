@@ -28,7 +28,15 @@ from .export.counting import count
 from .export.exported import ExportedModel, ExportInfo
 from .export.layouts import ForeignModel, candidates
 from .export.movement import moved, same_number
-from .export.opening import Opened, OpenVinoFile, RuntimeFile, is_exported, open_exported, open_file
+from .export.opening import (
+    Opened,
+    OpenVinoFile,
+    RuntimeFile,
+    is_exported,
+    open_exported,
+    open_file,
+    open_parts,
+)
 from .export.parity import WITHIN_ONE, Parity, distance, parity
 from .export.program import build
 from .export.ranges import fits
@@ -86,7 +94,7 @@ def verify(
         []
     """
     told = reporter(progress)
-    opened = _open(user_path(file), threads)
+    opened = _open(user_path(file), threads, trust)
     origin = _origin(against, trust)
     info = opened.says
     notes: list[str] = []
@@ -176,8 +184,8 @@ class _Origin:
         return None
 
 
-def _open(path: Path, threads: int | None) -> RuntimeFile:
-    opened = open_file(path, threads=threads)
+def _open(path: Path, threads: int | None, trust: bool) -> RuntimeFile:
+    opened = open_file(path, threads=threads, trust=trust)
     if opened.says is not None and opened.says.runtime == "openvino" and path.suffix == ".onnx":
         says = opened.says
         opened = OpenVinoFile(path, threads)
@@ -190,12 +198,14 @@ def _origin(against: str | Path | Detector, trust: bool) -> _Origin:
         return _Origin(against, checkpoint=against.fingerprint)
     path = user_path(against)
     if is_exported(against) and path.is_file():
-        file = open_file(path)
+        file = open_file(path, trust=trust)
         if count(file).share_of_macs > 0:
             raise UserError(
                 f"{argument('against', against)}: is quantized; give the float model or the run"
             )
-        return _Origin(open_exported(path) if file.says else ForeignModel(file, None, None))
+        if file.says is None:
+            return _Origin(ForeignModel(file, None, None))
+        return _Origin(open_exported(path, trust=trust))
     if is_run(path):
         manifest = check_run(path)
         return _Origin(load_run(path), path, manifest, str(manifest["identity"]["checkpoint"]))
@@ -223,7 +233,9 @@ def _require_same(path: Path, info: ExportInfo, origin: _Origin) -> None:
 
 def _as_model(opened: RuntimeFile, info: ExportInfo | None, origin: _Origin) -> ExportedModel:
     if opened.says is not None:
-        return Opened(opened, opened.says)
+        # Of a `.pt2` file, what was opened says that it is trusted.
+        parts = open_parts(opened.path, opened.says, None, trust=True)
+        return Opened(opened, opened.says, parts)
     return ForeignModel(opened, list(origin.detecting.names), origin.detecting.image_size)
 
 

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from ..errors import UserError
-from ..limits import LARGEST_SIDE
+from .detecting import Detecting as Detecting
+from .detecting import Part, check_side
 
 
 @dataclass(frozen=True)
@@ -137,59 +137,6 @@ class Boundary:
 
     first: tuple[str, ...] = field(default=())
     last: tuple[str, ...] = field(default=())
-
-
-class Detecting(Protocol):
-    """Whatever detects, and says how it is to be asked: a `Detector`, or an exported file."""
-
-    @property
-    def names(self) -> list[str]:
-        """Category names, by index."""
-
-    @property
-    def image_size(self) -> int:
-        """Side in pixels that it is for."""
-
-    @property
-    def stride(self) -> int:
-        """Image sides are multiples of it."""
-
-    @property
-    def source(self) -> str:
-        """What the user named, for messages."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where it takes images."""
-
-    @property
-    def has_masks(self) -> bool:
-        """Whether it predicts instance masks."""
-
-    def check_size(self, size: int, key: str = "image size") -> None:
-        """Raise a `UserError` for a side in pixels that it cannot take."""
-
-    def detect(self, images: Tensor, *, masks: bool = False, **thresholds: Any) -> list[Detections]:
-        """Detections for images `(n, 3, h, w)` in [0, 1], RGB, one per image."""
-
-
-def check_side(size: int, stride: int, key: str) -> None:
-    """Refuse a side in pixels that is no positive multiple of a stride, or beyond all use.
-
-    Args:
-        size: the side.
-        stride: of the model.
-        key: what the user set the side by, for the message.
-
-    Raises:
-        UserError: names the nearest sides that are possible.
-    """
-    if size < stride or size % stride:
-        below = max(size, 0) // stride * stride
-        near = f"{below} or {below + stride}" if below else f"{stride}"
-        raise UserError(f"{key}: {size} is no multiple of the model's stride {stride}; try {near}")
-    if size > LARGEST_SIDE:
-        raise UserError(f"{key}: {size} is too large; up to {LARGEST_SIDE} is possible")
 
 
 class Detector(ABC):
@@ -316,6 +263,22 @@ class Detector(ABC):
         max_detections: int = 300,
     ) -> list[Detections]:
         """Raw predictions to detections, by the framework's own decoder and NMS."""
+
+    def exportable(self, images: Tensor) -> Any:
+        """What `raw` gives, but for what depends on the values of other predictions: that is left
+        to `from_outputs`, which takes what it needs from the `parts`. Traceable by `torch.export`.
+        """
+        return self.raw(images)
+
+    def parts(self, image_size: int) -> dict[str, Part]:
+        """What is exported besides, by name: modules that `from_outputs` runs, under these names of
+        `runners`. None where one file tells all."""
+        return {}
+
+    @property
+    def runners(self) -> dict[str, Callable[[Tensor], tuple[Tensor, ...]]]:
+        """What stands in for the detector's own `parts`, by name: exported files."""
+        return self.__dict__.setdefault("_runners", {})
 
     def outputs(self, raw: Any, image_shape: tuple[int, int]) -> dict[str, Tensor]:
         """What an exported file gives for `raw`, by name: boxes and scores where a family decodes

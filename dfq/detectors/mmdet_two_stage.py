@@ -49,17 +49,18 @@ class MMDetTwoStage(MMDetDetector, TwoStageDetector):
             cfg=self.module.rpn_head.test_cfg,
         )
 
-    def _classify(
-        self, features: list[Tensor], proposals: list[Tensor], shape: tuple[int, int]
-    ) -> tuple[Tensor, Tensor]:
-        found = self.module.roi_head._bbox_forward(tuple(features), bbox2roi(proposals))
-        return found["cls_score"], found["bbox_pred"]
-
-    def _segment(
-        self, features: list[Tensor], boxes: list[Tensor], shape: tuple[int, int]
+    def _pool(
+        self, part: str, features: list[Tensor], boxes: list[Tensor], shape: tuple[int, int]
     ) -> Tensor:
-        found = self.module.roi_head._mask_forward(tuple(features), rois=bbox2roi(boxes))
-        return found["mask_preds"]
+        head = self.module.roi_head
+        extract = head.mask_roi_extractor if part == "masks" else head.bbox_roi_extractor
+        return extract(tuple(features)[: extract.num_inputs], bbox2roi(boxes))
+
+    def _head(self, part: str, pooled: Tensor) -> tuple[Tensor, ...]:
+        head = self.module.roi_head
+        if head.with_shared_head:
+            pooled = head.shared_head(pooled)
+        return (head.mask_head(pooled),) if part == "masks" else head.bbox_head(pooled)
 
     def task_loss(
         self, raw: TwoStageRaw, targets: Targets, image_shape: tuple[int, int]

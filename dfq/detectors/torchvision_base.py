@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -83,6 +84,9 @@ class TorchvisionDetector(Detector):
 
     def named(self, features: list[Tensor]) -> dict[str, Tensor]:
         """What `pyramid` gave, under torchvision's names."""
+        if not self._keys:
+            with torch.no_grad():
+                self.pyramid(torch.zeros(1, 3, self.stride, self.stride, device=self.device))
         return dict(zip(self._keys, features, strict=True))
 
     @property

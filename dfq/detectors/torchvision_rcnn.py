@@ -56,19 +56,18 @@ class TorchvisionRCNN(TorchvisionDetector, TwoStageDetector):
         boxes = rpn.box_coder.decode(deltas, self._anchors(raw)).view(batch, -1, 4)
         return rpn.filter_proposals(boxes, objectness, [raw.shape] * batch, counts)[0]
 
-    def _classify(
-        self, features: list[Tensor], proposals: list[Tensor], shape: tuple[int, int]
-    ) -> tuple[Tensor, Tensor]:
-        heads = self.module.roi_heads
-        pooled = heads.box_roi_pool(self.named(features), proposals, [shape] * len(proposals))
-        return heads.box_predictor(heads.box_head(pooled))
-
-    def _segment(
-        self, features: list[Tensor], boxes: list[Tensor], shape: tuple[int, int]
+    def _pool(
+        self, part: str, features: list[Tensor], boxes: list[Tensor], shape: tuple[int, int]
     ) -> Tensor:
         heads = self.module.roi_heads
-        pooled = heads.mask_roi_pool(self.named(features), boxes, [shape] * len(boxes))
-        return heads.mask_predictor(heads.mask_head(pooled))
+        pool = heads.mask_roi_pool if part == "masks" else heads.box_roi_pool
+        return pool(self.named(features), boxes, [shape] * len(boxes))
+
+    def _head(self, part: str, pooled: Tensor) -> tuple[Tensor, ...]:
+        heads = self.module.roi_heads
+        if part == "masks":
+            return (heads.mask_predictor(heads.mask_head(pooled)),)
+        return heads.box_predictor(heads.box_head(pooled))
 
     def task_loss(
         self, raw: TwoStageRaw, targets: Targets, image_shape: tuple[int, int]

@@ -12,13 +12,14 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from .base import Detections, Detector, DistillationPair, Targets
+from .base import Detections, Detector, DistillationPair, Part, Targets
 
 DISTILLED_PROPOSALS = 256
 """Of an image, best first, that the second stages of student and teacher are compared on."""
@@ -89,16 +90,89 @@ class TwoStageDetector(Detector):
         """Proposals of each image `(k_i, 4)`, pixels, best first, without gradients."""
 
     @abstractmethod
+    def _pool(
+        self, part: str, features: list[Tensor], boxes: list[Tensor], shape: tuple[int, int]
+    ) -> Tensor:
+        """Features in given boxes `(sum k_i, c, s, s)`, for one of the heads "heads" (classes and
+        boxes) and "masks"."""
+
+    @abstractmethod
+    def _head(self, part: str, pooled: Tensor) -> tuple[Tensor, ...]:
+        """What that head makes of them: class logits and box offsets (see `SecondStage`), or mask
+        logits `(k, columns, m, m)`."""
+
+    def _run(
+        self, part: str, features: list[Tensor], boxes: list[Tensor], shape: tuple[int, int]
+    ) -> tuple[Tensor, ...]:
+        pooled = self._pool(part, features, boxes, shape)
+        runner = self.runners.get(part)
+        return runner(pooled) if runner else self._head(part, pooled)
+
     def _classify(
         self, features: list[Tensor], proposals: list[Tensor], shape: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
         """Class logits and box offsets (see `SecondStage`) on given proposals."""
+        classes, boxes = self._run("heads", features, proposals, shape)
+        return classes, boxes
 
-    @abstractmethod
     def _segment(
         self, features: list[Tensor], boxes: list[Tensor], shape: tuple[int, int]
     ) -> Tensor:
         """Mask logits `(sum k_i, columns, m, m)` in given boxes."""
+        return self._run("masks", features, boxes, shape)[0]
+
+    def exportable(self, images: Tensor) -> TwoStageRaw:
+        """The first stage: proposals, features within them and non-maximum suppression stay
+        outside of files."""
+        features, objectness, deltas = self._first_stage(self.normalize(images))
+        shape = (images.shape[2], images.shape[3])
+        return TwoStageRaw(features, objectness, deltas, shape, None, self)
+
+    @torch.no_grad()
+    def parts(self, image_size: int) -> dict[str, Part]:
+        """The heads of the second stage, on features that are cut out already."""
+        shape = (image_size, image_size)
+        images = torch.zeros(1, 3, *shape, device=self.device)
+        features = self.exportable(images).features
+        whole = [images.new_tensor([[0.0, 0.0, *shape]])]
+        names: dict[str, tuple[str, ...]] = {"heads": ("classes", "boxes")}
+        if self.has_masks:
+            names["masks"] = ("masks",)
+        return {
+            part: Part(
+                partial(self._head, part),
+                tuple(self._pool(part, features, whole, shape).shape[1:]),
+                outputs,
+            )
+            for part, outputs in names.items()
+        }
+
+    def outputs(self, raw: TwoStageRaw, image_shape: tuple[int, int]) -> dict[str, Tensor]:
+        """Feature maps, objectness and offsets of the first stage, level by level."""
+        kinds = {"features": raw.features, "objectness": raw.objectness, "deltas": raw.deltas}
+        return {
+            f"{kind}{index}": level
+            for kind, levels in kinds.items()
+            for index, level in enumerate(levels)
+        }
+
+    def raw_of(self, outputs: dict[str, Tensor], image_shape: tuple[int, int]) -> TwoStageRaw:
+        """What `outputs` was given, without a second stage."""
+        features, objectness, deltas = (
+            [level for name, level in outputs.items() if name.startswith(kind)]
+            for kind in ("features", "objectness", "deltas")
+        )
+        return TwoStageRaw(features, objectness, deltas, image_shape, None, self)
+
+    @torch.no_grad()
+    def from_outputs(
+        self, outputs: dict[str, Tensor], image_shape: tuple[int, int], **thresholds: Any
+    ) -> list[Detections]:
+        """Proposals, the second stage (by `runners`, or this network's own) and NMS."""
+        raw = self.raw_of(outputs, image_shape)
+        masks = thresholds.pop("masks", False)
+        found = self.decode(raw, image_shape, **thresholds)
+        return self.segment(raw, found) if masks else found
 
     def raw(self, images: Tensor) -> TwoStageRaw:
         """Predictions for images `(n, 3, h, w)`, RGB in [0, 1], h and w multiples of `stride`.

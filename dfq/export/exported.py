@@ -38,6 +38,8 @@ class ExportInfo(BaseModel):
         letterbox: how images get to the network's size.
         normalisation: what the graph does itself; images are RGB in [0, 1], float32.
         outputs: name of each output and what it holds.
+        parts: of a two-stage detector: what lies beside in files of its own, `FILE.heads.onnx`.
+        part: which of those the file is.
         spec: `Detector.spec()`, from which the family's decoding is rebuilt.
     """
 
@@ -63,6 +65,8 @@ class ExportInfo(BaseModel):
     letterbox: str
     normalisation: str
     outputs: dict[str, str]
+    parts: list[str] = []
+    part: str | None = None
     spec: dict[str, Any]
 
 

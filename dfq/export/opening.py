@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..files import user_path
 from ..plain import one_line
 from .dependencies import require
 from .exported import ExportedModel, ExportInfo
-from .writers import KEY
+from .writers import KEY, path_of_part
 
 SUFFIXES = (".onnx", ".xml", ".tflite", ".pt2")
 """Of exported files: ONNX, OpenVINO IR, LiteRT, and PyTorch's own exported program."""
@@ -30,28 +31,36 @@ def is_exported(path: str | Path) -> bool:
     return Path(path).suffix.lower() in SUFFIXES
 
 
-def open_exported(path: str | Path, *, threads: int | None = None) -> ExportedModel:
+def open_exported(
+    path: str | Path, *, threads: int | None = None, trust: bool = False
+) -> ExportedModel:
     """Open an exported file in the runtime of its format.
 
     Args:
         path: the file; `.onnx` opens in onnxruntime, `.xml` in OpenVINO, `.tflite` in LiteRT,
             `.pt2` in PyTorch.
         threads: that the runtime may use; None: its own choice.
+        trust: run what is in a `.pt2` file: PyTorch's own loader unpickles, and evaluates, what it
+            finds there.
 
     Raises:
         UserError: no such file, one that is broken, of no dfq export, or whose runtime is not
             installed.
     """
-    file = open_file(path, threads=threads)
+    file = open_file(path, threads=threads, trust=trust)
     if file.says is None:
         raise UserError(
             f"{shown(path)}: is no export of dfq (it says nothing of itself); `dfq verify` takes "
             "such files"
         )
-    return Opened(file, file.says)
+    if file.says.part is not None:
+        raise UserError(
+            f"{shown(path)}: is the part '{file.says.part}' of a detector; name the file without it"
+        )
+    return Opened(file, file.says, open_parts(file.path, file.says, threads, trust))
 
 
-def open_file(path: str | Path, *, threads: int | None = None) -> RuntimeFile:
+def open_file(path: str | Path, *, threads: int | None = None, trust: bool = False) -> RuntimeFile:
     """Anyone's file, opened in the runtime of its format; arguments and errors are those of
     `open_exported`, which wants a file of dfq's."""
     path = user_path(path)
@@ -62,6 +71,11 @@ def open_file(path: str | Path, *, threads: int | None = None) -> RuntimeFile:
         )
     if not path.is_file():
         raise UserError(f"{shown(path)}: no such file")
+    if kind is TorchFile and not trust:
+        raise UserError(
+            f"{shown(path)}: opening a .pt2 file runs what is in it; give --trust if you trust its "
+            "author, or export to .onnx"
+        )
     try:
         return kind(path, threads)
     except UserError:
@@ -289,22 +303,70 @@ _KINDS: dict[str, type[Any]] = {
 class Opened(ExportedModel):
     """An export of dfq's in its runtime."""
 
-    def __init__(self, file: RuntimeFile, info: ExportInfo) -> None:
+    def __init__(
+        self, file: RuntimeFile, info: ExportInfo, parts: Mapping[str, RuntimeFile]
+    ) -> None:
         self.file, self.info, self.path = file, info, file.path
+        self.parts = dict(parts)
+
+    @property
+    def has_masks(self) -> bool:
+        return "masks" in self.parts
 
     @functools.cached_property
     def _family(self) -> Detector:
         """For its decoding; its weights are random."""
-        return from_spec(self.info.spec)
+        family = from_spec(self.info.spec)
+        family.runners.update({name: _runner(part) for name, part in self.parts.items()})
+        return family
 
     def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        if self.info.batch is None or len(images) == self.info.batch:
+        batch, count = self.info.batch, len(images)
+        if batch is None or count == batch:
             return self.file.run(images)
-        rows = [self.file.run(images[i : i + 1]) for i in range(len(images))]
-        return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+        # Filled up with black images to as many as the file takes at once.
+        filled = np.zeros((-count % batch, *images.shape[1:]), images.dtype)
+        images = np.concatenate([images, filled])
+        rows = [self.file.run(images[i : i + batch]) for i in range(0, len(images), batch)]
+        return {name: np.concatenate([row[name] for row in rows])[:count] for name in rows[0]}
 
     def detect(self, images: Tensor, *, masks: bool = False, **thresholds: Any) -> list[Detections]:
         found = self.run(images.detach().cpu().numpy())
         outputs = {name: torch.from_numpy(value) for name, value in found.items()}
         shape = (images.shape[2], images.shape[3])
+        if masks and self.has_masks:
+            thresholds["masks"] = True
         return self._family.from_outputs(outputs, shape, **thresholds)
+
+
+def _runner(file: RuntimeFile) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """A part's file as a function of tensors `(k, ...)`."""
+
+    def run(pooled: Tensor) -> tuple[Tensor, ...]:
+        rows = pooled.detach().float().cpu().contiguous().numpy()
+        # Runtimes do not all take none.
+        found = file.run(rows if len(rows) else np.zeros((1, *rows.shape[1:]), rows.dtype))
+        return tuple(torch.from_numpy(value)[: len(rows)] for value in found.values())
+
+    return run
+
+
+def open_parts(
+    path: Path, info: ExportInfo, threads: int | None, trust: bool
+) -> dict[str, RuntimeFile]:
+    """The files that lie beside one of a two-stage detector."""
+    parts = {}
+    for name in info.parts:
+        beside = path_of_part(path, name)
+        if not beside.is_file():
+            raise UserError(f"{shown(path)}: belongs with {shown(beside)}, which is not there")
+        parts[name] = open_file(beside, threads=threads, trust=trust)
+        says = parts[name].says
+        same = ("checkpoint", "model_sha256", "runtime", "precision", "image_size")
+        if (
+            says is None
+            or says.part != name
+            or any(getattr(says, key) != getattr(info, key) for key in same)
+        ):
+            raise UserError(f"{shown(beside)}: is no part of {shown(path)}; export them again")
+    return parts

@@ -27,17 +27,36 @@ KEEPING = {
 }
 """Give values that they are given, or zero, and so stay on a grid."""
 
+_MONOTONE = {
+    *(_ATEN.max_pool2d.default, _ATEN.upsample_nearest2d.vec, _ATEN.upsample_nearest2d.default),
+}
+"""Of those, the ones that runtimes compute in integers: rounding before them is rounding after."""
+
+_WEIGHTED = {
+    *(_ATEN.conv2d.default, _ATEN.conv2d.padding, _ATEN.conv_transpose2d.input),
+    *(_ATEN.linear.default,),
+}
+
 SPLITTING = {
     *(_ATEN.split.Tensor, _ATEN.split_with_sizes.default, _ATEN.chunk.default),
     *(_ATEN.unbind.int,),
 }
 
 
-def tidy(graph: fx.Graph) -> None:
-    """Make one pair of operations of each grid on each tensor, and carry grids on."""
+def tidy(graph: fx.Graph, *, shield: bool = False) -> None:
+    """Make one pair of operations of each grid on each tensor, and carry grids on.
+
+    Args:
+        graph: changed in place.
+        shield: keep layers in float that are to be, between grids, from a runtime that would
+            quantize their weights by itself.
+    """
     _drop_idle_relus(graph)
+    _hoist(graph)
     _carry(graph)
     _merge(graph)
+    if shield:
+        _shield(graph)
     graph.eliminate_dead_code()
     graph.lint()
 
@@ -60,6 +79,32 @@ def _drop_idle_relus(graph: fx.Graph) -> None:
                 graph.erase_node(node)
 
 
+def keeps(node: fx.Node) -> bool:
+    """Whether a node gives values of its first argument, or zero, and nothing else."""
+    if node.target is _ATEN.pad.default:
+        given: list[Any] = [*node.args[2:], *("constant", None)[len(node.args) - 2 :]]
+        return given[0] != "constant" or not given[1]
+    return node.target in KEEPING
+
+
+def _hoist(graph: fx.Graph) -> None:
+    """Quantize in front of poolings and enlargements what is quantized behind them."""
+    for node in reversed(list(graph.nodes)):
+        source, users = node.args[0] if node.args else None, list(node.users)
+        if node.target not in _MONOTONE or not users or not isinstance(source, fx.Node):
+            continue
+        grid = tuple(users[0].args[1:6])
+        alike = all(u.target is QUANTIZE and tuple(u.args[1:6]) == grid for u in users)
+        if not alike or grid_at(source) is not None:
+            continue
+        with graph.inserting_before(node):
+            quantized = graph.call_function(QUANTIZE, (source, *grid))
+            back = graph.call_function(DEQUANTIZE, (quantized, *grid))
+        _describe(quantized, source, grid[4])
+        _describe(back, source, None)
+        node.update_arg(0, back)
+
+
 def _carry(graph: fx.Graph) -> None:
     """Quantize and dequantize again behind what keeps a tensor on its grid."""
     for node in list(graph.nodes):
@@ -67,7 +112,7 @@ def _carry(graph: fx.Graph) -> None:
             continue
         if node.target is operator.getitem and node.args[0].target in SPLITTING:
             grid = grid_at(node.args[0].args[0])
-        elif node.target in KEEPING:
+        elif keeps(node):
             grid = grid_at(node.args[0])
         else:
             continue
@@ -92,6 +137,21 @@ def _describe(new: fx.Node, source: fx.Node, dtype: torch.dtype | None) -> None:
         new.meta["val"] = value if dtype is None else value.to(dtype)
 
 
+def _shield(graph: fx.Graph) -> None:
+    """Between a grid and a layer whose weight is on none, cut off where the grid ends: this changes
+    no value, and takes the layer out of the pattern that runtimes look for."""
+    for node in list(graph.nodes):
+        grid = grid_at(node.args[0]) if node.target in _WEIGHTED else None
+        if grid is None or getattr(node.args[1], "op", "") == "call_function":
+            continue
+        scale, zero, low, high, _ = grid
+        ends = scale * (low - zero), scale * (high - zero)
+        with graph.inserting_before(node):
+            cut = graph.call_function(_ATEN.clamp.default, (node.args[0], *ends))
+        _describe(cut, node.args[0], None)
+        node.update_arg(0, cut)
+
+
 def _merge(graph: fx.Graph) -> None:
     """One operation where several do the same to one tensor, and none where a tensor is on that
     very grid already."""
@@ -109,3 +169,9 @@ def _merge(graph: fx.Graph) -> None:
             graph.erase_node(node)
         else:
             seen[key] = node
+
+
+def has_wide_grids(graph: fx.Graph) -> bool:
+    """Whether any tensor is on a grid of 16 bits."""
+    wide = (torch.int16, torch.uint16)
+    return any(node.target is QUANTIZE and node.args[5] in wide for node in graph.nodes)

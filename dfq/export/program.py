@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from ..detectors.base import Detector
+from ..detectors.base import Detector, Part
 from ..detectors.matmul import Matmul
 from ..quantization.layers import QuantConv2d, QuantLinear, QuantMatmul, QuantSiLU, gated_silu
 from ..quantization.placement import PLACEMENTS
@@ -26,6 +26,17 @@ from .grids import Grid, grid_of, integer_weight
 from .passes import tidy
 
 OPS = torch.ops.quantized_decomposed
+
+
+class Ends(nn.Module):
+    """Cuts a tensor off where a grid ends, without putting it there."""
+
+    def __init__(self, grid: Grid) -> None:
+        super().__init__()
+        self.grid = grid
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp(*self.grid.values)
 
 
 class QuantizeDequantize(nn.Module):
@@ -50,6 +61,7 @@ class Weight(nn.Module):
         layer: quantized.
         floating: keep the weight itself, quantized and dequantized in the program, as LiteRT's
             converter wants it.
+        plain: the values themselves, in float32.
         columns: transposed, with the outputs in the last axis.
     """
 
@@ -58,14 +70,19 @@ class Weight(nn.Module):
     zero_point: Tensor
 
     def __init__(
-        self, layer: QuantConv2d | QuantLinear, *, floating: bool, columns: bool = False
+        self,
+        layer: QuantConv2d | QuantLinear,
+        *,
+        floating: bool,
+        plain: bool = False,
+        columns: bool = False,
     ) -> None:
         super().__init__()
         integers, scale = integer_weight(layer)
-        self.floating, self.axis = floating, 1 if columns else 0
+        self.floating, self.plain, self.axis = floating, plain, 1 if columns else 0
         if columns:
             integers = integers.flatten(1).T.contiguous()
-        if floating:
+        if floating or plain:
             shape = [1] * integers.ndim
             shape[self.axis] = -1
             self.register_buffer("values", integers.float() * scale.view(shape))
@@ -75,6 +92,8 @@ class Weight(nn.Module):
         self.register_buffer("zero_point", torch.zeros(len(scale), dtype=torch.int64))
 
     def forward(self) -> Tensor:
+        if self.plain:
+            return self.values
         where = (self.scale, self.zero_point, self.axis, -127 if self.floating else -128, 127)
         integers = (
             OPS.quantize_per_channel(self.values, *where, torch.int8)
@@ -93,12 +112,16 @@ class _Layer(nn.Module):
         grid: Callable[[Quantizer | None], nn.Module],
         *,
         floating: bool,
+        plain: bool,
         as_product: bool,
     ) -> None:
         super().__init__()
         self.on_input = grid(layer.input_quantizer)
         self.on_output = grid(layer.output_quantizer)
         self.bias = layer.bias
+        if as_product and layer.bias is not None:
+            # To be subtracted.
+            self.bias = nn.Parameter(-layer.bias.detach(), requires_grad=False)
         self.convolution = layer if isinstance(layer, QuantConv2d) else None
         # Of a module that is a child, the parameters would be exported too.
         if self.convolution is not None:
@@ -108,7 +131,7 @@ class _Layer(nn.Module):
         del self.convolution
         self.is_convolution = isinstance(layer, QuantConv2d)
         self.as_product = as_product
-        self.weight = Weight(layer, floating=floating, columns=as_product)
+        self.weight = Weight(layer, floating=floating, plain=plain, columns=as_product)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.on_input(x)
@@ -117,8 +140,8 @@ class _Layer(nn.Module):
             rows = x.permute(0, 2, 3, 1) if self.is_convolution else x
             y = torch.matmul(rows, weight)
             if self.bias is not None:
-                # Of a vector, onnxruntime makes one float layer with the product.
-                y = y + self.bias.view(*[1] * (y.ndim - 1), -1)
+                # Of a sum, onnxruntime makes one float layer with the product.
+                y = y - self.bias
             y = y.permute(0, 3, 1, 2) if self.is_convolution else y
         elif not self.is_convolution:
             y = F.linear(x, weight, self.bias)
@@ -163,9 +186,20 @@ class _Graph(nn.Module):
         self.detector, self.module = detector, detector.module
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        raw = self.detector.raw(images)
+        raw = self.detector.exportable(images)
         shape = (images.shape[2], images.shape[3])
         return tuple(self.detector.outputs(raw, shape).values())
+
+
+class _PartGraph(nn.Module):
+    """What the file of a detector's part computes."""
+
+    def __init__(self, detector: Detector, part: Part) -> None:
+        super().__init__()
+        self.module, self.run = detector.module, part.run
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.run(images))
 
 
 @dataclass(frozen=True)
@@ -173,15 +207,15 @@ class Program:
     """A detector as a runtime is to execute it.
 
     Attributes:
-        exported: takes images `(n, 3, h, w)` in [0, 1].
+        exported: takes images `(n, 3, h, w)` in [0, 1], or what a part is given.
         outputs: names of what it returns, in order.
-        image_size: side in pixels.
+        shape: of one image.
         dynamic: whether the number of images in a batch is free.
     """
 
     exported: ExportedProgram
     outputs: tuple[str, ...]
-    image_size: int
+    shape: tuple[int, ...]
     dynamic: bool
 
     def module(self) -> nn.Module:
@@ -209,13 +243,22 @@ def as_program(detector: Detector, runtime: str, *, in_place: bool = False) -> D
         if quantizer is None:
             return nn.Identity()
         if quantizer not in grids:
-            grids[quantizer] = QuantizeDequantize(grid_of(quantizer, signed=signed))
+            made = grid_of(quantizer, signed=signed)
+            # OpenVINO 2026.4 computes wrong values of some grids of 16 bits, by up to half of the
+            # deviation of what comes out. It computes them in float anyway, where steps so small
+            # are next to nothing.
+            in_float = runtime == "openvino" and quantizer.bits > 8
+            grids[quantizer] = Ends(made) if in_float else QuantizeDequantize(made)
         return grids[quantizer]
 
     def write(child: nn.Module) -> nn.Module | None:
         if isinstance(child, (QuantConv2d, QuantLinear)):
             product = runtime == "onnxruntime" and _fits_product(child)
-            return _Layer(child, grid, floating=floating, as_product=product)
+            # With int8 constants, onnxruntime computes products, and OpenVINO anything, with
+            # activations of 8 bits, whatever those are said to have.
+            product_alone = runtime == "onnxruntime" and isinstance(child, QuantLinear)
+            plain = child.input_quantizer.bits > 8 and (product_alone or runtime == "openvino")
+            return _Layer(child, grid, floating=floating, plain=plain, as_product=product)
         if isinstance(child, QuantMatmul):
             return _Product(child, grid)
         if isinstance(child, QuantSiLU):
@@ -241,7 +284,7 @@ def as_program(detector: Detector, runtime: str, *, in_place: bool = False) -> D
 def _fits_product(layer: QuantConv2d | QuantLinear) -> bool:
     """Whether a layer whose output is on no grid is computed in integers as a matrix product alone:
     onnxruntime has none of a convolution, and of a linear layer with a transposed weight."""
-    if layer.output_quantizer is not None:
+    if layer.output_quantizer is not None or layer.input_quantizer.bits > 8:
         return False
     if isinstance(layer, QuantLinear):
         return True
@@ -254,7 +297,13 @@ def _fits_product(layer: QuantConv2d | QuantLinear) -> bool:
 
 
 def build(
-    detector: Detector, runtime: str, *, image_size: int, dynamic: bool = False, batch: int = 1
+    detector: Detector,
+    runtime: str,
+    *,
+    image_size: int,
+    dynamic: bool = False,
+    batch: int = 1,
+    part: str | None = None,
 ) -> Program:
     """Export a detector, float or quantized, as one program.
 
@@ -264,18 +313,29 @@ def build(
         image_size: side in pixels.
         dynamic: leave the number of images free.
         batch: images, where it is not.
+        part: one of the detector's `parts` instead of what is before them.
 
     Raises:
         UserError: where the family cannot be exported.
     """
-    graph = _Graph(as_program(detector, runtime)).eval()
-    example = torch.zeros(2 if dynamic else batch, 3, image_size, image_size)
-    with torch.no_grad():
-        shape = (image_size, image_size)
-        names = tuple(detector.outputs(detector.raw(example), shape))
+    made = as_program(detector, runtime)
+    shape: tuple[int, ...] = (3, image_size, image_size)
+    graph: nn.Module = _Graph(made)
+    if part is not None:
+        chosen = made.parts(image_size)[part]
+        graph, shape, names = _PartGraph(made, chosen), chosen.shape, chosen.outputs
+    else:
+        with torch.no_grad():
+            raw = detector.exportable(torch.zeros(1, *shape))
+            names = tuple(detector.outputs(raw, (image_size, image_size)))
+    graph.eval()
+    example = torch.zeros(2 if dynamic else batch, *shape)
     shapes: Any = ({0: Dim.DYNAMIC},) if dynamic else None
     with torch.no_grad():
         exported = torch.export.export(graph, (example,), dynamic_shapes=shapes)
-    tidy(exported.graph)
+    tidy(exported.graph, shield=runtime in ("onnxruntime", "litert"))
+    for node in exported.graph.nodes:
+        # Names folders of this machine.
+        node.meta.pop("stack_trace", None)
     exported.graph_module.recompile()
-    return Program(exported, names, image_size, dynamic)
+    return Program(exported, names, shape, dynamic)

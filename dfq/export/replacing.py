@@ -61,14 +61,13 @@ def place_for(
         if name in state and (".weight_quantizer." in name or "_quantizer" not in name):
             tensor.copy_(state[name])
     values = observe(made, batches)
-    same = wanted.asymmetric == policy.asymmetric
     for name, quantizer in activation_quantizers(made.module):
         before = kept[quantizer]
         alike = before and all(_agree(before[0], other) for other in before)
-        if alike and same and before[0].bits == quantizer.bits:
+        if alike and before[0].bounds == quantizer.bounds:
             quantizer.load_state_dict(before[0].state_dict())
         else:
-            set_range(quantizer, values[name], "mse" if quantizer.bits <= 8 else "minmax")
+            set_range(quantizer, values[name], "mse")
     return made, wanted
 
 

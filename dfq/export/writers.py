@@ -9,27 +9,40 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..errors import UserError, shown
 from ..plain import one_line
 from .dependencies import require
 from .exported import ExportInfo
+from .passes import has_wide_grids
 from .program import Program
 
 KEY = "dfq"
 """Under which a file holds what it says of itself."""
 
-OPSET = 20
-OPSET_INT4 = 21
-"""The first one that has 4-bit integers."""
+OPSET, OPSET_MORE = 20, 21
+"""The second is the first one that has integers of 4 bits, and of 16 in a quantize."""
 
 
-def write(program: Program, info: ExportInfo, path: Path, *, int4: bool = False) -> list[Path]:
+def path_of_part(path: Path, part: str) -> Path:
+    """Where a part of a file's detector is: `FILE.heads.onnx` of `FILE.onnx`."""
+    return path.with_name(f"{path.stem}.{part}{path.suffix}")
+
+
+def write(
+    program: Program,
+    info: ExportInfo,
+    path: Path,
+    *,
+    int4: bool = False,
+    parts: Mapping[str, Program] | None = None,
+) -> list[Path]:
     """Write a program in the format of `info`.
 
     Args:
@@ -37,17 +50,24 @@ def write(program: Program, info: ExportInfo, path: Path, *, int4: bool = False)
         info: what the file is to say of itself.
         path: of the file; replaced whole, or not at all.
         int4: ONNX alone: weights of 4 bits and fewer as true INT4.
+        parts: of the detector, by name; each becomes a file of its own beside it.
 
     Returns:
-        The files written: OpenVINO has two.
+        The files written, the one named first: OpenVINO has two each.
 
     Raises:
         UserError: the converter is not installed, or cannot convert the network.
     """
     writer = _WRITERS[info.format]
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        target = Path(folder) / path.name
+        info = info.model_copy(update={"parts": list(parts or ())})
         try:
-            made = writer(program, info, Path(folder) / path.name, int4)
+            made = writer(program, info, target, int4)
+            for name, part in (parts or {}).items():
+                said = {"part": name, "parts": [], "outputs": dict.fromkeys(part.outputs, name)}
+                of_part = info.model_copy(update=said)
+                made += writer(part, of_part, path_of_part(target, name), int4)
         except UserError:
             raise
         except Exception as error:
@@ -75,8 +95,9 @@ def _quietly() -> Iterator[None]:
         logging.disable(before)
 
 
-def _to_onnx(program: Program, *, opset: int) -> Any:
+def _to_onnx(program: Program, *, int4: bool = False) -> Any:
     """An `onnx.ModelProto`."""
+    opset = OPSET_MORE if int4 or has_wide_grids(program.exported.graph) else OPSET
     require("onnx", "ONNX")
     require("onnxscript", "ONNX")
     with _quietly():
@@ -94,9 +115,11 @@ def _to_onnx(program: Program, *, opset: int) -> Any:
 
 
 def _write_onnx(program: Program, info: ExportInfo, path: Path, int4: bool) -> list[Path]:
-    model = _to_onnx(program, opset=OPSET_INT4 if int4 else OPSET)
+    model = _to_onnx(program, int4=int4)
     if int4:
         _pack_int4(model)
+    elif info.runtime == "openvino":
+        _drop_zero_points(model)
     # Names of this machine's folders and of this package's functions are nobody's business.
     for node in model.graph.node:
         del node.metadata_props[:]
@@ -109,34 +132,62 @@ def _write_onnx(program: Program, info: ExportInfo, path: Path, int4: bool) -> l
     return [path]
 
 
+def _drop_zero_points(model: Any) -> None:
+    """Leave out zero points of weights, which are all zeros: with them, OpenVINO takes convolutions
+    in front of linear layers for float ones with compressed weights."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in constants:
+            del node.input[2:]
+
+
 def _pack_int4(model: Any) -> None:
-    """Store int8 weights that all fit into 4 bits as INT4."""
+    """Store int8 weights that all fit into 4 bits as INT4, or as UINT4 where each channel has its
+    own zero point."""
     onnx = require("onnx", "ONNX")
     numpy_helper, helper = require("onnx.numpy_helper", "ONNX"), require("onnx.helper", "ONNX")
     weights = {
         node.input[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"
     }
-    zeros = {node.input[2] for node in weights.values() if len(node.input) > 2}
-    for tensor in model.graph.initializer:
+    for tensor in list(model.graph.initializer):
         if tensor.name not in weights or tensor.data_type != onnx.TensorProto.INT8:
             continue
-        values = numpy_helper.to_array(tensor)
-        if values.min() < -8 or values.max() > 7:
+        node, values = weights[tensor.name], numpy_helper.to_array(tensor).astype(int)
+        if values.ndim < 2:
             continue
-        node = weights[tensor.name]
+        channel = next((one.i for one in node.attribute if one.name == "axis"), 1)
+        others = tuple(axis for axis in range(values.ndim) if axis != channel)
+        least = values.min(axis=others, keepdims=True).clip(max=0)
         # Its zero point, all zeros, would have to be of the same type.
-        if len(node.input) > 2:
-            assert node.input[2] in zeros
-            del node.input[2:]
-        packed = helper.make_tensor(
-            tensor.name, onnx.TensorProto.INT4, values.shape, values.flatten().tolist()
+        del node.input[2:]
+        if values.min() >= -8 and values.max() <= 7:
+            kind = onnx.TensorProto.INT4
+        elif (values - least).max() <= 15:
+            kind = onnx.TensorProto.UINT4
+            zero = helper.make_tensor(
+                f"{tensor.name}.zero", kind, [least.size], _in_pairs(-least), raw=True
+            )
+            model.graph.initializer.append(zero)
+            node.input.append(zero.name)
+            values = values - least
+        else:
+            continue
+        tensor.CopyFrom(
+            helper.make_tensor(tensor.name, kind, values.shape, _in_pairs(values), raw=True)
         )
-        tensor.CopyFrom(packed)
+
+
+def _in_pairs(values: Any) -> bytes:
+    """Integers of 4 bits, two a byte, the first one in the lower half."""
+    flat = values.flatten() & 15
+    flat = np.append(flat, np.zeros(flat.size % 2, flat.dtype)).reshape(-1, 2)
+    return bytes((flat[:, 0] | flat[:, 1] << 4).astype(np.uint8))
 
 
 def _write_openvino(program: Program, info: ExportInfo, path: Path, int4: bool) -> list[Path]:
     openvino = require("openvino", "OpenVINO")
-    onnx_model = _to_onnx(program, opset=OPSET)
+    onnx_model = _to_onnx(program)
+    _drop_zero_points(onnx_model)
     with tempfile.TemporaryDirectory() as folder, _quietly():
         source = Path(folder) / "model.onnx"
         source.write_bytes(onnx_model.SerializeToString())
@@ -154,7 +205,7 @@ def _write_litert(program: Program, info: ExportInfo, path: Path, int4: bool) ->
     quantizer = require("litert_torch.quantize.pt2e_quantizer", "LiteRT")
     # Any quantizer makes the converter read Q/DQ strictly; there is nothing left for it to do.
     strict = quantizer.PT2EQuantizer().set_global(quantizer.get_symmetric_quantization_config())
-    example = torch.zeros(1, 3, program.image_size, program.image_size)
+    example = torch.zeros(1, *program.shape)
     options = {"quant_config": config.QuantConfig(pt2e_quantizer=strict)}
     with _quietly(), _native_quietly():
         made = litert.convert(

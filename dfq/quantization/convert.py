@@ -30,7 +30,7 @@ class Policy:
     """Which layers get which bits.
 
     Attributes:
-        weight_bits, activation_bits: 2 to 8.
+        weight_bits, activation_bits: 2 to 8, of activations up to 16.
         first_last_bits: of the layers that see the image and those that give the predictions:
             8, "float", or "same" as the others.
         weights: "per_channel" or "per_tensor".
@@ -69,6 +69,10 @@ class Policy:
     def asymmetric(self) -> bool:
         """Whether grids of activations have zero points."""
         return self.activations == "asymmetric" and not self.where.symmetric
+
+    def quantizer(self, bits: int) -> Quantizer:
+        """One of activations."""
+        return Quantizer(bits, asymmetric=self.asymmetric)
 
     def bits_for(
         self, name: str, boundary: bool, backbone: str | None = None
@@ -149,7 +153,6 @@ def insert_quantizers(detector: Detector, policy: Policy) -> Detector:
                 f"quantization.overrides: no layer is called '{pattern}' "
                 f"(for example '{layers[0].name}'; dfq inspect lists them all)"
             )
-    asymmetric = policy.asymmetric
     chosen: dict[str, Widths] = {}
     for row in layers:
         bits = policy.bits_for(row.name, row.name in edge, detector.backbone)
@@ -162,15 +165,14 @@ def insert_quantizers(detector: Detector, policy: Policy) -> Detector:
         bits = chosen[row.name]
         layer = detector.module.get_submodule(row.name)
         if row.kind == "matmul":
-            product = QuantMatmul(
-                Quantizer(bits[1], asymmetric=asymmetric), Quantizer(bits[1], asymmetric=asymmetric)
-            )
+            product = QuantMatmul(policy.quantizer(bits[1]), policy.quantizer(bits[1]))
             _replace(detector.module, layer, product.train(layer.training).to(detector.device))
             continue
         channels = row.weight_shape[0] if policy.weights == "per_channel" else 1
         shifted = policy.shifts_weights(bits[0])
-        weights = Quantizer(bits[0], channels=channels, asymmetric=shifted)
-        inputs = Quantizer(bits[1], asymmetric=asymmetric)
+        narrow = policy.where.narrow_weights
+        weights = Quantizer(bits[0], channels=channels, asymmetric=shifted, narrow=narrow)
+        inputs = policy.quantizer(bits[1])
         wrapped: nn.Module
         if isinstance(layer, nn.Conv2d):
             wrapped = QuantConv2d.wrap(layer, inputs, weights)
@@ -180,7 +182,7 @@ def insert_quantizers(detector: Detector, policy: Policy) -> Detector:
         wrapped.train(layer.training).to(detector.device)
         _replace(detector.module, layer, wrapped)
     if found is not None:
-        quantize_results(detector, found, policy.where, asymmetric=asymmetric)
+        quantize_results(detector, found, policy.where, policy.quantizer)
     return detector
 
 
@@ -299,13 +301,17 @@ def set_weight_range(layer: QuantConv2d | QuantLinear, search: str) -> None:
         # Bounds that are searched apart from each other: coarsely, as there are six times as many.
         find = functools.partial(mse, steps=16)
     rows = layer.weight.detach().float().reshape(weights.channels, -1)
+    if weights.narrow and not weights.asymmetric:
+        # So that the least value is met by the integer that the greatest one is met by.
+        rows = rows.abs()
     weights.initialise(*find(rows, weights.bits, asymmetric=weights.asymmetric))
 
 
 def set_range(quantizer: Quantizer, values: Tensor, search: str) -> None:
     """Set the initial scale of a quantizer of activations from values `(n,)` that reach it."""
     column = values[None].to(quantizer.log_scale.device)
-    find, reader = SEARCHES[search], quantizer.reader
+    # With more than 8 bits there are levels for all values, and clipping any costs the most.
+    find, reader = SEARCHES[search if quantizer.bits <= 8 else "minmax"], quantizer.reader
     if reader == "relu":
         # Clipping below zero does what the ReLU does: no level is to be spent there.
         column = column.clamp_min(0)

@@ -61,6 +61,7 @@ class Value:
         predicted: whether it comes from the layers that give the predictions.
         operands: of a sum or a concatenation of activations; empty for all others.
         readers: names of the functions that read it.
+        sources: what a function was given of layers' or functions'; empty for layers.
     """
 
     layer: str | None
@@ -70,6 +71,7 @@ class Value:
     operands: tuple[Value, ...] = ()
     function: str = ""
     readers: set[str] = field(default_factory=set)
+    sources: tuple[Value, ...] = ()
 
     @property
     def reader(self) -> str | None:
@@ -102,12 +104,14 @@ class Trace(TorchFunctionMode):
     Attributes:
         values: in the order they were computed.
         inputs: by name of a layer, what each of its calls was given; None: nothing of a layer's.
+        silus: by a module and an `nn.SiLU` in it, what each of its calls there was given.
     """
 
     def __init__(self, module: nn.Module, quantized: Container[str], last: Container[str]) -> None:
         super().__init__()
         self.values: list[Value] = []
         self.inputs: dict[str, list[Value | None]] = {}
+        self.silus: dict[tuple[nn.Module, nn.Module], list[Value | None]] = {}
         self._quantized, self._last = quantized, last
         self._names = {id(child): name for name, child in module.named_modules()}
         self._calls: list[tuple[str, tuple[_Frame, ...]]] = []
@@ -129,6 +133,9 @@ class Trace(TorchFunctionMode):
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         # Before the call, which may write into what it is given.
         known = [self._seen[id(tensor)] for tensor in given if id(tensor) in self._seen]
+        if name == "silu" and len(self._stack) > 1 and type(self._stack[-1].module) is nn.SiLU:
+            pair = (self._stack[-2].module, self._stack[-1].module)
+            self.silus.setdefault(pair, []).append(known[0].value if known else None)
         result = func(*args, **kwargs)
         outputs = _floats(result)
         if not outputs or not known:
@@ -147,7 +154,8 @@ class Trace(TorchFunctionMode):
             predicted = any(value.predicted for value in values)
             joins = call is not None and len(known) == len(given) and _joins(name, given)
             operands = tuple(values) if joins and live and not predicted else ()
-            self._add(outputs, Value(None, call, live, predicted, operands, name))
+            value = Value(None, call, live, predicted, operands, name, sources=tuple(values))
+            self._add(outputs, value)
         return result
 
     def _add(self, tensors: Iterable[Tensor], value: Value) -> None:

@@ -46,6 +46,11 @@ class LayerInfo:
     def quantized(self) -> bool:
         return self.weight_bits < FLOAT_BITS and self.activation_bits < FLOAT_BITS
 
+    @property
+    def wide(self) -> bool:
+        """Whether its activations have more than the 8 bits that runtimes have kernels for."""
+        return self.quantized and self.activation_bits > 8
+
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "quantized": self.quantized}
 

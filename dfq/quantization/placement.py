@@ -31,6 +31,7 @@ class Placement:
             function, in float.
         symmetric: activations have grids without a zero point.
         signed: integers of activations are int8, else uint8 (the same values, 128 apart).
+        narrow_weights: integers of weights end at -127.
     """
 
     outputs: bool = False
@@ -41,6 +42,7 @@ class Placement:
     sigmoid_step: float | None = None
     symmetric: bool = False
     signed: bool = False
+    narrow_weights: bool = False
 
 
 INPUTS = Placement(joins=False)
@@ -57,9 +59,14 @@ PLACEMENTS: dict[str, Placement] = {
     "openvino": Placement(fused_sums=True, one_grid=True),
     # Explicit quantization takes symmetric int8 only, and one scale across a concatenation.
     "tensorrt": Placement(fused_sums=True, one_grid=True, symmetric=True, signed=True),
-    # LOGISTIC has 1/256 for its output, CONCATENATION one scale throughout, and no convolution
-    # takes integers and gives floats.
+    # LOGISTIC has 1/256 for its output, CONCATENATION one scale throughout, no convolution takes
+    # integers and gives floats, and weights have no -128.
     "litert": Placement(
-        outputs=True, one_grid=True, predictions=True, sigmoid_step=1 / 256, signed=True
+        outputs=True,
+        one_grid=True,
+        predictions=True,
+        sigmoid_step=1 / 256,
+        signed=True,
+        narrow_weights=True,
     ),
 }

@@ -131,10 +131,12 @@ class Quantizer(nn.Module):
     learning rate means a relative step for every layer alike.
 
     Args:
-        bits: bit width, 2 to 8.
+        bits: bit width, 2 to 16.
         channels: number of scales; 1 is per tensor, more is per channel of axis 0.
         asymmetric: a zero point on an unsigned grid (LSQ+), which training may move; else a signed
             grid (LSQ).
+        narrow: at 8 bits a signed grid does without its least integer, -128, which not every
+            runtime has for weights.
 
     Attributes:
         enabled: otherwise everything is let through.
@@ -146,13 +148,16 @@ class Quantizer(nn.Module):
     `initialised` (bool scalar).
     """
 
-    def __init__(self, bits: int, *, channels: int = 1, asymmetric: bool = False) -> None:
+    def __init__(
+        self, bits: int, *, channels: int = 1, asymmetric: bool = False, narrow: bool = False
+    ) -> None:
         super().__init__()
-        if not 2 <= bits <= 8:
-            raise ValueError(f"bits must be 2 to 8, got {bits}")
+        if not 2 <= bits <= 16:
+            raise ValueError(f"bits must be 2 to 16, got {bits}")
         self.bits = bits
         self.channels = channels
         self.asymmetric = asymmetric
+        self.narrow = narrow
         self.enabled = True
         self.reader: str | None = None
         self.log_scale = nn.Parameter(torch.zeros(channels))
@@ -166,7 +171,8 @@ class Quantizer(nn.Module):
     @property
     def bounds(self) -> tuple[int, int]:
         """(qmin, qmax) of the integer grid."""
-        return grid(self.bits, signed=not self.asymmetric)
+        low, high = grid(self.bits, signed=not self.asymmetric)
+        return (-high, high) if self.narrow and low == -128 else (low, high)
 
     @torch.no_grad()
     def limits_of(self, x: Tensor) -> tuple[Tensor, Tensor]:

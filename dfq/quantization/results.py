@@ -30,8 +30,9 @@ from .placement import Placement
 from .quantizers import Quantizer
 from .ranges import PREDICTION
 
-RESULT_BITS = 8
-"""Narrower results gain nothing: runtimes add and concatenate in 8 bits, and a convolution's output
+RESULT_BITS, WIDE_BITS = 8, 16
+"""Of results, and of those that a layer gives or is given that computes with more than 8 bits.
+Narrower results gain nothing: runtimes add and concatenate in 8 bits, and a convolution's output
 takes no room, being consumed as it is written."""
 
 RESULTS = "result_quantizers"
@@ -84,6 +85,14 @@ class _Watching(TorchFunctionMode):
         return quantizer(func(*args, **(kwargs or {})))
 
 
+class _Holder(nn.ModuleDict):
+    """Holds the quantizers of functions' results; does nothing in a network that runs whatever
+    modules it has, as nn.Sequential does."""
+
+    def forward(self, x: Any) -> Any:
+        return x
+
+
 class _Watched:
     """Mixed into the class of a module whose results are quantized: so that its own forward pass
     may still be replaced on the module, as `FinishedBlocks` does."""
@@ -109,7 +118,7 @@ def _watch(owner: nn.Module) -> dict[tuple[str, int], Quantizer]:
 
 
 def quantize_results(
-    detector: Detector, found: Trace, where: Placement, *, asymmetric: bool
+    detector: Detector, found: Trace, where: Placement, make: Callable[[int], Quantizer]
 ) -> None:
     """Put quantizers on the outputs of layers and on the operands and results of sums and
     concatenations, in place; scales are not set yet.
@@ -118,8 +127,15 @@ def quantize_results(
         detector: its layers quantized.
         found: what `trace` saw before they were.
         where: which of these.
-        asymmetric: whether the grids have zero points.
+        make: a quantizer of so many bits.
     """
+    wide = _wide_values(detector.module, found)
+
+    def quantizer_of(value: Value) -> Quantizer:
+        made = make(WIDE_BITS if value in wide else RESULT_BITS)
+        made.reader = value.reader
+        return made.train(detector.module.training).to(detector.device)
+
     last = detector.boundary_layers().last
     chosen = _joined(found, where)
     joined = {value for join in chosen for value in (*chosen[join], join)}
@@ -133,22 +149,41 @@ def quantize_results(
         layer = detector.module.get_submodule(value.layer)
         if isinstance(layer, QUANTIZED_LAYERS):
             if layer.output_quantizer is None:
-                layer.output_quantizer = _quantizer(detector, asymmetric)
+                layer.output_quantizer = quantizer_of(value)
                 layer.output_quantizer.reader = reader
             # All calls of a layer that is shared have to agree.
             if layer.output_quantizer.reader != reader:
                 layer.output_quantizer.reader = None
             grids[value] = layer.output_quantizer
-    _quantize_functions(detector, found, grids, chosen, asymmetric)
+    _quantize_functions(detector, found, grids, chosen, quantizer_of)
     if where.one_grid:
         _unite(detector.module, chosen, grids)
     if where.sigmoid_step is not None:
-        _quantize_sigmoids(detector.module, where.sigmoid_step)
+        _quantize_sigmoids(found, grids, where.sigmoid_step)
     _share_inputs(detector.module, found, grids)
     # An activation function that writes into a quantizer's output destroys what its gradient needs.
     for module in detector.module.modules():
         if getattr(module, "inplace", False) is True:
             module.inplace = False
+
+
+def _wide_values(module: nn.Module, found: Trace) -> set[Value]:
+    """Values that layers of more than 8 bits give or are given, and what functions make of them."""
+
+    def is_wide(name: str) -> bool:
+        layer = module.get_submodule(name)
+        return isinstance(layer, QUANTIZED_LAYERS) and layer.input_quantizer.bits > RESULT_BITS
+
+    read = {value for name, values in found.inputs.items() if is_wide(name) for value in values}
+    wide: set[Value] = set()
+    for value in found.values:
+        if value.layer is not None:
+            given = is_wide(value.layer)
+        else:
+            given = any(source in wide for source in value.sources)
+        if given or value in read:
+            wide.add(value)
+    return wide
 
 
 def _joined(found: Trace, where: Placement) -> dict[Value, list[Value]]:
@@ -183,6 +218,8 @@ def _unite(
             for operand in operands:
                 other = root(grids[operand])
                 if other is not kept:
+                    if other.bits > kept.bits:
+                        kept, other = other, kept
                     one[other] = kept
                     # Its errors matter to several readers.
                     kept.reader = None
@@ -199,25 +236,16 @@ def _unite(
         holder[name] = root(quantizer)
 
 
-def _quantize_sigmoids(module: nn.Module, step: float) -> None:
-    """Put the sigmoid within SiLU on a grid where what it is computed of is on one."""
+def _quantize_sigmoids(found: Trace, grids: dict[Value, Quantizer], step: float) -> None:
+    """Put the sigmoid within SiLU on a grid of 8 bits where what it is computed of is on one."""
     quantized: dict[nn.Module, QuantSiLU] = {}
-    for parent in list(module.modules()):
-        children = parent._modules
-        if any(_has_output(child) for child in children.values()):
-            for name, child in children.items():
-                if type(child) is nn.SiLU:
-                    silu = quantized.setdefault(child, QuantSiLU(step).train(child.training))
-                    children[name] = silu
-
-
-def _has_output(layer: nn.Module | None) -> bool:
-    return isinstance(layer, QUANTIZED_LAYERS) and layer.output_quantizer is not None
-
-
-def _quantizer(detector: Detector, asymmetric: bool) -> Quantizer:
-    quantizer = Quantizer(RESULT_BITS, asymmetric=asymmetric)
-    return quantizer.train(detector.module.training).to(detector.device)
+    for (parent, silu), values in found.silus.items():
+        grid_of = [grids.get(value) if value is not None else None for value in values]
+        if all(grid is not None and grid.bits <= RESULT_BITS for grid in grid_of):
+            made = quantized.setdefault(silu, QuantSiLU(step).train(silu.training))
+            for name, child in parent._modules.items():
+                if child is silu:
+                    parent._modules[name] = made
 
 
 def _quantize_functions(
@@ -225,13 +253,13 @@ def _quantize_functions(
     found: Trace,
     grids: dict[Value, Quantizer],
     joined: dict[Value, list[Value]],
-    asymmetric: bool,
+    quantizer_of: Callable[[Value], Quantizer],
 ) -> None:
     """Quantize sums, concatenations, and what goes into them; `grids` is added to."""
     chosen: dict[Value, None] = {}
     for join, operands in joined.items():
         chosen |= dict.fromkeys([*(one for one in operands if one not in grids), join])
-    holder = nn.ModuleDict()
+    holder = _Holder()
     quantizers: dict[Key, Quantizer] = {}
     for value, key in zip(chosen, found.keys(list(chosen)), strict=True):
         grid_of = {grids.get(operand) for operand in value.operands}
@@ -241,8 +269,7 @@ def _quantize_functions(
                 # Of tensors on one grid, as are the poolings of one: it is on it too.
                 quantizers[key] = only
             else:
-                quantizers[key] = _quantizer(detector, asymmetric)
-                quantizers[key].reader = value.reader
+                quantizers[key] = quantizer_of(value)
             owner = found.owner_of(value)
             assert owner is not None
             _watch(owner)[key.function, key.number] = quantizers[key]

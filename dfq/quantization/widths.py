@@ -1,4 +1,5 @@
-"""How bit widths are written: `4` for weights and inputs alike, `w4a8` for each, `float`."""
+"""How bit widths are written: `4` for weights and inputs alike, `w4a8` for each, `float`. Weights
+have up to 8 bits, activations that 8 bits spoil up to 16."""
 
 from __future__ import annotations
 
@@ -8,9 +9,12 @@ import re
 from ..plain import brief
 
 Widths = tuple[int, int]
-"""(weight bits, activation bits), each 2 to 8."""
+"""(weight bits, 2 to 8; activation bits, 2 to 16)."""
 
-_PAIR = re.compile(r"w([2-8])a([2-8])")
+ALLOWED = "2 to 8, or both as w4a8, of activations up to 16 as w8a16"
+"""For messages."""
+
+_PAIR = re.compile(r"w([2-8])a([2-9]|1[0-6])")
 _NUMBER = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?)")
 _FACTORS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
@@ -27,7 +31,7 @@ def parse_widths(text: int | str) -> Widths | None:
         return text, text
     pair = _PAIR.fullmatch(text) if isinstance(text, str) else None
     if pair is None:
-        raise ValueError(f"{text!r} is no bit width: 2 to 8, two of them as w4a8, or float")
+        raise ValueError(f"{text!r} is no bit width: {ALLOWED}, or float")
     return int(pair[1]), int(pair[2])
 
 

@@ -219,6 +219,8 @@ def _candidates(quantizer: Quantizer, target: Tensor) -> tuple[Tensor, Tensor]:
     `(grids, g, o)`."""
     groups, outputs, _ = target.shape
     low, high = target.amin(2), target.amax(2)
+    if quantizer.narrow and not quantizer.asymmetric:
+        high = torch.maximum(high, -low)
     present = quantizer.scale.detach(), quantizer.zero_point.detach()
     if quantizer.channels == 1:
         low, high = low.amin().expand_as(low), high.amax().expand_as(high)

@@ -269,9 +269,9 @@ def test_held_levels_are_those_it_would_round_to(asymmetric: bool) -> None:
     assert quantizer.zero_point.grad is None
 
 
-@pytest.mark.parametrize("bits", [-1, 0, 1, 9, 16])
+@pytest.mark.parametrize("bits", [-1, 0, 1, 17, 32])
 def test_impossible_bit_widths_are_rejected(bits: int) -> None:
-    with pytest.raises(ValueError, match="2 to 8"):
+    with pytest.raises(ValueError, match="2 to 16"):
         Quantizer(bits)
 
 

@@ -1,0 +1,206 @@
+"""Files against the reference program, over layers, bit widths and runtimes: what they compute, and
+that they compute it in integers."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from counting import layers, operations
+from torch import Tensor
+from toys import NETWORKS, exported, images, quantized, several, toy
+
+from dfq.detectors.base import Detector
+from dfq.export.opening import open_file
+
+LAYERS = {
+    **dict.fromkeys(("silu", "relu", "no bias", "depthwise", "grouped", "strided"), (3, 0)),
+    **dict.fromkeys(("dilated", "reflecting", "deconv", "residual", "residual relu"), (3, 0)),
+    **dict.fromkeys(("upsample", "max-pool", "pooled", "linear"), (2, 0)),
+    "overlapping deconv": (2, 1),
+    "concat": (4, 0),
+    "mixed": (5, 0),
+    "attention": (4, 0),
+    "c2psa": (9, 0),
+}
+"""By network, how many layers of weights are to be computed in integers, and how many in float: of
+transposed convolutions, those alone whose patches do not overlap are quantized."""
+
+CASES = [
+    *((runtime, (8, 8), False) for runtime in ("onnxruntime", "openvino", "litert")),
+    *((runtime, (4, 8), False) for runtime in ("onnxruntime", "openvino", "litert")),
+    *((runtime, (8, 16), False) for runtime in ("onnxruntime", "openvino")),
+    ("onnxruntime", (4, 8), True),
+]
+
+
+class Made(NamedTuple):
+    """What one file gives, and what it is to give, by network.
+
+    Attributes:
+        student: of which it was made.
+        trained, program, file: outputs of the network that is trained, of the reference program,
+            and of the file.
+        path: of the file.
+    """
+
+    student: Detector
+    trained: dict[str, list[Tensor]]
+    program: dict[str, list[Tensor]]
+    file: dict[str, list[Tensor]]
+    path: Path
+
+
+def by_network(outputs: Any) -> dict[str, list[Tensor]]:
+    """Outputs one after another, of which "concat" has two."""
+    rest = iter(outputs)
+    return {name: [next(rest) for _ in range(1 + (name == "concat"))] for name in NETWORKS}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    @functools.cache
+    def make(runtime: str, widths: tuple[int, int], int4: bool) -> Made:
+        student = quantized(several(list(NETWORKS)), runtime, widths)
+        folder = tmp_path_factory.mktemp("made")
+        program, path = exported(student, runtime, folder, widths, int4=int4)
+        image = images(1, seed=3)
+        with torch.no_grad():
+            trained = student.outputs(student.raw(image), (16, 16)).values()
+            wanted = program.module()(image)
+        file = open_file(path, threads=1).run(image.numpy())
+        found = [torch.from_numpy(value) for value in file.values()]
+        return Made(student, *map(by_network, (trained, wanted, found)), path)
+
+    return make
+
+
+def step_of(wanted: Tensor) -> float:
+    """Of a grid of 8 bits, or of as many levels as there are, that holds what came out."""
+    levels = wanted.unique()
+    between = float((levels[-1] - levels[0]) / 255)
+    return max(between, float(levels.diff().min())) if len(levels) <= 256 else between
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize(("runtime", "widths", "int4"), CASES)
+def test_a_file_gives_what_the_reference_program_gives(
+    made: Any, runtime: str, widths: tuple[int, int], int4: bool, network: str
+) -> None:
+    """Within a step, and that in few places: where a sum lies half-way between two integers."""
+    found = made(runtime, widths, int4)
+    for wanted, given in zip(found.program[network], found.file[network], strict=True):
+        assert given.shape == wanted.shape
+        off, step = (given - wanted).abs(), step_of(wanted)
+        # Of what 16 bits resolve, hardly anything is left.
+        step *= 0.05 if widths[1] == 16 else 1.05
+        if network in ("c2psa", "mixed"):
+            # Five layers and more, in which such differences meet.
+            assert off.max() <= 4 * step
+            assert off.mean() <= 0.5 * step
+        else:
+            assert off.max() <= step
+            assert (off > 0.05 * step).float().mean() < 0.03
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize(("runtime", "widths", "int4"), CASES)
+def test_what_is_trained_is_what_is_shipped(
+    made: Any, runtime: str, widths: tuple[int, int], int4: bool, network: str
+) -> None:
+    found = made(runtime, widths, int4)
+    for wanted, given in zip(found.trained[network], found.program[network], strict=True):
+        off, step = (given - wanted).abs(), step_of(wanted)
+        assert off.max() <= 1.05 * step
+        assert (off > 0.05 * step).float().mean() < 0.01
+
+
+@pytest.mark.parametrize(
+    ("runtime", "widths", "int4"), [case for case in CASES if case[1][1] == 8 and not case[2]]
+)
+def test_layers_are_computed_in_integers(
+    made: Any, runtime: str, widths: tuple[int, int], int4: bool
+) -> None:
+    wanted = tuple(sum(counts) for counts in zip(*LAYERS.values(), strict=True))
+    assert layers(made(runtime, widths, int4).path) == wanted
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", "litert"])
+def test_sums_poolings_and_concatenations_are_too(made: Any, runtime: str) -> None:
+    """Of 5 sums (2 residual networks, 3 in C2PSA), 3 concatenations, 2 poolings, 1 enlargement."""
+    found = operations(made(runtime, (8, 8), False).path)
+    if runtime == "onnxruntime":
+        counts = [found[name, "int8"] for name in ("QLinearAdd", "QLinearConcat")]
+        assert counts == [5, 3]
+        # 8 within blocks, one alone and one depthwise ... all that follow layers.
+        assert found["QLinearSigmoid", "int8"] == found["QLinearMul", "int8"]
+        assert found["Sigmoid", "float"] == found["Add", "float"] == found["Concat", "float"] == 0
+    elif runtime == "openvino":
+        assert found["Concatenation", "int8"] == 3
+        assert found["Pooling", "int8"] == 2
+        assert found["Interpolate", "int8"] == 1
+    else:
+        names = ("ADD", "CONCATENATION", "MAX_POOL_2D", "RESIZE_NEAREST_NEIGHBOR")
+        assert [found[name, "int8"] for name in names] == [5, 3, 2, 1]
+        assert not any(found[name, "float"] for name in (*names, "LOGISTIC"))
+
+
+def test_sixteen_bits_are_computed_in_float(made: Any) -> None:
+    for runtime in ("onnxruntime", "openvino"):
+        found = made(runtime, (8, 16), False)
+        assert sum(len(values[0].unique()) > 400 for values in found.file.values()) >= 17
+    whole, floating = layers(made("onnxruntime", (8, 16), False).path)
+    assert whole == 0
+    assert floating == sum(sum(counts) for counts in LAYERS.values())
+
+
+def test_four_bits_are_stored_as_such(made: Any) -> None:
+    import onnx
+
+    tensors = onnx.load(made("onnxruntime", (4, 8), True).path).graph.initializer
+    kinds = Counter(tensor.data_type for tensor in tensors if len(tensor.dims) in (2, 4))
+    # All weights but that of the layer that stays in float.
+    # As UINT4 where a channel reaches further to one side of zero than to the other.
+    assert kinds.pop(onnx.TensorProto.FLOAT) == 1
+    assert set(kinds) <= {onnx.TensorProto.INT4, onnx.TensorProto.UINT4}
+    assert kinds.total() == sum(counts[0] for counts in LAYERS.values())
+    for tensor in tensors:
+        if len(tensor.dims) in (2, 4) and tensor.data_type != onnx.TensorProto.FLOAT:
+            assert len(tensor.raw_data) == -(-np.prod(tensor.dims) // 2)
+
+
+@pytest.mark.parametrize("network", ["silu", "residual", "concat", "linear"])
+def test_predictions_are_computed_in_integers_and_stay_off_every_grid(
+    network: str, tmp_path: Path
+) -> None:
+    """The last layers' outputs are on no grid, and are still those of integer products: for
+    onnxruntime, which has no convolution that gives floats."""
+    last = {"silu": ("4",), "concat": ("out", "other")}.get(network, ("out",))
+    student = quantized(toy(network, last), "onnxruntime", (8, 8))
+    program, path = exported(student, "onnxruntime", tmp_path, (8, 8))
+    found = operations(path)
+    assert found["MatMulIntegerToFloat", "int8"] == len(last)
+    assert not any(found[name, "float"] for name in ("Conv", "Gemm", "MatMul", "FusedConv"))
+    image = images(1, seed=3)
+    for given, wanted in zip(
+        open_file(path).run(image.numpy()).values(), program.module()(image), strict=True
+    ):
+        assert len(np.unique(given)) > 1000
+        assert np.abs(given - wanted.detach().numpy()).max() <= step_of(wanted)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "litert"])
+def test_a_layer_in_float_between_grids_keeps_its_weights(runtime: str, tmp_path: Path) -> None:
+    """Runtimes quantize by themselves what stands between two grids."""
+    student = quantized(toy("relu"), runtime, (8, 8), overrides=(("2", "float"),))
+    program, path = exported(student, runtime, tmp_path, (8, 8))
+    assert layers(path) == (2, 1)
+    image = images(1, seed=3)
+    (given,) = open_file(path).run(image.numpy()).values()
+    wanted = program.module()(image)[0].detach().numpy()
+    assert (np.abs(given - wanted) > 1e-5).mean() < 0.002
