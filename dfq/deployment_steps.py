@@ -20,7 +20,8 @@ from .inputs import MOST_JOINING
 from .lock import locked
 from .progress import Progress
 from .recipe import Recipe, changed_recipe
-from .run import load_run, read_metrics, versions
+from .run import load_run, read_metrics
+from .surroundings import versions
 from .verbs import quantize, sensitivity, synthesize
 
 NOTED_IMAGES = 8

@@ -16,7 +16,8 @@ from .progress import Progress
 from .quantization.convert import Policy
 from .quantization.listing import bit_operations, describe, quantized_share
 from .recipe import Recipe
-from .run import Run, versions
+from .run import Run
+from .surroundings import versions
 from .synthesis.quality import quality_of
 from .training import FAR, measure, read_bits
 

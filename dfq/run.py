@@ -23,7 +23,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 from safetensors.torch import save
 
@@ -398,10 +397,3 @@ def _rebuilt(path: Path, described: dict[str, Any]) -> Detector:
             f"{path}: damaged or does not fit its manifest ({one_line(error)})"
         ) from None
     return detector
-
-
-def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
-    from . import __version__
-
-    return {"dfq": __version__, "torch": torch.__version__}

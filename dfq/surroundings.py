@@ -66,3 +66,10 @@ def own_device(world: World, device: str) -> str:
         # Otherwise all processes take memory on the first one as well.
         torch.cuda.set_device(target)
     return target
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    from . import __version__
+
+    return {"dfq": __version__, "torch": torch.__version__}
