@@ -40,6 +40,7 @@ FINE_TUNED += yolov5n-dark yolov5n-grey yolov5n-pale yolov5n-bluish
 .PHONY: bench-zero-shot bench-demo bench-synthesis bench-synthesis-ablation bench-synthesis-curve
 .PHONY: bench-qat bench-qat-step bench-rounding bench-networks
 .PHONY: bench-mmdet bench-mmdet-full bench-mmdet-runner bench-calibration-sets
+.PHONY: bench-runtimes
 
 bench-zero-shot: env
 	$(BIN)/python tools/bench_zero_shot.py --model $(KIT)/weights/yolov5n-coco/yolov5n.pt \
@@ -111,3 +112,12 @@ bench-calibration-sets: env
 	  --set noise=$(CALIBRATION)/noise --set synthetic-0=$(CALIBRATION)/synthetic-0 \
 	  --set synthetic-1=$(CALIBRATION)/synthetic-1 --set photos-64=$(KIT)/coco-train \
 	  --first photos-64=64 --set photos-178=$(KIT)/coco-train --out $(CALIBRATION)/files
+
+# After bench-calibration-sets, whose sets it takes: runtimes' own quantizers and ours, their AP and
+# time. RUNTIMES="--mixed RUN" for one with mixed bits. Goes on where it stopped.
+bench-runtimes: env
+	$(BIN)/python benchmarks/runtimes/baselines.py --model $(KIT)/weights/yolov5n-coco/yolov5n.pt \
+	  --data $(KIT)/coco-val --size 320 --ours synthetic-0 \
+	  --set synthetic-0=$(CALIBRATION)/synthetic-0 --set photos-64=$(KIT)/coco-train \
+	  --first photos-64=64 --set noise=$(CALIBRATION)/noise --set photos-178=$(KIT)/coco-train \
+	  --out $(BENCH)/runtimes $(RUNTIMES)

@@ -51,18 +51,19 @@ def cost(
     if runtime is not None and not measure:
         raise UserError("--runtime: is for --measure; give both, or leave it out")
     found = verb(model, image_size=image_size, trust=trust)
+    figures, speed = found.to_dict(), None
+    if measure:
+        from .export.speed import measure as time_it
+        from .progress import Live
+
+        # Before anything is shown: what cannot be timed is one line.
+        speed = time_it(model, runtime=runtime, image_size=image_size, progress=Live())
+        figures["speed"] = speed.to_dict()
     if isinstance(found, FileCost):
         click.echo(f"{shown(found.source)}: {found.disk_bytes / 1e6:.2f} MB on disk")
         click.echo("layers are listed for models and runs: give the one it was exported from")
     else:
         print_cost(found)
-    figures = found.to_dict()
-    if measure:
-        from .export.speed import measure as time_it
-        from .progress import Live
-
-        speed = time_it(model, runtime=runtime, image_size=image_size, progress=Live())
-        for line in (*speed.table(), *speed.said()):
-            click.echo(line)
-        figures["speed"] = speed.to_dict()
+    for line in (*speed.table(), *speed.said()) if speed is not None else ():
+        click.echo(line)
     write_json_output(json_file, figures)

@@ -17,25 +17,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
-import nncf
 import numpy as np
 import onnxruntime
 import openvino
 import torch
-from onnxruntime.quantization import QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
+from runtime_tools import INPUT, by_nncf, by_onnxruntime, bytes_of, images_of, pairs
 from torch import Tensor, nn
 
-from dfq.dataset.calibration import CalibrationSet
-from dfq.dataset.image_set import ImageSet
 from dfq.dataset.readers import open_set
 from dfq.detectors import load_detector
 from dfq.detectors.base import Detections, Detector
 from dfq.evaluation.bootstrap import bootstrap_difference
 from dfq.evaluation.coco import predict, score
-from dfq.export.calibration_plugins import nncf_dataset, onnxruntime_reader
-
-INPUT = "images"
 
 Run = Callable[[np.ndarray], Sequence[np.ndarray]]
 
@@ -68,23 +62,6 @@ def exported(detector: Detector, size: int, path: Path) -> Path:
     return path
 
 
-def by_onnxruntime(model: Path, data: CalibrationSet | ImageSet, size: int, out: Path) -> Path:
-    """`quantize_static` with a scale a channel and the unsigned activations that CPUs want."""
-    path, reader = out.with_suffix(".onnx"), onnxruntime_reader(data, INPUT, size)
-    quantize_static(model, path, reader, per_channel=True, activation_type=QuantType.QUInt8)
-    return path
-
-
-def by_nncf(model: Path, data: CalibrationSet | ImageSet, size: int, out: Path) -> Path:
-    """`nncf.quantize` as it comes, on all images."""
-    path, images = out.with_suffix(".xml"), nncf_dataset(data, size)
-    read = openvino.Core().read_model(model)
-    openvino.save_model(
-        nncf.quantize(read, images, subset_size=images.get_length()), path, compress_to_fp16=False
-    )
-    return path
-
-
 def opened(path: Path, threads: int) -> Run:
     """A file as a function of images `(1, 3, s, s)`."""
     if path.suffix == ".xml":
@@ -106,17 +83,6 @@ def through(detector: Detector, run: Run) -> Detector:
     found = detector.twin()
     found.raw = raw  # type: ignore[method-assign]
     return found
-
-
-def bytes_of(path: Path) -> int:
-    weights = path.with_suffix(".bin")
-    return path.stat().st_size + (weights.stat().st_size if weights.is_file() else 0)
-
-
-def pairs(values: Sequence[str], what: str) -> dict[str, str]:
-    if any("=" not in value for value in values):
-        raise click.ClickException(f"{what}: write NAME=VALUE")
-    return {name: value for name, _, value in (entry.partition("=") for entry in values)}
 
 
 @click.command(help=__doc__)
@@ -182,13 +148,7 @@ def main(
     print("| --- | --- | ---: | ---: | --- | --- | ---: |")
     tell("float", "-", 0, whole, 0.0)
     for name, source in pairs(sets, "--set").items():
-        folder = Path(source)
-        chosen: CalibrationSet | ImageSet
-        if folder.is_dir() and CalibrationSet.is_one(folder):
-            chosen = CalibrationSet.open(folder)
-        else:
-            chosen = open_set(source)
-            chosen = chosen.subset(int(numbers[name])) if name in numbers else chosen
+        chosen = images_of(source, int(numbers[name]) if name in numbers else None)
         for tool, quantize in (("onnxruntime", by_onnxruntime), ("NNCF", by_nncf)):
             start = time.perf_counter()
             path = quantize(whole, chosen, size, out / f"{tool}-{name}")

@@ -47,7 +47,11 @@ class Latency:
 
 
 def in_turns(
-    runs: Sequence[Callable[[], object]], *, rounds: int = ROUNDS, seconds: float = SECONDS_A_TURN
+    runs: Sequence[Callable[[], object]],
+    *,
+    rounds: int = ROUNDS,
+    seconds: float = SECONDS_A_TURN,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[list[float]]:
     """Time calls in turns, so that what else the machine does falls on all alike.
 
@@ -55,6 +59,7 @@ def in_turns(
         runs: what to time.
         rounds: turns of each.
         seconds: a turn repeats its call for about so long.
+        clock: in seconds; with `time.process_time` others on the same cores take no part.
 
     Returns:
         Of each, the seconds a call took in each turn, a median within the turn.
@@ -62,17 +67,17 @@ def in_turns(
     counts = []
     for run in runs:
         run()
-        start = time.perf_counter()
+        start = clock()
         run()
-        counts.append(max(1, round(seconds / (time.perf_counter() - start))))
+        counts.append(max(1, round(seconds / max(clock() - start, 1e-9))))
     found: list[list[float]] = [[] for _ in runs]
     for _ in range(rounds):
         for place, (run, count) in enumerate(zip(runs, counts, strict=True)):
             times = []
             for _ in range(count):
-                start = time.perf_counter()
+                start = clock()
                 run()
-                times.append(time.perf_counter() - start)
+                times.append(clock() - start)
             found[place].append(statistics.median(times))
     return found
 

@@ -20,7 +20,7 @@ from .layers import QUANTIZED_LAYERS, QuantConv2d, QuantLinear, QuantMatmul, Qua
 from .listing import FLOAT_KINDS, describe
 from .placement import EVERYWHERE, INPUTS, PLACEMENTS, Placement
 from .quantizers import Quantizer
-from .ranges import FINE, READERS, SEARCHES, VANISHES, VANISHING, minmax, mse
+from .ranges import FINE, PREDICTION, READERS, SEARCHES, VANISHES, VANISHING, minmax, mse
 from .results import quantize_results, result_quantizers
 from .widths import Widths, parse_widths
 
@@ -315,6 +315,8 @@ def set_range(quantizer: Quantizer, values: Tensor, search: str) -> None:
     if reader == "relu":
         # Clipping below zero does what the ReLU does: no level is to be spent there.
         column = column.clamp_min(0)
+    elif find is mse and reader == PREDICTION:
+        find = minmax
     elif find is mse and reader in VANISHING and quantizer.bits >= FINE:
         # What is clipped below comes out as one value where it should come out as nothing: an error
         # of one sign, which the next layer adds up. The search sees its size alone.

@@ -25,6 +25,8 @@ class Placement:
         fused_sums: of a sum, the operand that was computed last stays as it is: the runtime adds
             the other one to it within the layer that gives it.
         one_grid: a concatenation has one grid for all that goes in and what comes out.
+        predictions: on the outputs of the layers that give the predictions too, each its own; what
+            comes behind them stays in float.
         sigmoid_step: step of the grid, from zero, on the sigmoid within SiLU; None: SiLU is one
             function, in float.
         symmetric: activations have grids without a zero point.
@@ -36,6 +38,7 @@ class Placement:
     joins: bool = True
     fused_sums: bool = False
     one_grid: bool = False
+    predictions: bool = False
     sigmoid_step: float | None = None
     symmetric: bool = False
     signed: bool = False
@@ -49,14 +52,21 @@ EVERYWHERE = Placement(outputs=True)
 
 PLACEMENTS: dict[str, Placement] = {
     # A convolution is computed in integers only where its output is on a grid at once; the SiLU
-    # behind it costs more in float than integers gain, unless its sigmoid is on a grid too.
-    "onnxruntime": Placement(outputs=True, sigmoid_step=1 / 255),
+    # behind it costs more in float than integers gain, unless its sigmoid is on a grid too. With
+    # one grid a concatenation is a copy, and nothing is rounded a second time.
+    "onnxruntime": Placement(outputs=True, one_grid=True, sigmoid_step=1 / 255),
     # SiLU is part of the convolution; a grid in between would take it out.
     "openvino": Placement(fused_sums=True, one_grid=True),
     # Explicit quantization takes symmetric int8 only, and one scale across a concatenation.
     "tensorrt": Placement(fused_sums=True, one_grid=True, symmetric=True, signed=True),
-    # LOGISTIC has 1/256 for its output, CONCATENATION one scale throughout; weights have no -128.
+    # LOGISTIC has 1/256 for its output, CONCATENATION one scale throughout, and no convolution
+    # takes integers and gives floats; weights have no -128.
     "litert": Placement(
-        outputs=True, one_grid=True, sigmoid_step=1 / 256, signed=True, narrow_weights=True
+        outputs=True,
+        one_grid=True,
+        predictions=True,
+        sigmoid_step=1 / 256,
+        signed=True,
+        narrow_weights=True,
     ),
 }

@@ -115,6 +115,9 @@ VANISHING = frozenset({"silu", "gelu"})
 VANISHES = -7.0
 """Where these have come to nothing: within 0.007 of zero."""
 
+PREDICTION = "prediction"
+"""Reader of what is a prediction. Its few large values are the objects: nothing is clipped."""
+
 SEARCHES: dict[str, RangeSearch] = {
     "minmax": minmax,
     "percentile": percentile,

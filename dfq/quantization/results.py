@@ -28,6 +28,7 @@ from .joins import CONCATENATIONS, SUMS, Key, Trace, Value, name_of, trace
 from .layers import QUANTIZED_LAYERS, QuantConv2d, QuantLinear, QuantSiLU
 from .placement import Placement
 from .quantizers import Quantizer
+from .ranges import PREDICTION
 
 RESULT_BITS, WIDE_BITS = 8, 16
 """Of results, and of those that a layer gives or is given that computes with more than 8 bits.
@@ -140,16 +141,18 @@ def quantize_results(
     joined = {value for join in chosen for value in (*chosen[join], join)}
     grids: dict[Value, Quantizer] = {}
     for value in found.values:
-        if value.layer is None or value.layer in last:
+        if value.layer is None or (value.layer in last and not where.predictions):
             continue
         if not where.outputs and value not in joined:
             continue
+        reader = PREDICTION if value.layer in last else value.reader
         layer = detector.module.get_submodule(value.layer)
         if isinstance(layer, QUANTIZED_LAYERS):
             if layer.output_quantizer is None:
                 layer.output_quantizer = quantizer_of(value)
+                layer.output_quantizer.reader = reader
             # All calls of a layer that is shared have to agree.
-            if layer.output_quantizer.reader != value.reader:
+            if layer.output_quantizer.reader != reader:
                 layer.output_quantizer.reader = None
             grids[value] = layer.output_quantizer
     _quantize_functions(detector, found, grids, chosen, quantizer_of)

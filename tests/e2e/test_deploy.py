@@ -15,7 +15,7 @@ from harness import command, contents, has_one_error
 from PIL import Image
 
 import dfq
-from dfq import deploying
+from dfq import deployment_steps
 from dfq.deployment import identity_of
 from dfq.export import latency
 from dfq.synthesis.inversion import Inversion
@@ -100,7 +100,7 @@ def test_finished_it_says_so_and_changes_nothing(
         raise AssertionError("work was done again")
 
     monkeypatch.setattr(Inversion, "batch", forbidden)
-    monkeypatch.setattr(deploying, "quantize", forbidden)
+    monkeypatch.setattr(deployment_steps, "quantize", forbidden)
     before = stamps(whole)
     done = command(*words_for(model, "--out", str(whole)))
     assert done.exit_code == (1 if figures(whole)["faults"] else 0)
@@ -341,7 +341,7 @@ def test_a_run_and_a_file_are_timed_beside_float(place: Path, whole: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("model", "more", "said"),
+    ("named", "more", "said"),
     [
         ("demo", ["--measure"], "--measure takes a run or an exported file"),
         ("tiny-float.onnx", ["--measure"], "is a float file, and nothing to compare with"),
@@ -351,8 +351,8 @@ def test_a_run_and_a_file_are_timed_beside_float(place: Path, whole: Path) -> No
     ],
 )
 def test_what_cannot_be_timed(
-    place: Path, whole: Path, model: str, more: list[str], said: str
+    place: Path, whole: Path, named: str, more: list[str], said: str
 ) -> None:
-    given = model if model == "demo" else str(whole / model)
+    given = named if named == "demo" else str(whole / named)
     line = has_one_error(command("cost", "--model", given, *more))
     assert said in line

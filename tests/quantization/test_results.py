@@ -19,6 +19,7 @@ from dfq.quantization.convert import (
     Policy,
     activation_quantizers,
     calibrate,
+    float_mode,
     fold,
     insert_quantizers,
     quantized_layers,
@@ -329,3 +330,31 @@ def test_rectified_sums_stay_on_their_grid() -> None:
     # A ReLU reads the sum, and what it gives is concatenated without one more quantizer.
     assert holder["body:add:1"].reader == "relu"
     assert not any("relu" in name for name in holder)
+
+
+def test_predictions_are_on_grids_of_their_own_where_the_runtime_needs_it() -> None:
+    """Nothing of them is clipped: the few large values are the objects."""
+    student = insert_quantizers(
+        fold(tiny_detector()), Policy(8, 8, placement="qdq", runtime="litert")
+    )
+    images = torch.rand(4, 3, 64, 64)
+    calibrate(student, [images])
+    last = [student.module.get_submodule(n) for n in student.boundary_layers().last]
+    grids = [layer.output_quantizer for layer in last]
+    assert len(set(grids)) == len(last)
+    assert None not in grids
+    seen: dict[nn.Module, torch.Tensor] = {}
+    with float_mode(student.module):
+        for quantizer in grids:
+            quantizer.register_forward_pre_hook(lambda q, x: seen.update({q: x[0]}))
+        student.raw(images)
+    for quantizer in grids:
+        low, high = ((bound - quantizer.zero_point) * quantizer.scale for bound in (0, 255))
+        step = float(quantizer.scale.detach())
+        assert float(low.detach()) <= float(seen[quantizer].min()) + step
+        assert float(high.detach()) >= float(seen[quantizer].max()) - step
+    openvino = insert_quantizers(
+        fold(tiny_detector()), Policy(8, 8, placement="qdq", runtime="openvino")
+    )
+    last = [openvino.module.get_submodule(n) for n in openvino.boundary_layers().last]
+    assert all(layer.output_quantizer is None for layer in last)
