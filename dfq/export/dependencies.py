@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from types import ModuleType
 
 from ..errors import UserError
@@ -20,6 +21,8 @@ def require(name: str, what: str) -> ModuleType:
     Raises:
         UserError: it is not installed; says how to.
     """
+    # It would write to the user's cache folder, and tell its maker of its use.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -59,8 +59,8 @@ PLACEMENTS: dict[str, Placement] = {
     "openvino": Placement(fused_sums=True, one_grid=True),
     # Explicit quantization takes symmetric int8 only, and one scale across a concatenation.
     "tensorrt": Placement(fused_sums=True, one_grid=True, symmetric=True, signed=True),
-    # LOGISTIC has 1/256 for its output, CONCATENATION one scale throughout, no convolution takes
-    # integers and gives floats, and weights have no -128.
+    # LOGISTIC has 1/256 for its output, CONCATENATION one scale throughout, and no convolution
+    # takes integers and gives floats; weights have no -128.
     "litert": Placement(
         outputs=True,
         one_grid=True,
