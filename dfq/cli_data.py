@@ -124,6 +124,7 @@ def verify(folder: Path) -> None:
     "--for",
     "tool",
     metavar="TOOL",
+    show_default="none, but a --format",
     help="The calibration set of ultralytics, onnxruntime, openvino, nncf, ai-edge-quantizer, mct, "
     "modelopt, rknn or hailo; SET may be a folder of photos.",
 )

@@ -26,7 +26,12 @@ from .errors import UserError, shown
 )
 @click.option("--image-size", type=int, show_default="the model's", help="Side in pixels.")
 @click.option("--batch", default="1", show_default=True, help="Images a call takes, or dynamic.")
-@click.option("--pack", type=click.Choice(["int4"]), help="ONNX: store weights of 4 bits as INT4.")
+@click.option(
+    "--pack",
+    type=click.Choice(["int4"]),
+    show_default="int8",
+    help="ONNX: store weights of 4 bits as INT4.",
+)
 @click.option(
     "--data",
     show_default="the network's set in the cache",

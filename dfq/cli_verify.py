@@ -32,7 +32,12 @@ from .errors import shown
     help="AP that the file may be below its run in PyTorch.",
 )
 @click.option("--json", "json_file", type=PATH, help="Write the result here.")
-@click.option("--threads", type=click.IntRange(min=1), help="That the runtime may use.")
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    show_default="the runtime's own choice",
+    help="That the runtime may use.",
+)
 @click.option("--trust", is_flag=True, help="Run what is in the checkpoint.")
 @mendable
 def verify(

@@ -37,7 +37,9 @@ def words_for(model: Path, *more: str, target: str = "onnxruntime-cpu") -> list[
 def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """How long a file takes is no test's business, and takes its time to be found out."""
     monkeypatch.setattr(latency, "ROUNDS", 1)
-    monkeypatch.setattr(latency.in_turns, "__kwdefaults__", {"rounds": 1, "seconds": 0.001})
+    defaults = latency.in_turns.__kwdefaults__ or {}
+    quick = {**defaults, "rounds": 1, "seconds": 0.001}
+    monkeypatch.setattr(latency.in_turns, "__kwdefaults__", quick)
 
 
 @pytest.fixture(scope="module")
