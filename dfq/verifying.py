@@ -139,7 +139,8 @@ def verify(
     found.faults += faults.of_integers(info, counted)
     found.faults += faults.of_scores(given, best) if given is not None else []
     found.faults += faults.of_ranges(seen, found.moved)
-    if found.accuracy is not None and reference is not None:
+    exact = found.parity is not None and found.parity.is_exact
+    if found.accuracy is not None and reference is not None and not exact:
         accuracy = found.accuracy
         found.faults += faults.of_accuracy(
             accuracy.AP, accuracy.reference_AP, max_drop, accuracy.difference
