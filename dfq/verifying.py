@@ -26,6 +26,7 @@ from .evaluation.coco import predict, score
 from .export import faults
 from .export.counting import count
 from .export.exported import ExportedModel, ExportInfo
+from .export.integer import KERNELS
 from .export.layouts import ForeignModel, candidates
 from .export.movement import moved, same_number
 from .export.opening import (
@@ -37,7 +38,14 @@ from .export.opening import (
     open_file,
     open_parts,
 )
-from .export.parity import WITHIN_ONE, Parity, distance, parity
+from .export.parity import (
+    TIMES_FLOOR,
+    TIMES_FLOOR_APPROXIMATE,
+    WITHIN_ONE,
+    Parity,
+    distance,
+    parity,
+)
 from .export.program import build
 from .export.ranges import fits
 from .export.reference import reference_outputs
@@ -314,7 +322,8 @@ def _parity(
     )
     # The floor takes its time, and has a say only where outputs differ.
     floor = None if same else reference_outputs(program, pixels, info.runtime, otherwise=True)
-    return parity(wanted, given, floor)
+    times = TIMES_FLOOR if info.runtime in KERNELS else TIMES_FLOOR_APPROXIMATE
+    return parity(wanted, given, floor, times)
 
 
 def _compare(
