@@ -68,7 +68,7 @@ def predict(
     device: str,
     trust: bool,
 ) -> None:
-    """Draw or list what a detector finds in IMAGES, which are files or folders of them.
+    """Draw or list what a detector finds in IMAGES..., which are files or folders of them.
 
     Boxes are in pixels of the images: x1 y1 x2 y2. An image that cannot be read is named and left
     out.

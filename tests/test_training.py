@@ -51,7 +51,7 @@ def test_the_policy_has_all_that_the_recipe_says_of_it() -> None:
     other = {
         "weight_bits": 3, "activation_bits": 6, "first_last_bits": "same", "weights": "per_tensor",
         "weight_grid": "symmetric", "activations": "symmetric", "scope": "backbone",
-        "placement": "everywhere", "overrides": {"model.0.*": 5},
+        "placement": "everywhere", "runtime": "litert", "overrides": {"model.0.*": 5},
     }  # fmt: skip
     assert set(other) == {field.name for field in fields(Policy)}
     recipe = load_recipe(None, [f"quantization={json.dumps(other)}"])

@@ -28,7 +28,7 @@ def exported(place: Path, monkeypatch: pytest.MonkeyPatch) -> ExportedDouble:
     path.write_bytes(b"")
     double = ExportedDouble(path, dfq.load_detector("demo"), batch=4)
 
-    def opened(given: str | Path) -> ExportedDouble:
+    def opened(given: str | Path, **_: object) -> ExportedDouble:
         if not Path(given).is_file():
             raise UserError(f"{given}: no such file")
         return double
@@ -82,7 +82,7 @@ def test_a_file_of_any_size_takes_multiples_of_its_stride(
     exported: ExportedDouble, scenes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = ExportedDouble(exported.path, exported.detector, dynamic=True)
-    monkeypatch.setattr("dfq.models.open_exported", lambda given: free)
+    monkeypatch.setattr("dfq.models.open_exported", lambda given, **_: free)
     words = ("eval", "--model", "demo.onnx", "--data", scenes, "--image-size")
     assert "no multiple of the model's stride" in has_one_error(command(*words, "170"))
     assert command(*words, "192").exit_code == 0
