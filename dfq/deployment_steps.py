@@ -11,6 +11,7 @@ from .deployment import DeploymentFolder, described
 from .detectors.base import Detector
 from .errors import shown
 from .export.cost import BESIDE, detector_cost
+from .export.exported import SUFFIXES
 from .export.speed import Speed, compare_speed
 from .export.structure import structure_faults
 from .export.targets import Target
@@ -26,8 +27,6 @@ from .verbs import quantize, sensitivity, synthesize
 
 NOTED_IMAGES = 8
 """That the bits of single layers are looked at on, for a compiler that takes them."""
-
-SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "litert": ".tflite"}
 
 
 class Job:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .cache import sets_of
 from .detectors.base import Detector
 from .errors import UserError, argument, shown
-from .export.exported import ExportInfo, Format
+from .export.exported import SUFFIXES, ExportInfo, Format
 from .export.program import build
 from .export.replacing import is_placed_for, place_for
 from .export.writers import write
@@ -35,8 +35,6 @@ RUNTIMES: dict[str, tuple[str, ...]] = {
     "torch": ("torch", "onnxruntime", "openvino", "tensorrt", "litert"),
 }
 """Runtimes that execute a format, the usual one first."""
-
-_SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "litert": ".tflite", "torch": ".pt2"}
 
 RANGE_IMAGES = 64
 """Images that ranges are found on, where a run's quantizers stand elsewhere than a runtime's."""
@@ -82,8 +80,8 @@ def export(
     told = reporter(progress)
     path = user_path(out, "--out")
     format, runtime = choose(path, format, runtime)
-    if path.suffix.lower() != _SUFFIXES[format]:
-        path = path.with_name(path.name + _SUFFIXES[format])
+    if path.suffix.lower() != SUFFIXES[format]:
+        path = path.with_name(path.name + SUFFIXES[format])
     _check(format, batch, int4)
     require_output_file(path, "out", (str(model), str(data) if data else None))
     detector = model if isinstance(model, Detector) else load_model(model, trust=trust)
@@ -135,7 +133,7 @@ def choose(path: Path, format: str | None, runtime: str | None) -> tuple[str, st
     Raises:
         UserError: nothing says which, or they exclude each other.
     """
-    suffixes = {suffix: name for name, suffix in _SUFFIXES.items()}
+    suffixes = {suffix: name for name, suffix in SUFFIXES.items()}
     if format is None:
         format = suffixes.get(path.suffix.lower())
     if format is None and runtime is not None:
@@ -143,7 +141,7 @@ def choose(path: Path, format: str | None, runtime: str | None) -> tuple[str, st
     if format is None:
         raise UserError(
             f"{argument('format')}: which? one of {', '.join(FORMATS)}, or an --out that ends in "
-            f"{', '.join(_SUFFIXES.values())}"
+            f"{', '.join(SUFFIXES.values())}"
         )
     if format not in RUNTIMES:
         raise UserError(f"{argument('format', format)}: no such format; {', '.join(FORMATS)}")

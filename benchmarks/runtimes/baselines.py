@@ -68,6 +68,7 @@ class Through:
         self.names, self.image_size = detector.names, detector.image_size
         self.stride, self.source = detector.stride, str(file.path)
         self.device, self.has_masks = torch.device("cpu"), False
+        self.fixed_batch = None
 
     def check_size(self, size: int, key: str = "image size") -> None:
         self.detector.check_size(size, key)

@@ -179,6 +179,11 @@ class Detector(ABC):
         return len(self.names)
 
     @property
+    def fixed_batch(self) -> int | None:
+        """Images that a call takes, no more and no fewer; None, as here: any number."""
+        return None
+
+    @property
     def has_masks(self) -> bool:
         """Whether the network predicts instance masks."""
         return False

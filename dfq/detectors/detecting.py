@@ -58,6 +58,10 @@ class Detecting(Protocol):
     def has_masks(self) -> bool:
         """Whether it predicts instance masks."""
 
+    @property
+    def fixed_batch(self) -> int | None:
+        """Images that a call takes, no more and no fewer; None: any number."""
+
     def check_size(self, size: int, key: str = "image size") -> None:
         """Raise a `UserError` for a side in pixels that it cannot take."""
 

@@ -25,7 +25,6 @@ from ..dataset.outlines import Segment
 from ..dataset.readers import ImageSet, open_set
 from ..detectors.base import Detecting, Detections, Detector
 from ..errors import UserError
-from ..export.exported import ExportedModel
 from .bootstrap import bootstrap_ap
 from .masks import encode
 from .matching import match, require_labels
@@ -254,7 +253,7 @@ def detect_batch(
         score_threshold, iou_threshold: see `predict`.
         masks: with instance masks, in networks that have them.
     """
-    fixed = detector.info.batch if isinstance(detector, ExportedModel) else None
+    fixed = detector.fixed_batch
     batch: list[Detections] = []
     for part in images.split(fixed or len(images)):
         given = part

@@ -6,17 +6,6 @@ run, and whether it is right.
 
 from __future__ import annotations
 
-import sys
-import types
-from typing import Any
+from ..package_call import make_callable
 
-
-class _Callable(types.ModuleType):
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        from ..errors import for_python
-        from ..exporting import export
-
-        return for_python(export)(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _Callable
+make_callable(__name__, "exporting")

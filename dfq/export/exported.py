@@ -15,6 +15,14 @@ from ..detectors.base import Detections, check_side
 from ..errors import UserError, shown
 
 Format = Literal["onnx", "openvino", "litert", "torch"]
+SUFFIXES: dict[str, str] = {
+    "onnx": ".onnx",
+    "openvino": ".xml",
+    "litert": ".tflite",
+    "torch": ".pt2",
+}
+"""How files of each format end."""
+
 Runtime = Literal["onnxruntime", "openvino", "tensorrt", "litert", "torch"]
 
 
@@ -105,6 +113,11 @@ class ExportedModel(ABC):
     def device(self) -> torch.device:
         """Runtimes take images from the CPU."""
         return torch.device("cpu")
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """Images that a call takes, no more and no fewer; None: any number."""
+        return self.info.batch
 
     @property
     def has_masks(self) -> bool:

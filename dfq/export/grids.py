@@ -81,11 +81,6 @@ def integer_weight(layer: QuantConv2d | QuantLinear) -> tuple[Tensor, Tensor]:
         of fewer bits never reach it); float32 `(out,)`, the same for all where the grid is per
         tensor.
     """
-    quantizer, weight = layer.weight_quantizer, layer.weight.detach().float()
-    low, high = quantizer.limits_of(weight)
-    scale = quantizer.scale_of(weight)
-    if quantizer.levels is not None:
-        integers = quantizer.levels
-    else:
-        integers = torch.minimum(torch.maximum(torch.round(weight / scale), low), high)
-    return integers.to(torch.int8), quantizer.scale.detach().expand(len(weight)).contiguous()
+    quantizer, weight = layer.weight_quantizer, layer.weight
+    integers = quantizer.integers(weight).to(torch.int8)
+    return integers, quantizer.scale.detach().expand(len(weight)).contiguous()

@@ -79,8 +79,6 @@ def _float(number: float) -> Tensor:
 class OnnxRuntimeKernels:
     """What onnxruntime's integer kernels compute, float32 factors and all."""
 
-    fuses_product = True
-
     def quantize(self, x: Tensor, grid: Grid) -> Tensor:
         return _clamped(torch.round(x / _float(grid[0])).double() + grid[1], grid)
 
@@ -121,8 +119,6 @@ class OnnxRuntimeKernels:
 
 class LiteRtKernels(OnnxRuntimeKernels):
     """What XNNPACK's kernels compute for LiteRT."""
-
-    fuses_product = False
 
     def bias(self, bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         # Its converter divides in double precision.

@@ -19,16 +19,14 @@ from ..errors import UserError, shown
 from ..files import user_path
 from ..plain import one_line
 from .dependencies import require
-from .exported import ExportedModel, ExportInfo
+from .exported import SUFFIXES, ExportedModel, ExportInfo
+from .program import input_shape
 from .writers import KEY, path_of_part
-
-SUFFIXES = (".onnx", ".xml", ".tflite", ".pt2")
-"""Of exported files: ONNX, OpenVINO IR, LiteRT, and PyTorch's own exported program."""
 
 
 def is_exported(path: str | Path) -> bool:
     """Whether a path is named as an exported file is."""
-    return Path(path).suffix.lower() in SUFFIXES
+    return Path(path).suffix.lower() in SUFFIXES.values()
 
 
 def open_exported(
@@ -67,7 +65,8 @@ def open_file(path: str | Path, *, threads: int | None = None, trust: bool = Fal
     kind = _KINDS.get(path.suffix.lower())
     if kind is None:
         raise UserError(
-            f"{shown(path)}: not one of the files that dfq exports and opens: {SUFFIXES}"
+            f"{shown(path)}: not one of the files that dfq exports and opens: "
+            f"{tuple(SUFFIXES.values())}"
         )
     if not path.is_file():
         raise UserError(f"{shown(path)}: no such file")
@@ -278,12 +277,7 @@ class TorchFile(RuntimeFile):
         program = torch.export.load(path, extra_files=extra)
         self._module = program.module()
         self._read(extra[f"{KEY}.json"] or None)
-        value = next(
-            node.meta["val"]
-            for node in program.graph.nodes
-            if node.op == "placeholder" and node.name == "images"
-        )
-        self.input_shape = tuple(s if isinstance(s, int) else None for s in value.shape)
+        self.input_shape = input_shape(program)
 
     def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
         with torch.no_grad():

@@ -210,17 +210,21 @@ class Program:
         exported: takes images `(n, 3, h, w)` in [0, 1], or what a part is given.
         outputs: names of what it returns, in order.
         shape: of one image.
-        dynamic: whether the number of images in a batch is free.
     """
 
     exported: ExportedProgram
     outputs: tuple[str, ...]
     shape: tuple[int, ...]
-    dynamic: bool
 
     def module(self) -> nn.Module:
         """The program, to be run by PyTorch."""
         return self.exported.module()
+
+
+def input_shape(exported: ExportedProgram) -> tuple[int | None, ...]:
+    """Shape of what an exported program calls images; None where a side is free."""
+    node = next(node for node in exported.graph.nodes if node.name == "images")
+    return tuple(side if isinstance(side, int) else None for side in node.meta["val"].shape)
 
 
 def as_program(detector: Detector, runtime: str, *, in_place: bool = False) -> Detector:
@@ -338,4 +342,4 @@ def build(
         # Names folders of this machine.
         node.meta.pop("stack_trace", None)
     exported.graph_module.recompile()
-    return Program(exported, names, shape, dynamic)
+    return Program(exported, names, shape)

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from .integer import KERNELS, run_in_integers
 from .passes import DEQUANTIZE, QUANTIZE
-from .program import OPS, Program
+from .program import OPS, Program, input_shape
 
 _QUANTIZE_CHANNELS = OPS.quantize_per_channel.default
 _DEQUANTIZE_CHANNELS = OPS.dequantize_per_channel.default
@@ -40,7 +40,7 @@ def reference_outputs(
             return list(run_in_integers(program, part, runtime).values())
         return list(module(part))
 
-    fixed = len(images) if program.dynamic else _batch_of(program)
+    fixed = input_shape(program.exported)[0] or len(images)
     rows = []
     for part in images.split(fixed):
         filled = torch.cat([part, part[:1].expand(fixed - len(part), -1, -1, -1)])
@@ -51,11 +51,6 @@ def reference_outputs(
 
 def _is_quantized(program: Program) -> bool:
     return any(node.target is QUANTIZE for node in program.exported.graph.nodes)
-
-
-def _batch_of(program: Program) -> int:
-    node = next(n for n in program.exported.graph.nodes if n.name == "images")
-    return int(node.meta["val"].shape[0])
 
 
 class _Wide(fx.Interpreter):
