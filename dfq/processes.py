@@ -104,3 +104,33 @@ def heeding_sigterm(line: str, code: int, *, grace: float = 0.0) -> Iterator[Non
         signal.set_wakeup_fd(wakeup)
         signal.signal(signal.SIGTERM, before)
         os.close(send)
+
+
+class _SignalStack(ctypes.Structure):
+    """Linux' `stack_t`."""
+
+    _fields_ = (
+        ("start", ctypes.c_void_p),
+        ("flags", ctypes.c_int),
+        ("size", ctypes.c_size_t),
+    )
+
+
+@contextlib.contextmanager
+def keeping_signal_stack() -> Iterator[None]:
+    """Within the block, a library may give this thread another stack for signals; it has its own
+    again afterwards.
+
+    OpenVINO's CPU plugin gives one that does not hold the registers of a thread that has used AMX:
+    Ctrl-C would end in a segmentation fault. Python's stack, or none, will do.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    library = ctypes.CDLL(None)
+    before = _SignalStack()
+    library.sigaltstack(None, ctypes.byref(before))
+    try:
+        yield
+    finally:
+        library.sigaltstack(ctypes.byref(before), None)

@@ -13,11 +13,20 @@ os.environ.setdefault("YOLO_VERBOSE", "False")
 import pytest
 import torch
 
+from dfq.processes import keeping_signal_stack
+
 # A shell that starts the tests in the background has SIGINT ignored, by what they start as well.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Small networks on shared cores: threads that wait for each other take most of the time.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _own_signal_stack() -> Iterator[None]:
+    """What a test does with OpenVINO by itself is not the next one's, which may send signals."""
+    with keeping_signal_stack():
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from .counting import IntegerShare, Operation
-from .dependencies import require
+from .dependencies import compile_openvino, require
 from .opening import OpenVinoFile
 
 _LAYERS = {"Convolution", "Deconvolution", "MatMul", "FullyConnected"}
@@ -18,7 +18,7 @@ def count_openvino(file: OpenVinoFile) -> IntegerShare:
     core = require("openvino", "Counting").Core()
     model = core.read_model(str(file.path))
     model.reshape(list(file.image.shape))
-    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = compile_openvino(core, model)
     found = []
     for operation in compiled.get_runtime_model().get_ordered_ops():
         info = _info(operation)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import os
 from types import ModuleType
+from typing import Any
 
 from ..errors import UserError
+from ..processes import keeping_signal_stack
 
 _EXTRAS = {"litert_torch": "litert", "ai_edge_litert": "litert"}
 
@@ -34,3 +36,19 @@ def require(name: str, what: str) -> ModuleType:
             f"{what} needs the package {root.replace('_', '-')}, which is not installed: "
             f"pip install 'dfq[{extra}]'"
         ) from None
+
+
+def compile_openvino(core: Any, model: Any, precision: str = "f32", **settings: Any) -> Any:
+    """An OpenVINO model made ready for the CPU.
+
+    Args:
+        core: `openvino.Core`.
+        model: `openvino.Model`.
+        precision: of what is in float, as OpenVINO names it.
+        settings: further properties of the CPU plugin.
+
+    Returns:
+        `openvino.CompiledModel`.
+    """
+    with keeping_signal_stack():
+        return core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision, **settings})

@@ -18,7 +18,7 @@ from ..detectors.base import Detections, Detector
 from ..errors import UserError, shown
 from ..files import user_path
 from ..plain import one_line
-from .dependencies import require
+from .dependencies import compile_openvino, require
 from .exported import SUFFIXES, ExportedModel, ExportInfo
 from .program import input_shape
 from .writers import KEY, path_of_part
@@ -195,10 +195,8 @@ class OpenVinoFile(RuntimeFile):
         model = core.read_model(str(path))
         if len(model.inputs) != 1:
             raise UserError(f"{shown(path)}: has {len(model.inputs)} inputs, and an image is one")
-        settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision}
-        if threads is not None:
-            settings |= {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
-        self.compiled = core.compile_model(model, "CPU", settings)
+        streams = {} if threads is None else {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
+        self.compiled = compile_openvino(core, model, precision, **streams)
         shape = model.inputs[0].partial_shape
         self.input_dtype = model.inputs[0].element_type.to_dtype()
         self.input_shape = tuple(side.get_length() if side.is_static else None for side in shape)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .dependencies import compile_openvino
 from .opening import LiteRtFile, OnnxFile, OpenVinoFile, RuntimeFile
 
 
@@ -136,7 +137,7 @@ def _of_openvino(file: OpenVinoFile, images: Iterator[np.ndarray]) -> list[Fit] 
         seen.append(Seen(node.get_friendly_name(), low, high, step or 1e-30, None))
     if not seen:
         return None
-    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = compile_openvino(core, model)
     first = len(compiled.outputs) - len(seen)
     for image in images:
         found = compiled([image])

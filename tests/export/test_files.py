@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,8 @@ import dfq
 from dfq import export
 from dfq.errors import UserError
 from dfq.export import writers
-from dfq.export.opening import open_exported
+from dfq.export.counting_openvino import count_openvino
+from dfq.export.opening import OpenVinoFile, open_exported
 from dfq.exporting import choose
 from dfq.quantization.convert import Policy
 from dfq.quantization.quantizers import Quantizer
@@ -145,3 +148,22 @@ def test_sixteen_bits_round_where_eight_spoil() -> None:
     assert step == pytest.approx(103 / 65535, rel=1e-3)
     assert (quantizer(x) - x).abs().max() <= 0.51 * step
     json.dumps(Policy(8, 16).to_dict())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="OpenVINO does so on Linux alone")
+def test_a_runtime_leaves_the_stack_of_signals_as_it_was(tmp_path: Path) -> None:
+    """Else Ctrl-C ends in a segmentation fault where OpenVINO's is too small: with AMX."""
+    path = export(tiny_detector(), tmp_path / "x.xml")
+
+    def stack() -> bytes:
+        # Start, flags, size.
+        found = ctypes.create_string_buffer(24)
+        ctypes.CDLL(None).sigaltstack(None, found)
+        return found.raw
+
+    before = stack()
+    opened = OpenVinoFile(path, None)
+    assert stack() == before
+    opened.run(blobs(1).numpy())
+    count_openvino(opened)
+    assert stack() == before
