@@ -37,6 +37,14 @@ from .errors import UserError, shown
     show_default="the network's set in the cache",
     help="Images to find ranges on, where the run was made for another runtime.",
 )
+@click.option(
+    "--nms",
+    type=float,
+    is_flag=False,
+    flag_value=0.25,
+    metavar="[SCORE]",
+    help="NMS within the file, of boxes with at least this score (0.25 if none is given).",
+)
 @click.option("--trust", is_flag=True, help="Run what is in the checkpoint.")
 @mendable
 def export(
@@ -48,6 +56,7 @@ def export(
     batch: str,
     pack: str | None,
     data: str | None,
+    nms: float | None,
     trust: bool,
 ) -> None:
     """Write a run as a file that a runtime executes in integers, or a float detector as it is.
@@ -70,6 +79,7 @@ def export(
         batch=_batch(batch),
         int4=pack == "int4",
         data=data,
+        nms=nms,
         trust=trust,
         progress=Live(),
     )

@@ -16,6 +16,7 @@ from .errors import UserError, argument, shown
 from .export.exported import SUFFIXES, ExportInfo, Format
 from .export.program import build
 from .export.replacing import is_placed_for, place_for
+from .export.suppression import OUTPUTS
 from .export.writers import write
 from .files import require_output_file, user_path
 from .models import load_model, require_weights
@@ -50,6 +51,7 @@ def export(
     batch: int | None = 1,
     int4: bool = False,
     data: str | Path | None = None,
+    nms: float | None = None,
     trust: bool = False,
     progress: Report = None,
 ) -> Path:
@@ -65,6 +67,8 @@ def export(
         int4: ONNX alone: weights of 4 bits and fewer are stored as INT4.
         data: images to find ranges on, where the run was not made for this runtime; None: the
             calibration set of its network that the cache has.
+        nms: ONNX and OpenVINO alone: the runtime's own NMS is part of the file, and leaves out
+            detections with lower scores than this; None: what the file gives is before NMS.
         trust: run what is in a checkpoint.
         progress: told how far it is.
 
@@ -83,6 +87,7 @@ def export(
     if path.suffix.lower() != SUFFIXES[format]:
         path = path.with_name(path.name + SUFFIXES[format])
     _check(format, batch, int4)
+    _check_nms(nms, format)
     require_output_file(path, "out", (str(model), str(data) if data else None))
     detector = model if isinstance(model, Detector) else load_model(model, trust=trust)
     require_weights(detector)
@@ -109,6 +114,8 @@ def export(
     if any(isinstance(m, QUANTIZED_LAYERS) for m in detector.module.modules()) and policy is None:
         raise UserError(f"{argument('model')}: give the run's folder, not its loaded detector")
     refuse_wide(detector, runtime)
+    if nms is not None:
+        _require_decoded(detector, size)
     for line in remarks(policy, runtime, int4, describe(detector, size)):
         told.note(line)
     with told.task("export", 2, "steps") as task:
@@ -121,6 +128,8 @@ def export(
         task.update(1, 2)
         info = describe_export(detector, policy, format, runtime, size, batch, manifest)
         info = info.model_copy(update={"ranges": ranges})
+        if nms is not None:
+            info = info.model_copy(update={"nms": nms, "outputs": OUTPUTS})
         path.parent.mkdir(parents=True, exist_ok=True)
         written = write(program, info, path, int4=int4, parts=parts)
         task.update(2, 2)
@@ -172,6 +181,33 @@ def _check(format: str, batch: int | None, int4: bool) -> None:
         raise UserError(f"--batch {batch}: 1 or more, or dynamic")
     if format == "litert" and batch != 1:
         raise UserError("--batch: LiteRT takes one image a call; leave it out")
+
+
+def _check_nms(nms: float | None, format: str) -> None:
+    if nms is None:
+        return
+    if format not in ("onnx", "openvino"):
+        raise UserError(
+            f"--nms: {format} has no NMS that every runtime of it executes; leave it out"
+        )
+    if not 0 <= nms < 1:
+        raise UserError(f"--nms {nms}: a score from 0 to below 1")
+
+
+def _require_decoded(detector: Detector, image_size: int) -> None:
+    """NMS needs boxes and scores."""
+    if getattr(detector, "nms_free", False):
+        raise UserError("--nms: this network needs no NMS: its best boxes are its detections")
+    if set(_outputs(detector, image_size)) != {"boxes", "scores"}:
+        raise UserError(
+            f"--nms: files of {detector.family} give what is decoded outside of them; leave it out"
+        )
+
+
+def _outputs(detector: Detector, image_size: int) -> dict[str, Tensor]:
+    with torch.no_grad():
+        raw = detector.exportable(torch.zeros(1, 3, image_size, image_size))
+        return detector.outputs(raw, (image_size, image_size))
 
 
 def _where(policy: Policy) -> str:
@@ -270,10 +306,7 @@ def describe_export(
     manifest: dict[str, Any] | None,
 ) -> ExportInfo:
     """What the file says of itself."""
-    with torch.no_grad():
-        image = torch.zeros(1, 3, image_size, image_size)
-        raw = detector.exportable(image)
-        outputs = detector.outputs(raw, (image_size, image_size))
+    outputs = _outputs(detector, image_size)
     decoded = set(outputs) == {"boxes", "scores"}
     meaning = {
         "boxes": "x1 y1 x2 y2 in pixels of the letterboxed image, before NMS",

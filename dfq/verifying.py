@@ -195,11 +195,21 @@ class _Origin:
 
 def _open(path: Path, threads: int | None, trust: bool) -> RuntimeFile:
     opened = open_file(path, threads=threads, trust=trust)
+    _refuse_nms(opened)
     if opened.says is not None and opened.says.runtime == "openvino" and path.suffix == ".onnx":
         says = opened.says
         opened = OpenVinoFile(path, threads)
         opened.says = says
     return opened
+
+
+def _refuse_nms(file: RuntimeFile) -> None:
+    """What is compared are the predictions before it, one by one."""
+    if file.says is not None and file.says.nms is not None:
+        raise UserError(
+            f"{shown(file.path)}: has NMS within it, and predictions are compared before NMS; "
+            "export it without --nms and verify that: all else is the same in both"
+        )
 
 
 def _origin(against: str | Path | Detector, trust: bool) -> _Origin:
@@ -208,6 +218,7 @@ def _origin(against: str | Path | Detector, trust: bool) -> _Origin:
     path = user_path(against)
     if is_exported(against) and path.is_file():
         file = open_file(path, trust=trust)
+        _refuse_nms(file)
         if count(file).share_of_macs > 0:
             raise UserError(
                 f"{argument('against', against)}: is quantized; give the float model or the run"

@@ -48,6 +48,8 @@ class ExportInfo(BaseModel):
         outputs: name of each output and what it holds.
         parts: of a two-stage detector: what lies beside in files of its own, `FILE.heads.onnx`.
         part: which of those the file is.
+        nms: the score below which the NMS within the file leaves detections out; None: there is
+            none within it.
         spec: `Detector.spec()`, from which the family's decoding is rebuilt.
     """
 
@@ -75,6 +77,7 @@ class ExportInfo(BaseModel):
     outputs: dict[str, str]
     parts: list[str] = []
     part: str | None = None
+    nms: float | None = None
     spec: dict[str, Any]
 
 

@@ -21,6 +21,7 @@ from ..plain import one_line
 from .dependencies import compile_openvino, require
 from .exported import SUFFIXES, ExportedModel, ExportInfo
 from .program import input_shape
+from .suppression import MOST, detections
 from .writers import KEY, path_of_part
 
 
@@ -320,10 +321,17 @@ class Opened(ExportedModel):
         filled = np.zeros((-count % batch, *images.shape[1:]), images.dtype)
         images = np.concatenate([images, filled])
         rows = [self.file.run(images[i : i + batch]) for i in range(0, len(images), batch)]
+        if self.info.nms is not None:
+            for number, row in enumerate(rows):
+                row["images_of"] = row["images_of"] + number * batch
+            count = sum(len(row["scores"]) for row in rows)
         return {name: np.concatenate([row[name] for row in rows])[:count] for name in rows[0]}
 
     def detect(self, images: Tensor, *, masks: bool = False, **thresholds: Any) -> list[Detections]:
         found = self.run(images.detach().cpu().numpy())
+        if self.info.nms is not None:
+            least, most = thresholds.get("score_threshold", 0.0), thresholds.get("max_detections")
+            return detections(found, len(images), max(least, self.info.nms), most or MOST)
         outputs = {name: torch.from_numpy(value) for name, value in found.items()}
         shape = (images.shape[2], images.shape[3])
         if masks and self.has_masks:

@@ -22,6 +22,7 @@ from .dependencies import require
 from .exported import ExportInfo
 from .passes import has_wide_grids
 from .program import Program
+from .suppression import append_nms
 
 KEY = "dfq"
 """Under which a file holds what it says of itself."""
@@ -120,6 +121,8 @@ def _write_onnx(program: Program, info: ExportInfo, path: Path, int4: bool) -> l
         _pack_int4(model)
     elif info.runtime == "openvino":
         _drop_zero_points(model)
+    if info.nms is not None:
+        append_nms(model, info.nms)
     # Names of this machine's folders and of this package's functions are nobody's business.
     for node in model.graph.node:
         del node.metadata_props[:]
@@ -188,6 +191,8 @@ def _write_openvino(program: Program, info: ExportInfo, path: Path, int4: bool) 
     openvino = require("openvino", "OpenVINO")
     onnx_model = _to_onnx(program)
     _drop_zero_points(onnx_model)
+    if info.nms is not None:
+        append_nms(onnx_model, info.nms)
     with tempfile.TemporaryDirectory() as folder, _quietly():
         source = Path(folder) / "model.onnx"
         source.write_bytes(onnx_model.SerializeToString())
