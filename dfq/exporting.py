@@ -22,6 +22,7 @@ from .models import load_model, require_weights
 from .quantization.convert import Policy, fold
 from .quantization.layers import QUANTIZED_LAYERS
 from .quantization.listing import LayerInfo, describe, quantized_share
+from .quantization.placement import PLACEMENTS
 from .run import check_run, is_run
 from .surroundings import Report, reporter
 from .training import open_training_data
@@ -88,6 +89,7 @@ def export(
     require_weights(detector)
     size = image_size or detector.image_size
     detector.check_size(size, "--image-size")
+    refuse_wide(detector, runtime)
     ranges = None
     folder = user_path(model) if not isinstance(model, Detector) else None
     manifest = check_run(folder) if folder is not None and is_run(folder) else None
@@ -108,7 +110,6 @@ def export(
             detector, policy = place_for(detector, policy, runtime, images)
     if any(isinstance(m, QUANTIZED_LAYERS) for m in detector.module.modules()) and policy is None:
         raise UserError(f"{argument('model')}: give the run's folder, not its loaded detector")
-    refuse_wide(detector, runtime)
     for line in remarks(policy, runtime, int4, describe(detector, size)):
         told.note(line)
     with told.task("export", 2, "steps") as task:
@@ -207,13 +208,13 @@ def digest_of(pixels: Tensor) -> str:
 
 
 def refuse_wide(detector: Detector, runtime: str) -> None:
-    """LiteRT's kernels of 16 bits gave other values than PyTorch, or were not to be had.
+    """Refuse what a runtime has no integers for.
 
     Raises:
-        UserError: a layer's activations have more than 8 bits, and the file is for LiteRT.
+        UserError: a layer's activations have more than 8 bits, and the runtime's 8 at most.
     """
     wide = [row.name for row in describe(detector, detector.stride * 2) if row.wide]
-    if wide and runtime == "litert":
+    if wide and runtime in PLACEMENTS and PLACEMENTS[runtime].most_bits <= 8:
         raise UserError(
             f"{argument('runtime', runtime)}: no activations of more than 8 bits, as '{wide[0]}' "
             "has; make the run with 8 bits or float there, or export for another runtime"

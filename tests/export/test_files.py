@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +17,11 @@ from dfq.errors import UserError
 from dfq.export import writers
 from dfq.export.opening import open_exported
 from dfq.exporting import choose
-from dfq.quantization.convert import Policy
+from dfq.quantization.convert import Policy, calibrate, fold, insert_quantizers
 from dfq.quantization.quantizers import Quantizer
 from dfq.quantization.widths import parse_widths
 from dfq.recipe import Quantization
+from dfq.run import Run
 
 SUFFIXES = (".onnx", ".xml", ".pt2")
 
@@ -130,9 +132,28 @@ def test_widths_up_to_sixteen_are_of_activations_alone() -> None:
     assert Policy(overrides=(("a", "w8a16"),)).bits_for("a", False) == (8, 16)
 
 
-def test_litert_has_none() -> None:
-    with pytest.raises(ValueError, match="litert"):
-        Quantization(overrides={"a": "w8a16"}, placement="qdq", runtime="litert")
+@pytest.mark.parametrize("runtime", ["litert", "tensorrt"])
+def test_runtimes_of_eight_bits_alone_have_none(runtime: str, tmp_path: Path) -> None:
+    sections: list[dict[str, Any]] = [
+        {"overrides": {"a": "w8a16"}},
+        {"activation_bits": 16},
+        {"mixed": {"candidates": [8, "w8a16"]}},
+    ]
+    for section in sections:
+        with pytest.raises(ValueError, match=f"{runtime} has no activations of 16 bits; 8 at most"):
+            Quantization(**section, placement="qdq", runtime=runtime)
+        # Another placement is no runtime's.
+        Quantization(**section, runtime=runtime)
+    # A run that was made for another one is refused before its ranges are found, and not after.
+    student = insert_quantizers(fold(tiny_detector()), Policy(8, 16))
+    calibrate(student, [blobs(2)], search="minmax")
+    Run(tmp_path / "run", {"seed": 0, "checkpoint": "0" * 64}).finish(
+        student, Policy(8, 16), {}, {}
+    )
+    suffix = ".tflite" if runtime == "litert" else ".onnx"
+    with pytest.raises(UserError, match="no activations of more than 8 bits"):
+        export(tmp_path / "run", tmp_path / f"x{suffix}", runtime=runtime)
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 
 def test_sixteen_bits_round_where_eight_spoil() -> None:
