@@ -280,6 +280,7 @@ def describe_export(
         "boxes": "x1 y1 x2 y2 in pixels of the letterboxed image, before NMS",
         "scores": "probability of each category, before NMS",
     }
+    source = _without_folders(detector.source)
     bits = (32, 32) if policy is None else (policy.weight_bits, policy.activation_bits)
     return ExportInfo.model_validate(
         {
@@ -296,13 +297,24 @@ def describe_export(
             "precision": "float32" if policy is None else "W{}A{}".format(*bits),
             "checkpoint": manifest["identity"]["checkpoint"] if manifest else detector.fingerprint,
             "model_sha256": manifest["model_sha256"] if manifest else None,
-            "source": shown(detector.source),
+            "source": source,
             "letterbox": f"longer side to {image_size}, centred on grey 114/255",
             "normalisation": "within the graph; images are RGB, float32 in [0, 1], n x 3 x h x w",
             "outputs": {
                 name: meaning[name] if decoded else "raw predictions of the family"
                 for name in outputs
             },
-            "spec": detector.spec(),
+            "spec": {**detector.spec(), "source": source},
         }
     )
+
+
+def _without_folders(source: str) -> str:
+    """What names a detector, for a file that goes elsewhere: where it lay is nobody's business.
+    `network@weights` names two."""
+    of_torchvision = "torchvision/"
+    parts = (
+        part if part.startswith(of_torchvision) else Path(part).name or part
+        for part in source.split("@")
+    )
+    return shown("@".join(parts))

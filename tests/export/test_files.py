@@ -26,11 +26,12 @@ from dfq.run import Run
 SUFFIXES = (".onnx", ".xml", ".pt2")
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("suffix", [*SUFFIXES, ".tflite"])
 def test_a_float_file_says_what_it_is_and_gives_what_the_network_gives(
     suffix: str, tmp_path: Path
 ) -> None:
     detector, images = tiny_detector(), blobs(1)
+    detector.source = f"{tmp_path / 'mine' / 'net.py'}@{tmp_path / 'theirs' / 'best.pt'}"
     path = export(detector, tmp_path / f"x{suffix}")
     opened = open_exported(path, trust=True)
     info = opened.info
@@ -38,6 +39,7 @@ def test_a_float_file_says_what_it_is_and_gives_what_the_network_gives(
     assert "114" in info.letterbox
     assert "[0, 1]" in info.normalisation
     assert list(info.outputs) == ["boxes", "scores"]
+    assert info.source == info.spec["source"] == "net.py@best.pt"
     with torch.no_grad():
         wanted = detector.outputs(detector.raw(images), (SIDE, SIDE))
     for name, value in opened.run(images.numpy()).items():
