@@ -79,7 +79,7 @@ def export(
         >>> dfq.export("runs/w8a8-yolo11s-1", "yolo11s-int8.onnx")
     """
     told = reporter(progress)
-    path = user_path(out, "--out")
+    path = user_path(out, "--out", file=True)
     format, runtime = choose(path, format, runtime)
     if path.suffix.lower() != SUFFIXES[format]:
         path = path.with_name(path.name + SUFFIXES[format])
