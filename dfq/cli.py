@@ -9,6 +9,7 @@ import click
 
 from . import __version__
 from .cli_common import (
+    FILE,
     PATH,
     F,
     checkpoint_option,
@@ -275,7 +276,7 @@ def qat(
     is_flag=True,
     help="Also say between which values AP would be on other draws of images (95 %, bootstrap).",
 )
-@click.option("--json", "json_file", type=PATH, help="Write the result here.")
+@click.option("--json", "json_file", type=FILE, help="Write the result here.")
 @common_options
 @mendable
 def evaluate(
@@ -284,7 +285,7 @@ def evaluate(
     against: str | None,
     image_size: int | None,
     interval: bool,
-    json_file: Path | None,
+    json_file: str | Path | None,
     device: str,
     trust: bool,
 ) -> None:
@@ -315,10 +316,10 @@ def evaluate(
 @cli.command()
 @click.option("--model", required=True, help="A detector or a run folder.")
 @checkpoint_option
-@click.option("--json", "json_file", type=PATH, help="Write the result here.")
+@click.option("--json", "json_file", type=FILE, help="Write the result here.")
 @click.option("--trust", is_flag=True, help="Run what is in the checkpoint.")
 @mendable
-def inspect(model: str, json_file: Path | None, trust: bool) -> None:
+def inspect(model: str, json_file: str | Path | None, trust: bool) -> None:
     """List every layer (shape, MACs, bits) and the categories."""
     from .cli_tables import print_layers
     from .verbs import inspect as verb

@@ -33,6 +33,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path, readable=False)
 """A path as it is given; what is wrong with it, the command says in a line."""
 
+FILE = click.Path(readable=False)
+"""The same of a file to be written, as text: how it ends says whether a folder was meant."""
+
 # With these, more of the same will do once there is room: nothing that was done is lost.
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -208,13 +211,13 @@ def settings_of(recipe: str | None, overrides: Sequence[str], **values: Any) -> 
 
 
 def output_file(
-    path: Path | None, name: str = "json", inputs: Iterable[str | Path | None] = ()
+    path: str | Path | None, name: str = "json", inputs: Iterable[str | Path | None] = ()
 ) -> Path | None:
     """An output's path as the user means it, refused where it cannot be written: before the work,
     not after it. Arguments and errors are those of `require_output_file`."""
     if path is None:
         return None
-    path = user_path(path, f"--{name}")
+    path = user_path(path, f"--{name}", file=True)
     require_output_file(path, name, inputs)
     return path
 

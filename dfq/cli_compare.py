@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .cli_common import PATH, mendable, output_file, write_json_output, write_output
+from .cli_common import FILE, mendable, output_file, write_json_output, write_output
 from .files import require_apart
 
 if TYPE_CHECKING:
@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Put runs side by side: bits, method, AP, divergence, size.")
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True)
-@click.option("--csv", "csv_file", type=PATH, help="Write the table here.")
-@click.option("--json", "json_file", type=PATH, help="Write the rows here.")
+@click.option("--csv", "csv_file", type=FILE, help="Write the table here.")
+@click.option("--json", "json_file", type=FILE, help="Write the rows here.")
 @mendable
-def compare(runs: tuple[str, ...], csv_file: Path | None, json_file: Path | None) -> None:
+def compare(
+    runs: tuple[str, ...], csv_file: str | Path | None, json_file: str | Path | None
+) -> None:
     """Put finished runs side by side: bits, method, AP, divergence, size.
 
     RUN... are folders that dfq qat has written. APs are those that the runs measured themselves

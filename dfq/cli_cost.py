@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .cli_common import PATH, checkpoint_option, mendable, output_file, write_json_output
+from .cli_common import FILE, checkpoint_option, mendable, output_file, write_json_output
 
 
 @click.command(short_help="Count operations, bytes and energy, layer by layer.")
@@ -23,7 +23,7 @@ from .cli_common import PATH, checkpoint_option, mendable, output_file, write_js
     show_default="the file's; onnxruntime for a run",
     help="With --measure: onnxruntime, openvino or litert.",
 )
-@click.option("--json", "json_file", type=PATH, help="Write the result here.")
+@click.option("--json", "json_file", type=FILE, help="Write the result here.")
 @click.option("--trust", is_flag=True, help="Run what is in the checkpoint.")
 @mendable
 def cost(
@@ -31,7 +31,7 @@ def cost(
     image_size: int | None,
     measure: bool,
     runtime: str | None,
-    json_file: Path | None,
+    json_file: str | Path | None,
     trust: bool,
 ) -> None:
     """Count what a detector costs for one image, layer by layer, beside the same one in float.
@@ -57,7 +57,7 @@ def cost(
         from .progress import Live
 
         # Before anything is shown: what cannot be timed is one line.
-        speed = time_it(model, runtime=runtime, image_size=image_size, progress=Live())
+        speed = time_it(model, runtime=runtime, image_size=image_size, trust=trust, progress=Live())
         figures["speed"] = speed.to_dict()
     if isinstance(found, FileCost):
         click.echo(f"{shown(found.source)}: {found.disk_bytes / 1e6:.2f} MB on disk")

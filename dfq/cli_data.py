@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .cli_common import (
+    FILE,
     PATH,
     mendable,
     output_file,
@@ -44,10 +45,10 @@ def data() -> None:
 
 @data.command(short_help="Say what is in a SET, or in a folder of photos.")
 @click.argument("source", metavar="SET")
-@click.option("--grid", type=PATH, help="Write a PNG of its first images.")
-@click.option("--json", "json_file", type=PATH, help="Write the figures here.")
+@click.option("--grid", type=FILE, help="Write a PNG of its first images.")
+@click.option("--json", "json_file", type=FILE, help="Write the figures here.")
 @mendable
-def show(source: str, grid: Path | None, json_file: Path | None) -> None:
+def show(source: str, grid: str | Path | None, json_file: str | Path | None) -> None:
     """Say what is in a SET: a calibration set, a real one, or a folder of photos."""
     from rich.console import Console
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
-from .cli_common import PATH, checkpoint_option, mendable
+from .cli_common import FILE, checkpoint_option, mendable
 from .errors import UserError, shown
 
 
 @click.command(short_help="Write a file that a runtime executes.")
 @click.option("--model", required=True, help="A run's folder, or a float detector (the baseline).")
 @checkpoint_option
-@click.option("--out", required=True, type=PATH, help="The file.")
+@click.option("--out", required=True, type=FILE, help="The file.")
 @click.option(
     "--format",
     show_default="by the suffix of --out",
@@ -49,7 +47,7 @@ from .errors import UserError, shown
 @mendable
 def export(
     model: str,
-    out: Path,
+    out: str,
     format: str | None,
     runtime: str | None,
     image_size: int | None,

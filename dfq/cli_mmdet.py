@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .cli_common import PATH, mendable, output_file, write_output
+from .cli_common import FILE, PATH, mendable, output_file, write_output
 from .errors import UserError
 from .suggest import suggestion
 
@@ -23,7 +23,7 @@ from .suggest import suggestion
     show_default=True,
     help="The calibration set, made by dfq synthesize.",
 )
-@click.option("--out", type=PATH, show_default="BASE-RECIPE.py here", help="File.")
+@click.option("--out", type=FILE, show_default="BASE-RECIPE.py here", help="File.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value.")
 @mendable
 def mmdet_config(
@@ -32,7 +32,7 @@ def mmdet_config(
     checkpoint: Path | None,
     random_weights: bool,
     data: Path,
-    out: Path | None,
+    out: str | None,
     overrides: tuple[str, ...],
 ) -> None:
     """Write the config with which mmdet's own tools/train.py trains BASE by a recipe.
@@ -65,9 +65,9 @@ def mmdet_config(
     missing = missing_validation(inherited)
     found = find_recipe(recipe)
     own = Path(recipe).is_file()
-    target = out or Path(f"{base.stem}-{found.stem}.py")
+    named = out or f"{base.stem}-{found.stem}.py"
     inputs = (base, recipe if own else None, checkpoint, data)
-    target = output_file(target, "out", inputs) or target
+    target = output_file(named, "out", inputs) or Path(named)
     text = text_of(
         settings,
         str(found.resolve()) if own else found.stem,

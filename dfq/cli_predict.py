@@ -88,7 +88,7 @@ def predict(
     out = output_folder(out)
     file = None
     if json_file not in (None, _STDOUT):
-        file = output_file(Path(json_file), inputs=(model, compare))
+        file = output_file(json_file, inputs=(model, compare))
         require_apart(("json", file), ("out", out and out / LIST))
         require_not_read(file, "json", list_photos(images, without=out))
     found = verb(

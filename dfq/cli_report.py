@@ -6,16 +6,16 @@ from pathlib import Path
 
 import click
 
-from .cli_common import PATH, mendable
+from .cli_common import FILE, PATH, mendable
 
 
 @click.command(short_help="Draw the page of a run: one HTML file to show.")
 @click.argument("run", metavar="RUN", type=PATH)
 @click.option(
-    "--out", metavar="FILE.html", type=PATH, show_default="RUN/report.html", help="The page."
+    "--out", metavar="FILE.html", type=FILE, show_default="RUN/report.html", help="The page."
 )
 @mendable
-def report(run: Path, out: Path | None) -> None:
+def report(run: Path, out: str | None) -> None:
     """Draw the page of a finished run as one HTML file: what was done, how close it came, on which
     images, and at what cost.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from .cli_common import (
-    PATH,
+    FILE,
     checkpoint_option,
     common_options,
     mendable,
@@ -48,7 +48,7 @@ from .cli_common import (
     show_default="16, or the recipe's",
     help="Images of the set it is measured on.",
 )
-@click.option("--json", "json_file", type=PATH, help="Write the result here.")
+@click.option("--json", "json_file", type=FILE, help="Write the result here.")
 @settings_options
 @common_options
 @mendable
@@ -59,7 +59,7 @@ def sensitivity(
     budget: str | None,
     cost: str | None,
     images: int | None,
-    json_file: Path | None,
+    json_file: str | Path | None,
     seed: int | None,
     overrides: tuple[str, ...],
     device: str,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from .cli_common import PATH, mendable, output_file, write_json_output
+from .cli_common import FILE, mendable, output_file, write_json_output
 from .errors import shown
 
 
@@ -31,7 +31,7 @@ from .errors import shown
     show_default=True,
     help="AP that the file may be below its run in PyTorch.",
 )
-@click.option("--json", "json_file", type=PATH, help="Write the result here.")
+@click.option("--json", "json_file", type=FILE, help="Write the result here.")
 @click.option(
     "--threads",
     type=click.IntRange(min=1),
@@ -45,7 +45,7 @@ def verify(
     against: str,
     data: str | None,
     max_drop: float,
-    json_file: Path | None,
+    json_file: str | Path | None,
     threads: int | None,
     trust: bool,
 ) -> None:

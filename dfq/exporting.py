@@ -23,6 +23,7 @@ from .models import load_model, require_weights
 from .quantization.convert import Policy, fold
 from .quantization.layers import QUANTIZED_LAYERS
 from .quantization.listing import LayerInfo, describe, quantized_share
+from .quantization.placement import PLACEMENTS
 from .run import check_run, is_run
 from .surroundings import Report, reporter
 from .training import open_training_data
@@ -82,7 +83,7 @@ def export(
         >>> dfq.export("runs/w8a8-yolo11s-1", "yolo11s-int8.onnx")
     """
     told = reporter(progress)
-    path = user_path(out, "--out")
+    path = user_path(out, "--out", file=True)
     format, runtime = choose(path, format, runtime)
     if path.suffix.lower() != SUFFIXES[format]:
         path = path.with_name(path.name + SUFFIXES[format])
@@ -93,6 +94,7 @@ def export(
     require_weights(detector)
     size = image_size or detector.image_size
     detector.check_size(size, "--image-size")
+    refuse_wide(detector, runtime)
     ranges = None
     folder = user_path(model) if not isinstance(model, Detector) else None
     manifest = check_run(folder) if folder is not None and is_run(folder) else None
@@ -113,7 +115,6 @@ def export(
             detector, policy = place_for(detector, policy, runtime, images)
     if any(isinstance(m, QUANTIZED_LAYERS) for m in detector.module.modules()) and policy is None:
         raise UserError(f"{argument('model')}: give the run's folder, not its loaded detector")
-    refuse_wide(detector, runtime)
     if nms is not None:
         _require_decoded(detector, size)
     for line in remarks(policy, runtime, int4, describe(detector, size)):
@@ -243,13 +244,13 @@ def digest_of(pixels: Tensor) -> str:
 
 
 def refuse_wide(detector: Detector, runtime: str) -> None:
-    """LiteRT's kernels of 16 bits gave other values than PyTorch, or were not to be had.
+    """Refuse what a runtime has no integers for.
 
     Raises:
-        UserError: a layer's activations have more than 8 bits, and the file is for LiteRT.
+        UserError: a layer's activations have more than 8 bits, and the runtime's 8 at most.
     """
     wide = [row.name for row in describe(detector, detector.stride * 2) if row.wide]
-    if wide and runtime == "litert":
+    if wide and runtime in PLACEMENTS and PLACEMENTS[runtime].most_bits <= 8:
         raise UserError(
             f"{argument('runtime', runtime)}: no activations of more than 8 bits, as '{wide[0]}' "
             "has; make the run with 8 bits or float there, or export for another runtime"
@@ -312,6 +313,7 @@ def describe_export(
         "boxes": "x1 y1 x2 y2 in pixels of the letterboxed image, before NMS",
         "scores": "probability of each category, before NMS",
     }
+    source = _without_folders(detector.source)
     bits = (32, 32) if policy is None else (policy.weight_bits, policy.activation_bits)
     return ExportInfo.model_validate(
         {
@@ -328,13 +330,24 @@ def describe_export(
             "precision": "float32" if policy is None else "W{}A{}".format(*bits),
             "checkpoint": manifest["identity"]["checkpoint"] if manifest else detector.fingerprint,
             "model_sha256": manifest["model_sha256"] if manifest else None,
-            "source": shown(detector.source),
+            "source": source,
             "letterbox": f"longer side to {image_size}, centred on grey 114/255",
             "normalisation": "within the graph; images are RGB, float32 in [0, 1], n x 3 x h x w",
             "outputs": {
                 name: meaning[name] if decoded else "raw predictions of the family"
                 for name in outputs
             },
-            "spec": detector.spec(),
+            "spec": {**detector.spec(), "source": source},
         }
     )
+
+
+def _without_folders(source: str) -> str:
+    """What names a detector, for a file that goes elsewhere: where it lay is nobody's business.
+    `network@weights` names two."""
+    of_torchvision = "torchvision/"
+    parts = (
+        part if part.startswith(of_torchvision) else Path(part).name or part
+        for part in source.split("@")
+    )
+    return shown("@".join(parts))

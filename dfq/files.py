@@ -55,16 +55,19 @@ def reason(error: OSError) -> str:
     return known or shown(error.strerror or error)
 
 
-def user_path(given: str | Path, what: str = "") -> Path:
+def user_path(given: str | Path, what: str = "", *, file: bool = False) -> Path:
     """A path as a user wrote it, with `~` as the home folder.
 
     Args:
         given: the path.
         what: begins the message.
+        file: it is of a file to be written, and no folder's: pathlib drops a slash at the end.
 
     Raises:
         UserError: for the home folder of somebody who is not known here.
     """
+    if file and str(given).endswith((os.sep, f"{os.sep}.")):
+        raise UserError(f"{what} {shown(given)}: is how a folder is named; name a file".lstrip())
     try:
         return Path(given).expanduser()
     except RuntimeError:

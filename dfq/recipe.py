@@ -18,7 +18,7 @@ from .limits import (
     MOST_STEPS,
 )
 from .plain import brief, parse_yaml, read_small
-from .quantization.placement import Runtime
+from .quantization.placement import PLACEMENTS, Runtime
 from .quantization.widths import ALLOWED, Widths, check_budget, parse_widths
 from .recipe_overrides import Overrides, flat, override
 from .recipe_section import Section
@@ -109,8 +109,9 @@ class Quantization(Section):
     def _kernels(self) -> Quantization:
         widths = [parse_widths(bits) for bits in (*self.overrides.values(), *self.mixed.candidates)]
         most = max(self.activation_bits, *(pair[1] for pair in widths if pair), 0)
-        if self.placement == "qdq" and self.runtime == "litert" and most > 8:
-            raise ValueError(f"litert has no activations of {most} bits; 8 at most")
+        limit = PLACEMENTS[self.runtime].most_bits
+        if self.placement == "qdq" and most > limit:
+            raise ValueError(f"{self.runtime} has no activations of {most} bits; {limit} at most")
         return self
 
     def candidates(self) -> list[Widths]:

@@ -30,7 +30,7 @@ from .detectors import from_spec
 from .detectors.base import Detector
 from .detectors.bounded import bounded, most_for
 from .detectors.checkpoint import sha256_of
-from .detectors.tensors import read_metadata, read_safetensors, sound
+from .detectors.tensors import read_metadata, read_safetensors, require_intact, sound, with_digest
 from .errors import UserError, naming
 from .files import append_line, read_json, write_atomic, write_json
 from .lock import locked
@@ -133,21 +133,17 @@ class Run:
             before: given the manifest before it is written: what else there is to be in the folder
                 once the run is finished.
         """
-        described = {
-            "identity": self.identity,
-            "spec": detector.spec(),
-            "policy": policy.to_dict(),
-        }
+        described = {"kind": KIND, "format": FORMAT, "identity": self.identity}
+        described |= {"spec": detector.spec(), "policy": policy.to_dict()}
+        tensors = stored_state(detector.module)
         # One entry: the file format keeps several in no order of its own.
-        text = json.dumps({"kind": KIND, "format": FORMAT, **described}, sort_keys=True)
-        data = save(stored_state(detector.module), metadata={"dfq": text})
+        text = json.dumps(with_digest(described, tensors), sort_keys=True)
+        data = save(tensors, metadata={"dfq": text})
         write_atomic(self.folder / "model.safetensors", data)
         write_json(self.folder / "metrics.json", metrics)
         manifest = {
             **extra,
             **described,
-            "kind": KIND,
-            "format": FORMAT,
             "model_sha256": hashlib.sha256(data).hexdigest(),
             "metrics_sha256": sha256_of(self.folder / "metrics.json"),
         }
@@ -390,8 +386,10 @@ def _rebuilt(path: Path, described: dict[str, Any]) -> Detector:
             with bounded("its description", most=most_for(size)):
                 detector = from_spec(described["spec"])
                 insert_quantizers(fold(detector), Policy.from_dict(described["policy"]))
-            state = sound(read_safetensors(path), str(path))
+            tensors = read_safetensors(path)
+            state = sound(tensors, str(path))
             restore_state(detector.module, state, str(path), floats=described["format"] < 3)
+            require_intact(tensors, described, str(path))
     except ODD as error:
         raise UserError(
             f"{path}: damaged or does not fit its manifest ({one_line(error)})"

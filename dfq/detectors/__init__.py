@@ -21,7 +21,14 @@ from .base import Boundary, Detections, Detector, DistillationPair, Targets
 from .bounded import bounded, most_for
 from .checkpoint import Checkpoint, class_of, find_model, read_checkpoint, sha256_of
 from .metadata import source_of
-from .tensors import check_kinds, read_metadata, read_safetensors, sound
+from .tensors import (
+    check_kinds,
+    read_metadata,
+    read_safetensors,
+    require_intact,
+    sound,
+    with_digest,
+)
 
 if TYPE_CHECKING:
     from .ultralytics import UltralyticsDetector
@@ -161,8 +168,10 @@ def save_detector(
     tensors = {
         name: _stored(tensor, dtype) for name, tensor in detector.module.state_dict().items()
     }
+    # One entry: the file format keeps several in no order of its own.
+    text = json.dumps(with_digest(detector.spec(), tensors))
     try:
-        write_atomic(path, save(tensors, metadata={_METADATA_KEY: json.dumps(detector.spec())}))
+        write_atomic(path, save(tensors, metadata={_METADATA_KEY: text}))
     except OSError as error:
         raise UserError(f"cannot write {path}: {reason(error)}") from error
 
@@ -327,7 +336,9 @@ def _from_safetensors(path: Path) -> Detector:
             detector = from_spec(spec)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    _fill(detector, sound(read_safetensors(path), str(path)), path)
+    tensors = read_safetensors(path)
+    _fill(detector, sound(tensors, str(path)), path)
+    require_intact(tensors, spec, str(path))
     detector.fingerprint = sha256_of(path)
     return detector
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -41,6 +42,47 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     """
     with _opened(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+DIGEST = "tensors_sha256"
+"""Under which the description in a file of ours holds what `digest_of` gave."""
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) of tensors on the CPU: names, types, shapes and bytes; without BatchNorm's
+    counters, which files may lack, and nothing is computed with."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        if name.endswith("num_batches_tracked"):
+            continue
+        digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def with_digest(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """A file's description that also tells its tensors from others."""
+    return {**description, DIGEST: digest_of(tensors)}
+
+
+def require_intact(
+    tensors: Mapping[str, Tensor], description: Mapping[str, Any], source: str
+) -> None:
+    """Refuse tensors that are not those a file was written with.
+
+    Args:
+        tensors: as they are in the file.
+        description: of the file; one that was written before there were digests has none.
+        source: of the tensors, for the message.
+
+    Raises:
+        UserError: they are others.
+    """
+    if DIGEST in description and digest_of(tensors) != description[DIGEST]:
+        raise UserError(
+            f"{source}: damaged or altered, as the sha256 of its tensors is not the one it was "
+            "written with; copy the file again"
+        )
 
 
 @contextmanager

@@ -42,7 +42,7 @@ class ExportInfo(BaseModel):
         checkpoint: sha256 of the file that the float detector came from.
         model_sha256: of the run's model; None: exported from a float detector.
         ranges: sha256 of the images that ranges were found on; None: they are the run's own.
-        source: what the user named.
+        source: what the user named, without its folders.
         letterbox: how images get to the network's size.
         normalisation: what the graph does itself; images are RGB in [0, 1], float32.
         outputs: name of each output and what it holds.

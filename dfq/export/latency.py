@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
-
-import numpy as np
-
-from .opening import open_file
 
 ROUNDS = 15
 """Turns that each file gets: enough for a median that a busy machine does not move."""
@@ -80,29 +74,3 @@ def in_turns(
                 times.append(clock() - start)
             found[place].append(statistics.median(times))
     return found
-
-
-def compare_latency(
-    file: Path, reference: Path, *, image_size: int, threads: int | None = 1
-) -> Latency:
-    """Time a file against another one that takes the same images.
-
-    Args:
-        file, reference: exported files, each run in the runtime of its format.
-        image_size: side in pixels.
-        threads: that each runtime may use; None: its own choice.
-
-    Raises:
-        UserError: a file cannot be opened.
-    """
-    images = np.random.default_rng(0).random((1, 3, image_size, image_size), dtype=np.float32)
-    opened = [open_file(path, threads=threads) for path in (file, reference)]
-    ours, theirs = in_turns([functools.partial(one.run, images) for one in opened])
-    ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
-    return Latency(
-        image_size,
-        threads,
-        statistics.median(theirs) * 1e3,
-        statistics.median(ours) * 1e3,
-        ratio,
-    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from torchvision.ops import batched_nms
 from ..detectors.base import Detections
 from ..errors import UserError, shown
 from .exported import ExportedModel, ExportInfo
-from .opening import RuntimeFile, open_file
+from .opening import RuntimeFile
 
 _FORMATS = {".onnx": "onnx", ".xml": "openvino", ".tflite": "litert", ".pt2": "torch"}
 _MOST_BOXES = 30_000
@@ -263,13 +262,3 @@ class ForeignModel(ExportedModel):
 
     def detect(self, images: Tensor, *, masks: bool = False, **thresholds: Any) -> list[Detections]:
         return choose(self.candidates(images.detach().cpu().numpy()), **thresholds)
-
-
-def open_foreign(
-    path: str | Path,
-    names: Sequence[str] | None = None,
-    image_size: int | None = None,
-    threads: int | None = None,
-) -> ForeignModel:
-    """Anyone's file as a detector; errors are those of `open_file` and `ForeignModel`."""
-    return ForeignModel(open_file(path, threads=threads), names, image_size)

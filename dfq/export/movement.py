@@ -159,8 +159,9 @@ def _side_ratio(
 def same_number(
     reference: Sequence[Detections], found: Sequence[Detections], at: float = THRESHOLD
 ) -> float | None:
-    """The least score from which on a file has as many detections as its float model has from `at`
-    on; suppression keeps whatever scores higher, so the number falls with it.
+    """A score from which on a file has as many detections as its float model has from `at` on: `at`
+    itself where that is so, else the least. Suppression keeps whatever scores higher, so the number
+    falls with it.
 
     Returns:
         As few digits as give that number, or the nearest there is; None where the float model has
@@ -171,6 +172,9 @@ def same_number(
     scores = scores[np.isfinite(scores)]
     if not wanted or len(scores) < wanted / 2:
         return None
+    as_many = int((scores >= at).sum())
+    if as_many == wanted:
+        return at
     if len(scores) <= wanted:
         return math.floor(float(scores[-1]) * 1e4) / 1e4
     # Scores on a grid come in heaps: cut at the one that ends nearest.

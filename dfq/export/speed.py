@@ -97,12 +97,13 @@ def _row(row: Latency) -> dict[str, Any]:
     return {**row.to_dict(), "float_ms": row.reference_ms}
 
 
-def compare_speed(file: Path, reference: Path, *, image_size: int) -> Speed:
+def compare_speed(file: Path, reference: Path, *, image_size: int, trust: bool = False) -> Speed:
     """Time a file against the float one, in turns, with one thread and with all.
 
     Args:
         file, reference: exported files of one format.
         image_size: side in pixels.
+        trust: run what is in a `.pt2` file.
 
     Raises:
         UserError: a file cannot be opened.
@@ -111,7 +112,7 @@ def compare_speed(file: Path, reference: Path, *, image_size: int) -> Speed:
     rows, halves = [], []
     runtime = ""
     for threads in (1, None):
-        opened = [open_file(path, threads=threads) for path in (file, reference)]
+        opened = [open_file(path, threads=threads, trust=trust) for path in (file, reference)]
         runtime = opened[0].runtime
         if runtime == "openvino":
             opened.append(OpenVinoFile(reference, threads, precision="bf16"))
@@ -136,6 +137,7 @@ def measure(
     *,
     runtime: str | None = None,
     image_size: int | None = None,
+    trust: bool = False,
     progress: Report = None,
 ) -> Speed:
     """Time a run or an exported file against the same network in float; what takes its time is
@@ -145,6 +147,7 @@ def measure(
         model: a run folder, or an exported file of a quantized network.
         runtime: one of `SUFFIXES`; None: the file's, and onnxruntime for a run.
         image_size: side in pixels; None: the network's own.
+        trust: run what is in a `.pt2` file.
         progress: told how far it is.
 
     Raises:
@@ -159,7 +162,7 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="dfq-") as folder:
         place = Path(folder)
         if is_exported(path):
-            opened = open_exported(path)
+            opened = open_exported(path, trust=trust)
             if runtime is not None and path.suffix.lower() != SUFFIXES[runtime]:
                 raise UserError(
                     f"{argument('runtime', runtime)}: does not open {shown(path)} here; leave it "
@@ -200,7 +203,7 @@ def measure(
             network, place / f"float{suffix}", format=_format_of(suffix), image_size=side,
             batch=batch, progress=told,
         )  # fmt: skip
-        return compare_speed(file, reference, image_size=size)
+        return compare_speed(file, reference, image_size=size, trust=trust)
 
 
 def _format(runtime: str) -> str:

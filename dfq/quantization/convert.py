@@ -301,7 +301,8 @@ def set_weight_range(layer: QuantConv2d | QuantLinear, search: str) -> None:
         # Bounds that are searched apart from each other: coarsely, as there are six times as many.
         find = functools.partial(mse, steps=16)
     rows = layer.weight.detach().float().reshape(weights.channels, -1)
-    if weights.narrow and not weights.asymmetric:
+    low, high = weights.bounds
+    if low == -high:
         # So that the least value is met by the integer that the greatest one is met by.
         rows = rows.abs()
     weights.initialise(*find(rows, weights.bits, asymmetric=weights.asymmetric))

@@ -32,6 +32,7 @@ class Placement:
         symmetric: activations have grids without a zero point.
         signed: integers of activations are int8, else uint8 (the same values, 128 apart).
         narrow_weights: integers of weights end at -127.
+        most_bits: that activations may have.
     """
 
     outputs: bool = False
@@ -43,6 +44,7 @@ class Placement:
     symmetric: bool = False
     signed: bool = False
     narrow_weights: bool = False
+    most_bits: int = 16
 
 
 INPUTS = Placement(joins=False)
@@ -58,9 +60,16 @@ PLACEMENTS: dict[str, Placement] = {
     # SiLU is part of the convolution; a grid in between would take it out.
     "openvino": Placement(fused_sums=True, one_grid=True),
     # Explicit quantization takes symmetric int8 only, and one scale across a concatenation.
-    "tensorrt": Placement(fused_sums=True, one_grid=True, symmetric=True, signed=True),
+    "tensorrt": Placement(
+        fused_sums=True,
+        one_grid=True,
+        symmetric=True,
+        signed=True,
+        most_bits=8,
+    ),
     # LOGISTIC has 1/256 for its output, CONCATENATION one scale throughout, and no convolution
-    # takes integers and gives floats; weights have no -128.
+    # takes integers and gives floats; weights have no -128. Its kernels of 16 bits gave other
+    # values than PyTorch, or were not to be had.
     "litert": Placement(
         outputs=True,
         one_grid=True,
@@ -68,5 +77,6 @@ PLACEMENTS: dict[str, Placement] = {
         sigmoid_step=1 / 256,
         signed=True,
         narrow_weights=True,
+        most_bits=8,
     ),
 }

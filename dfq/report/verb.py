@@ -43,7 +43,7 @@ def report(
     folder = user_path(run)
     if not is_run(folder):
         raise UserError(f"{shown(folder)}: is no run; give a folder that dfq qat has written")
-    file = folder / NAME if out is None else user_path(out, argument("out"))
+    file = folder / NAME if out is None else user_path(out, argument("out"), file=True)
     if file.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"{argument('out', file)}: is written as HTML; end its name in .html")
     require_output_file(file, "out", (folder,))

@@ -20,6 +20,7 @@ from ..quantization.convert import (
     float_mode,
     insert_quantizers,
     observe,
+    quantized_layers,
     set_range,
     set_weight_range,
 )
@@ -140,6 +141,9 @@ def measure(
     grids = "asymmetric" if policy.asymmetric else "symmetric"
     alone = replace(policy, placement="inputs", activations=grids)
     student = insert_quantizers(teacher.twin(), alone)
+    for _, each in quantized_layers(student.module):
+        # Of the placement, this is what a layer has of its own.
+        each.weight_quantizer.narrow = policy.where.narrow_weights
     values = observe(student, known)
     calls = execution_order(student.module, lambda: student.raw(images[0][:1]))
     free = {info.name: widths for info, widths in options if len(widths) > 1}

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from tiny_detector import blobs, stacked
 
 import dfq
+from dfq.detectors import save_detector
 from dfq.errors import UserError
 from dfq.run import AnotherRunError, Run, load_run, open_run
 
@@ -243,6 +244,7 @@ def test_a_run_of_format_2_is_still_read(place: Path, copy: Path, model: Path, m
     with safe_open(path, framework="pt") as file:
         described = json.loads(file.metadata()["dfq"])
     assert described.pop("format") == 3
+    assert described.pop("tensors_sha256")
     assert load_file(path)["model.0.conv.weight"].dtype == torch.int8
     save_file(as_floats(copy), path, metadata={"dfq": json.dumps(described)})
     old = {"format": 2, "model_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
@@ -294,6 +296,27 @@ def test_the_model_of_a_run_is_loaded_by_its_file(place: Path, copy: Path, model
     moved.rename(moved.parent / "model.safetensors")
     again = dfq.load_detector(moved.parent / "model.safetensors")
     assert torch.equal(stacked(again.raw(blobs(2))), expected)
+
+
+def test_a_flipped_bit_of_a_file_alone_is_noticed(place: Path, copy: Path, model: Path) -> None:
+    """Of a run's model without its manifest, and of a float detector, of weights or steps."""
+    shutil.copy(copy / "model.safetensors", place / "alone.safetensors")
+    float_file = place / "float.safetensors"
+    save_detector(dfq.load_detector(model), float_file)
+    for path in (place / "alone.safetensors", float_file):
+        whole = path.read_bytes()
+        start = 8 + int.from_bytes(whole[:8], "little")
+        # Counters of BatchNorm, which nothing is computed with, come first.
+        quarter = (len(whole) - start) // 4
+        for place_of in (start + quarter, start + 2 * quarter, len(whole) - 1):
+            data = bytearray(whole)
+            data[place_of] ^= 1
+            path.write_bytes(data)
+            line = has_one_error(command("inspect", "--model", path))
+            assert str(path) in line
+            assert "damaged" in line
+        path.write_bytes(whole)
+        assert command("inspect", "--model", path).exit_code == 0
 
 
 def wide(described: dict[str, Any], _: dict[str, torch.Tensor]) -> None:

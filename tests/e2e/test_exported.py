@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from harness import command, has_one_error
 import dfq
 from dfq.demo.scenes import write_coco
 from dfq.errors import UserError
+from dfq.export.latency import in_turns
 
 
 @pytest.fixture(scope="session")
@@ -103,3 +105,26 @@ def test_an_exported_file_predicts(place: Path, exported: ExportedDouble, scenes
         assert one.to_dict() == other.to_dict()
     kept = sum(map(len, wanted))
     assert f"in all {kept} agree (float network: {kept}, this one: {kept})" in result.stdout
+
+
+def test_what_takes_files_of_pytorch_opens_them_with_trust_alone(
+    place: Path, model: Path, made: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their loader runs what is in them."""
+    monkeypatch.setattr(
+        "dfq.export.speed.in_turns", functools.partial(in_turns, rounds=1, seconds=0)
+    )
+    dfq.export(run, "run.pt2")
+    dfq.export(model, "float.pt2")
+    commands = [
+        ("cost", "--model", "run.pt2", "--measure"),
+        ("eval", "--model", "run.pt2", "--data", made),
+        ("predict", "--model", "run.pt2", made / "images"),
+        ("verify", "run.pt2", "--against", "float.pt2", "--data", made),
+    ]
+    for words in commands:
+        assert "give --trust" in has_one_error(command(*words)), words
+        result = command(*words, "--trust")
+        # A verification may find faults: that it looked is what counts.
+        assert result.exit_code in ((0, 1) if words[0] == "verify" else (0,)), result.output
+        assert "trust" not in result.output, words

@@ -130,6 +130,30 @@ def test_a_device_stays(place: Path, model: Path) -> None:
         os.close(end)
 
 
+@pytest.mark.parametrize("end", ["/", "/."])
+@pytest.mark.parametrize("name", [*COMMANDS, "export", "predict"])
+def test_a_file_is_not_written_where_a_folder_was_meant(
+    place: Path, model: Path, made: Path, run: Path, name: str, end: str
+) -> None:
+    out = place / ENDINGS.get(name, "out.json")
+    out.write_text("mine")
+    words: Words = (
+        {
+            "export": ("export", "--model", run, "--format", "onnx", "--out", out),
+            "predict": ("predict", "--model", model, made / "images", "--json", out),
+        }
+        | writers(model, made, run, place / "out.json")
+    )[name]
+    before = contents(place)
+    line = has_one_error(command(*words[:-1], f"{words[-1]}{end}"))
+    assert f"{words[-1]}{end}: is how a folder is named" in line
+    assert contents(place) == before
+    # Neither where there is nothing yet.
+    out.unlink()
+    has_one_error(command(*words[:-1], f"{words[-1]}{end}"))
+    assert not out.exists()
+
+
 def test_a_file_that_is_read_only_stays(
     place: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ import ctypes
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,19 +20,21 @@ from dfq.export import writers
 from dfq.export.counting_openvino import count_openvino
 from dfq.export.opening import OpenVinoFile, open_exported
 from dfq.exporting import choose
-from dfq.quantization.convert import Policy
+from dfq.quantization.convert import Policy, calibrate, fold, insert_quantizers
 from dfq.quantization.quantizers import Quantizer
 from dfq.quantization.widths import parse_widths
 from dfq.recipe import Quantization
+from dfq.run import Run
 
 SUFFIXES = (".onnx", ".xml", ".pt2")
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("suffix", [*SUFFIXES, ".tflite"])
 def test_a_float_file_says_what_it_is_and_gives_what_the_network_gives(
     suffix: str, tmp_path: Path
 ) -> None:
     detector, images = tiny_detector(), blobs(1)
+    detector.source = f"{tmp_path / 'mine' / 'net.py'}@{tmp_path / 'theirs' / 'best.pt'}"
     path = export(detector, tmp_path / f"x{suffix}")
     opened = open_exported(path, trust=True)
     info = opened.info
@@ -39,6 +42,7 @@ def test_a_float_file_says_what_it_is_and_gives_what_the_network_gives(
     assert "114" in info.letterbox
     assert "[0, 1]" in info.normalisation
     assert list(info.outputs) == ["boxes", "scores"]
+    assert info.source == info.spec["source"] == "net.py@best.pt"
     with torch.no_grad():
         wanted = detector.outputs(detector.raw(images), (SIDE, SIDE))
     for name, value in opened.run(images.numpy()).items():
@@ -133,9 +137,28 @@ def test_widths_up_to_sixteen_are_of_activations_alone() -> None:
     assert Policy(overrides=(("a", "w8a16"),)).bits_for("a", False) == (8, 16)
 
 
-def test_litert_has_none() -> None:
-    with pytest.raises(ValueError, match="litert"):
-        Quantization(overrides={"a": "w8a16"}, placement="qdq", runtime="litert")
+@pytest.mark.parametrize("runtime", ["litert", "tensorrt"])
+def test_runtimes_of_eight_bits_alone_have_none(runtime: str, tmp_path: Path) -> None:
+    sections: list[dict[str, Any]] = [
+        {"overrides": {"a": "w8a16"}},
+        {"activation_bits": 16},
+        {"mixed": {"candidates": [8, "w8a16"]}},
+    ]
+    for section in sections:
+        with pytest.raises(ValueError, match=f"{runtime} has no activations of 16 bits; 8 at most"):
+            Quantization(**section, placement="qdq", runtime=runtime)
+        # Another placement is no runtime's.
+        Quantization(**section, runtime=runtime)
+    # A run that was made for another one is refused before its ranges are found, and not after.
+    student = insert_quantizers(fold(tiny_detector()), Policy(8, 16))
+    calibrate(student, [blobs(2)], search="minmax")
+    Run(tmp_path / "run", {"seed": 0, "checkpoint": "0" * 64}).finish(
+        student, Policy(8, 16), {}, {}
+    )
+    suffix = ".tflite" if runtime == "litert" else ".onnx"
+    with pytest.raises(UserError, match="no activations of more than 8 bits"):
+        export(tmp_path / "run", tmp_path / f"x{suffix}", runtime=runtime)
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 
 def test_sixteen_bits_round_where_eight_spoil() -> None:

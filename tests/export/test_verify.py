@@ -28,6 +28,7 @@ import dfq
 from dfq.demo.scenes import write_coco
 from dfq.detectors import save_detector
 from dfq.export.counting import count
+from dfq.export.layouts import ForeignModel
 from dfq.export.opening import open_file
 from dfq.export.ranges_onnx import _ancestors
 from dfq.run import check_run
@@ -281,9 +282,7 @@ def test_the_kit_calibrated_on_noise(
     assert found.threshold < 0.15
     images = kit / "coco-val" / "images"
     wanted = dfq.predict(yolov5n, images, image_size=320, threshold=0.25)
-    from dfq.export.layouts import open_foreign
-
-    own = open_foreign("noise.onnx", wanted[0].names)
+    own = ForeignModel(open_file("noise.onnx"), wanted[0].names, None)
     given = dfq.predict(own, images, threshold=found.threshold)
     total = sum(map(len, wanted))
     assert total > 500

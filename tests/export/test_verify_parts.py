@@ -121,6 +121,17 @@ def test_the_advised_threshold_gives_as_many_detections() -> None:
         assert abs(given - wanted) <= 0.03 * wanted
 
 
+def test_a_file_with_as_many_detections_keeps_the_threshold() -> None:
+    """Whatever other scores would do as well: between the last one above and the next."""
+    scores = np.array([0.9, 0.57, 0.2, 0.1])
+    assert same_number([_detections(scores)], [_detections(scores)]) == 0.25
+    assert same_number([_detections(scores)], [_detections(scores + 0.02)]) == 0.25
+    assert same_number([_detections(scores[:2])], [_detections(scores[:2])]) == 0.25
+    moved = same_number([_detections(scores)], [_detections(np.array([0.8, 0.2, 0.1]))])
+    assert moved is not None
+    assert 0.1 < moved <= 0.2
+
+
 def test_there_is_no_threshold_where_too_little_is_left() -> None:
     scores = np.full(10, 0.9)
     assert same_number([_detections(scores)], [_detections(scores[:3])]) is None
