@@ -95,6 +95,8 @@ def export(
     size = image_size or detector.image_size
     detector.check_size(size, "--image-size")
     refuse_wide(detector, runtime)
+    if nms is not None:
+        _require_decoded(detector, size)
     ranges = None
     folder = user_path(model) if not isinstance(model, Detector) else None
     manifest = check_run(folder) if folder is not None and is_run(folder) else None
@@ -115,8 +117,6 @@ def export(
             detector, policy = place_for(detector, policy, runtime, images)
     if any(isinstance(m, QUANTIZED_LAYERS) for m in detector.module.modules()) and policy is None:
         raise UserError(f"{argument('model')}: give the run's folder, not its loaded detector")
-    if nms is not None:
-        _require_decoded(detector, size)
     for line in remarks(policy, runtime, int4, describe(detector, size)):
         told.note(line)
     with told.task("export", 2, "steps") as task:
