@@ -127,6 +127,28 @@ class DistillationPair:
 
 
 @dataclass(frozen=True)
+class Kinds:
+    """How a layer's output channels are divided among kinds of prediction.
+
+    Attributes:
+        repeats: how often the kinds follow each other, once for each anchor.
+        sizes: channels of each kind, in their order.
+    """
+
+    repeats: int
+    sizes: tuple[int, ...]
+
+    def channels(self, kind: int) -> list[int]:
+        """Those that hold one kind."""
+        every, first = sum(self.sizes), sum(self.sizes[:kind])
+        return [
+            start + first + channel
+            for start in range(0, self.repeats * every, every)
+            for channel in range(self.sizes[kind])
+        ]
+
+
+@dataclass(frozen=True)
 class Boundary:
     """Qualified module names of the layers a policy treats apart.
 
@@ -333,6 +355,12 @@ class Detector(ABC):
     @abstractmethod
     def distillation_pairs(self, student_raw: Any, teacher_raw: Any) -> list[DistillationPair]:
         """What KL is taken over in this family: see `DistillationPair`."""
+
+    def prediction_kinds(self) -> dict[str, Kinds]:
+        """The layers that give predictions of several kinds, whose values have nothing to do with
+        each other, and which of their output channels hold which. Those of the others are of one
+        kind."""
+        return {}
 
     @abstractmethod
     def feature_layers(self) -> list[str]:

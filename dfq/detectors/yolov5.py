@@ -12,7 +12,7 @@ from torchvision.ops import batched_nms
 
 from ..errors import UserError
 from ..plain import brief, plain_tree
-from .base import Boundary, Detections, Detector, DistillationPair, Targets
+from .base import Boundary, Detections, Detector, DistillationPair, Kinds, Targets
 from .checkpoint import (
     Checkpoint,
     attribute,
@@ -307,6 +307,12 @@ class YOLOv5(Detector):
             for name, layer in self.module.model.named_children()
             if any(True for _ in layer.parameters())
         ]
+
+    def prediction_kinds(self) -> dict[str, Kinds]:
+        """Centres, sides, objectness and classes by anchor, which one convolution a level gives."""
+        head = self.module.detect
+        kinds = Kinds(head.anchors.shape[1], (2, 2, 1, head.outputs - 5))
+        return dict.fromkeys(self.boundary_layers().last, kinds)
 
     def boundary_layers(self) -> Boundary:
         convolutions = [

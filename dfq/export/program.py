@@ -6,176 +6,27 @@ Every file is lowered from it by a converter of its format, and it is what files
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.ao.quantization.fx._decomposed
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from ..detectors.base import Detector, Part
-from ..detectors.matmul import Matmul
-from ..quantization.layers import QuantConv2d, QuantLinear, QuantMatmul, QuantSiLU, gated_silu
+from ..quantization.layers import (
+    QuantConv2d,
+    QuantLinear,
+    QuantMatmul,
+    QuantSiLU,
+)
 from ..quantization.placement import PLACEMENTS
 from ..quantization.quantizers import Quantizer
 from ..quantization.results import RESULTS, requantize_results
-from .grids import Grid, grid_of, integer_weight
+from .grids import grid_of
 from .passes import tidy
-
-OPS = torch.ops.quantized_decomposed
-
-
-class Ends(nn.Module):
-    """Cuts a tensor off where a grid ends, without putting it there."""
-
-    def __init__(self, grid: Grid) -> None:
-        super().__init__()
-        self.grid = grid
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.clamp(*self.grid.values)
-
-
-class QuantizeDequantize(nn.Module):
-    """Puts a tensor on a grid, as runtimes are told to: quantize, then dequantize."""
-
-    def __init__(self, grid: Grid) -> None:
-        super().__init__()
-        self.grid = grid
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.grid.fills_type:
-            # Runtimes saturate where the integer type ends, not where a narrower grid does.
-            x = x.clamp(*self.grid.values)
-        arguments = self.grid.arguments()
-        return OPS.dequantize_per_tensor(OPS.quantize_per_tensor(x, *arguments), *arguments)
-
-
-class Weight(nn.Module):
-    """A layer's weight as int8 constants with one dequantize.
-
-    Args:
-        layer: quantized.
-        floating: keep the weight itself, quantized and dequantized in the program, as LiteRT's
-            converter wants it.
-        plain: the values themselves, in float32.
-        columns: transposed, with the outputs in the last axis.
-    """
-
-    integers: Tensor
-    scale: Tensor
-    zero_point: Tensor
-
-    def __init__(
-        self,
-        layer: QuantConv2d | QuantLinear,
-        *,
-        floating: bool,
-        plain: bool = False,
-        columns: bool = False,
-    ) -> None:
-        super().__init__()
-        integers, scale = integer_weight(layer)
-        self.floating, self.plain, self.axis = floating, plain, 1 if columns else 0
-        if columns:
-            integers = integers.flatten(1).T.contiguous()
-        if floating or plain:
-            shape = [1] * integers.ndim
-            shape[self.axis] = -1
-            self.register_buffer("values", integers.float() * scale.view(shape))
-        else:
-            self.register_buffer("integers", integers)
-        self.register_buffer("scale", scale)
-        self.register_buffer("zero_point", torch.zeros(len(scale), dtype=torch.int64))
-
-    def forward(self) -> Tensor:
-        if self.plain:
-            return self.values
-        where = (self.scale, self.zero_point, self.axis, -127 if self.floating else -128, 127)
-        integers = (
-            OPS.quantize_per_channel(self.values, *where, torch.int8)
-            if self.floating
-            else self.integers
-        )
-        return OPS.dequantize_per_channel(integers, *where, torch.int8)
-
-
-class _Layer(nn.Module):
-    """A convolution or linear layer in the program."""
-
-    def __init__(
-        self,
-        layer: QuantConv2d | QuantLinear,
-        grid: Callable[[Quantizer | None], nn.Module],
-        *,
-        floating: bool,
-        plain: bool,
-        as_product: bool,
-    ) -> None:
-        super().__init__()
-        self.on_input = grid(layer.input_quantizer)
-        self.on_output = grid(layer.output_quantizer)
-        self.bias = layer.bias
-        if as_product and layer.bias is not None:
-            # To be subtracted.
-            self.bias = nn.Parameter(-layer.bias.detach(), requires_grad=False)
-        self.convolution = layer if isinstance(layer, QuantConv2d) else None
-        # Of a module that is a child, the parameters would be exported too.
-        if self.convolution is not None:
-            conv = self.convolution
-            self.geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
-            self.padding_mode, self.pads = conv.padding_mode, conv._reversed_padding_repeated_twice
-        del self.convolution
-        self.is_convolution = isinstance(layer, QuantConv2d)
-        self.as_product = as_product
-        self.weight = Weight(layer, floating=floating, plain=plain, columns=as_product)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.on_input(x)
-        weight = self.weight()
-        if self.as_product:
-            rows = x.permute(0, 2, 3, 1) if self.is_convolution else x
-            y = torch.matmul(rows, weight)
-            if self.bias is not None:
-                # Of a sum, onnxruntime makes one float layer with the product.
-                y = y - self.bias
-            y = y.permute(0, 3, 1, 2) if self.is_convolution else y
-        elif not self.is_convolution:
-            y = F.linear(x, weight, self.bias)
-        else:
-            stride, padding, dilation, groups = self.geometry
-            if self.padding_mode != "zeros":
-                x, padding = F.pad(x, self.pads, mode=self.padding_mode), (0, 0)
-            y = F.conv2d(x, weight, self.bias, stride, padding, dilation, groups)
-        return self.on_output(y)
-
-
-class _Product(Matmul):
-    """A product of two activations in the program."""
-
-    def __init__(self, layer: QuantMatmul, grid: Callable[[Quantizer], nn.Module]) -> None:
-        super().__init__()
-        self.left, self.right = grid(layer.left_quantizer), grid(layer.right_quantizer)
-
-    def forward(self, left: Tensor, right: Tensor) -> Tensor:
-        return super().forward(self.left(left), self.right(right))
-
-
-class _SiLU(nn.Module):
-    """SiLU in two steps, with its sigmoid on a grid."""
-
-    def __init__(self, step: float, *, signed: bool) -> None:
-        super().__init__()
-        low = -128 if signed else 0
-        dtype = torch.int8 if signed else torch.uint8
-        scale = float(torch.tensor(step))
-        self.on_sigmoid = QuantizeDequantize(Grid(scale, low, low, low + 255, dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return gated_silu(x, self.on_sigmoid)
+from .written import Ends, GatedSiLU, Layer, Product, QuantizeDequantize
 
 
 class _Graph(nn.Module):
@@ -262,11 +113,11 @@ def as_program(detector: Detector, runtime: str, *, in_place: bool = False) -> D
             # activations of 8 bits, whatever those are said to have.
             product_alone = runtime == "onnxruntime" and isinstance(child, QuantLinear)
             plain = child.input_quantizer.bits > 8 and (product_alone or runtime == "openvino")
-            return _Layer(child, grid, floating=floating, plain=plain, as_product=product)
+            return Layer(child, grid, floating=floating, plain=plain, as_product=product)
         if isinstance(child, QuantMatmul):
-            return _Product(child, grid)
+            return Product(child, grid)
         if isinstance(child, QuantSiLU):
-            return _SiLU(child.step, signed=signed)
+            return GatedSiLU(child.step, signed=signed)
         return None
 
     requantize_results(module, grid)

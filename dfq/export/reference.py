@@ -12,7 +12,8 @@ from torch import Tensor, fx
 
 from .integer import KERNELS, run_in_integers
 from .passes import DEQUANTIZE, QUANTIZE
-from .program import OPS, Program, input_shape
+from .program import Program, input_shape
+from .written import OPS
 
 _QUANTIZE_CHANNELS = OPS.quantize_per_channel.default
 _DEQUANTIZE_CHANNELS = OPS.dequantize_per_channel.default

@@ -3,7 +3,7 @@ and the quantized product of two activations."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -11,21 +11,46 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from ..detectors.base import Kinds
 from ..detectors.matmul import Matmul
 from .quantizers import Quantizer, fake_quantize
+
+
+class SplitOutput(nn.ModuleList):
+    """A quantizer for each kind of what a layer gives, where it gives several.
+
+    Args:
+        quantizers: per tensor, one a kind.
+        kinds: how the layer's output channels are divided among them.
+        axis: of the channels: 1, or -1.
+    """
+
+    def __init__(self, quantizers: Sequence[Quantizer], kinds: Kinds, axis: int) -> None:
+        super().__init__(quantizers)
+        self.kinds, self.axis = kinds, axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Modes that watch a network's functions count its own, and none of these.
+        with torch._C.DisableTorchFunction():
+            every = x.unflatten(self.axis, (self.kinds.repeats, -1))
+            inner = 2 if self.axis == 1 else -1
+            parts = every.split(self.kinds.sizes, inner)
+            given = [quantizer(part) for quantizer, part in zip(self, parts, strict=True)]
+            return torch.cat(given, inner).flatten(inner - 1, inner)
 
 
 class QuantConv2d(nn.Conv2d):
     """A convolution whose input and weight are fake-quantized.
 
     `input_quantizer` is per tensor; `weight_quantizer` per tensor or per output channel. The bias
-    stays in float: runtimes keep it in 32 bits. `output_quantizer`, per tensor, is for runtimes
-    that compute in integers only what they can put on a grid at once (see `results`).
+    stays in float: runtimes keep it in 32 bits. `output_quantizer`, per tensor or per group of
+    channels, is for runtimes that compute in integers only what they can put on a grid at once (see
+    `results`).
     """
 
     input_quantizer: Quantizer
     weight_quantizer: Quantizer
-    output_quantizer: Quantizer | None
+    output_quantizer: Quantizer | SplitOutput | None
 
     @classmethod
     def wrap(cls, layer: nn.Conv2d, inputs: Quantizer, weights: Quantizer) -> QuantConv2d:
@@ -51,7 +76,7 @@ class QuantLinear(nn.Linear):
 
     input_quantizer: Quantizer
     weight_quantizer: Quantizer
-    output_quantizer: Quantizer | None
+    output_quantizer: Quantizer | SplitOutput | None
 
     @classmethod
     def wrap(cls, layer: nn.Linear, inputs: Quantizer, weights: Quantizer) -> QuantLinear:

@@ -4,7 +4,8 @@ onnxruntime computes a convolution in integers only where its output is quantize
 is done to it, and a sum or a concatenation only where all that goes into it and what comes out is.
 What is put here is one quantizer a tensor:
 
-- on the output of each quantized layer, but for those whose outputs are the predictions;
+- on the output of each quantized layer, but for those whose outputs are the predictions; where
+  those have one too, a layer that gives several kinds of prediction has one for each kind;
 - on the result of each sum and concatenation of what such layers compute;
 - on whatever else goes into one of these (the result of an activation function, mostly).
 
@@ -14,6 +15,7 @@ as wide as the layer's own is to be: its input quantizer *is* the one of the ten
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -23,9 +25,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..detectors.base import Detector
+from ..detectors.base import Detector, Kinds
 from .joins import CONCATENATIONS, SUMS, Key, Trace, Value, name_of, trace
-from .layers import QUANTIZED_LAYERS, QuantConv2d, QuantLinear, QuantSiLU
+from .layers import QUANTIZED_LAYERS, QuantConv2d, QuantLinear, QuantSiLU, SplitOutput
 from .placement import Placement
 from .quantizers import Quantizer
 from .ranges import PREDICTION
@@ -137,6 +139,7 @@ def quantize_results(
         return made.train(detector.module.training).to(detector.device)
 
     last = detector.boundary_layers().last
+    kinds = detector.prediction_kinds() if where.predictions else {}
     chosen = _joined(found, where)
     joined = {value for join in chosen for value in (*chosen[join], join)}
     grids: dict[Value, Quantizer] = {}
@@ -147,7 +150,11 @@ def quantize_results(
             continue
         reader = PREDICTION if value.layer in last else value.reader
         layer = detector.module.get_submodule(value.layer)
-        if isinstance(layer, QUANTIZED_LAYERS):
+        several = kinds.get(value.layer) if value not in joined else None
+        if several is not None and isinstance(layer, QUANTIZED_LAYERS):
+            # On no grid as a whole: nothing is shared with it.
+            layer.output_quantizer = _split(layer, several, functools.partial(quantizer_of, value))
+        elif isinstance(layer, QUANTIZED_LAYERS):
             if layer.output_quantizer is None:
                 layer.output_quantizer = quantizer_of(value)
                 layer.output_quantizer.reader = reader
@@ -165,6 +172,15 @@ def quantize_results(
     for module in detector.module.modules():
         if getattr(module, "inplace", False) is True:
             module.inplace = False
+
+
+def _split(
+    layer: QuantConv2d | QuantLinear, kinds: Kinds, make: Callable[[], Quantizer]
+) -> SplitOutput:
+    quantizers = [make() for _ in kinds.sizes]
+    for quantizer in quantizers:
+        quantizer.reader = PREDICTION
+    return SplitOutput(quantizers, kinds, 1 if isinstance(layer, QuantConv2d) else -1)
 
 
 def _wide_values(module: nn.Module, found: Trace) -> set[Value]:
@@ -226,7 +242,7 @@ def _unite(
     for value in grids:
         grids[value] = root(grids[value])
     for child in module.modules():
-        if isinstance(child, QUANTIZED_LAYERS) and child.output_quantizer is not None:
+        if isinstance(child, QUANTIZED_LAYERS) and isinstance(child.output_quantizer, Quantizer):
             child.output_quantizer = root(child.output_quantizer)
         if isinstance(child, _Watched):
             found = child._quantized_results
@@ -310,11 +326,15 @@ def _share_inputs(module: nn.Module, found: Trace, grids: dict[Value, Quantizer]
 
 def result_quantizers(module: nn.Module) -> list[tuple[str, Quantizer]]:
     """(name, quantizer) of every layer's output and every function's result that is quantized."""
-    found = [
-        (f"{name}.output_quantizer", layer.output_quantizer)
-        for name, layer in module.named_modules()
-        if isinstance(layer, (QuantConv2d, QuantLinear)) and layer.output_quantizer is not None
-    ]
+    found = []
+    for name, layer in module.named_modules():
+        if not isinstance(layer, (QuantConv2d, QuantLinear)) or layer.output_quantizer is None:
+            continue
+        for inner, quantizer in layer.output_quantizer.named_modules(
+            prefix=f"{name}.output_quantizer"
+        ):
+            if isinstance(quantizer, Quantizer):
+                found.append((inner, quantizer))
     holder = getattr(module, RESULTS, None)
     if isinstance(holder, nn.ModuleDict):
         for name, quantizer in holder.items():

@@ -1,0 +1,125 @@
+"""Where one layer gives boxes and scores, each kind has a grid of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from yolov5_files import write
+
+from dfq import export
+from dfq.detectors import load_detector
+from dfq.detectors.base import Detector
+from dfq.export.counting import count
+from dfq.export.integer import run_in_integers
+from dfq.export.opening import open_file
+from dfq.export.program import build
+from dfq.models import load_model
+from dfq.quantization.convert import (
+    Policy,
+    activation_quantizers,
+    calibrate,
+    float_mode,
+    fold,
+    insert_quantizers,
+)
+from dfq.quantization.layers import SplitOutput
+from dfq.quantization.results import result_quantizers
+from dfq.run import Run
+
+LITERT = Policy(8, 8, placement="qdq", runtime="litert")
+SIDE = 64
+
+
+@pytest.fixture
+def uneven(tmp_path: Path) -> Detector:
+    """A small YOLOv5 whose class logits are far below zero, and whose sides hardly vary."""
+    detector = fold(load_detector(str(write(tmp_path / "tiny.pt"))))
+    head = detector.module.detect
+    with torch.no_grad():
+        for conv in head.m:
+            by_kind = conv.weight.view(-1, head.outputs, *conv.weight.shape[1:])
+            bias = conv.bias.view(-1, head.outputs)
+            by_kind[:, 2:4] *= 0.01
+            by_kind[:, 5:] *= 30
+            bias[:, 2:4] = 0.02
+            bias[:, 5:] = -20
+    return detector
+
+
+def images(count: int) -> Tensor:
+    return torch.rand(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(7))
+
+
+def student_of(teacher: Detector) -> Detector:
+    student = insert_quantizers(teacher.twin(), LITERT)
+    calibrate(student, [images(4)])
+    return student
+
+
+def test_each_kind_is_as_fine_as_its_own_values(uneven: Detector) -> None:
+    student = student_of(uneven)
+    seen = uneven.raw(images(4))
+    for name, level in zip(student.boundary_layers().last, seen, strict=True):
+        layer = student.module.get_submodule(name)
+        assert isinstance(layer.output_quantizer, SplitOutput)
+        parts = (level[..., :2], level[..., 2:4], level[..., 4:5], level[..., 5:])
+        for quantizer, part in zip(layer.output_quantizer, parts, strict=True):
+            reach = float(part.max().clamp_min(0) - part.min().clamp_max(0))
+            assert float(quantizer.scale) == pytest.approx(reach / 255, rel=0.02)
+        steps = [float(quantizer.scale.detach()) for quantizer in layer.output_quantizer]
+        # On one grid sides would all be one level.
+        assert steps[3] > 20 * steps[1]
+    with torch.no_grad(), float_mode(student.module):
+        for got, want in zip(student.raw(images(2)), uneven.raw(images(2)), strict=True):
+            assert torch.equal(got, want)
+
+
+def test_all_of_them_are_known_by_their_names_and_trained(uneven: Detector) -> None:
+    student = student_of(uneven)
+    modules = dict(student.module.named_modules())
+    found = [(n, q) for n, q in result_quantizers(student.module) if ".output_quantizer." in n]
+    assert len(found) == 4 * len(student.boundary_layers().last)
+    assert all(modules[name] is quantizer for name, quantizer in found)
+    assert {q for _, q in found} <= {q for _, q in activation_quantizers(student.module)}
+    sum(level.square().sum() for level in student.raw(images(2))).backward()
+    assert all(quantizer.log_scale.grad.abs() > 0 for _, quantizer in found)
+
+
+def test_a_run_and_its_file_have_them(uneven: Detector, tmp_path: Path) -> None:
+    student = student_of(uneven)
+    Run(tmp_path / "run", {"seed": 0, "checkpoint": uneven.fingerprint}).finish(
+        student, LITERT, {}, {}
+    )
+    again = load_model(tmp_path / "run")
+    with torch.no_grad():
+        for got, want in zip(again.raw(images(2)), student.raw(images(2)), strict=True):
+            assert torch.equal(got, want)
+    file = open_file(export(tmp_path / "run", tmp_path / "x.tflite", image_size=SIDE), threads=1)
+    program = build(again, "litert", image_size=SIDE)
+    for image in images(3)[:, None]:
+        found = file.run(image.numpy())
+        for name, value in run_in_integers(program, image, "litert").items():
+            assert torch.allclose(value, torch.from_numpy(found[name]), atol=1e-4)
+    # Of the convolution that gives a level each kind is a layer, and an integer one.
+    share = count(file)
+    assert share.share_of_macs == 1
+    assert len(share.operations) == len(list(count_convolutions(again))) + 3 * len(
+        again.boundary_layers().last
+    )
+
+
+def count_convolutions(detector: Detector) -> list[str]:
+    return [
+        name
+        for name, module in detector.module.named_modules()
+        if isinstance(module, torch.nn.Conv2d)
+    ]
+
+
+def test_no_other_runtime_needs_them(uneven: Detector) -> None:
+    for runtime in ("onnxruntime", "openvino", "tensorrt"):
+        student = insert_quantizers(uneven.twin(), Policy(8, 8, placement="qdq", runtime=runtime))
+        assert not any(isinstance(m, SplitOutput) for m in student.module.modules())
