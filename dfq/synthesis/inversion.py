@@ -182,10 +182,11 @@ class Inversion:
         starts = range(0, count, size)
         pieces = [(view[i : i + size].detach(), targets.rows(i, i + size)) for i in starts]
         if self.statistics is not None:
-            with torch.no_grad():
-                for piece, labels in pieces:
-                    self._run(piece, labels)
-                    self.statistics.gather()
+            # Nothing asks for a gradient, so no graph is made; without them recorded, a two-stage
+            # network would run other layers than in the second pass.
+            for piece, labels in pieces:
+                self._run(piece, labels)
+                self.statistics.gather()
         for piece, labels in pieces:
             terms = self._losses(piece.requires_grad_(), labels)
             for name in terms.keys() & {"task", "entropy"}:
@@ -203,8 +204,12 @@ class Inversion:
             images: RGB.
             thresholds: of `Detector.decode`.
         """
-        parts = images.split(self.settings.micro_batch or len(images))
-        return [found for part in parts for found in self.detector.detect(part, **thresholds)]
+        found = []
+        for part in images.split(self.settings.micro_batch or len(images)):
+            found += self.detector.detect(part, **thresholds)
+            if self.statistics is not None:
+                self.statistics.forget()
+        return found
 
     def optimise(
         self,
