@@ -31,9 +31,13 @@ class SynthesisWeights(Section):
     first_bn: float = Field(5.0, ge=0, le=LARGEST_WEIGHT)
     """How often more the first BatchNorm counts in that sum: it fixes colours and contrast."""
     entropy: float = Field(1.0, ge=0, le=LARGEST_WEIGHT)
-    """Entropy of the similarities between patches, in networks with attention."""
+    """Entropy of the similarities between patches, in networks with attention: of its mean over the
+    blocks; of the sum over them with factors of the losses (the paper's)."""
     tv: float = Field(0.05, ge=0, le=LARGEST_WEIGHT)
     """Total variation, relative to the gradient of the others."""
+    l2: float = Field(0.0, ge=0, le=LARGEST_WEIGHT)
+    """L2 norm of an image, relative to the gradient of the others: the further from black, the
+    more it counts."""
 
 
 class LabelStage(Section):
@@ -112,8 +116,9 @@ class Synthesis(Section):
     erase: float = Field(0.5, ge=0, le=1)
     """Probability that a rectangle (2 to 20 % of the area) is blanked in an iteration."""
     settle: float = Field(0.6, ge=0, le=1)
-    """Share of the iterations at full size, the last ones, without erasing and total variation and
-    with a tenth of the task's weight: images then come to meet the statistics. 0: none."""
+    """Share of the iterations at full size, the last ones, without erasing, total variation and
+    image norm and with a tenth of the task's weight: images then come to meet the statistics. 0:
+    none."""
     scales: int = Field(4, ge=0, le=8)
     """Coarser grids on which images are optimised beside the pixels, each half as fine as the one
     before. 0: the pixels alone (the paper's)."""

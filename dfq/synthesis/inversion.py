@@ -147,7 +147,8 @@ class Inversion:
         if self.statistics is not None:
             terms |= self._bn_terms(self.statistics)
         if self.similarity is not None:
-            terms["entropy"] = -self.similarity.entropy()
+            summed = self.settings.balance == "loss"
+            terms["entropy"] = -self.similarity.entropy(summed=summed)
         if task is not None:
             terms["task"] = task
         return terms
@@ -267,6 +268,8 @@ class Inversion:
                 gradient, terms = combine(self._parts(view, seen), step)
                 (gradient,) = torch.autograd.grad(view, pixels, gradient)
                 gradient, terms["tv"] = combine.smoothed(gradient, pixels)
+                if settings.weights.l2 > 0:
+                    gradient, terms["l2"] = combine.darkened(gradient, pixels)
                 gradient = self.techniques.gradient(gradient)
                 optimizer.step(gradient, rate)
                 # The second one as well: from it on, it is known how long one takes.

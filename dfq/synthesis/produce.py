@@ -55,6 +55,8 @@ def determinants(detector: Detector, settings: Synthesis, seed: int) -> dict[str
         del values["weights"]["entropy"]
     if not detector.has_masks:
         del values["masks"]
+    if settings.weights.l2 == 0:
+        del values["weights"]["l2"]
     identity = label_source_identity(settings)
     if identity is not None:
         # What the labels are counts, not where they lie.
@@ -115,7 +117,8 @@ def check(detector: Detector, settings: Synthesis) -> None:
     attends = weights.entropy > 0 and bool(detector.attention_layers())
     statistics = weights.bn > 0 or weights.first_bn > 0
     optimises = settings.iterations > 0 or adaptive
-    if optimises and not (statistics or weights.tv > 0 or labelled or attends):
+    priors = weights.tv > 0 or weights.l2 > 0
+    if optimises and not (statistics or priors or labelled or attends):
         raise UserError(
             "synthesis.weights: every term that applies has weight 0, so there is nothing to "
             "optimise; set one above 0, or synthesis.iterations=0 with labels that are not adaptive"
