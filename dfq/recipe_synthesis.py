@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from .label_sets import label_set
 from .limits import (
     LARGEST_RATE,
     LARGEST_SIDE,
@@ -17,8 +18,7 @@ from .limits import (
 from .recipe_section import Section
 
 LABELS = ("adaptive", "single", "multi", "tile", "none")
-"""What `synthesis.labels` can be, besides `real:SET`."""
-REAL_LABELS = "real:"
+"""What `synthesis.labels` can be, besides one of `SET_LABELS` with a set behind it."""
 
 
 class SynthesisWeights(Section):
@@ -106,7 +106,8 @@ class Synthesis(Section):
     stay those of the whole batch. None: all."""
     learning_rate: float = Field(0.05, gt=0, le=LARGEST_RATE)
     labels: str = "adaptive"
-    """adaptive, single, multi, tile, none; or real:SET, which takes the labels of a real set."""
+    """adaptive, single, multi, tile, none; real:SET, which takes the labels of a real set; or
+    multi:SET, tile:SET, whose objects are as frequent and as large as the set's."""
     init: Literal["uniform", "gaussian", "pink"] = "uniform"
     """Noise the images start from; pink: of low frequencies more, as photographs have."""
     multires: float = Field(0.55, ge=0, lt=1)
@@ -143,10 +144,11 @@ class Synthesis(Section):
     @classmethod
     def _known_labels(cls, value: str) -> str:
         # Whether the set is there shows when it is opened: a recipe outlives it.
-        real = value.startswith(REAL_LABELS) and value != REAL_LABELS
-        if value not in LABELS and not real:
-            known = ", ".join(f"'{name}'" for name in LABELS)
-            raise ValueError(f"should be {known} or '{REAL_LABELS}SET'")
+        found = label_set(value)
+        if value not in LABELS and not (found and found[1]):
+            *drawn, none = LABELS
+            names = ", ".join(f"'{name}'" for name in (*drawn, "multi:SET", "tile:SET", none))
+            raise ValueError(f"should be {names} or 'real:SET'")
         return value
 
     @model_validator(mode="after")

@@ -33,7 +33,7 @@ from .shards import Plan, ShardMaker, ShardReport, make_shards
 from .workers import Workers, worker_count
 
 # Raised when a change of the code changes the images: older sets are then not mistaken for new.
-ALGORITHM = 5
+ALGORITHM = 6
 
 PREVIEW = "preview.png"
 """A grid of the first images with their labels, beside `images/`."""
@@ -60,7 +60,7 @@ def determinants(detector: Detector, settings: Synthesis, seed: int) -> dict[str
     identity = label_source_identity(settings)
     if identity is not None:
         # What the labels are counts, not where they lie.
-        values["labels"] = f"real:{identity}"
+        values["labels"] = f"{settings.labels.partition(':')[0]}:{identity}"
     wanted = {
         "algorithm": ALGORITHM,
         "checkpoint": detector.fingerprint,
