@@ -107,7 +107,8 @@ bench-calibration-sets: env
 	for seed in 0 1; do $(BIN)/dfq synthesize --model $(KIT)/weights/yolov5n-coco/yolov5n.pt \
 	  --images 64 --image-size 320 --seed $$seed --out $(CALIBRATION)/synthetic-$$seed || exit; done
 	$(BIN)/dfq synthesize --model $(KIT)/weights/yolov5n-coco/yolov5n.pt \
-	  --images 64 --image-size 320 --init noise --out $(CALIBRATION)/noise
+	  --images 64 --image-size 320 --init uniform --iterations 0 --labels none \
+	  --out $(CALIBRATION)/noise
 	$(BIN)/python benchmarks/runtimes/calibration_sets.py --size 320 \
 	  --model $(KIT)/weights/yolov5n-coco/yolov5n.pt --data $(KIT)/coco-val \
 	  --set noise=$(CALIBRATION)/noise --set synthetic-0=$(CALIBRATION)/synthetic-0 \

@@ -73,13 +73,14 @@ def cli() -> None:
 @click.option(
     "--labels",
     show_default="adaptive, or the recipe's",
-    help="adaptive, single, multi, tile, none, or real:SET to take a SET's.",
+    help="adaptive, single, multi, tile, none; real:SET to take a SET's; multi:SET or tile:SET for "
+    "random ones as frequent and large as a SET's.",
 )
 @click.option(
     "--init",
     type=click.Choice(["uniform", "gaussian", "noise"]),
     show_default="uniform, or the recipe's",
-    help="What images start from; noise: uniform, and left as it is, without labels.",
+    help="What images start from; noise: Gaussian, and left as it is, without labels.",
 )
 @click.option(
     "--recipe",

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError, argument, shown
+from .label_sets import label_set
 
 NAME_BYTES = 255
 """The longest name of a file that file systems take."""
@@ -357,7 +358,8 @@ def _parts(given: str | Path | None) -> Iterator[Path]:
     if given is None or str(given) == "":
         return
     network, _, weights = str(given).rpartition("@")
-    for text in {str(given), network, weights, str(given).removeprefix("real:")} - {""}:
+    labels = label_set(str(given))
+    for text in {str(given), network, weights, labels[1] if labels else ""} - {""}:
         yield user_path(text)
 
 

@@ -310,8 +310,8 @@ def load_recipe(name: str | Path | None, overrides: Overrides = (), **values: An
 def as_noise(
     init: str | None, iterations: int | None, labels: str | None, overrides: Overrides
 ) -> tuple[str | None, int | None, str | None]:
-    """Start, iterations and labels of synthesis, where the start may be "noise": uniform noise that
-    stays as it is, without labels unless some are asked for.
+    """Start, iterations and labels of synthesis, where the start may be "noise": Gaussian noise
+    that stays as it is, without labels unless some are asked for.
 
     Raises:
         UserError: noise, and iterations.
@@ -324,7 +324,7 @@ def as_noise(
         given = {text.partition("=")[0] for text in overrides}
     if iterations or "synthesis.iterations" in given:
         raise UserError("--init noise stays as it is: leave the iterations out")
-    return "uniform", 0, labels or (None if "synthesis.labels" in given else "none")
+    return "gaussian", 0, labels or (None if "synthesis.labels" in given else "none")
 
 
 def _validated(data: dict[str, Any], origin: str) -> Recipe:

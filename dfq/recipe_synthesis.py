@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from .label_sets import label_set
 from .limits import (
     LARGEST_RATE,
     LARGEST_SIDE,
@@ -17,8 +18,7 @@ from .limits import (
 from .recipe_section import Section
 
 LABELS = ("adaptive", "single", "multi", "tile", "none")
-"""What `synthesis.labels` can be, besides `real:SET`."""
-REAL_LABELS = "real:"
+"""What `synthesis.labels` can be, besides one of `SET_LABELS` with a set behind it."""
 
 
 class SynthesisWeights(Section):
@@ -31,9 +31,13 @@ class SynthesisWeights(Section):
     first_bn: float = Field(5.0, ge=0, le=LARGEST_WEIGHT)
     """How often more the first BatchNorm counts in that sum: it fixes colours and contrast."""
     entropy: float = Field(1.0, ge=0, le=LARGEST_WEIGHT)
-    """Entropy of the similarities between patches, in networks with attention."""
+    """Entropy of the similarities between patches, in networks with attention: of its mean over the
+    blocks; of the sum over them with factors of the losses (the paper's)."""
     tv: float = Field(0.05, ge=0, le=LARGEST_WEIGHT)
     """Total variation, relative to the gradient of the others."""
+    l2: float = Field(0.0, ge=0, le=LARGEST_WEIGHT)
+    """L2 norm of an image, relative to the gradient of the others: the further from black, the
+    more it counts."""
 
 
 class LabelStage(Section):
@@ -102,7 +106,8 @@ class Synthesis(Section):
     stay those of the whole batch. None: all."""
     learning_rate: float = Field(0.05, gt=0, le=LARGEST_RATE)
     labels: str = "adaptive"
-    """adaptive, single, multi, tile, none; or real:SET, which takes the labels of a real set."""
+    """adaptive, single, multi, tile, none; real:SET, which takes the labels of a real set; or
+    multi:SET, tile:SET, whose objects are as frequent and as large as the set's."""
     init: Literal["uniform", "gaussian", "pink"] = "uniform"
     """Noise the images start from; pink: of low frequencies more, as photographs have."""
     multires: float = Field(0.55, ge=0, lt=1)
@@ -112,8 +117,9 @@ class Synthesis(Section):
     erase: float = Field(0.5, ge=0, le=1)
     """Probability that a rectangle (2 to 20 % of the area) is blanked in an iteration."""
     settle: float = Field(0.6, ge=0, le=1)
-    """Share of the iterations at full size, the last ones, without erasing and total variation and
-    with a tenth of the task's weight: images then come to meet the statistics. 0: none."""
+    """Share of the iterations at full size, the last ones, without erasing, total variation and
+    image norm and with a tenth of the task's weight: images then come to meet the statistics. 0:
+    none."""
     scales: int = Field(4, ge=0, le=8)
     """Coarser grids on which images are optimised beside the pixels, each half as fine as the one
     before. 0: the pixels alone (the paper's)."""
@@ -138,10 +144,11 @@ class Synthesis(Section):
     @classmethod
     def _known_labels(cls, value: str) -> str:
         # Whether the set is there shows when it is opened: a recipe outlives it.
-        real = value.startswith(REAL_LABELS) and value != REAL_LABELS
-        if value not in LABELS and not real:
-            known = ", ".join(f"'{name}'" for name in LABELS)
-            raise ValueError(f"should be {known} or '{REAL_LABELS}SET'")
+        found = label_set(value)
+        if value not in LABELS and not (found and found[1]):
+            *drawn, none = LABELS
+            names = ", ".join(f"'{name}'" for name in (*drawn, "multi:SET", "tile:SET", none))
+            raise ValueError(f"should be {names} or 'real:SET'")
         return value
 
     @model_validator(mode="after")

@@ -69,7 +69,7 @@ def synthesize(
         recipe: whose `synthesis` section and `seed` count; None: the defaults.
         out: folder; None: the cache, under a name made from what determines the set.
         images, image_size, iterations, batch_size, labels, init: values of the `synthesis` section;
-            None: the recipe's. An `init` of "noise" is uniform noise that stays as it is, without
+            None: the recipe's. An `init` of "noise" is Gaussian noise that stays as it is, without
             labels unless some are asked for.
         seed: None: the recipe's.
         overrides: any values of the recipe.

@@ -47,7 +47,7 @@ TECHNIQUE = "synthesis.techniques."
 # Name: title and settings. Those that leave labels alone take them from the baseline's.
 VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "baseline": ("the default", ()),
-    "noise": ("noise, not optimised", ("synthesis.iterations=0",)),
+    "noise": ("Gaussian noise", ("synthesis.iterations=0", "synthesis.init=gaussian")),
     "low-pass": ("gradient blurred, 1 px", (f"{TECHNIQUE}low_pass=1",)),
     "soft-labels": ("soft labels, 0.2", (f"{TECHNIQUE}soft_labels=0.2",)),
     "swing": ("swing convolutions", (f"{TECHNIQUE}swing=true",)),

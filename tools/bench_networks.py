@@ -219,6 +219,7 @@ class Bench:
         if source == "photographs":
             chosen = unlabelled(open_set(settings.real).subset(settings.images, seed=seed))
             return LetterboxedImages(chosen, self.detector, self.size)
+        noise = source == "noise"
         return synthesize(
             self.network.source,
             # Of the recipes' synthesis all are alike.
@@ -226,7 +227,9 @@ class Bench:
             out=settings.out / "sets" / f"{self.network.name}-{source}-{seed}",
             images=settings.images,
             image_size=self.size,
-            init="noise" if source == "noise" else None,
+            init="uniform" if noise else None,
+            iterations=0 if noise else None,
+            labels="none" if noise else None,
             seed=seed,
             workers=1,
         )

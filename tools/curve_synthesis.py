@@ -47,9 +47,14 @@ class Curve:
         """How the set is made."""
         name = SCHEDULES[schedule]
         whole = load_recipe(name).synthesis
+        task = whole.weights.task
+        if whole.balance == "loss":
+            # The paper's loss is scaled by the batch, ours is a mean: its weight has the batch in.
+            task *= self.images / whole.batch_size
         return load_recipe(
             name,
             [
+                f"synthesis.weights.task={task}",
                 f"seed={seed}",
                 f"synthesis.image_size={self.size}",
                 f"synthesis.images={self.images}",

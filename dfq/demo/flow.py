@@ -83,8 +83,8 @@ def _compare(made: Deployment, out: Path, progress: Progress) -> None:
         "quantization.weights": "per_tensor",
     }
     noise = synthesize(
-        "demo", load_recipe(RECIPE), images=64, init="noise", image_size=SIZE, out=out / "noise",
-        progress=progress,
+        "demo", load_recipe(RECIPE), images=64, init="uniform", iterations=0, labels="none",
+        image_size=SIZE, out=out / "noise", progress=progress,
     )  # fmt: skip
     naive = quantize(
         load_recipe(RECIPE, minmax), model="demo", data=noise.root, out=out / "naive",

@@ -10,6 +10,7 @@ from typing import Any
 from ..comparison import number
 from ..dataset.calibration import CalibrationSet
 from ..inputs import joining
+from ..label_sets import label_set
 from ..training import LetterboxedImages
 from .formats import text
 from .material import SYNTHESIS, Material
@@ -75,9 +76,14 @@ def _labels_of_set(found: Material) -> str:
     if settings is None:
         return "where its labels are from is not known, as the set is gone"
     labels = str(settings.get("labels"))
-    if labels.startswith("real:"):
-        return "its labels were taken from a real set"
-    return "without labels" if labels == "none" else "its labels are the network's own"
+    named = label_set(labels)
+    if named is not None:
+        if named[0] == "real":
+            return "its labels were taken from a real set"
+        return "its labels are random, as frequent and as large as those of a real set"
+    if labels == "none":
+        return "without labels"
+    return "its labels are the network's own" if labels == "adaptive" else "its labels are random"
 
 
 def _is_selected_on_real(found: Material) -> bool:
@@ -92,7 +98,7 @@ def what_was_real(found: Material) -> str:
     settings = _settings_of_set(found)
     if settings is None:
         return "No real image was used to make it, as far as this run goes."
-    if str(settings.get("labels")).startswith("real:"):
+    if label_set(str(settings.get("labels"))) is not None:
         return "No real image was used to make it, but the labels of a real set were."
     return "No real image was used to make it."
 

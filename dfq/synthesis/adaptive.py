@@ -129,8 +129,9 @@ def update_adaptive(
 
     Adds each detection that overlaps no label of its image by `iou` or more and whose area lies in
     (`smallest_area`, `largest_area`) of the image; removes each label that no detection overlaps by
-    `iou`, but keeps in every image at least the one with the highest overlap. Detections are taken
-    in order of score and each addition counts as a label for the next, so that one object found
+    `iou`, but keeps in every image at least the one with the highest overlap, and all of them where
+    nothing at all is detected (as the paper's public code does). Detections are taken in order of
+    score and each addition counts as a label for the next, so that one object found
     under two categories is added once.
 
     Args:
@@ -144,9 +145,8 @@ def update_adaptive(
     for label, found in zip(labels, detections, strict=True):
         boxes = (found.boxes.float().cpu() / size).clamp(0, 1)
         kept = label
-        if drop and len(label):
-            overlap = box_iou(to_corners(label[:, 1:]), boxes)
-            best = overlap.amax(dim=1) if len(found) else torch.zeros(len(label))
+        if drop and len(label) and len(found):
+            best = box_iou(to_corners(label[:, 1:]), boxes).amax(dim=1)
             keep = best >= iou
             keep[best.argmax()] = True
             kept = label[keep]

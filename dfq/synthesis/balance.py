@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..recipe_synthesis import SynthesisWeights
-from .priors import squared_variation, total_variation
+from .priors import image_norm, squared_variation, total_variation
 
 MEASURE_EVERY = 20
 """Iterations between two measurements, each of which costs one more backward pass."""
@@ -51,7 +51,7 @@ class Combination(Protocol):
 
     def settle(self) -> None:
         """From now on the statistics count nearly alone: the task's loss for `SETTLED_TASK` of its
-        weight, total variation not at all."""
+        weight, total variation and image norm not at all."""
 
     def smoothed(self, gradient: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """The gradient with total variation's added, and the total variation for logs.
@@ -60,6 +60,9 @@ class Combination(Protocol):
             gradient: of `pixels`; may be changed in place.
             pixels: the images, `(n, 3, h, w)`.
         """
+
+    def darkened(self, gradient: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for the image norm, which pulls towards black."""
 
 
 def _note(logged: dict[str, Tensor], terms: dict[str, Tensor]) -> None:
@@ -70,11 +73,12 @@ def _note(logged: dict[str, Tensor], terms: dict[str, Tensor]) -> None:
 
 def settled(weights: SynthesisWeights) -> SynthesisWeights:
     """See `Combination.settle`."""
-    return weights.model_copy(update={"task": SETTLED_TASK * weights.task, "tv": 0.0})
+    return weights.model_copy(update={"task": SETTLED_TASK * weights.task, "tv": 0.0, "l2": 0.0})
 
 
 class LossWeights:
-    """The paper's sum: weights times losses, total variation a norm over the whole batch."""
+    """The paper's sum: weights times losses, total variation a norm over the whole batch, image
+    norm the mean over the images."""
 
     def __init__(self, weights: SynthesisWeights) -> None:
         self.weights = weights
@@ -93,18 +97,28 @@ class LossWeights:
         return torch.cat(gradients), logged
 
     def smoothed(self, gradient: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        if self.weights.tv == 0:
-            return gradient, gradient.new_zeros(())
-        with torch.enable_grad():
-            leaf = pixels.detach().requires_grad_()
-            smoothness = total_variation(leaf)
-            (smooth,) = torch.autograd.grad(smoothness, leaf)
-        return gradient.add_(smooth, alpha=self.weights.tv), smoothness.detach()
+        return _with_prior(total_variation, self.weights.tv, gradient, pixels)
+
+    def darkened(self, gradient: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        return _with_prior(image_norm, self.weights.l2, gradient, pixels)
+
+
+def _with_prior(
+    prior: Callable[[Tensor], Tensor], weight: float, gradient: Tensor, pixels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradient with that of a weighted prior on the images added, and the prior."""
+    if weight == 0:
+        return gradient, gradient.new_zeros(())
+    with torch.enable_grad():
+        leaf = pixels.detach().requires_grad_()
+        value = prior(leaf)
+        (own,) = torch.autograd.grad(value, leaf)
+    return gradient.add_(own, alpha=weight), value.detach()
 
 
 class GradientShares:
     """Brings the gradients of BatchNorm and task terms to unit norm times their weights; total
-    variation then gets, image by image, its weight's share of their sum."""
+    variation and image norm then get, image by image, their weights' shares of their sum."""
 
     def __init__(self, weights: SynthesisWeights) -> None:
         self.weights = weights
@@ -165,11 +179,24 @@ class GradientShares:
         if self.weights.tv == 0:
             return gradient, gradient.new_zeros(())
         roughness, smooth, norms = squared_variation(pixels.detach())
-        weight = torch.full_like(norms, self.weights.tv)
+        return self._shared(gradient, self.weights.tv, smooth, norms), roughness.sqrt()
+
+    def darkened(self, gradient: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        if self.weights.l2 == 0:
+            return gradient, gradient.new_zeros(())
+        # The norm's gradient has the direction of the image itself.
+        images = pixels.detach()
+        norms = torch.linalg.vector_norm(images, dim=(1, 2, 3))
+        return self._shared(gradient, self.weights.l2, images, norms), norms.mean()
+
+    def _shared(self, gradient: Tensor, share: float, direction: Tensor, norms: Tensor) -> Tensor:
+        """The gradient with a share of its own norm, image by image, in another direction added:
+        as it is, where nothing else counts."""
+        weight = torch.full_like(norms, share)
         if not self._alone:
             reference = torch.linalg.vector_norm(gradient, dim=(1, 2, 3))
             weight *= reference / norms.clamp_min(1e-12)
-        return gradient.addcmul_(smooth, weight[:, None, None, None]), roughness.sqrt()
+        return gradient.addcmul_(direction, weight[:, None, None, None])
 
 
 def _gradient(terms: list[Tensor], view: Tensor) -> Tensor:

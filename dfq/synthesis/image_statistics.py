@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .expected import expected_statistics
 from .moments import gaussian_divergence
-from .statistics import BatchNormStatistics, expected_statistics
+from .statistics import BatchNormStatistics
 
 
 class ImageStatistics:
@@ -25,23 +26,22 @@ class ImageStatistics:
     def __init__(self, statistics: BatchNormStatistics, form: str) -> None:
         self.layers = statistics.layers
         self.form = form
-        self._seen: dict[str, Tensor] = {}
+        self._seen: list[Tensor] = []
         self._handles: list[Any] = []
 
     def __enter__(self) -> ImageStatistics:
-        for name, layer in self.layers.items():
+        for layer in self.layers.values():
             expected = expected_statistics(layer, relative=self.form != "absolute")
             distance = _divergence if self.form == "gaussian" else _distance
 
             def watch(
                 _m: nn.Module,
                 inputs: tuple[Tensor, ...],
-                name: str = name,
                 known: tuple[Tensor, ...] = expected,
                 distance: Callable[..., Tensor] = distance,
             ) -> None:
                 if torch.is_grad_enabled():
-                    self._seen[name] = distance(inputs[0].float(), *known)
+                    self._seen.append(distance(inputs[0].float(), *known))
 
             self._handles.append(layer.register_forward_pre_hook(watch))
         return self
@@ -54,9 +54,9 @@ class ImageStatistics:
 
     def distances(self) -> Tensor:
         """Of the last forward pass that recorded gradients, the mean over the images of
-        the layers' distances, as of a batch in `BatchNormStatistics`: `(layers,)` in the order the
+        the layers' distances, as of a batch in `BatchNormStatistics`: `(runs,)` in the order the
         layers ran."""
-        found = torch.stack(list(self._seen.values()))
+        found = torch.stack(self._seen)
         self._seen.clear()
         return found
 

@@ -147,7 +147,8 @@ class Inversion:
         if self.statistics is not None:
             terms |= self._bn_terms(self.statistics)
         if self.similarity is not None:
-            terms["entropy"] = -self.similarity.entropy()
+            summed = self.settings.balance == "loss"
+            terms["entropy"] = -self.similarity.entropy(summed=summed)
         if task is not None:
             terms["task"] = task
         return terms
@@ -182,10 +183,11 @@ class Inversion:
         starts = range(0, count, size)
         pieces = [(view[i : i + size].detach(), targets.rows(i, i + size)) for i in starts]
         if self.statistics is not None:
-            with torch.no_grad():
-                for piece, labels in pieces:
-                    self._run(piece, labels)
-                    self.statistics.gather()
+            # Nothing asks for a gradient, so no graph is made; without them recorded, a two-stage
+            # network would run other layers than in the second pass.
+            for piece, labels in pieces:
+                self._run(piece, labels)
+                self.statistics.gather()
         for piece, labels in pieces:
             terms = self._losses(piece.requires_grad_(), labels)
             for name in terms.keys() & {"task", "entropy"}:
@@ -203,8 +205,12 @@ class Inversion:
             images: RGB.
             thresholds: of `Detector.decode`.
         """
-        parts = images.split(self.settings.micro_batch or len(images))
-        return [found for part in parts for found in self.detector.detect(part, **thresholds)]
+        found = []
+        for part in images.split(self.settings.micro_batch or len(images)):
+            found += self.detector.detect(part, **thresholds)
+            if self.statistics is not None:
+                self.statistics.forget()
+        return found
 
     def optimise(
         self,
@@ -262,6 +268,8 @@ class Inversion:
                 gradient, terms = combine(self._parts(view, seen), step)
                 (gradient,) = torch.autograd.grad(view, pixels, gradient)
                 gradient, terms["tv"] = combine.smoothed(gradient, pixels)
+                if settings.weights.l2 > 0:
+                    gradient, terms["l2"] = combine.darkened(gradient, pixels)
                 gradient = self.techniques.gradient(gradient)
                 optimizer.step(gradient, rate)
                 # The second one as well: from it on, it is known how long one takes.

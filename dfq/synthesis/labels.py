@@ -19,7 +19,8 @@ from ..dataset.image_set import ImageSet, Item
 from ..dataset.readers import open_set
 from ..detectors.base import Detections
 from ..errors import UserError
-from ..recipe_synthesis import REAL_LABELS, Synthesis
+from ..label_sets import label_set
+from ..recipe_synthesis import Synthesis
 
 Start = Callable[[Generator, int, int], list[Tensor]]
 
@@ -30,11 +31,26 @@ PLACING_OVERLAP = 0.1
 """Largest IoU that scattered labels of one image begin with."""
 
 
-def _boxes(generator: Generator, count: int, smallest: float, largest: float) -> Tensor:
-    """`count` boxes (cx, cy, w, h) inside the image, sides uniform in [smallest, largest]."""
-    sides = torch.rand(count, 2, generator=generator) * (largest - smallest) + smallest
-    centres = torch.rand(count, 2, generator=generator) * (1 - sides) + sides / 2
+MOST_OBJECTS = 25
+"""In an image of the *multi-sample* baseline, as the paper's public code has it."""
+
+
+def _placed(generator: Generator, sides: Tensor) -> Tensor:
+    """Boxes (cx, cy, w, h) of sides `(n, 2)`, centres uniform where they lie in the image."""
+    centres = torch.rand(len(sides), 2, generator=generator) * (1 - sides) + sides / 2
     return torch.cat([centres, sides], dim=1)
+
+
+def _boxes(generator: Generator, count: int) -> Tensor:
+    """`count` boxes (cx, cy, w, h) inside the image, sides uniform in [0.2, 0.8] (the paper's)."""
+    return _placed(generator, torch.rand(count, 2, generator=generator) * (0.8 - 0.2) + 0.2)
+
+
+def _in_cells(boxes: Tensor, side: int) -> Tensor:
+    """Of `side` x `side` boxes in an image each, those in the cells of a grid over one image."""
+    corner = torch.arange(side).float()
+    corners = torch.cartesian_prod(corner, corner)
+    return torch.cat([corners + boxes[:, :2], boxes[:, 2:]], dim=1) / side
 
 
 def _categories(generator: Generator, count: int, classes: int) -> Tensor:
@@ -43,18 +59,16 @@ def _categories(generator: Generator, count: int, classes: int) -> Tensor:
 
 def single(generator: Generator, images: int, classes: int) -> list[Tensor]:
     """One object an image: category uniform, sides uniform in [0.2, 0.8] (the paper's start)."""
-    rows = torch.cat(
-        [_categories(generator, images, classes), _boxes(generator, images, 0.2, 0.8)], dim=1
-    )
+    rows = torch.cat([_categories(generator, images, classes), _boxes(generator, images)], dim=1)
     return list(rows.split(1))
 
 
 def multi(generator: Generator, images: int, classes: int) -> list[Tensor]:
-    """One to six random objects an image, overlaps as they fall (the *multi-sample* baseline)."""
-    counts = torch.randint(1, 7, (images,), generator=generator).tolist()
+    """One to `MOST_OBJECTS` random objects an image, each number as often, overlaps as they fall
+    (the *multi-sample* baseline)."""
+    counts = torch.randint(1, MOST_OBJECTS + 1, (images,), generator=generator).tolist()
     return [
-        torch.cat([_categories(generator, n, classes), _boxes(generator, n, 0.2, 0.8)], dim=1)
-        for n in counts
+        torch.cat([_categories(generator, n, classes), _boxes(generator, n)], dim=1) for n in counts
     ]
 
 
@@ -95,16 +109,19 @@ def scattered(
 
 
 def tile(generator: Generator, images: int, classes: int) -> list[Tensor]:
-    """A grid of 2 x 2 or 3 x 3 objects an image, categories uniform (the *tile* baseline)."""
+    """One random object in each cell of a grid of 2 x 2 or 3 x 3, categories uniform (the *tile*
+    baseline): its sides and its place are to the cell what those of `single` are to the image."""
     result = []
-    for _ in range(images):
-        side = int(torch.randint(2, 4, (1,), generator=generator))
-        corner = torch.arange(side).float() / side + 0.5 / side
-        centres = torch.cartesian_prod(corner, corner)
-        sides = torch.full_like(centres, 0.9 / side)
-        rows = [_categories(generator, side * side, classes), centres, sides]
-        result.append(torch.cat(rows, dim=1))
+    for side in _grids(generator, images):
+        categories = _categories(generator, side * side, classes)
+        boxes = _in_cells(_boxes(generator, side * side), side)
+        result.append(torch.cat([categories, boxes], dim=1))
     return result
+
+
+def _grids(generator: Generator, images: int) -> list[int]:
+    """Cells in a row of each image's grid."""
+    return torch.randint(2, 4, (images,), generator=generator).tolist()
 
 
 def none(generator: Generator, images: int, classes: int) -> list[Tensor]:
@@ -150,6 +167,43 @@ class RealLabels:
         return [self.labels[i].clone() for i in torch.cat(orders)[:images].tolist()]
 
 
+class DrawnLike:
+    """Random objects that are as frequent and as large as those of a real set: the *multi-sample*
+    and *tile* baselines in distribution.
+
+    Category and size of an object are those of one drawn from the set, its place is random. An
+    image has as many objects as one drawn from the set, or one in each cell of a grid; what is
+    larger than a cell is shrunk to fit.
+
+    Args:
+        labels: per image `(n, 5)`, none of them empty.
+        tiled: one object in each cell.
+    """
+
+    def __init__(self, labels: Sequence[Tensor], *, tiled: bool) -> None:
+        self.counts = [len(label) for label in labels]
+        self.objects = torch.cat(list(labels))[:, [0, 3, 4]]
+        self.tiled = tiled
+
+    def __call__(self, generator: Generator, images: int, classes: int) -> list[Tensor]:
+        if self.tiled:
+            sides = _grids(generator, images)
+            counts = [side * side for side in sides]
+        else:
+            sides = [1] * images
+            drawn = torch.randint(len(self.counts), (images,), generator=generator)
+            counts = [self.counts[i] for i in drawn.tolist()]
+        result = []
+        for side, count in zip(sides, counts, strict=True):
+            chosen = torch.randint(len(self.objects), (count,), generator=generator)
+            categories, sizes = self.objects[chosen].split([1, 2], dim=1)
+            sizes = sizes * side
+            boxes = _placed(generator, sizes / sizes.amax(dim=1, keepdim=True).clamp_min(1))
+            boxes = _in_cells(boxes, side) if self.tiled else boxes
+            result.append(torch.cat([categories, boxes], dim=1))
+        return result
+
+
 def _letterboxed(item: Item, mapping: Sequence[int | None]) -> Tensor:
     """Labels `(n, 5)` of one image on the square canvas whose side is the image's long one."""
     sides = np.array([item.width, item.height], np.float64)
@@ -168,11 +222,12 @@ def _letterboxed(item: Item, mapping: Sequence[int | None]) -> Tensor:
 
 
 def _open_source(labels: str) -> ImageSet | None:
-    """The set that `real:SET` names; None for the built-in starts."""
-    if not labels.startswith(REAL_LABELS):
+    """The set that `real:SET` and the like name; None for the built-in starts."""
+    found = label_set(labels)
+    if found is None:
         return None
     try:
-        images = open_set(labels.removeprefix(REAL_LABELS))
+        images = open_set(found[1])
     except UserError as error:
         raise UserError(f"synthesis.labels: {error}") from None
     if not images.labelled:
@@ -185,8 +240,8 @@ def label_start(settings: Synthesis, names: Sequence[str]) -> Start:
     """Where the labels of a set come from.
 
     Args:
-        settings: `labels` is a key of `STARTS`, or `real:SET`; `label_stage` says how adaptive ones
-            begin.
+        settings: `labels` is a key of `STARTS`, or names a real set; `label_stage` says how
+            adaptive ones begin.
         names: the detector's categories.
 
     Raises:
@@ -194,7 +249,9 @@ def label_start(settings: Synthesis, names: Sequence[str]) -> Start:
     """
     images = _open_source(settings.labels)
     if images is not None:
-        return RealLabels(images, names)
+        real = RealLabels(images, names)
+        kind = settings.labels.partition(":")[0]
+        return real if kind == "real" else DrawnLike(real.labels, tiled=kind == "tile")
     stage = settings.label_stage
     if settings.labels == "adaptive" and stage.sampler == "scattered":
         return partial(scattered, most=stage.objects, smallest_area=stage.smallest_area)

@@ -137,10 +137,14 @@ class PatchSimilarity:
         self._handles.clear()
         self._seen.clear()
 
-    def entropy(self) -> Tensor:
-        """Mean over the layers of the last forward pass, a scalar, to be maximised."""
+    def entropy(self, *, summed: bool = False) -> Tensor:
+        """Mean over the layers of the last forward pass, a scalar, to be maximised.
+
+        Args:
+            summed: the sum over the layers instead, as in the paper's public code.
+        """
         if not self._seen:
             raise RuntimeError("no forward pass to tell of")
-        entropy = torch.stack(list(self._seen.values())).mean()
+        found = torch.stack(list(self._seen.values()))
         self._seen.clear()
-        return entropy
+        return found.sum() if summed else found.mean()

@@ -1,4 +1,4 @@
-"""Priors on natural images: total variation."""
+"""Priors on natural images: total variation, and the norm of an image."""
 
 from __future__ import annotations
 
@@ -26,6 +26,18 @@ def total_variation(images: Tensor) -> Tensor:
         x[..., 1:, :-1] - x[..., :-1, 1:],
     )
     return torch.stack([torch.linalg.vector_norm(d) for d in differences]).sum()
+
+
+def image_norm(images: Tensor) -> Tensor:
+    """L2 norm over the values of an image, the mean over the images.
+
+    Args:
+        images: `(n, 3, h, w)`.
+
+    Returns:
+        A scalar; it grows with the square root of the number of pixels in an image.
+    """
+    return torch.linalg.vector_norm(images, dim=(1, 2, 3)).mean()
 
 
 def squared_variation(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -33,7 +33,7 @@ from .shards import Plan, ShardMaker, ShardReport, make_shards
 from .workers import Workers, worker_count
 
 # Raised when a change of the code changes the images: older sets are then not mistaken for new.
-ALGORITHM = 5
+ALGORITHM = 6
 
 PREVIEW = "preview.png"
 """A grid of the first images with their labels, beside `images/`."""
@@ -55,10 +55,12 @@ def determinants(detector: Detector, settings: Synthesis, seed: int) -> dict[str
         del values["weights"]["entropy"]
     if not detector.has_masks:
         del values["masks"]
+    if settings.weights.l2 == 0:
+        del values["weights"]["l2"]
     identity = label_source_identity(settings)
     if identity is not None:
         # What the labels are counts, not where they lie.
-        values["labels"] = f"real:{identity}"
+        values["labels"] = f"{settings.labels.partition(':')[0]}:{identity}"
     wanted = {
         "algorithm": ALGORITHM,
         "checkpoint": detector.fingerprint,
@@ -115,7 +117,8 @@ def check(detector: Detector, settings: Synthesis) -> None:
     attends = weights.entropy > 0 and bool(detector.attention_layers())
     statistics = weights.bn > 0 or weights.first_bn > 0
     optimises = settings.iterations > 0 or adaptive
-    if optimises and not (statistics or weights.tv > 0 or labelled or attends):
+    priors = weights.tv > 0 or weights.l2 > 0
+    if optimises and not (statistics or priors or labelled or attends):
         raise UserError(
             "synthesis.weights: every term that applies has weight 0, so there is nothing to "
             "optimise; set one above 0, or synthesis.iterations=0 with labels that are not adaptive"

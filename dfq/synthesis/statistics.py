@@ -3,15 +3,14 @@
     L_bn = sum_l ||mu_l(x) - mu_l||_2 + ||var_l(x) - var_l||_2
 
 with mu_l, var_l the running statistics stored in layer l and mu_l(x), var_l(x) those of the batch
-at its input (DeepInversion, Yin et al. 2020; the first layer also has a weight of its own).
+at its input (DeepInversion, Yin et al. 2020; the first layer also has a weight of its own). A layer
+that runs several times in a pass, as those of a head that all levels share, counts each time.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,83 +19,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import UserError
 from ..quantization.folding import FoldedBatchNorm
+from .expected import Expected
 from .moments import gaussian_divergence, moments, moments_backward
 
 
-def expected_statistics(
-    layer: _BatchNorm | FoldedBatchNorm, *, relative: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What a layer says of its input y, and what a difference from it counts, each `(c,)`.
-
-    Args:
-        layer: folded or not.
-        relative: see `BatchNormStatistics.distances`.
-
-    Returns:
-        Mean and variance of y; and the factors that a difference from them is multiplied by before
-        the norm over the channels is taken: back to the input x of the BatchNorm, in the units
-        asked for.
-    """
-    if isinstance(layer, FoldedBatchNorm):
-        # y = factor * (x - mean_l) + shift. A channel whose gamma has died says nothing about x.
-        alive = layer.factor.abs() > 1e-3 * layer.factor.abs().median()
-        inverse = torch.where(alive, 1 / layer.factor, 0.0)
-        mean, var, stored = layer.shift, layer.var * layer.factor.square(), layer.var
-    else:
-        assert layer.running_mean is not None
-        assert layer.running_var is not None
-        mean, var, stored = layer.running_mean, layer.running_var, layer.running_var
-        inverse = torch.ones_like(var)
-    to_mean, to_var = inverse, inverse.square()
-    if relative:
-        spread, root = stored + 1e-5, math.sqrt(len(stored))
-        to_mean, to_var = to_mean * spread.rsqrt() / root, to_var / spread / root
-    return mean, var, to_mean, to_var
-
-
-class _Constants:
-    """What is known of all channels of all layers, end to end, so that one operation does for a
-    network what would else be dozens of small ones for each layer.
-
-    Attributes:
-        mean, var: expected of the layers' inputs.
-        to_mean, to_var: factors of the differences from them.
-        layer: index of the layer a channel belongs to.
-        count: the number of layers.
-        channels: by layer, where its channels are.
-    """
-
-    def __init__(self, layers: Iterable[_BatchNorm | FoldedBatchNorm], relative: bool) -> None:
-        means, variances, to_means, to_vars, owners = [], [], [], [], []
-        for index, layer in enumerate(layers):
-            mean, var, to_mean, to_var = expected_statistics(layer, relative=relative)
-            means.append(mean)
-            variances.append(var)
-            to_means.append(to_mean)
-            to_vars.append(to_var)
-            owners.append(torch.full_like(mean, index, dtype=torch.long))
-        self.mean, self.var = torch.cat(means), torch.cat(variances)
-        self.to_mean, self.to_var = torch.cat(to_means), torch.cat(to_vars)
-        self.layer, self.count = torch.cat(owners), len(owners)
-        ends = list(itertools.accumulate(len(mean) for mean in means))
-        self.channels = [slice(end - len(mean), end) for end, mean in zip(ends, means, strict=True)]
-
-    def sums(self, values: Tensor) -> Tensor:
-        """Over the channels of each layer: `(layers,)` of `(channels of all,)`."""
-        return values.new_zeros(self.count).index_add(0, self.layer, values)
-
-    def norms(self, values: Tensor) -> Tensor:
-        """L2 norms over the channels of each layer: `(layers,)` of `(channels of all,)`."""
-        # Away from zero, where the root has no gradient.
-        return self.sums(values.square()).clamp_min(1e-30).sqrt()
-
-
 class _Pass:
-    """The moments of one forward pass, of all channels of all layers end to end.
+    """The moments of one forward pass, of all channels of all runs end to end.
 
     Attributes:
-        mean, var: float32 `(channels of all,)`; zero for a layer that did not run.
-        counts: by layer, over how many values they were taken.
+        mean, var: float32 `(channels of all,)`; zero for a run that was not made.
+        counts: by run, over how many values they were taken.
         slope, offset: the gradient of the input x by way of its moments is slope * x + offset;
             known once the gradient of the moments is.
     """
@@ -104,14 +36,24 @@ class _Pass:
     slope: Tensor
     offset: Tensor
 
-    def __init__(self, known: _Constants) -> None:
-        self.layer = known.layer
+    def __init__(self, known: Expected) -> None:
+        self.run = known.run
         self.mean, self.var = torch.zeros_like(known.mean), torch.zeros_like(known.var)
         self.counts = [0] * known.count
 
+    def extend(self, known: Expected) -> None:
+        """Make room for runs that were not known of when the pass began."""
+        missing = known.count - len(self.counts)
+        if missing == 0:
+            return
+        more = known.mean.new_zeros(len(known.mean) - len(self.mean))
+        self.mean, self.var = torch.cat([self.mean, more]), torch.cat([self.var, more])
+        self.counts += [0] * missing
+        self.run = known.run
+
     def _count(self) -> Tensor:
-        counts = torch.tensor(self.counts, dtype=torch.float32, device=self.mean.device)
-        return counts[self.layer]
+        counts = torch.tensor(self.counts, dtype=self.mean.dtype, device=self.mean.device)
+        return counts[self.run]
 
     def add(self, other: _Pass) -> None:
         """Count `other` as a further part of the same batch (Chan et al., 1979)."""
@@ -212,11 +154,17 @@ class BatchNormStatistics:
                 "they were fused away; use an unfused checkpoint, or --set synthesis.weights.bn=0 "
                 "--set synthesis.weights.first_bn=0"
             )
+        self._module = module
         self._indices = {layer: index for index, layer in enumerate(self.layers.values())}
+        # By run, its layer: the first one of each, then further ones as they were seen.
+        self._runs = list(self.layers)
+        self._further: dict[tuple[int, int], int] = {}
         self._silus = [child for child in module.modules() if type(child) is nn.SiLU]
-        self._known: dict[bool, _Constants] = {}
+        self._known: dict[bool, Expected] = {}
         self._pass: _Pass | None = None
-        # Of the last pass, by layer in the order they ran: empty tensors that tie it to the graph.
+        # How often each layer ran in the last pass.
+        self._times = [0] * len(self._indices)
+        # Of the last pass, by run in their order: empty tensors that tie it to the graph.
         # Not in the pass itself: the layers' nodes hold that, and would hold themselves through
         # it, a circle that no garbage collector sees, with every activation in it.
         self._tokens: dict[int, Tensor] = {}
@@ -257,6 +205,8 @@ class BatchNormStatistics:
         self._overwritten = changed - self._fused
 
     def __enter__(self) -> BatchNormStatistics:
+        # What calls the network as a whole begins a pass with that; see `forget`.
+        self._handles.append(self._module.register_forward_pre_hook(lambda *_: self.forget()))
         for layer in self._indices:
             self._handles.append(layer.register_forward_pre_hook(self._tap))
         for silu in self._silus if self._fused else ():
@@ -270,7 +220,16 @@ class BatchNormStatistics:
         for silu in self._silus if self._fused else ():
             del silu.forward
         self._handles.clear()
-        self._pass = self._whole = self._due = None
+        self.forget()
+        self._whole = None
+
+    def forget(self) -> None:
+        """Leave out the last forward pass, whatever was run since one was asked for.
+
+        A detector's pass need not call the network as a whole, so where one ends cannot be seen:
+        one that nobody asks of has to be left out before the next.
+        """
+        self._pass = self._due = None
         self._tokens = {}
 
     def _tap(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor] | None:
@@ -287,18 +246,33 @@ class BatchNormStatistics:
         return self._watch(x, index, silu=True)
 
     def _watch(self, x: Tensor, index: int, silu: bool) -> Tensor:
-        known = self._constants(relative=False)
         if self._pass is None:
-            self._pass, self._tokens = _Pass(known), {}
-        passed, channels = self._pass, known.channels[index]
+            self._pass, self._tokens = _Pass(self._expected(relative=False)), {}
+            self._times = [0] * len(self._indices)
+        passed, run = self._pass, self._run(index, self._pass)
+        known = self._expected(relative=False)
+        channels = known.channels[run]
         out, token = _Watch.apply(x, passed, channels, known.mean[channels], silu)
-        # Of a layer that runs more than once, the last time counts.
-        passed.counts[index], self._tokens[index] = x.numel() // x.shape[1], token
+        passed.counts[run], self._tokens[run] = x.numel() // x.shape[1], token
         return out
 
-    def _constants(self, relative: bool) -> _Constants:
+    def _run(self, index: int, passed: _Pass) -> int:
+        """Index of the run that a layer begins."""
+        before = self._times[index]
+        self._times[index] += 1
+        if before == 0:
+            return index
+        if (index, before) not in self._further:
+            self._further[index, before] = len(self._runs)
+            self._runs.append(self._runs[index])
+            self._known.clear()
+        passed.extend(self._expected(relative=False))
+        return self._further[index, before]
+
+    def _expected(self, relative: bool) -> Expected:
         if relative not in self._known:
-            self._known[relative] = _Constants(self.layers.values(), relative)
+            layers = (self.layers[name] for name in self._runs)
+            self._known[relative] = Expected(layers, relative)
         return self._known[relative]
 
     def gather(self) -> None:
@@ -310,14 +284,16 @@ class BatchNormStatistics:
         passed = self._take()
         if self._whole is None:
             self._whole = passed
-        else:
-            self._whole.add(passed)
+            return
+        for part in (self._whole, passed):
+            part.extend(self._expected(relative=False))
+        self._whole.add(passed)
 
     def compared(self) -> list[tuple[str, float, float]]:
-        """Of all the parts that were gathered, by layer in the order they ran: name, mean over the
-        channels of how many standard deviations the mean is off, and of the logarithm of the
+        """Of all the parts that were gathered, by run in their order: name of the layer, mean over
+        the channels of how many standard deviations the mean is off, and of the logarithm of the
         variance over that of the training data."""
-        whole, known = self._whole, self._constants(relative=True)
+        whole, known = self._whole, self._expected(relative=True)
         if whole is None:
             raise RuntimeError("no forward pass to tell of")
         alive = (known.to_mean > 0).to(whole.mean.dtype)
@@ -325,13 +301,12 @@ class BatchNormStatistics:
         shift = (whole.mean - known.mean).abs() / stored.sqrt()
         ratio = (whole.var / stored).clamp_min(1e-6).log()
         count = known.sums(alive).clamp_min(1)
-        names = list(self.layers)
         rows = zip(
             (known.sums(shift * alive) / count).tolist(),
             (known.sums(ratio * alive) / count).tolist(),
             strict=True,
         )
-        found = [(name, *row) for name, row in zip(names, rows, strict=True)]
+        found = [(name, *row) for name, row in zip(self._runs, rows, strict=True)]
         return [found[index] for index in self._tokens]
 
     def release(self) -> None:
@@ -345,7 +320,7 @@ class BatchNormStatistics:
         return passed
 
     def first_layer(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of the last forward pass, for the living channels of the layer that ran first: mean and
+        """Of the last forward pass, for the living channels of what ran first: mean and
         variance, and those of the training data, `(c,)` each. Each pass can be asked once."""
         mean, var, known, ran = self._moments(relative=True)
         channels = known.channels[ran[0]]
@@ -353,18 +328,21 @@ class BatchNormStatistics:
         mean, var = mean[channels][alive], var[channels][alive]
         return mean, var, known.mean[channels][alive], known.var[channels][alive]
 
-    def _moments(self, relative: bool) -> tuple[Tensor, Tensor, _Constants, list[int]]:
+    def _moments(self, relative: bool) -> tuple[Tensor, Tensor, Expected, list[int]]:
         """Mean and variance of every channel in the last pass, what is known of them, and which
-        layers ran, in their order."""
-        passed, known = self._take(), self._constants(relative)
+        runs were made, in their order."""
+        passed, known = self._take(), self._expected(relative)
         ran, tokens = list(self._tokens), list(self._tokens.values())
         self._tokens = {}
-        mean, var = _Join.apply(passed, self._whole or passed, *tokens)
+        whole = self._whole or passed
+        whole.extend(known)
+        mean, var = _Join.apply(passed, whole, *tokens)
         return mean, var, known, ran
 
     def divergences(self) -> Tensor:
         """Of the last forward pass: by how much the layers' inputs are not distributed as in
-        training, `(layers,)` in the order the layers ran, nats. Each pass can be asked once.
+        training, `(runs,)` in the order the layers ran, nats; a layer that ran twice is there
+        twice. Each pass can be asked once.
 
         Channels count as Gaussians, and a layer for the mean of its channels' Kullback-Leibler
         divergence from those of the training data:
@@ -380,8 +358,8 @@ class BatchNormStatistics:
         return (known.sums(each) / known.sums(alive.to(each.dtype)).clamp_min(1))[ran]
 
     def distances(self, *, relative: bool = False) -> Tensor:
-        """Of the last forward pass: ||mu - mu_l||_2 + ||var - var_l||_2 of each layer, `(layers,)`
-        in the order the layers ran. Each pass can be asked once.
+        """Of the last forward pass: ||mu - mu_l||_2 + ||var - var_l||_2 of each layer, each time it
+        ran: `(runs,)` in their order. Each pass can be asked once.
 
         Args:
             relative: in units of each channel's own standard deviation and variance, root mean

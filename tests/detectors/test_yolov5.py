@@ -13,6 +13,8 @@ from typing import Any
 import cv2
 import pytest
 import torch
+from ablate_synthesis import Ablation
+from curve_synthesis import Curve
 from torch import Tensor, nn
 
 from dfq.detectors import yolov5_network as network
@@ -20,7 +22,9 @@ from dfq.detectors.base import Targets
 from dfq.detectors.checkpoint import read_checkpoint
 from dfq.detectors.yolov5 import YOLOv5
 from dfq.detectors.yolov5_loss import yolov5_loss
+from dfq.distillation.losses import FeatureTaps, training_terms
 from dfq.errors import UserError
+from dfq.recipe import load_recipe
 
 ANCHORS = [
     [10, 13, 16, 30, 33, 23],
@@ -377,6 +381,30 @@ def test_loss_is_a_mean_over_the_batch() -> None:
     both = yolov5_loss([r.repeat(2, 1, 1, 1, 1) for r in raw], twice, stride_anchors(), (64, 64))
     for name in once:
         torch.testing.assert_close(once[name], both[name])
+
+
+def test_the_papers_task_terms_are_scaled_by_its_batches(tiny: YOLOv5) -> None:
+    # Its public code multiplies the mean over a batch of n images by n, and that by 0.04 in
+    # training (batches of 32) and by 0.5 in synthesis (of 64, or of as many as a set has).
+    recipe = load_recipe("paper-yolov5")
+    torch.manual_seed(0)
+    images, rows = torch.rand(32, 3, 64, 64), torch.rand(32, 6) * 0.5 + 0.25
+    rows[:, 0], rows[:, 1] = torch.arange(32), torch.arange(32) % 3
+    settings = recipe.distillation.model_copy(deep=True)
+    settings.weights.kl = settings.weights.feature = 0.0
+    teacher = tiny.twin()
+    taps = [FeatureTaps(one.module, []) for one in (tiny, teacher)]
+    terms = training_terms(tiny, teacher, images, Targets(rows), settings, *taps)
+    raw = tiny.raw(images)
+    mean = sum(slow_loss(raw, rows.tolist(), stride_anchors(), (64, 64)).values())
+    assert float(terms["task"]) == pytest.approx(0.04 * 32 * mean, rel=1e-4)
+
+    assert recipe.synthesis.batch_size == 64
+    assert recipe.synthesis.weights.task == 0.5 * 64
+    made = Curve(Ablation("", "", Path(), []), 320, 32).recipe("paper", 0.25, 0).synthesis
+    assert (made.batch_size, made.weights.task, made.iterations) == (32, 0.5 * 32, 625)
+    ours = Curve(Ablation("", "", Path(), []), 320, 16).recipe("ours", 1, 0).synthesis
+    assert ours.weights.task == load_recipe("w4a8").synthesis.weights.task
 
 
 def test_loss_without_targets_and_with_one_category(tiny: YOLOv5) -> None:

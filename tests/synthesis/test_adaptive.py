@@ -24,7 +24,8 @@ CASES = {
     "a found label stays as it is": (label(A), found((0, 12, 10, 40, 42)), label(A)),
     "a new object is added": (label(A), found(A, B), label(A, B)),
     "an unfound label goes": (label(A, B), found(B), label(B)),
-    "the last label stays": (label(A), NOTHING, label(A)),
+    "the last label stays": (label(A), found((0, 60, 60, 64, 64)), label(A)),
+    "all labels stay where nothing is found": (label(A, B), NOTHING, label(A, B)),
     # IoU 0.2 with A, none with B: A is the best of the unfound ones.
     "the best overlap stays": (label(B, A), found((0, 30, 10, 60, 40)), None),
     # IoU of [0, 30] and [s, s + 30] (same height) is (30 - s) / (30 + s).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -89,6 +90,33 @@ def test_total_variation_gets_its_share_of_each_image() -> None:
     # Against it the image's own variation falls.
     before = total_variation(pixels.detach())
     assert total_variation(pixels.detach() - 1e-4 * part) < before
+
+
+def test_the_image_norm_is_that_of_equation_4() -> None:
+    # The gradient of a norm is the image over it; the mean is over the two images.
+    pixels, terms = problem(task=only(2, 1))
+    combination = LossWeights(weights(task=5, l2=0.3))
+    gradient, _ = combination([(terms, pixels)], 0)
+    gradient, value = combination.darkened(gradient, pixels)
+    images = pixels.detach().double().numpy()
+    norms = np.sqrt((images**2).sum((1, 2, 3)))
+    assert float(value) == pytest.approx(norms.mean(), rel=1e-6)
+    expected = 0.3 * images / norms[:, None, None, None] / 2 + only(2, 5).double().numpy()
+    np.testing.assert_allclose(gradient.numpy(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_the_image_norm_gets_its_share_of_each_image() -> None:
+    directions = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    directions[1] *= 100
+    pixels, terms = problem(task=directions)
+    combination = GradientShares(weights(task=1, l2=0.2))
+    plain, _ = combination([(terms, pixels)], 0)
+    dark, _ = combination.darkened(plain.clone(), pixels)
+    for one, before, image in zip(dark - plain, plain, pixels.detach(), strict=True):
+        torch.testing.assert_close(one, 0.2 * before.norm() * image / image.norm())
+    # Nothing of it is left where images settle.
+    combination.settle()
+    assert torch.equal(combination.darkened(plain.clone(), pixels)[0], plain)
 
 
 def test_alone_total_variation_is_a_gradient_too() -> None:

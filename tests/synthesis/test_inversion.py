@@ -288,6 +288,32 @@ def test_adaptive_labels_come_from_detections(
         assert len(rows) <= 2
 
 
+def test_what_the_sampler_looks_at_does_not_count_as_layers_running_again(
+    detector: Detector,
+) -> None:
+    inversion = Inversion(detector, settings(micro_batch=1))
+    images = initial_images(2, SIZE, "uniform", Generator().manual_seed(0))
+    assert inversion.statistics is not None
+    with inversion._watching(Generator()):
+        inversion.detect(images, score_threshold=0.5)
+        inversion._look(images)
+        assert len(inversion.statistics.distances()) == len(inversion.statistics.layers)
+
+
+def test_the_image_norm_darkens(detector: Detector) -> None:
+    for balance, weight in (("gradient", 3.0), ("loss", 100.0)):
+        found = {}
+        for l2 in (0.0, weight):
+            inversion = Inversion(
+                detector, settings(balance=balance, settle=0.0, iterations=8, weights={"l2": l2})
+            )
+            logged: dict[str, float] = {}
+            batch = inversion.batch(2, 0, 0, lambda *said, logged=logged: logged.update(said[3]))
+            found[l2] = float(batch.images.float().mean())
+            assert ("l2" in logged) == (l2 > 0)
+        assert found[weight] < found[0.0] - 3
+
+
 def test_no_more_images_at_once_than_a_micro_batch_holds(
     demo: Detector, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ from dfq.errors import UserError
 from dfq.recipe_synthesis import LABELS, LabelStage, Synthesis
 from dfq.synthesis.labels import (
     STARTS,
+    DrawnLike,
     RealLabels,
     label_source_identity,
     label_start,
@@ -45,9 +46,8 @@ def test_starts_lie_in_the_image(kind: str) -> None:
     assert (centre - sides / 2).min() >= -1e-6
     assert (centre + sides / 2).max() <= 1 + 1e-6
     counts = {len(rows) for rows in labels}
-    assert (
-        counts == {"adaptive": {1}, "single": {1}, "multi": set(range(1, 7)), "tile": {4, 9}}[kind]
-    )
+    many = set(range(1, 26))
+    assert counts == {"adaptive": {1}, "single": {1}, "multi": many, "tile": {4, 9}}[kind]
     if kind != "tile":
         assert sides.min() >= 0.2
         assert sides.max() <= 0.8
@@ -61,6 +61,57 @@ def test_tiles_do_not_overlap() -> None:
     for rows in STARTS["tile"](Generator().manual_seed(0), 20, CLASSES):
         overlap = box_iou(*[box_convert(rows[:, 1:], "cxcywh", "xyxy")] * 2)
         assert torch.equal(overlap > 0, torch.eye(len(rows), dtype=torch.bool))
+
+
+def test_a_tile_is_a_random_box_in_its_cell() -> None:
+    shares, places = [], []
+    for rows in STARTS["tile"](Generator().manual_seed(0), 300, CLASSES):
+        side = round(len(rows) ** 0.5)
+        corners = (to_corners(rows[:, 1:]) * side).reshape(side, side, 4)
+        cells = torch.cartesian_prod(*[torch.arange(side)] * 2).reshape(side, side, 2)
+        start, end = corners[..., :2] - cells, corners[..., 2:] - cells
+        assert start.min() >= -1e-5
+        assert end.max() <= 1 + 1e-5
+        shares.append((end - start).reshape(-1, 2))
+        places.append((start / (1 - (end - start))).reshape(-1, 2))
+    # Of a cell, as single labels have it of an image; uniform between the smallest and the largest.
+    for drawn, low, high in ((torch.cat(shares), 0.2, 0.8), (torch.cat(places), 0.0, 1.0)):
+        assert float(drawn.min()) == pytest.approx(low, abs=0.01)
+        assert float(drawn.max()) == pytest.approx(high, abs=0.01)
+        assert float(drawn.mean()) == pytest.approx((low + high) / 2, abs=0.02)
+        assert float(drawn.std()) == pytest.approx((high - low) / 12**0.5, abs=0.02)
+
+
+# Categories and sizes in half and quarter images, some too large for a cell: once, twice, once.
+LIKE = [[(0, 0.5, 0.5, 0.25, 0.125)], [(1, 0.5, 0.5, 0.5, 1.0)] * 2 + [(2, 0.5, 0.5, 0.25, 0.25)]]
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+def test_objects_in_distribution_are_as_frequent_and_as_large(tiled: bool) -> None:
+    start = DrawnLike([torch.tensor(rows) for rows in LIKE], tiled=tiled)
+    labels = start(Generator().manual_seed(0), 400, CLASSES)
+    counts = [len(label) for label in labels]
+    assert set(counts) == ({4, 9} if tiled else {1, 3})
+    # Both images as often; three deviations of 400 draws are 0.075.
+    assert np.mean([n < 4 if not tiled else n == 4 for n in counts]) == pytest.approx(
+        0.5 if tiled else 1, abs=0.075
+    )
+    if not tiled:
+        assert counts.count(1) / 400 == pytest.approx(0.5, abs=0.075)
+    every = torch.cat(labels)
+    corners = to_corners(every[:, 1:])
+    assert corners.min() >= -1e-6
+    assert corners.max() <= 1 + 1e-6
+    for category, share, sides in ((0, 0.25, (0.25, 0.125)), (2, 0.25, (0.25, 0.25))):
+        own = every[:, 0] == category
+        assert float(own.float().mean()) == pytest.approx(share, abs=0.05)
+        torch.testing.assert_close(every[own][:, 3:], torch.tensor([sides]).expand(own.sum(), 2))
+        assert float(every[own][:, 1].std()) > 0.1
+    large = every[every[:, 0] == 1][:, 3:]
+    # The shape stays; where there are cells, the long side is the cell's.
+    torch.testing.assert_close(large[:, 0] * 2, large[:, 1])
+    long = {round(float(side), 4) for side in large[:, 1]}
+    assert long == ({0.5, 0.3333} if tiled else {1.0})
 
 
 def test_starts_depend_on_the_generator_alone() -> None:
@@ -188,6 +239,15 @@ def test_label_start(tmp_path: Path) -> None:
     (found,) = start(Generator(), 1, 2)
     expected = [[1, 23 / 64, 28 / 64, 30 / 64, 24 / 64]]
     torch.testing.assert_close(found, torch.tensor(expected))
+    for kind in ("multi", "tile"):
+        drawn = label_start(Synthesis(labels=f"{kind}:{tmp_path / 'set'}"), ["cat", "dog"])
+        (found,) = drawn(Generator().manual_seed(0), 1, 2)
+        assert set(found[:, 0].tolist()) == {1}
+        assert len(found) == 1 if kind == "multi" else len(found) in (4, 9)
+        with pytest.raises(
+            UserError, match=r"synthesis\.labels: .*nothing: no such file or folder"
+        ):
+            label_start(Synthesis(labels=f"{kind}:{tmp_path / 'nothing'}"), ["dog"])
     with pytest.raises(UserError, match=r"synthesis\.labels: .*nothing: no such file or folder"):
         label_start(Synthesis(labels=f"real:{tmp_path / 'nothing'}"), ["dog"])
 
@@ -202,10 +262,11 @@ def test_the_identity_is_that_of_the_labels(tmp_path: Path) -> None:
     assert len(first) == 64
     # Neither where the set lies nor what its images show matters; the boxes do.
     assert identity(stored(tmp_path / "b", shade=200)) == first
+    assert identity(stored(tmp_path / "a").replace("real:", "tile:")) == first
     assert identity(stored(tmp_path / "a", box=(8, 8, 30, 25))) != first
 
 
-@pytest.mark.parametrize("labels", ["", "real", "real:", "Single", "dir/set"])
+@pytest.mark.parametrize("labels", ["", "real", "real:", "multi:", "Single", "none:set", "dir/set"])
 def test_labels_that_are_none(labels: str) -> None:
     with pytest.raises(ValueError, match=r"should be 'adaptive', .*'none' or 'real:SET'"):
         Synthesis(labels=labels)

@@ -10,7 +10,7 @@ from small_mmdet import SIDE, enliven, write_config
 from torch import Tensor, nn
 
 from dfq.detectors import load_detector
-from dfq.detectors.base import Detector
+from dfq.detectors.base import Detector, Targets
 from dfq.errors import UserError
 from dfq.recipe_synthesis import Synthesis
 from dfq.synthesis.inversion import Inversion
@@ -145,6 +145,28 @@ def test_a_network_without_batchnorm_is_inverted(swin: Detector) -> None:
     assert seen[-1] > seen[0] + 0.02
     with pytest.raises(UserError, match="no BatchNorm"):
         Inversion(swin, _settings(entropy=0))
+
+
+@pytest.mark.parametrize("balance", ["loss", "gradient"])
+def test_the_papers_entropy_is_summed_over_the_blocks(swin: Detector, balance: str) -> None:
+    changed = {"balance": balance, "precision": "float32"}
+    settings = _settings(task=0, tv=0).model_copy(update=changed)
+    inversion = Inversion(swin, settings)
+    network, outputs = inversion.detector, []
+    layers = [network.module.get_submodule(name) for name in network.attention_layers()]
+    handles = [
+        layer.register_forward_hook(lambda _m, _i, tokens: outputs.append(tokens.detach()))
+        for layer in layers
+    ]
+    image = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    with inversion._watching(torch.Generator()):
+        term = inversion._losses(image, Targets.empty())["entropy"]
+    for handle in handles:
+        handle.remove()
+    each = [float(patch_similarity_entropy(tokens)) for tokens in outputs]
+    assert len(each) == 5
+    expected = math.fsum(each) / (1 if balance == "loss" else 5)
+    assert float(term) == pytest.approx(-expected, rel=1e-5)
 
 
 def test_it_stands_beside_batchnorm(swin: Detector) -> None:

@@ -330,3 +330,86 @@ def test_a_channel_whose_gamma_has_died_says_nothing() -> None:
         divergences = statistics.divergences()
     assert [len(v) for v in first] == [5] * 4
     assert torch.isfinite(divergences).all()
+
+
+class _SharedHead(nn.Module):
+    """Two levels of features, and a head that both share, as a RetinaNet's; folded or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 4, 3, stride=2)
+        self.norm = nn.BatchNorm2d(4)
+        self.down = nn.Conv2d(4, 4, 3, stride=2)
+        self.head = nn.Sequential(nn.Conv2d(4, 5, 1), nn.BatchNorm2d(5), nn.SiLU())
+        for layer in (self.norm, self.head[1]):
+            layer.running_mean.normal_(0, 0.1)
+            layer.running_var.uniform_(0.05, 0.2)
+            layer.weight.data.uniform_(0.5, 1.5)
+        self.eval().requires_grad_(False).double()
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        fine = self.norm(self.stem(x))
+        return [self.head(level) for level in (fine, self.down(fine), self.down(2 * fine))]
+
+
+def joined(network: nn.Module, images: Tensor, weights: Tensor) -> Tensor:
+    """A loss of every run of every layer, and of what the network gives."""
+    with BatchNormStatistics(network, lambda: network(images.detach())) as statistics:
+        outputs = network(images)
+        found = statistics.distances()
+    assert len(found) == 4
+    return (weights * found).sum() + sum(level.square().mean() for level in outputs)
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_layer_that_runs_several_times_counts_each_time(folded: bool) -> None:
+    network, images = _SharedHead(), torch.rand(2, 3, 15, 15, dtype=torch.float64)
+    weights = torch.tensor([0.3, 2.0, 0.7, 1.1], dtype=torch.float64)
+    plain = images.clone().requires_grad_()
+    distances, outputs = reference(network, plain)
+    expected = (weights * torch.stack(distances)).sum()
+    expected = expected + sum(level.square().mean() for level in outputs)
+    (gradient,) = torch.autograd.grad(expected, plain)
+    if folded:
+        fold_batchnorm(network, lambda: network(images))
+    pixels = images.clone().requires_grad_()
+    loss = joined(network, pixels, weights)
+    (found,) = torch.autograd.grad(loss, pixels)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(found, gradient, rtol=1e-5, atol=1e-7)
+    # And by finite differences, which know of no graph.
+    way = torch.randn(images.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    ahead, behind = (joined(network, images + h * way, weights) for h in (1e-5, -1e-5))
+    assert float((ahead - behind) / 2e-5) == pytest.approx(float((found * way).sum()), rel=1e-5)
+
+
+def test_parts_of_a_batch_are_put_together_run_by_run() -> None:
+    network, images = _SharedHead(), torch.rand(6, 3, 15, 15, dtype=torch.float64)
+    with BatchNormStatistics(network) as statistics:
+        network(images)
+        expected = statistics.divergences()
+    with BatchNormStatistics(network) as statistics:
+        for part in images.split(2):
+            network(part)
+            statistics.gather()
+        names = [name for name, *_ in statistics.compared()]
+        network(images[:2])
+        found = statistics.divergences()
+    assert names == ["norm", "head.1", "head.1", "head.1"]
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_pass_that_nobody_asks_of_does_not_count() -> None:
+    detector, images = tiny_detector(), torch.rand(2, 3, 64, 64)
+    with BatchNormStatistics(detector.module) as statistics:
+        detector.raw(images)
+        expected = statistics.distances()
+        detector.raw(1 - images)
+        statistics.forget()
+        detector.raw(images)
+        assert torch.equal(statistics.distances(), expected)
+        # What calls the network as a whole says itself where a pass begins.
+        detector.module(1 - images)
+        detector.module(images)
+        assert torch.equal(statistics.distances(), expected)
