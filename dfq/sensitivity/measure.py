@@ -17,6 +17,7 @@ from ..detectors.base import Detector
 from ..distillation.losses import summed_divergence
 from ..quantization.convert import (
     Policy,
+    activation_quantizers,
     float_mode,
     insert_quantizers,
     observe,
@@ -140,6 +141,8 @@ def measure(
     grids = "asymmetric" if policy.asymmetric else "symmetric"
     alone = replace(policy, placement="inputs", activations=grids)
     student = insert_quantizers(teacher.twin(), alone)
+    for _, quantizer in activation_quantizers(student.module):
+        quantizer.unsigned = policy.unsigned
     values = observe(student, known)
     calls = execution_order(student.module, lambda: student.raw(images[0][:1]))
     free = {info.name: widths for info, widths in options if len(widths) > 1}
