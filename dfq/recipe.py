@@ -70,8 +70,11 @@ class Quantization(Section):
     weight_grid: Literal["asymmetric", "symmetric"] = "asymmetric"
     """Whether grids of weights below 8 bits may reach further to one side of zero."""
     activations: Literal["asymmetric", "symmetric"] = "asymmetric"
+    """With a zero point, or without: then what is never below zero has unsigned integers, where the
+    runtime does."""
     ranges: Literal["mse", "minmax", "percentile", "lsq"] = "mse"
-    """How the initial scales are found."""
+    """How the initial scales are found. lsq: as in LSQ, with asymmetric activations as in LSQ+; and
+    values beyond the ends of a grid have no gradient, as there."""
     calibration_images: int = Field(64, ge=1, le=MOST_IMAGES)
     """Images of the set the initial scales are found on."""
     refine_images: int = Field(16, ge=0, le=MOST_IMAGES)
@@ -128,7 +131,7 @@ class DistillationWeights(Section):
     kl: float = Field(1.0, ge=0, le=LARGEST_WEIGHT)
     """Divergence from the teacher's predictions."""
     feature: float = Field(1.0, ge=0, le=LARGEST_WEIGHT)
-    """Squared distance of the distilled layers, relative to the teacher's variance."""
+    """Squared distance of the distilled layers, in the form `feature_form`."""
     task: float = Field(0.0, ge=0, le=LARGEST_WEIGHT)
     """The family's own training loss on the synthetic labels."""
 
@@ -148,12 +151,15 @@ class Distillation(Section):
     """Adam, biases and whatever is not quantized; cosine to zero."""
     weight_lr: float | None = Field(0.0, ge=0)
     """Adam, quantized weights, in quantization steps of their channel; 0 keeps the integers they
-    were rounded to, and trains step sizes, zero points and biases alone; None: `lr`, in units."""
+    were rounded to, and trains step sizes and biases alone; None: `lr`, in units."""
     train_last: bool = True
     """With a `weight_lr` of 0, weights of 8 bits in layers that give the predictions are trained
     all the same, at `lr`."""
     scale_lr: float = Field(1e-3, gt=0)
-    """Adam, logarithms of the step sizes and zero points; cosine to zero."""
+    """Adam, logarithms of the step sizes; cosine to zero."""
+    zero_lr: float = Field(0.0, ge=0, le=1)
+    """Adam, zero points of activations, in widths of their grid; cosine to zero. 0: they stay where
+    calibration put them, which keeps as much."""
     drift: float = Field(0.5, ge=0, le=LARGEST_WEIGHT)
     """Trained weights stay within so many quantization steps of their start; 0: no bound."""
     dampen: float = Field(0.0, ge=0, le=LARGEST_WEIGHT)
@@ -168,6 +174,9 @@ class Distillation(Section):
     """As `synthesis.masks`, for the task loss of the training."""
     kl_form: Literal["family", "flattened"] = "family"
     """Over what is a distribution in the family, or the paper's softmax over a whole level."""
+    feature_form: Literal["relative", "absolute"] = "relative"
+    """Squared distances of the outputs of blocks, each relative to the teacher's variance; or the
+    paper's, of all convolutions and BatchNorms, in units."""
     temperature: float = Field(1.0, gt=0, le=LARGEST_WEIGHT)
     """Of the KL; the paper's flattened form uses 4."""
     clip: float = Field(10.0, gt=0, le=LARGEST_WEIGHT)

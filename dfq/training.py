@@ -27,6 +27,7 @@ from .files import read_json, user_path, write_json
 from .progress import Progress
 from .quantization.convert import Policy, calibrate, insert_quantizers, quantized_layers
 from .quantization.margins import keep_within_statistics
+from .quantization.quantizers import Quantizer
 from .recipe import Quantization, Recipe
 from .reconstruction.activation_grids import narrow_activations, refine_grids
 from .reconstruction.second_order import is_too_wide, reconstruct
@@ -215,6 +216,10 @@ def quantized(
     """A twin of the folded `teacher` with quantizers; unless `data` is None calibrated on it, and
     its weights rounded as the recipe says."""
     student = insert_quantizers(teacher.twin(), policy)
+    if recipe.quantization.ranges == "lsq":
+        for module in student.module.modules():
+            if isinstance(module, Quantizer):
+                module.strict = True
     if data is not None:
         section = recipe.quantization
         pixels = data.load(list(range(min(images_to_prepare(section), len(data)))))

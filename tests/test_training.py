@@ -11,9 +11,11 @@ from tiny_detector import blobs, tiny_detector
 from torch import Tensor
 
 from dfq.detectors.base import Targets
-from dfq.quantization.convert import Policy
+from dfq.progress import Silent
+from dfq.quantization.convert import Policy, fold
+from dfq.quantization.quantizers import Quantizer
 from dfq.recipe import load_recipe
-from dfq.training import mean_divergence, policy_of
+from dfq.training import mean_divergence, policy_of, quantized
 
 
 class Images:
@@ -58,3 +60,20 @@ def test_the_policy_has_all_that_the_recipe_says_of_it() -> None:
     found = policy_of(recipe).to_dict()
     assert found == {**other, "overrides": [["model.0.*", 5]]}
     assert all(found[name] != value for name, value in Policy().to_dict().items())
+
+
+@pytest.mark.parametrize(("ranges", "strict"), [("lsq", True), ("mse", False)])
+def test_values_beyond_a_grid_have_no_gradient_in_lsq(ranges: str, strict: bool) -> None:
+    recipe = load_recipe(None, [f"quantization.ranges={ranges}"])
+    teacher = fold(tiny_detector())
+    student = quantized(teacher, policy_of(recipe), recipe, None, Silent())
+    found = [m for m in student.module.modules() if isinstance(m, Quantizer)]
+    assert len(found) == 2 * 18
+    assert {quantizer.strict for quantizer in found} == {strict}
+    quantizer = found[0]
+    quantizer.initialise(torch.ones(quantizer.channels))
+    top = quantizer.bounds[1] + 0.3
+    x = torch.full((quantizer.channels, 2), top, requires_grad=True)
+    quantizer(x).sum().backward()
+    assert x.grad is not None
+    assert bool((x.grad == 0).all()) is strict

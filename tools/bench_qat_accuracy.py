@@ -48,6 +48,7 @@ LSQ = [
     "quantization.weights=per_tensor",
     "quantization.weight_grid=symmetric",
     "quantization.ranges=lsq",
+    "distillation.zero_lr=1e-3",
     "distillation.weights.task=1",
     "distillation.weights.kl=0",
     "distillation.weights.feature=0",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..detectors.base import Detector, DistillationPair, Targets
 from ..precision import computing_in, float32
 from ..recipe import Distillation
+from .features import absolute_distance
 
 
 def _bernoulli_kl(pair: DistillationPair, temperature: float) -> Tensor:
@@ -194,9 +195,12 @@ def training_terms(
             temperature=settings.temperature,
         )
     if weights.feature > 0:
-        terms["feature"] = weights.feature * feature_distance(
-            float32(ours.take()), features, spread
-        )
+        got: dict[str, Tensor] = float32(ours.take())
+        if settings.feature_form == "absolute":
+            distance = absolute_distance(got, features, student.module)
+        else:
+            distance = feature_distance(got, features, spread)
+        terms["feature"] = weights.feature * distance
     if weights.task > 0:
         shape = (images.shape[2], images.shape[3])
         task = student.task_loss(student_raw, targets, shape)

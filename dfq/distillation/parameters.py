@@ -36,14 +36,16 @@ def held_layers(student: Detector, settings: Distillation) -> list[QuantConv2d |
     ]
 
 
-def require_gradients(student: nn.Module, held: Sequence[QuantConv2d | QuantLinear]) -> None:
+def require_gradients(
+    student: nn.Module, held: Sequence[QuantConv2d | QuantLinear], *, zero_points: bool = False
+) -> None:
     """Mark what training moves: every parameter but the weights of the `held` layers, the zero
-    points of weights and those of symmetric quantizers."""
+    points of weights and those of symmetric quantizers; of others as `zero_points` says."""
     for parameter in student.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     for module in student.modules():
         if isinstance(module, Quantizer):
-            module.zero_point.requires_grad_(module.asymmetric)
+            module.zero_point.requires_grad_(module.asymmetric and zero_points)
     for _, layer in quantized_layers(student):
         layer.weight_quantizer.zero_point.requires_grad_(False)
     for layer in held:
@@ -51,17 +53,25 @@ def require_gradients(student: nn.Module, held: Sequence[QuantConv2d | QuantLine
 
 
 def parameter_groups(student: nn.Module, settings: Distillation) -> list[dict[str, Any]]:
-    """What requires gradients: step sizes and zero points; quantized weights, where they have a
-    rate of their own; and all others."""
-    scales = {p for m in student.modules() if isinstance(m, Quantizer) for p in m.parameters()}
+    """What requires gradients: step sizes; zero points, by the width of their grid; quantized
+    weights, where they have a rate of their own; and all others."""
+    quantizers = [m for m in student.modules() if isinstance(m, Quantizer)]
+    scales = {quantizer.log_scale for quantizer in quantizers}
+    # A zero point is counted in levels, of which a grid has ten or hundreds.
+    widths = {q.zero_point: q.bounds[1] - q.bounds[0] for q in quantizers}
     weights: set[nn.Parameter] = set()
     if settings.weight_lr:
         weights = {layer.weight for _, layer in quantized_layers(student)}
     trained = [p for p in student.parameters() if p.requires_grad]
+    apart = {*scales, *widths, *weights}
     groups = (
-        (settings.lr, [p for p in trained if p not in scales and p not in weights]),
+        (settings.lr, [p for p in trained if p not in apart]),
         (settings.scale_lr, [p for p in trained if p in scales]),
         (settings.weight_lr, [p for p in trained if p in weights]),
+        *(
+            (settings.zero_lr * width, [p for p in trained if widths.get(p) == width])
+            for width in sorted(set(widths.values()))
+        ),
     )
     return [{"params": found, "lr": rate, "peak": rate} for rate, found in groups if found and rate]
 
@@ -157,22 +167,29 @@ class WeightSteps:
 
 
 class Leash:
-    """Keeps each quantized weight within so many of its quantization steps of where it began.
+    """Keeps each quantized weight within so many of its quantization steps of where it began, and
+    zero points on their grids.
 
     A set of a few hundred synthetic images cannot say how the weights of a good network should
     move, only how they should be rounded: half a step is enough to choose between the two nearest
     levels (the space AdaRound searches), and what is bounded in steps tightens with the bit width
     by itself. Without a bound, training fits the set and drifts from what real images need.
 
+    The forward pass takes a zero point beyond an end of its grid for that end; let go, it would
+    have a long way back.
+
     Args:
         module: the calibrated student, its weights the float ones or rounded already.
-        steps: the bound, in steps of the calibrated grid; 0 for none.
+        steps: the bound of weights, in steps of the calibrated grid; 0 for none.
     """
 
     def __init__(self, module: nn.Module, steps: float) -> None:
         self.weights: list[nn.Parameter] = []
         self.low: list[Tensor] = []
         self.high: list[Tensor] = []
+        self.quantizers = [
+            m for m in module.modules() if isinstance(m, Quantizer) and m.zero_point.requires_grad
+        ]
         if steps == 0:
             return
         for _, layer in quantized_layers(module):
@@ -187,6 +204,8 @@ class Leash:
         """Put what went too far back on the bound."""
         for weight, low, high in zip(self.weights, self.low, self.high, strict=True):
             torch.clamp(weight, low, high, out=weight)
+        for quantizer in self.quantizers:
+            quantizer.zero_point.clamp_(*quantizer.bounds)
 
     def state(self) -> list[Tensor]:
         """The bounds, for a checkpoint."""

@@ -20,6 +20,7 @@ from ..errors import DivergedError, UserError
 from ..files import write_atomic
 from ..precision import resolve_precision
 from ..recipe import Distillation
+from .features import distilled_layers
 from .losses import FeatureTaps, total_divergence, training_terms
 from .oscillation import Oscillation
 from .parameters import (
@@ -117,7 +118,7 @@ class Trainer:
         # Few enough to keep in memory as bytes: 2,000 images of 640 px are 2.3 GiB.
         self.images = data.load(list(range(len(data))))
         held = held_layers(student, settings)
-        require_gradients(student.module, held)
+        require_gradients(student.module, held, zero_points=settings.zero_lr > 0)
         # What these weights were rounded to stays: their step sizes alone are trained.
         self.held = HeldLevels(held)
         self.optimizer = torch.optim.Adam(
@@ -129,7 +130,7 @@ class Trainer:
         self.oscillation = Oscillation(student.module, settings.dampen, settings.freeze)
         self.judge = judge
         self.best = Best(self.average.parameters)
-        self._names = student.feature_layers() if settings.weights.feature > 0 else []
+        self._names = distilled_layers(student, settings)
         used = [name for name in ("kl", "feature", "task") if getattr(settings.weights, name) > 0]
         self._term_names = [*used, "loss"]
 
@@ -142,8 +143,8 @@ class Trainer:
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
     def _variances(self, features: Mapping[str, Tensor], images: int) -> Tensor | None:
-        """Variance of each layer's features over the whole batch; None where this is all of it."""
-        if self.world.size == 1 or not self._names:
+        """Variance of each layer's features over the whole batch, where this is not all of it."""
+        if self.world.size == 1 or self.settings.feature_form == "absolute" or not self._names:
             return None
         return batch_variances(
             self.world, features, images, layers=len(self._names), device=self.student.device
@@ -327,9 +328,8 @@ class Trainer:
 
     def taps(self) -> tuple[FeatureTaps, FeatureTaps]:
         """Taps on the distilled layers of student and teacher, to be closed by the caller."""
-        networks = (self.student.module, self.teacher.module)
-        ours, theirs = (FeatureTaps(module, self._names) for module in networks)
-        return ours, theirs
+        student, teacher = self.student.module, self.teacher.module
+        return FeatureTaps(student, self._names), FeatureTaps(teacher, self._names)
 
     def _gradient(
         self, chosen: list[int], generator: Generator, ours: FeatureTaps, theirs: FeatureTaps

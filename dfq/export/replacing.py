@@ -64,11 +64,17 @@ def place_for(
     for name, quantizer in activation_quantizers(made.module):
         before = kept[quantizer]
         alike = before and all(_agree(before[0], other) for other in before)
-        if alike and before[0].bounds == quantizer.bounds:
+        if alike and _can_have(quantizer, before[0]):
             quantizer.load_state_dict(before[0].state_dict())
         else:
             set_range(quantizer, values[name], "mse")
     return made, wanted
+
+
+def _can_have(quantizer: Quantizer, other: Quantizer) -> bool:
+    """Whether the grid of another quantizer is one that this one may have."""
+    placed = quantizer.asymmetric or quantizer.unsigned or not other.zero_point.any()
+    return bool(placed) and other.bounds == quantizer.bounds
 
 
 def _agree(one: Quantizer, other: Quantizer) -> bool:

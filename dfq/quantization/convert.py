@@ -19,8 +19,21 @@ from .joins import trace
 from .layers import QUANTIZED_LAYERS, QuantConv2d, QuantLinear, QuantMatmul, QuantSiLU
 from .listing import FLOAT_KINDS, describe
 from .placement import EVERYWHERE, INPUTS, PLACEMENTS, Placement
-from .quantizers import Quantizer
-from .ranges import FINE, PREDICTION, READERS, SEARCHES, VANISHES, VANISHING, minmax, mse
+from .quantizers import Quantizer, grid
+from .ranges import (
+    FINE,
+    PREDICTION,
+    READERS,
+    SEARCHES,
+    VANISHES,
+    VANISHING,
+    Range,
+    lsq,
+    lsq_step,
+    minmax,
+    mse,
+    three_deviations,
+)
 from .results import quantize_results, result_quantizers
 from .widths import Widths, parse_widths
 
@@ -37,7 +50,7 @@ class Policy:
         weight_grid: "asymmetric": below 8 bits each scale's grid has a zero point, so that its
             levels need not reach as far below zero as above; "symmetric". Either way values are
             integers of at most 8 bits times a step size, as runtimes multiply with.
-        activations: "asymmetric" (LSQ+) or "symmetric" (LSQ).
+        activations: "asymmetric" (LSQ+) or "symmetric" (LSQ; see `unsigned`).
         overrides: qualified layer name or wildcard -> "float", a bit width for both, or "w4a8";
             the first match counts and wins over everything else.
         scope: "all", or "backbone": layers outside it stay in float.
@@ -70,9 +83,15 @@ class Policy:
         """Whether grids of activations have zero points."""
         return self.activations == "asymmetric" and not self.where.symmetric
 
+    @property
+    def unsigned(self) -> bool:
+        """Whether symmetric grids of what is never below zero have all their levels above it: not
+        where a runtime takes int8, in which such a grid has a zero point."""
+        return self.activations == "symmetric" and not (self.where.symmetric or self.where.signed)
+
     def quantizer(self, bits: int) -> Quantizer:
         """One of activations."""
-        return Quantizer(bits, asymmetric=self.asymmetric)
+        return Quantizer(bits, asymmetric=self.asymmetric, unsigned=self.unsigned)
 
     def bits_for(
         self, name: str, boundary: bool, backbone: str | None = None
@@ -297,15 +316,33 @@ def observe(
 def set_weight_range(layer: QuantConv2d | QuantLinear, search: str) -> None:
     """Set the initial scales of a layer's weights; `search` is a key of `ranges.SEARCHES`."""
     weights, find = layer.weight_quantizer, SEARCHES[search]
+    if find is lsq and layer.input_quantizer.asymmetric:
+        # Zero points of activations make it LSQ+.
+        find = three_deviations
     if find is mse and weights.asymmetric:
         # Bounds that are searched apart from each other: coarsely, as there are six times as many.
         find = functools.partial(mse, steps=16)
     rows = layer.weight.detach().float().reshape(weights.channels, -1)
     low, high = weights.bounds
-    if low == -high:
+    if low == -high and find is not three_deviations:
         # So that the least value is met by the integer that the greatest one is met by.
         rows = rows.abs()
     weights.initialise(*find(rows, weights.bits, asymmetric=weights.asymmetric))
+
+
+def grid_above(quantizer: Quantizer, low: Tensor, find: Callable[[bool], Range]) -> Range:
+    """The grid that a search finds for a quantizer of activations.
+
+    Args:
+        quantizer: per tensor.
+        low: the least value that it is to have a level for.
+        find: gives step size and zero point for a grid that is asymmetric or not; the former has
+            its zero point at 0 where nothing is below zero.
+    """
+    if quantizer.asymmetric or not quantizer.unsigned or bool(low < 0):
+        return find(quantizer.asymmetric)
+    scale, _ = find(True)
+    return scale, torch.full_like(scale, quantizer.bounds[0])
 
 
 def set_range(quantizer: Quantizer, values: Tensor, search: str) -> None:
@@ -324,7 +361,13 @@ def set_range(quantizer: Quantizer, values: Tensor, search: str) -> None:
         column, find = column.clamp_min(VANISHES), minmax
     elif find is mse and reader in READERS:
         find = functools.partial(mse, through=READERS[reader])
-    quantizer.initialise(*find(column, quantizer.bits, asymmetric=quantizer.asymmetric))
+
+    def fit(asymmetric: bool) -> Range:
+        if find is lsq and not quantizer.asymmetric:
+            return lsq_step(column, grid(quantizer.bits, signed=not asymmetric)[1])
+        return find(column, quantizer.bits, asymmetric=asymmetric)
+
+    quantizer.initialise(*grid_above(quantizer, column.amin(), fit))
 
 
 @torch.no_grad()

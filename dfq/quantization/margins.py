@@ -16,11 +16,13 @@ Below 7 bits a wider grid costs more than clipping does.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from ..detectors.base import Detector
-from .convert import activation_quantizers, observe, set_range
+from .convert import activation_quantizers, grid_above, observe, set_range
 from .implied import implied_ranges
 from .quantizers import Quantizer
 from .ranges import grid_between
@@ -90,7 +92,8 @@ def keep_within_statistics(detector: Detector, images: Tensor, *, batch_size: in
             wider = span(quantizer)
             low, high = torch.minimum(low, wider[0]), torch.maximum(high, wider[1])
         low, high = low.clamp_max(least[name][0]), high.clamp_min(least[name][1])
-        quantizer.initialise(*grid_between(low, high, quantizer.bits, quantizer.asymmetric))
+        spanning = functools.partial(grid_between, low, high, quantizer.bits)
+        quantizer.initialise(*grid_above(quantizer, low, spanning))
 
 
 def usual_contrast(images: Tensor) -> float:

@@ -11,6 +11,9 @@ Both papers' gradients follow from the straight-through estimator for round:
     d x_hat / d s = q - x / s inside, q where it clips
     d x_hat / d z = 0 inside, -s where it clips
 
+Inside is what rounds to a level of the grid, or, as in LSQ's eq. 3, what lies between its ends
+before it is rounded: Q_n - z < x / s < Q_p - z. The half step beyond an end makes the difference.
+
 The zero point is learned as a real number and rounded in the forward pass, so that the trained
 grid is one an integer runtime has, and real zero (which padding inserts) is always on it.
 """
@@ -33,15 +36,26 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        qmin: int,
+        qmax: int,
+        strict: bool,
     ) -> Tensor:
         zero = torch.clamp(torch.round(zero_point), qmin, qmax)
+        low, high = qmin - zero, qmax - zero
         # In place on fresh tensors: the passes are bound by memory, not by arithmetic.
         steps = x / scale
         y = steps.round()
-        y = torch.minimum(torch.maximum(y, qmin - zero, out=y), qmax - zero, out=y)
+        y = torch.minimum(torch.maximum(y, low, out=y), high, out=y)
         if any(ctx.needs_input_grad):
+            outside = (steps <= low).logical_or_(steps >= high) if strict else None
             error = torch.sub(y, steps, out=steps)
+            if outside is not None:
+                # Further off than what is inside ever is.
+                error.masked_fill_(outside, 1.0)
             y.mul_(scale)
             # Not x: it would be kept alive for this alone, while y is the convolution's input.
             ctx.save_for_backward(error, y, scale)
@@ -63,7 +77,7 @@ class _FakeQuantize(torch.autograd.Function):
             grad_scale = _inner(grad_x, error, scale) + _inner(clipped, y, scale) / scale
         if ctx.needs_input_grad[2]:
             grad_zero = clipped.sum_to_size(scale.shape) * -scale
-        return grad_x, grad_scale, grad_zero, None, None
+        return grad_x, grad_scale, grad_zero, None, None, None
 
 
 def _inner(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
@@ -85,7 +99,9 @@ def _flat(x: Tensor) -> Tensor | None:
     return None
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+def fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, *, strict: bool = False
+) -> Tensor:
     """Fake-quantize `x` with the straight-through gradients of LSQ and LSQ+.
 
     Args:
@@ -93,18 +109,20 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax:
         scale: positive step size(s), broadcastable to `x`.
         zero_point: real zero point(s) in [qmin, qmax], same shape as `scale`; rounded here.
         qmin, qmax: integer bounds of the grid.
+        strict: what is beyond an end of the grid by less than half a step counts as clipped (LSQ's
+            eq. 3), and not as rounded; for the gradients alone.
 
     Returns:
         A tensor like `x` whose every value is `scale` times an integer.
     """
-    return _FakeQuantize.apply(x, scale, zero_point, qmin, qmax)
+    return _FakeQuantize.apply(x, scale, zero_point, qmin, qmax, strict)
 
 
 class _ScaleGradient(torch.autograd.Function):
     """Identity whose gradient is multiplied by a constant: the gradient scale g of LSQ, eq. 5."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, factor: float | Tensor) -> Tensor:
         ctx.factor = factor
         return x.view_as(x)
 
@@ -137,8 +155,12 @@ class Quantizer(nn.Module):
             grid (LSQ).
         narrow: at 8 bits a signed grid does without its least integer, -128, which not every
             runtime has for weights.
+        unsigned: a symmetric grid of values that are never below zero has all its levels above it,
+            0 to 2^b - 1, as LSQ has it. In the state that is a zero point at the least integer,
+            which no training moves.
 
     Attributes:
+        strict: see `fake_quantize`.
         enabled: otherwise everything is let through.
         reader: name of the one function that reads what it gives (as "silu"), which says how much
             which errors matter: see `ranges`. None: nothing is known of what reads it.
@@ -149,7 +171,13 @@ class Quantizer(nn.Module):
     """
 
     def __init__(
-        self, bits: int, *, channels: int = 1, asymmetric: bool = False, narrow: bool = False
+        self,
+        bits: int,
+        *,
+        channels: int = 1,
+        asymmetric: bool = False,
+        narrow: bool = False,
+        unsigned: bool = False,
     ) -> None:
         super().__init__()
         if not 2 <= bits <= 16:
@@ -158,7 +186,9 @@ class Quantizer(nn.Module):
         self.channels = channels
         self.asymmetric = asymmetric
         self.narrow = narrow
+        self.unsigned = unsigned
         self.enabled = True
+        self.strict = False
         self.reader: str | None = None
         self.log_scale = nn.Parameter(torch.zeros(channels))
         self.zero_point = nn.Parameter(torch.zeros(channels), requires_grad=asymmetric)
@@ -237,7 +267,10 @@ class Quantizer(nn.Module):
         if x.dtype in (torch.bfloat16, torch.float16):
             x = x.float()
         # LSQ eq. 5: balance the step size's gradient against that of the values it quantizes.
-        factor = 1.0 / math.sqrt(max(1, x.numel() // self.channels) * qmax)
+        count = max(1, x.numel() // self.channels)
+        factor: float | Tensor = 1.0 / math.sqrt(count * qmax)
+        if self.unsigned:
+            factor = torch.rsqrt(count * (qmax - self.zero_point))
         shape = (self.channels, *([1] * (x.ndim - 1))) if self.channels > 1 else (1,)
         scale = _ScaleGradient.apply(self.scale, factor).view(shape)
         if self.levels is not None:
@@ -245,7 +278,8 @@ class Quantizer(nn.Module):
         zero = self.zero_point
         if self.asymmetric:
             zero = _ScaleGradient.apply(zero, factor)
-        return fake_quantize(x, scale.to(x.dtype), zero.view(shape).to(x.dtype), qmin, qmax)
+        zero = zero.view(shape).to(x.dtype)
+        return fake_quantize(x, scale.to(x.dtype), zero, qmin, qmax, strict=self.strict)
 
     def extra_repr(self) -> str:
         kind = "asymmetric" if self.asymmetric else "symmetric"

@@ -1,4 +1,4 @@
-"""Initial step sizes and zero points: min-max, LSQ's own rule, and a search for the least error.
+"""Initial step sizes and zero points: min-max, the rules of LSQ and LSQ+, least squares.
 
 Every function takes values `(channels, n)` and returns `(scale, zero_point)`, `(channels,)` each.
 """
@@ -46,14 +46,72 @@ def percentile(values: Tensor, bits: int, *, asymmetric: bool, keep: float = 0.9
 
 
 def lsq(values: Tensor, bits: int, *, asymmetric: bool) -> Range:
-    """LSQ's initial step 2 * mean|v| / sqrt(Q_p); LSQ+'s offset puts the minimum on the grid."""
-    qmin, qmax = grid(bits, signed=not asymmetric)
+    """As LSQ (Esser et al., ICLR 2020) has it, an asymmetric grid as LSQ+ for activations."""
+    if asymmetric:
+        return least_squares(values, bits)
+    return lsq_step(values, grid(bits, signed=True)[1])
+
+
+def lsq_step(values: Tensor, qmax: int) -> Range:
+    """LSQ's initial step, 2 * mean|v| / sqrt(Q_p), and no zero point."""
     scale = 2 * values.abs().mean(dim=1) / math.sqrt(qmax)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    if not asymmetric:
-        return scale, torch.zeros_like(scale)
-    low = values.amin(dim=1).clamp_max(0)
-    return scale, torch.clamp(torch.round(-low / scale), qmin, qmax)
+    return scale, torch.zeros_like(scale)
+
+
+def three_deviations(values: Tensor, bits: int, *, asymmetric: bool) -> Range:
+    """LSQ+'s initial step of weights (Bhalgat et al., 2020, section 3.2): the greater of
+    |mu - 3 sigma| and |mu + 3 sigma|, over 2^(b - 1). An asymmetric grid, which its weights do not
+    have, as for activations."""
+    if asymmetric:
+        return least_squares(values, bits)
+    deviation, mean = torch.std_mean(values, dim=1, correction=0)
+    # The greater of the two is the sum of the magnitudes.
+    scale = (mean.abs() + 3 * deviation) / 2 ** (bits - 1)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return scale, torch.zeros_like(scale)
+
+
+ROUNDS = 20
+"""Of fitting a step size to the integers and rounding to the integers anew, at most."""
+
+
+def least_squares(values: Tensor, bits: int) -> Range:
+    """LSQ+'s initial step and offset of activations: those of the least ||x_hat - x||^2.
+
+    Both ends are searched from min-max inwards; then steps are fitted to the integers and zero
+    points moved to their neighbours, as long as the error falls. The paper's offset is any real
+    number; here it is a whole number of steps.
+    """
+    qmin, qmax = grid(bits, signed=False)
+    scale, zero = mse(values, bits, asymmetric=True)
+    best = _fit(values, scale, zero, qmin, qmax)[1]
+    for _ in range(ROUNDS):
+        before = best
+        for shift in (0, -1, 1):
+            moved = (zero + shift).clamp(qmin, qmax)
+            fitted, _ = _fit(values, scale, moved, qmin, qmax)
+            error = _fit(values, fitted, moved, qmin, qmax)[1]
+            better = error < best
+            best = torch.where(better, error, best)
+            scale, zero = torch.where(better, fitted, scale), torch.where(better, moved, zero)
+        if torch.equal(best, before):
+            break
+    return scale, zero
+
+
+def _fit(
+    values: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int
+) -> tuple[Tensor, Tensor]:
+    """For values `(channels, n)`: the step size that suits the integers of a grid best, and the
+    mean squared error of that grid itself, `(channels,)` each."""
+    column = scale[:, None]
+    levels = torch.round(values / column)
+    levels = torch.minimum(torch.maximum(levels, (qmin - zero)[:, None]), (qmax - zero)[:, None])
+    error = (levels * column - values).square().mean(dim=1)
+    square = levels.square().sum(dim=1)
+    best = (levels * values).sum(dim=1) / square
+    return torch.where((square > 0) & (best > 0), best, scale), error
 
 
 def mse(

@@ -151,7 +151,7 @@ def candidates(quantizer: Quantizer, values: Tensor) -> list[tuple[Tensor, Tenso
     """
     qmin, qmax = quantizer.bounds
     present, zero = quantizer.scale.detach(), quantizer.zero_point.detach()
-    zeros = torch.zeros_like(zero)
+    zeros = zero.round()
     if quantizer.asymmetric:
         zeros = torch.arange(qmin, qmax + 1, device=values.device, dtype=values.dtype)
     found = {(1.0, int(zero.round())): _errors(values, present, zero, qmin, qmax).sum()}

@@ -17,6 +17,7 @@ from ..detectors.base import Detector
 from ..distillation.losses import summed_divergence
 from ..quantization.convert import (
     Policy,
+    activation_quantizers,
     float_mode,
     insert_quantizers,
     observe,
@@ -144,6 +145,8 @@ def measure(
     for _, each in quantized_layers(student.module):
         # Of the placement, this is what a layer has of its own.
         each.weight_quantizer.narrow = policy.where.narrow_weights
+    for _, quantizer in activation_quantizers(student.module):
+        quantizer.unsigned = policy.unsigned
     values = observe(student, known)
     calls = execution_order(student.module, lambda: student.raw(images[0][:1]))
     free = {info.name: widths for info, widths in options if len(widths) > 1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Literal
 
@@ -11,7 +12,8 @@ from tiny_detector import blobs, tiny_detector
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, kl_divergence
 
-from dfq.detectors.base import DistillationPair
+from dfq.detectors.base import Detector, DistillationPair
+from dfq.distillation.features import absolute_distance, distilled_layers
 from dfq.distillation.losses import (
     FeatureTaps,
     distillation_terms,
@@ -19,6 +21,9 @@ from dfq.distillation.losses import (
     flattened_divergence,
     prediction_divergence,
 )
+from dfq.quantization.convert import Policy, float_mode, fold, insert_quantizers
+from dfq.quantization.folding import FoldedBatchNorm
+from dfq.recipe import Distillation
 
 Kind = Literal["bernoulli", "categorical", "value"]
 
@@ -178,3 +183,46 @@ def test_terms_of_a_detector(form: str) -> None:
     each = [terms([level[i : i + 1] for level in student], 1, slice(i, i + 1)) for i in range(3)]
     assert terms(student, 3) == pytest.approx(sum(each) / 3, rel=1e-4)
     assert min(each) > 0.01
+
+
+@pytest.mark.parametrize("quantizers", [False, True])
+def test_the_absolute_form_is_the_mean_over_all_convolutions_and_batchnorms(
+    quantizers: bool,
+) -> None:
+    """The paper's eq. 8 on networks whose BatchNorm is not folded, in double precision."""
+    plain, other, images = tiny_detector(), tiny_detector(), blobs(3)
+    torch.manual_seed(1)
+    for layer in other.module.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.weight.data.add_(0.02 * torch.randn_like(layer.weight))
+
+    def outputs(detector: Detector) -> list[Tensor]:
+        module, found = copy.deepcopy(detector.module).double(), []
+        for layer in module.modules():
+            if isinstance(layer, nn.Conv2d | nn.BatchNorm2d):
+                layer.register_forward_hook(lambda _m, _i, output: found.append(output))
+        with torch.no_grad():
+            module(images.double())
+        return found
+
+    pairs = list(zip(outputs(other), outputs(plain), strict=True))
+    assert len(pairs) == 18 + 16  # two convolutions give the predictions, without BatchNorm
+    want = sum(float((a - b).square().mean()) for a, b in pairs) / len(pairs)
+    teacher, student = fold(plain), fold(other)
+    if quantizers:
+        insert_quantizers(student, Policy())
+    names = distilled_layers(student, Distillation(feature_form="absolute"))
+    assert len(names) == len(pairs)
+    taps = [FeatureTaps(detector.module, names) for detector in (student, teacher)]
+    with torch.no_grad(), float_mode(student.module):
+        student.raw(images)
+        teacher.raw(images)
+    ours, theirs = (tap.take() for tap in taps)
+    assert float(absolute_distance(ours, theirs, student.module)) == pytest.approx(want, rel=1e-4)
+
+
+def test_channels_that_batchnorm_switches_off_do_not_count_before_it() -> None:
+    zero, one = torch.zeros(2), torch.ones(2)
+    net = nn.Sequential(FoldedBatchNorm(zero, one, torch.tensor([0.5, 0.0]), zero))
+    ours, theirs = {"0": torch.ones(1, 2, 1, 1)}, {"0": torch.zeros(1, 2, 1, 1)}
+    assert float(absolute_distance(ours, theirs, net)) == pytest.approx((2**2 + 0) / 2)

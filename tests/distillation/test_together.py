@@ -143,3 +143,15 @@ def test_all_of_them_see_that_it_diverged(tmp_path: Path) -> None:
     found = train(2, tmp_path / "run", lr=1e30)
     assert [type(result) for result, _ in found] == [DivergedError, DivergedError]
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["epoch"] == 0
+
+
+def test_the_absolute_feature_term_is_the_whole_batchs(tmp_path: Path) -> None:
+    weights = DistillationWeights(kl=0, feature=1, task=0)
+    changes: dict[str, Any] = {
+        "epochs": 1, "lr": 1e-12, "scale_lr": 1e-12, "weights": weights,
+        "feature_form": "absolute",
+    }  # fmt: skip
+    ((one, _),) = train(1, tmp_path / "one", **changes)
+    found = train(5, tmp_path / "many", **changes)
+    for outcome, _ in found:
+        assert outcome.history[0]["feature"] == pytest.approx(one.history[0]["feature"], rel=1e-4)

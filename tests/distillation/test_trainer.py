@@ -185,7 +185,7 @@ def test_weights_multiply_their_terms(teacher: Detector, data: Blobs, tmp_path: 
 
 
 def test_rate_rises_then_falls_to_zero(teacher: Detector, data: Blobs, tmp_path: Path) -> None:
-    run = trainer(teacher, data, tmp_path, epochs=10, warmup=0.2)
+    run = trainer(teacher, data, tmp_path, epochs=10, warmup=0.2, zero_lr=1e-3)
     rates = [run._rate(step) for step in range(30)]
     assert rates[:6] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1])
     assert rates[6] == 1
@@ -194,10 +194,61 @@ def test_rate_rises_then_falls_to_zero(teacher: Detector, data: Blobs, tmp_path:
     assert 0 < rates[-1] < 0.02
     groups = {group["peak"]: group["params"] for group in run.optimizer.param_groups}
     scales = [m for m in run.student.module.modules() if isinstance(m, Quantizer)]
-    # Zero points of weights stay where they are.
-    expected = len(scales) + sum(m.asymmetric and m.channels == 1 for m in scales)
-    assert len(groups[5e-3]) == expected
+    assert len(groups[5e-3]) == len(scales)
     assert len(groups[2e-3]) == 2 * 18  # weight and bias
+    # A rate in widths of the grid; zero points of weights stay where they are.
+    assert len(groups[1e-3 * 63]) + len(groups[1e-3 * 255]) == 18
+
+
+def test_zero_points_move_by_whole_levels_to_where_the_loss_falls(
+    teacher: Detector, data: Blobs, tmp_path: Path
+) -> None:
+    """Activations calibrated on values that lie half of the range further down."""
+    student = insert_quantizers(teacher.twin(), Policy(8, 6, first_last_bits="float"))
+    calibrate(student, (data.images.float() / 255).split(8), samples=1024)
+    chosen = settings(
+        epochs=8, ema=0, zoom=0, flip=0, weight_lr=0.0, lr=1e-9, scale_lr=1e-9, zero_lr=0.02
+    )
+    run = Trainer(student, teacher, data, chosen, seed=11, folder=tmp_path)
+    right = run.divergence()
+    points = [layer.input_quantizer.zero_point for _, layer in quantized_layers(student.module)]
+    before = [point.item() for point in points]
+    for point in points:
+        point.data.add_(32)
+    outcome = run.train()
+    shifts = [point.item() - zero for point, zero in zip(points, before, strict=True)]
+    lost = outcome.agreement["start"] - right
+    assert lost > right
+    assert outcome.agreement["last"] < outcome.agreement["start"] - 0.6 * lost
+    back = sorted(32 - round(shift) for shift in shifts)
+    assert back[len(back) // 2] >= 6
+
+
+def test_zero_points_without_a_rate_stay_where_they_are(
+    teacher: Detector, data: Blobs, tmp_path: Path
+) -> None:
+    run = trainer(teacher, data, tmp_path, epochs=1, zero_lr=0.0)
+    before = state(run.student)
+    run.train()
+    points = [name for name in before if name.endswith("zero_point")]
+    assert points
+    assert all(torch.equal(run.student.module.state_dict()[n], before[n]) for n in points)
+
+
+def test_zero_points_stay_on_their_grids(teacher: Detector, data: Blobs, tmp_path: Path) -> None:
+    """However far a step goes: zero is a level, and after a step at most at the end."""
+    run = trainer(teacher, data, tmp_path, epochs=2, zero_lr=1.0)
+    for module in run.student.module.modules():
+        if isinstance(module, Quantizer) and module.zero_point.requires_grad:
+            module.log_scale.data.sub_(0.5)
+    run.train()
+    moved = 0
+    for module in run.student.module.modules():
+        if isinstance(module, Quantizer):
+            low, high = module.bounds
+            assert bool(((module.zero_point >= low) & (module.zero_point <= high)).all())
+            moved += module.zero_point.requires_grad and module.zero_point.item() in (low, high)
+    assert moved
 
 
 # ---- interruption
@@ -214,7 +265,7 @@ def test_an_interrupted_training_ends_the_same(
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir()
     broken.mkdir()
-    unbroken = trainer(teacher, data, whole)
+    unbroken = trainer(teacher, data, whole, zero_lr=0.02)
     expected = unbroken.train()
 
     def stop(done: int, total: int, terms: dict[str, float]) -> None:
@@ -223,10 +274,10 @@ def test_an_interrupted_training_ends_the_same(
             raise Interrupt
 
     with pytest.raises(Interrupt):
-        trainer(teacher, data, broken).train(stop)
+        trainer(teacher, data, broken, zero_lr=0.02).train(stop)
     torch.manual_seed(99)  # nothing may hang on the global generator
     # As a resumed run has it: scales come from the checkpoint alone.
-    resumed = trainer(teacher, data, broken, calibrated=False)
+    resumed = trainer(teacher, data, broken, calibrated=False, zero_lr=0.02)
     done: list[int] = []
     outcome = resumed.train(lambda epoch, _total, _terms: done.append(epoch))
     assert done == list(range(after + 1, 4))

@@ -110,6 +110,7 @@ def test_settings_that_ask_for_too_much(
     "setting",
     [
         *("epochs=" + HUGE, "batch_size=" + HUGE, "lr=.inf", "weight_lr=-1", "scale_lr=true"),
+        *("zero_lr=-1", "feature_form=paper"),
         *("temperature=1e30", "clip=1e30", "weights.kl=1e30", "epochs=true", "drift=1e30"),
     ],
 )

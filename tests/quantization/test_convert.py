@@ -14,6 +14,7 @@ from dfq.detectors.yolov5 import YOLOv5
 from dfq.errors import UserError
 from dfq.quantization.convert import (
     Policy,
+    activation_quantizers,
     calibrate,
     float_mode,
     fold,
@@ -23,6 +24,7 @@ from dfq.quantization.convert import (
 )
 from dfq.quantization.layers import QUANTIZED_LAYERS
 from dfq.quantization.listing import describe
+from dfq.quantization.margins import keep_within_statistics
 from dfq.quantization.quantizers import Quantizer
 from dfq.quantization.ranges import SEARCHES, mse
 
@@ -250,3 +252,53 @@ def test_a_fine_grid_in_front_of_a_silu_clips_nothing_that_it_lets_through() -> 
     set_range(coarse, values, "mse")
     wanted, _ = mse(values[None], 4, asymmetric=True, through=torch.nn.functional.silu)
     assert torch.allclose(coarse.scale, wanted)
+
+
+@pytest.mark.parametrize(("search", "step"), [("minmax", 4 / 255), ("lsq", 2 * 2 / 255**0.5)])
+def test_symmetric_grids_of_what_is_never_below_zero_have_no_levels_there(
+    search: str, step: float
+) -> None:
+    values = torch.linspace(0, 4, 1001)
+    unsigned = Quantizer(8, unsigned=True)
+    set_range(unsigned, values, search)
+    assert unsigned.scale.item() == pytest.approx(step, rel=1e-5)
+    assert [int(end) for end in unsigned.limits_of(values)] == [0, 255]
+    # Of what a ReLU reads nothing below zero counts.
+    behind = Quantizer(8, unsigned=True)
+    behind.reader = "relu"
+    set_range(behind, torch.cat([values, -values]), "minmax")
+    assert [int(end) for end in behind.limits_of(values)] == [0, 255]
+    for quantizer, given in (
+        (Quantizer(8), values),
+        (Quantizer(8, unsigned=True), torch.cat([values, values[:1] - 0.1])),
+    ):
+        set_range(quantizer, given, search)
+        assert [int(end) for end in quantizer.limits_of(values)] == [-128, 127]
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", "tensorrt", "litert"])
+def test_symmetric_grids_are_unsigned_where_a_runtime_has_such_integers(runtime: str) -> None:
+    policy = Policy(activations="symmetric", placement="qdq", runtime=runtime)
+    student = insert_quantizers(fold(tiny_detector()), policy)
+    calibrate(student, [blobs(2)], samples=256)
+    keep_within_statistics(student, (blobs(2) * 255).to(torch.uint8))
+    points = {name: int(q.zero_point) for name, q in activation_quantizers(student.module)}
+    # The image is never below zero, what a SiLU gives is.
+    wanted = -128 if runtime in ("onnxruntime", "openvino") else 0
+    assert points.pop(FIRST) == wanted
+    assert 0 in points.values()
+    assert {-128, 0} >= set(points.values()) or wanted == 0 == max(map(abs, points.values()))
+
+
+def test_lsq_ranges_are_those_of_lsq_plus_where_activations_have_zero_points() -> None:
+    for activations in ("symmetric", "asymmetric"):
+        policy = Policy(8, 8, weights="per_tensor", activations=activations)
+        student = insert_quantizers(fold(tiny_detector()), policy)
+        calibrate(student, [blobs(2)], search="lsq", samples=256)
+        for _, layer in quantized_layers(student.module):
+            weight = layer.weight.detach().double()
+            step = 2 * weight.abs().mean() / 127**0.5
+            if activations == "asymmetric":
+                mean, deviation = weight.mean(), weight.var(correction=0).sqrt()
+                step = max((mean - 3 * deviation).abs(), (mean + 3 * deviation).abs()) / 128
+            assert layer.weight_quantizer.scale.item() == pytest.approx(float(step), rel=1e-4)

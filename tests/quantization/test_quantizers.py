@@ -119,6 +119,48 @@ def test_agrees_with_the_kernels_of_pytorch(bits: int, channels: int, asymmetric
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("zero", "low", "high"), [(0, -8, 7), (-8, 0, 15), (3, -11, 4)])
+def test_lsq_clips_what_is_beyond_the_ends_before_it_is_rounded(
+    zero: int, low: int, high: int
+) -> None:
+    """LSQ eq. 3 and its gradient of v, element by element: also at the ends, and within the half
+    step beyond them. Levels `low` to `high`, counted from the zero point."""
+    step = 0.25  # A power of two: values lie on the ends exactly.
+    near = [low - 0.7, low - 0.3, low, low + 0.3, high - 0.3, high, high + 0.3, high + 0.7]
+    ratios = [*near, *(low - 2 + 0.487 * k for k in range(41))]
+    x = torch.tensor(ratios, dtype=torch.float64).mul(step).requires_grad_()
+    scale = torch.tensor([step], dtype=torch.float64, requires_grad=True)
+    point = torch.tensor([zero], dtype=torch.float64)
+    upstream = torch.linspace(-1, 2, len(x), dtype=torch.float64)
+    output = fake_quantize(x, scale, point, -8, 7, strict=True)
+    output.backward(upstream)
+    assert x.grad is not None
+    assert scale.grad is not None
+    of_step = 0.0
+    rows = zip(upstream.tolist(), output.tolist(), x.grad.tolist(), ratios, strict=True)
+    for grad, got, of_value, ratio in rows:
+        inside = low < ratio < high
+        assert got == step * min(max(round(ratio), low), high)
+        assert of_value == (grad if inside else 0)
+        of_step += grad * (round(ratio) - ratio if inside else low if ratio <= low else high)
+    assert float(scale.grad) == pytest.approx(of_step, rel=1e-9)
+
+
+def test_symmetric_grid_of_what_is_never_below_zero() -> None:
+    """LSQ: Q_n = 0, Q_p = 2^b - 1, in the gradient scale too."""
+    quantizer = Quantizer(4, unsigned=True)
+    quantizer.initialise(torch.tensor([0.1]), torch.tensor([-8.0]))
+    x = torch.linspace(-1.003, 3.004, 389)
+    levels = (quantizer(x) / 0.1).round()
+    assert levels.unique().tolist() == list(range(16))
+    quantizer(x).sum().backward()
+    want = by_the_formulas(x.tolist(), [1.0] * len(x), 0.1, -8, -8, 7)[2]
+    assert quantizer.log_scale.grad is not None
+    factor = 1 / math.sqrt(len(x) * 15)
+    assert float(quantizer.log_scale.grad) == pytest.approx(want * factor * 0.1, rel=1e-3)
+    assert quantizer.zero_point.grad is None
+
+
 @pytest.mark.parametrize("layout", ["channels_last", "gaps", "one gradient for all"])
 def test_the_layout_in_memory_does_not_matter(layout: str) -> None:
     generator = torch.Generator().manual_seed(3)

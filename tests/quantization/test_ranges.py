@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import statistics
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
 from dfq.quantization.quantizers import fake_quantize, grid
-from dfq.quantization.ranges import SEARCHES, lsq, minmax, mse, percentile
+from dfq.quantization.ranges import (
+    SEARCHES,
+    lsq,
+    lsq_step,
+    minmax,
+    mse,
+    percentile,
+    three_deviations,
+)
 
 
 def quantized(values: Tensor, found: tuple[Tensor, Tensor], bits: int, asymmetric: bool) -> Tensor:
@@ -42,7 +52,8 @@ def heavy_tailed(kind: str) -> Tensor:
 def test_mse_has_the_least_error(kind: str, bits: int, asymmetric: bool) -> None:
     values = heavy_tailed(kind)
     best = error(values, mse(values, bits, asymmetric=asymmetric), bits, asymmetric)
-    for other in (minmax, percentile, lsq):
+    # LSQ+'s goes on from this search.
+    for other in (minmax, percentile) if asymmetric else (minmax, percentile, lsq):
         found = other(values, bits, asymmetric=asymmetric)
         # The search has 80 steps: on tails that long its best may lie a little beside the optimum.
         slack = 1 if other is minmax else 1.005
@@ -140,9 +151,48 @@ def test_lsq_by_hand() -> None:
     values = torch.tensor([[-1.0, 3.0, 0.0, 4.0]])
     scale, _ = lsq(values, 4, asymmetric=False)
     assert float(scale) == pytest.approx(2 * 2 / 7**0.5)
-    scale, zero = lsq(values, 8, asymmetric=True)
-    assert float(scale) == pytest.approx(2 * 2 / 255**0.5)
-    assert float(zero) == round(1 / float(scale))
+    scale, zero = lsq_step(values.clamp_min(0), 255)
+    assert float(scale) == pytest.approx(2 * 1.75 / 255**0.5)
+    assert float(zero) == 0
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("kind", ["student", "silu", "tail"])
+def test_lsq_plus_has_the_least_squares_over_step_and_offset(kind: str, bits: int) -> None:
+    """Against every zero point and a dense scan of steps, in double precision."""
+    if kind == "tail":
+        # Few values far below zero: an offset that spans them by LSQ's step has no level above 0.
+        generator = torch.Generator().manual_seed(5)
+        values = torch.randn(1, 2000, generator=generator).abs()
+        values[0, :10] = -12 - torch.rand(10, generator=generator)
+    else:
+        values = heavy_tailed(kind)[:1, ::2]
+    scale, zero = lsq(values, bits, asymmetric=True)
+    assert torch.equal(zero, zero.round().clamp(0, 2**bits - 1))
+    x = values[0].double()
+    reach = float(x.max() - x.min().clamp_max(0))
+    steps = torch.linspace(0.005, 1, 400, dtype=torch.float64)[:, None] * reach / (2**bits - 1)
+
+    def least(steps: Tensor, zero: int) -> float:
+        levels = (x / steps).round().clamp(-zero, 2**bits - 1 - zero)
+        return float((levels * steps - x).square().mean(dim=1).min())
+
+    optimum = min(least(steps, z) for z in range(2**bits))
+    assert least(scale.double()[:, None], int(zero)) <= 1.01 * optimum
+    if kind == "tail":
+        assert (quantized(values, (scale, zero), bits, True)[values > 1] > 0).any()
+
+
+def test_lsq_plus_takes_weights_for_three_deviations() -> None:
+    """max(|mu - 3 sigma|, |mu + 3 sigma|) / 2^(b - 1), by Python's own statistics."""
+    rows = [[0.3, -1.2, 0.7, 0.1], [-2.0, -2.5, -1.5, -2.1], [0.0] * 4]
+    scale, zero = three_deviations(torch.tensor(rows), 4, asymmetric=False)
+    for row, got in zip(rows[:2], scale.tolist(), strict=False):
+        mean, deviation = statistics.fmean(row), statistics.pstdev(row)
+        ends = abs(mean - 3 * deviation), abs(mean + 3 * deviation)
+        assert got == pytest.approx(max(ends) / 8, rel=1e-5)
+    assert float(scale[2]) == 1
+    assert not zero.any()
 
 
 def test_percentile_leaves_out_the_tails() -> None:

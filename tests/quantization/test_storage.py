@@ -16,7 +16,16 @@ from dfq.detectors import load_detector
 from dfq.detectors.base import Detector
 from dfq.detectors.torchvision_base import from_name
 from dfq.errors import UserError
-from dfq.quantization.convert import Policy, calibrate, fold, insert_quantizers, quantized_layers
+from dfq.export.grids import grid_of
+from dfq.export.replacing import place_for
+from dfq.quantization.convert import (
+    Policy,
+    activation_quantizers,
+    calibrate,
+    fold,
+    insert_quantizers,
+    quantized_layers,
+)
 from dfq.quantization.quantizers import Quantizer, fake_quantize
 from dfq.quantization.storage import pack, restore_state, stored_state, unpack
 from dfq.run import Run, load_run
@@ -265,3 +274,20 @@ def test_a_large_network_of_2_bits_is_within_the_bounds_of_its_file(tmp_path: Pa
     size = (tmp_path / "run" / "model.safetensors").stat().st_size
     assert weights / 4 < size < weights / 3.5
     assert load_run(tmp_path / "run").num_classes == detector.num_classes
+
+
+def test_unsigned_symmetric_grids_come_back_and_are_exported_as_such() -> None:
+    policy = Policy(8, 8, activations="symmetric")
+    detector = quantized(policy)
+    other = reloaded(detector, policy)
+    assert torch.equal(stacked(other.raw(blobs(2))), stacked(detector.raw(blobs(2))))
+    image = next(quantized_layers(other.module))[1].input_quantizer
+    plain = grid_of(image, signed=False)
+    assert (plain.zero_point, plain.low, plain.high, plain.dtype) == (0, 0, 255, torch.uint8)
+    signed = grid_of(image, signed=True)
+    assert (signed.zero_point, signed.low, signed.high, signed.dtype) == (
+        -128, -128, 127, torch.int8,
+    )  # fmt: skip
+    # TensorRT has no such grids: there it is found anew.
+    placed, _ = place_for(other, policy, "tensorrt", [blobs(2)])
+    assert not any(q.zero_point.any() for _, q in activation_quantizers(placed.module))

@@ -19,6 +19,7 @@ from dfq.quantization.convert import (
     fold,
     insert_quantizers,
     quantized_layers,
+    set_range,
 )
 from dfq.quantization.quantizers import Quantizer
 from dfq.quantization.ranges import mse
@@ -120,6 +121,10 @@ def test_symmetric_grids_have_no_zero_points_to_try() -> None:
     tried = candidates(quantizer, values)
     assert len(tried) > 2
     assert all(zero == 0 for _, zero in tried)
+    # Nor has one with all its levels above zero.
+    above = Quantizer(6, unsigned=True)
+    set_range(above, values.abs(), "mse")
+    assert {int(zero) for _, zero in candidates(above, values.abs())} == {-32}
 
 
 def test_contrast_of_every_second_image() -> None:
