@@ -17,6 +17,7 @@ from dfq.detectors.base import Detector
 from dfq.distillation.losses import prediction_divergence
 from dfq.export.passes import QUANTIZE
 from dfq.export.program import build
+from dfq.models import load_float
 from dfq.quantization.convert import (
     Policy,
     calibrate,
@@ -323,3 +324,14 @@ def test_sensitivity_is_that_of_a_layer_and_not_of_the_placement(runtime: str) -
                 pairs = alone.distillation_pairs(alone.raw(blobs(4)), teacher.raw(blobs(4)))
                 wanted = float(prediction_divergence(pairs, 4))
             assert value == pytest.approx(wanted, rel=1e-3, abs=1e-7)
+
+
+def test_a_run_of_a_network_of_many_modules(tmp_path: Path) -> None:
+    """Quantizers come on top of what bounds a network's description."""
+    teacher = fold(load_float("yolov9t.yaml", trust=False, device="cpu"))
+    policy = Policy(8, 8, placement="qdq")
+    student = insert_quantizers(teacher, policy)
+    calibrate(student, [blobs(1)], search="minmax")
+    Run(tmp_path / "run", {"seed": 0}).finish(student, policy, {}, {})
+    again = load_model(tmp_path / "run")
+    assert grids(again) == grids(student)
