@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from .dataset.calibration import CalibrationSet
 from .dataset.image_set import image_size
@@ -206,6 +206,13 @@ def calibrate_and_round(
             reconstruct(student, teacher, pixels[: section.rounding_images], progress=task.update)
 
 
+def clip_strictly(module: nn.Module) -> None:
+    """Give quantizers the gradient of LSQ's eq. 3, which goes with its start."""
+    for child in module.modules():
+        if isinstance(child, Quantizer):
+            child.strict = True
+
+
 def quantized(
     teacher: Detector,
     policy: Policy,
@@ -217,9 +224,7 @@ def quantized(
     its weights rounded as the recipe says."""
     student = insert_quantizers(teacher.twin(), policy)
     if recipe.quantization.ranges == "lsq":
-        for module in student.module.modules():
-            if isinstance(module, Quantizer):
-                module.strict = True
+        clip_strictly(student.module)
     if data is not None:
         section = recipe.quantization
         pixels = data.load(list(range(min(images_to_prepare(section), len(data)))))

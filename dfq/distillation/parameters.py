@@ -76,6 +76,15 @@ def parameter_groups(student: nn.Module, settings: Distillation) -> list[dict[st
     return [{"params": found, "lr": rate, "peak": rate} for rate, found in groups if found and rate]
 
 
+def rate_at(step: int, steps: int, warmup: float) -> float:
+    """Share of the peak rate at a step of so many: rising over the share `warmup` of them, then a
+    cosine to zero."""
+    rising = round(warmup * steps)
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
 class HeldLevels:
     """Keeps the integers of quantized weights while their step sizes are trained; `Quantizer.hold`.
 

@@ -31,6 +31,7 @@ from .parameters import (
     WeightSteps,
     held_layers,
     parameter_groups,
+    rate_at,
     require_gradients,
 )
 from .sharing import add_up_gradients, batch_variances
@@ -136,11 +137,7 @@ class Trainer:
 
     def _rate(self, step: int) -> float:
         """Share of the peak rate at a step: linear warm-up, then cosine to zero."""
-        total = self.settings.epochs * self.steps
-        warmup = round(self.settings.warmup * total)
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+        return rate_at(step, self.settings.epochs * self.steps, self.settings.warmup)
 
     def _variances(self, features: Mapping[str, Tensor], images: int) -> Tensor | None:
         """Variance of each layer's features over the whole batch, where this is not all of it."""

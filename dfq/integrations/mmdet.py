@@ -28,15 +28,23 @@ from torch import Tensor
 from ..dataset.calibration import CalibrationSet
 from ..detectors import Targets, load_detector
 from ..detectors.mmdet_config import require_mmdet
+from ..distillation.features import distilled_layers
 from ..distillation.losses import FeatureTaps, training_terms
-from ..distillation.parameters import HeldLevels, Leash, held_layers, require_gradients
+from ..distillation.parameters import (
+    HeldLevels,
+    Leash,
+    held_layers,
+    rate_at,
+    require_gradients,
+)
 from ..errors import UserError
 from ..launch import number
 from ..precision import resolve_precision
 from ..progress import Silent
 from ..quantization.convert import fold, insert_quantizers
-from ..recipe import Distillation, load_recipe
-from ..training import calibrate_and_round, images_to_prepare, policy_of
+from ..recipe import load_recipe
+from ..training import calibrate_and_round, clip_strictly, images_to_prepare, policy_of
+from .mmdet_recipe import require_supported
 
 require_mmdet()
 
@@ -145,6 +153,7 @@ class DFQDistiller(BaseModel):
             )
         )
         self.recipe = load_recipe(recipe, overrides)
+        require_supported(self.recipe)
         detector = load_detector(f"{config}@{checkpoint}" if checkpoint else config)
         if detector.family != "mmdet":
             raise UserError(f"{config}: is no detector of mmdet; train it with dfq qat")
@@ -154,10 +163,11 @@ class DFQDistiller(BaseModel):
         self._student.mask_targets = self.recipe.distillation.masks
         self.student = self._student.module
         self._held: HeldLevels | None = None
+        if self.recipe.quantization.ranges == "lsq":
+            clip_strictly(self.student)
         settings = self.recipe.distillation
-        _check_supported(settings)
         require_gradients(self.student, held_layers(self._student, settings))
-        self._names = self._student.feature_layers() if settings.weights.feature > 0 else []
+        self._names = distilled_layers(self._student, settings)
 
     def init_weights(self) -> None:
         """Nothing: the weights are the detector's."""
@@ -232,19 +242,6 @@ class DFQDistiller(BaseModel):
         return self.student.test_step(data)
 
 
-def _check_supported(settings: Distillation) -> None:
-    """Raise a `UserError` for what takes dfq's own training loop."""
-    if settings.weight_lr:
-        raise UserError(
-            "distillation.weight_lr: in mmdet's Runner 0 (weights stay as rounded) or null (they "
-            "are trained at distillation.lr); use dfq qat for rates in quantization steps"
-        )
-    if settings.dampen or settings.freeze:
-        raise UserError(
-            "distillation.dampen and freeze: mmdet's Runner does not have them; use dfq qat"
-        )
-
-
 def _targets(samples: list[Any], shape: tuple[int, int]) -> Targets:
     """mmdet's labels as dfq's."""
     height, width = shape
@@ -272,6 +269,17 @@ class DFQCalibrationHook(Hook):
 
     def __init__(self) -> None:
         self.leash: Leash | None = None
+
+    def before_train_iter(self, runner: Any, *_: Any, **__: Any) -> None:
+        """Rates as dfq's own training has them, where the config brings no schedule: rising over
+        the warm-up, then a cosine to zero."""
+        if runner.param_schedulers:
+            return
+        settings = _distiller(runner).recipe.distillation
+        share = rate_at(runner.iter, runner.max_iters, settings.warmup)
+        for group in runner.optim_wrapper.param_groups:
+            # Kept in checkpoints, as all that a group holds.
+            group["lr"] = group.setdefault("dfq_peak", group["lr"]) * share
 
     def before_run(self, runner: Any) -> None:
         model = _distiller(runner)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
+from ..errors import UserError
 from ..recipe import Recipe
 
 _TEMPLATE = """\
@@ -59,21 +60,12 @@ train_cfg = dict({replace[train_cfg]}
 optim_wrapper = dict({replace[optim_wrapper]}
     type="OptimWrapper",
     optimizer=dict(type="Adam", lr={lr}),
-    # Step sizes and zero points live on scales of their own.
+    # Step sizes live on a scale of their own.
     paramwise_cfg=dict(custom_keys=dict(quantizer=dict(lr_mult={scale_mult:.6g}))),
     clip_grad=dict(max_norm={clip}),
 )
-param_scheduler = [
-    dict(
-        type="CosineAnnealingLR",
-        by_epoch=True,
-        begin=0,
-        end={epochs},
-        T_max={epochs},
-        eta_min=0,
-        convert_to_iter_based=True,
-    ),
-]
+# DFQCalibrationHook sets the rates: rising over the recipe's warm-up, then a cosine to zero.
+param_scheduler = []
 custom_hooks = [
     dict(type="DFQCalibrationHook", priority="VERY_HIGH"),{average}
 ]
@@ -96,6 +88,35 @@ val_evaluator = None
 
 _AVERAGE = """
     dict(type="EMAHook", ema_type="ExpMomentumEMA", momentum={momentum:.6g}, gamma=100),"""
+
+TRAINED = "method=qat"
+"""What becomes of `method: auto`, which needs a comparison that the Runner does not make."""
+
+
+def require_supported(recipe: Recipe) -> None:
+    """Raise a `UserError` for what takes dfq's own training."""
+    section, settings = recipe.quantization, recipe.distillation
+    if settings.weight_lr:
+        raise UserError(
+            "distillation.weight_lr: in mmdet's Runner 0 (weights stay as rounded) or null (they "
+            "are trained at distillation.lr); use dfq qat for rates in quantization steps"
+        )
+    unknown = {
+        f"method: {recipe.method}": recipe.method != "qat",
+        "quantization.mixed.budget": section.mixed.budget is not None,
+        "distillation.zero_lr": settings.zero_lr > 0,
+        "distillation.dampen": settings.dampen > 0,
+        "distillation.freeze": settings.freeze > 0,
+        "distillation.zoom": settings.zoom > 0,
+        "distillation.mosaic": settings.mosaic > 0,
+        "distillation.colour": settings.colour > 0,
+        f"distillation.selection: {settings.selection}": settings.selection == "agreement",
+        "distillation.select_on": settings.select_on is not None,
+    }
+    for key, asked in unknown.items():
+        if asked:
+            raise UserError(f"{key}: mmdet's Runner does not have it; leave it out, or use dfq qat")
+
 
 REPLACED = ("train_dataloader", "train_cfg", "optim_wrapper")
 """Keys whose values in the detector's config are replaced and not merged with."""
@@ -129,8 +150,13 @@ def mmdet_config(
         missing: a file of the detector's own validation set that is not there: nothing is
             measured then; None: it is kept.
     """
+    if recipe.method == "auto":
+        overrides = (*overrides, TRAINED)
+        recipe = recipe.model_copy(update={"method": "qat"})
+    require_supported(recipe)
     settings, section = recipe.distillation, recipe.quantization
-    average = _AVERAGE.format(momentum=1 - settings.ema) if settings.ema > 0 else ""
+    averaged = settings.ema > 0 and settings.selection != "last"
+    average = _AVERAGE.format(momentum=1 - settings.ema) if averaged else ""
     return _TEMPLATE.format(
         replace={key: "\n    _delete_=True," if key in inherited else "" for key in REPLACED},
         title=_comment(Path(config).stem),

@@ -19,7 +19,7 @@ model = dict(
     checkpoint="weights.pth",
     # Whose quantization and distillation sections count.
     recipe="w8a8",
-    overrides=[],
+    overrides=["method=qat"],
 )
 
 train_pipeline = [
@@ -51,21 +51,12 @@ optim_wrapper = dict(
     _delete_=True,
     type="OptimWrapper",
     optimizer=dict(type="Adam", lr=0.0003),
-    # Step sizes and zero points live on scales of their own.
+    # Step sizes live on a scale of their own.
     paramwise_cfg=dict(custom_keys=dict(quantizer=dict(lr_mult=3.33333))),
     clip_grad=dict(max_norm=10.0),
 )
-param_scheduler = [
-    dict(
-        type="CosineAnnealingLR",
-        by_epoch=True,
-        begin=0,
-        end=6,
-        T_max=6,
-        eta_min=0,
-        convert_to_iter_based=True,
-    ),
-]
+# DFQCalibrationHook sets the rates: rising over the recipe's warm-up, then a cosine to zero.
+param_scheduler = []
 custom_hooks = [
     dict(type="DFQCalibrationHook", priority="VERY_HIGH"),
     dict(type="EMAHook", ema_type="ExpMomentumEMA", momentum=0.002, gamma=100),

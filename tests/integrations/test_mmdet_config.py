@@ -176,7 +176,7 @@ def test_a_validation_set_that_is_not_there_is_left_out(place: Path, made: Path,
         )
     if gone in ("annotations.json", "images"):
         (place / "scenes" / gone).rename(place / "elsewhere")
-    usual = ("mmdet-config", "own.py", "--recipe", "w8a8", "--out", "out.py")
+    usual = ("mmdet-config", "own.py", "--recipe", "w8a8", "--set", "method=qat", "--out", "out.py")
     result = dfq(*usual, "--checkpoint", made / "w.pth", "--data", made / "set")
     assert result.exit_code == 0, result.output
     read = read_config(place / "out.py")
@@ -190,3 +190,25 @@ def test_a_validation_set_that_is_not_there_is_left_out(place: Path, made: Path,
         (line,) = result.stderr.splitlines()
         assert "without validation" in line
         assert str(place / ("none.json" if gone == "evaluator" else f"scenes/{gone}")) in line
+
+
+def test_what_the_runner_does_not_do_is_said(place: Path, made: Path) -> None:
+    """`auto` may keep the calibrated start; the Runner keeps what it has trained."""
+    usual = ("mmdet-config", "own.py", "--recipe", "w8a8", "--out", "out.py")
+    files = ("--checkpoint", made / "w.pth", "--data", made / "set")
+    result = dfq(*usual, *files)
+    assert result.exit_code == 0, result.output
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("method: auto")
+    model = read_config(place / "out.py")["model"]
+    assert model["overrides"] == ["method=qat"]
+    assert load_recipe(model["recipe"], model["overrides"]).method == "qat"
+    (place / "out.py").unlink()
+    for key, value in (("quantization.mixed.budget", "w4a8"), ("distillation.mosaic", "0.5")):
+        assert key in refused(dfq(*usual, *files, "--set", f"{key}={value}"))
+        assert not (place / "out.py").exists()
+    # Averaged weights are not what `last` asks for.
+    for selection, averaged in (("ema", True), ("last", False)):
+        assert dfq(*usual, *files, "--set", f"distillation.selection={selection}").exit_code == 0
+        hooks = [hook["type"] for hook in read_config(place / "out.py")["custom_hooks"]]
+        assert ("EMAHook" in hooks) is averaged

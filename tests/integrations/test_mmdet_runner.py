@@ -289,6 +289,7 @@ def test_shipped_recipes_are_what_the_command_writes(path: Path) -> None:
     folder, config = {
         "mask-rcnn_r50_fpn": ("mask_rcnn", "mask-rcnn_r50_fpn_1x_coco"),
         "mask-rcnn_swin-t_fpn": ("swin", "mask-rcnn_swin-t-p4-w7_fpn_1x_coco"),
+        "mask-rcnn_swin-s_fpn": ("swin", "mask-rcnn_swin-s-p4-w7_fpn_amp-ms-crop-3x_coco"),
     }[stem]
     assert path.read_text() == mmdet_config(
         load_recipe(recipe),
@@ -311,20 +312,30 @@ def test_mistakes(tmp_path: Path) -> None:
     import dfq.integrations.mmdet as integration
 
     with pytest.raises(UserError, match="no detector of mmdet"):
-        integration.DFQDistiller("torchvision/fasterrcnn_mobilenet_v3_large_320_fpn")
+        integration.DFQDistiller(
+            "torchvision/fasterrcnn_mobilenet_v3_large_320_fpn", overrides=["method=qat"]
+        )
     config = write_config(tmp_path, "retinanet")
     for train_last in (True, False):
         kept = integration.DFQDistiller(
-            str(config), recipe="w8a8", overrides=[f"distillation.train_last={train_last}"]
+            str(config),
+            recipe="w8a8",
+            overrides=["method=qat", f"distillation.train_last={train_last}"],
         )
         trained = {name for name, value in kept.named_parameters() if value.requires_grad}
         assert "student.bbox_head.cls_convs.0.conv.bias" in trained
         # It stays as it was rounded.
         assert "student.bbox_head.cls_convs.0.conv.weight" not in trained
         assert ("student.bbox_head.retina_cls.weight" in trained) is train_last
-    for override in ("distillation.weight_lr=0.1", "distillation.dampen=0.1"):
-        with pytest.raises(UserError, match="use dfq qat"):
-            integration.DFQDistiller(str(config), overrides=[override])
+    for override in (
+        "distillation.weight_lr=0.1", "distillation.dampen=0.1", "distillation.freeze=0.1",
+        "distillation.zero_lr=0.01", "distillation.mosaic=0.5", "distillation.zoom=0.1",
+        "distillation.colour=0.1", "distillation.selection=agreement", "method=auto", "method=ptq",
+        "quantization.mixed.budget=w4a8", "distillation.select_on=real",
+    ):  # fmt: skip
+        key = override.partition("=")[0]
+        with pytest.raises(UserError, match=rf"^{key}.*use dfq qat"):
+            integration.DFQDistiller(str(config), overrides=["method=qat", override])
     result = CliRunner().invoke(cli, ["mmdet-config", "none.py", "--recipe", "w8a8"])
     assert result.exit_code == 2
     assert "no such config" in result.stderr
