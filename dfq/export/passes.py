@@ -51,6 +51,7 @@ def tidy(graph: fx.Graph, *, shield: bool = False) -> None:
         shield: keep layers in float that are to be, between grids, from a runtime that would
             quantize their weights by itself.
     """
+    _drop_zeros(graph)
     _drop_idle_relus(graph)
     _hoist(graph)
     _carry(graph)
@@ -66,6 +67,16 @@ def grid_at(node: Any) -> tuple[Any, ...] | None:
     if isinstance(node, fx.Node) and node.target is DEQUANTIZE:
         return tuple(node.args[1:6])
     return None
+
+
+def _drop_zeros(graph: fx.Graph) -> None:
+    """A number that is zero, added, is nothing; without it a grid is where its reader looks."""
+    for node in list(graph.nodes):
+        if node.target is _ATEN.add.Tensor and len(node.args) == 2:
+            first, second = node.args
+            if isinstance(second, int | float) and second == 0:
+                node.replace_all_uses_with(first)
+                graph.erase_node(node)
 
 
 def _drop_idle_relus(graph: fx.Graph) -> None:

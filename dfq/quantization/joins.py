@@ -263,6 +263,9 @@ def _keeps(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         mode = kwargs.get("mode", args[2] if len(args) > 2 else "constant")
         value = kwargs.get("value", args[3] if len(args) > 3 else None)
         return mode != "constant" or not value
+    if name in SUMS:
+        # Blocks that have lost a branch add 0 in its place.
+        return len(args) == 2 and isinstance(args[1], int | float) and args[1] == 0
     return name in _KEEPING
 
 

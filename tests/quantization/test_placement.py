@@ -335,3 +335,30 @@ def test_a_run_of_a_network_of_many_modules(tmp_path: Path) -> None:
     Run(tmp_path / "run", {"seed": 0}).finish(student, policy, {}, {})
     again = load_model(tmp_path / "run")
     assert grids(again) == grids(student)
+
+
+class Merged(nn.Module):
+    """As Ultralytics' RepConv: of three branches one is no more, and 0 stands for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 1)
+        self.act, self.out = nn.SiLU(), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gone = 0
+        return self.out(self.act(self.first(x) + self.second(x) + gone))
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "litert"])
+def test_zero_that_is_added_hides_no_grid(runtime: str) -> None:
+    student = insert_quantizers(
+        Toy(Merged(), last=("out",)), Policy(8, 8, placement="qdq", runtime=runtime)
+    )
+    assert isinstance(student.module.act, QuantSiLU)
+    calibrate(student, [images(2)])
+    graph = build(student, runtime, image_size=SIDE).exported.graph
+    names = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+    # Of the sum alone, and its sigmoid is computed of it.
+    assert names.count("aten.add.Tensor") == 1
+    assert "aten.silu.default" not in names
