@@ -41,6 +41,7 @@ from .errors import UserError, shown
     is_flag=False,
     flag_value=0.25,
     metavar="[SCORE]",
+    show_default="none: the caller's",
     help="NMS within the file, of boxes with at least this score (0.25 if none is given).",
 )
 @click.option("--trust", is_flag=True, help="Run what is in the checkpoint.")
