@@ -160,7 +160,7 @@ def run_in_integers(program: Program, images: Tensor, runtime: str) -> dict[str,
         Outputs by name, as the runtime's file has them.
     """
     interpreter = _Interpreter(program, KERNELS[runtime])
-    found = interpreter.run(images)
+    found = _values(interpreter.run(images))
     return dict(zip(program.outputs, found, strict=True))
 
 

@@ -6,6 +6,7 @@ them: one pair a tensor, on both sides of operations that keep a tensor on its g
 
 from __future__ import annotations
 
+import itertools
 import operator
 from typing import Any
 
@@ -27,6 +28,11 @@ KEEPING = {
 }
 """Give values that they are given, or zero, and so stay on a grid."""
 
+_RESHAPING = {
+    *(_ATEN.view.default, _ATEN.reshape.default, _ATEN.flatten.using_ints),
+    _ATEN.unflatten.int,
+}
+
 _MONOTONE = {
     *(_ATEN.max_pool2d.default, _ATEN.upsample_nearest2d.vec, _ATEN.upsample_nearest2d.default),
 }
@@ -43,21 +49,27 @@ SPLITTING = {
 }
 
 
-def tidy(graph: fx.Graph, *, shield: bool = False) -> None:
+def tidy(graph: fx.Graph, *, shield: bool = False, apart: bool = False) -> None:
     """Make one pair of operations of each grid on each tensor, and carry grids on.
 
     Args:
         graph: changed in place.
         shield: keep layers in float that are to be, between grids, from a runtime that would
             quantize their weights by itself.
+        apart: do without concatenations of what is on several grids, or keep them in float, where
+            a converter would put all of it on one of them.
     """
     _drop_zeros(graph)
     _drop_idle_relus(graph)
+    if apart:
+        _take_apart(graph)
     _hoist(graph)
     _carry(graph)
     _merge(graph)
     if shield:
         _shield(graph)
+    if apart:
+        _keep_apart(graph)
     graph.eliminate_dead_code()
     graph.lint()
 
@@ -161,6 +173,90 @@ def _shield(graph: fx.Graph) -> None:
             cut = graph.call_function(_ATEN.clamp.default, (node.args[0], *ends))
         _describe(cut, node.args[0], None)
         node.update_arg(0, cut)
+
+
+def _take_apart(graph: fx.Graph) -> None:
+    """Leave out concatenations whose results are taken apart again at the same places, whatever is
+    done to their shapes in between."""
+    for node in list(graph.nodes):
+        if node.target is _ATEN.cat.default:
+            parts, axis = node.args[0], node.args[1] if len(node.args) > 1 else 0
+            _hand_on(graph, node, list(parts), axis % node.meta["val"].ndim)
+    graph.eliminate_dead_code()
+
+
+def _hand_on(graph: fx.Graph, whole: fx.Node, parts: list[fx.Node], axis: int) -> None:
+    """Give those readers of `whole` that take some of `parts` out of it these alone.
+
+    Args:
+        graph: changed in place.
+        whole: `parts` side by side.
+        parts: tensors.
+        axis: along which they are.
+    """
+    shape = whole.meta["val"].shape
+    for user in list(whole.users):
+        if user.target is _ATEN.slice.Tensor:
+            given: list[Any] = [*user.args[1:], *(0, 0, None, 1)[len(user.args) - 1 :]]
+            dim, start, end, step = given
+            if dim % len(shape) != axis or step != 1:
+                continue
+            start, end = start or 0, shape[axis] if end is None else min(end, shape[axis])
+            sizes = [part.meta["val"].shape[axis] for part in parts]
+            ends = list(itertools.accumulate(sizes, initial=0))
+            if start in ends and end in ends and 0 < end - start < ends[-1]:
+                chosen = parts[ends.index(start) : ends.index(end)]
+                user.replace_all_uses_with(_side_by_side(graph, user, chosen, axis))
+        elif user.target is _ATEN.permute.default:
+            order = [dim % len(shape) for dim in user.args[1]]
+            moved = [_applied(graph, user, part) for part in parts]
+            _hand_on(graph, user, moved, order.index(axis))
+        elif user.target in (_ATEN.contiguous.default, _ATEN.clone.default):
+            _hand_on(graph, user, [_applied(graph, user, part) for part in parts], axis)
+        elif user.target in _RESHAPING:
+            for again in list(user.users):
+                if again.target in _RESHAPING and again.meta["val"].shape == shape:
+                    _hand_on(graph, again, parts, axis)
+
+
+def _side_by_side(graph: fx.Graph, before: fx.Node, parts: list[fx.Node], axis: int) -> fx.Node:
+    """A concatenation of parts; of one, the part."""
+    if len(parts) == 1:
+        return parts[0]
+    with graph.inserting_before(before):
+        made = graph.call_function(_ATEN.cat.default, (parts, axis))
+    made.meta["val"] = _ATEN.cat.default([part.meta["val"] for part in parts], axis)
+    return made
+
+
+def _applied(graph: fx.Graph, function: fx.Node, node: fx.Node) -> fx.Node:
+    """What a node does to its first argument, done to another one."""
+    rest = function.args[1:]
+    with graph.inserting_before(function):
+        made = graph.call_function(function.target, (node, *rest), dict(function.kwargs))
+    made.meta["val"] = function.target(node.meta["val"], *rest, **function.kwargs)
+    return made
+
+
+def _keep_apart(graph: fx.Graph) -> None:
+    """Between grids that differ and a concatenation that is on none, change the sign and back: this
+    changes no value. Zeros added, ones multiplied with and limits are folded, or carried on too."""
+    for node in list(graph.nodes):
+        if node.target not in (_ATEN.cat.default, _ATEN.stack.default):
+            continue
+        grids = {grid_at(part) for part in node.args[0]}
+        if len(grids) == 1 or any(user.target is QUANTIZE for user in node.users):
+            continue
+        parts = []
+        for part in node.args[0]:
+            back = part
+            if grid_at(part) is not None:
+                with graph.inserting_before(node):
+                    for _ in range(2):
+                        back = graph.call_function(_ATEN.neg.default, (back,))
+                        _describe(back, part, None)
+            parts.append(back)
+        node.update_arg(0, parts)
 
 
 def _merge(graph: fx.Graph) -> None:

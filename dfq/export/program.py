@@ -188,7 +188,8 @@ def build(
     shapes: Any = ({0: Dim.DYNAMIC},) if dynamic else None
     with torch.no_grad():
         exported = torch.export.export(graph, (example,), dynamic_shapes=shapes)
-    tidy(exported.graph, shield=runtime in ("onnxruntime", "litert"))
+    shield = runtime in ("onnxruntime", "litert")
+    tidy(exported.graph, shield=shield, apart=runtime == "litert")
     for node in exported.graph.nodes:
         # Names folders of this machine.
         node.meta.pop("stack_trace", None)

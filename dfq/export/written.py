@@ -3,7 +3,6 @@ around float ones."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -12,7 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..detectors.matmul import Matmul
-from ..quantization.layers import QuantConv2d, QuantLinear, QuantMatmul, SplitOutput, gated_silu
+from ..quantization.layers import (
+    QuantConv2d,
+    QuantLinear,
+    QuantMatmul,
+    SplitOutput,
+    gated_silu,
+    kinds_together,
+)
 from ..quantization.quantizers import Quantizer
 from .grids import Grid, integer_weight
 
@@ -98,24 +104,6 @@ class Weight(nn.Module):
         return OPS.dequantize_per_channel(integers, *where, torch.int8)
 
 
-class _Spread(nn.Module):
-    """Puts the channels of one kind where they are among all, with zeros for the others.
-
-    To be added up. Of a concatenation LiteRT's converter would make one of integers, and put all
-    kinds on one grid for it; zero is on every grid.
-    """
-
-    def __init__(self, split: SplitOutput, kind: int) -> None:
-        super().__init__()
-        self.axis, self.repeats = split.axis, split.kinds.repeats
-        sizes = split.kinds.sizes
-        room = (sum(sizes[:kind]), sum(sizes[kind + 1 :]))
-        self.room = room if split.axis == -1 else (0, 0, 0, 0, *room)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x.unflatten(self.axis, (self.repeats, -1)), self.room)
-
-
 class Layer(nn.Module):
     """A convolution or linear layer in the program."""
 
@@ -137,7 +125,7 @@ class Layer(nn.Module):
             self.on_output = nn.ModuleList(grid(one) for one in split)
             kinds = range(len(split))
             groups = [torch.tensor(split.kinds.channels(kind)) for kind in kinds]
-            self.spread = nn.ModuleList(_Spread(split, kind) for kind in kinds)
+            self.repeats, self.channel_axis = split.kinds.repeats, split.axis
         else:
             self.on_output = nn.ModuleList([grid(split)])
         self.bias = nn.ParameterList()
@@ -169,9 +157,9 @@ class Layer(nn.Module):
             parts.append(on_output(self._compute(x, weight(), bias)))
         if len(parts) == 1:
             return parts[0]
-        among_all = [spread(part) for spread, part in zip(self.spread, parts, strict=True)]
-        total = functools.reduce(torch.add, among_all)
-        return total.flatten(1, 2) if self.is_convolution else total.flatten(-2)
+        # Which a pass takes apart again, or keeps in float: see `passes`.
+        every = [part.unflatten(self.channel_axis, (self.repeats, -1)) for part in parts]
+        return kinds_together(every, self.channel_axis)
 
     def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.as_product:

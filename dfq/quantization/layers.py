@@ -9,7 +9,11 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import handle_torch_function, has_torch_function_unary
+from torch.overrides import (
+    handle_torch_function,
+    has_torch_function,
+    has_torch_function_unary,
+)
 
 from ..detectors.base import Kinds
 from ..detectors.matmul import Matmul
@@ -30,13 +34,34 @@ class SplitOutput(nn.ModuleList):
         self.kinds, self.axis = kinds, axis
 
     def forward(self, x: Tensor) -> Tensor:
-        # Modes that watch a network's functions count its own, and none of these.
-        with torch._C.DisableTorchFunction():
-            every = x.unflatten(self.axis, (self.kinds.repeats, -1))
-            inner = 2 if self.axis == 1 else -1
-            parts = every.split(self.kinds.sizes, inner)
-            given = [quantizer(part) for quantizer, part in zip(self, parts, strict=True)]
-            return torch.cat(given, inner).flatten(inner - 1, inner)
+        parts = kinds_apart(x, self.kinds, self.axis)
+        given = [quantizer(part) for quantizer, part in zip(self, parts, strict=True)]
+        return kinds_together(given, self.axis)
+
+
+def kinds_apart(x: Tensor, kinds: Kinds, axis: int) -> Sequence[Tensor]:
+    """The channels of each kind, with an axis of its own for the repeats, in front of `axis`' rest.
+
+    Whatever watches a network's functions sees one function, and none of those it is made of: these
+    count for nothing, and what comes of `x` is still seen to come of it.
+    """
+    if has_torch_function_unary(x):
+        result: Sequence[Tensor] = handle_torch_function(kinds_apart, (x,), x, kinds, axis)
+        return result
+    return x.unflatten(axis, (kinds.repeats, -1)).split(kinds.sizes, _inner(axis))
+
+
+def kinds_together(parts: Sequence[Tensor], axis: int) -> Tensor:
+    """The inverse of `kinds_apart`."""
+    if has_torch_function(parts):
+        result: Tensor = handle_torch_function(kinds_together, parts, parts, axis)
+        return result
+    inner = _inner(axis)
+    return torch.cat(list(parts), inner).flatten(inner - 1, inner)
+
+
+def _inner(axis: int) -> int:
+    return 2 if axis == 1 else -1
 
 
 class QuantConv2d(nn.Conv2d):

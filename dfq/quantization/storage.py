@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from ..detectors.tensors import check_kinds
 from ..errors import UserError, shown
-from .layers import QUANTIZED_LAYERS, QuantConv2d, QuantLinear
+from .layers import QUANTIZED_LAYERS, QuantConv2d, QuantLinear, SplitOutput
 
 BYTE = 8
 
@@ -121,7 +121,7 @@ def restore_state(
             where the network has floats, or the other way round; names it.
         RuntimeError: names or shapes are not those of the network.
     """
-    plain, codes = dict(state), {}
+    plain, codes = _by_kind(module, state), {}
     for name, layer in _layers(module):
         key = f"{name}.weight"
         found = state.get(key)
@@ -142,6 +142,21 @@ def restore_state(
         quantizer = layer.weight_quantizer
         lowest, _ = quantizer.limits_of(layer.weight)
         layer.weight.copy_(quantizer.scale_of(layer.weight) * (found + lowest))
+
+
+def _by_kind(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state with a grid for each kind of prediction where the network has them, though earlier
+    versions had one for all kinds that a layer gives: each is then that one."""
+    spread = dict(state)
+    for name, split in module.named_modules(remove_duplicate=False):
+        if not isinstance(split, SplitOutput):
+            continue
+        for kind, quantizer in split.named_children():
+            for key in quantizer.state_dict():
+                if (shared := state.get(f"{name}.{key}")) is not None:
+                    spread.setdefault(f"{name}.{kind}.{key}", shared)
+                    spread.pop(f"{name}.{key}", None)
+    return spread
 
 
 def _layers(module: nn.Module) -> Iterator[tuple[str, QuantConv2d | QuantLinear]]:

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 from counting import layers, operations
-from torch import Tensor
-from toys import NETWORKS, exported, images, quantized, several, toy
+from torch import Tensor, nn
+from toys import NETWORKS, Toy, exported, images, quantized, several, toy
 
 from dfq.detectors.base import Detector
+from dfq.export.integer import run_in_integers
 from dfq.export.opening import open_file
 
 LAYERS = {
@@ -204,3 +205,30 @@ def test_a_layer_in_float_between_grids_keeps_its_weights(runtime: str, tmp_path
     (given,) = open_file(path).run(image.numpy()).values()
     wanted = program.module()(image)[0].detach().numpy()
     assert (np.abs(given - wanted) > 1e-5).mean() < 0.002
+
+
+class Levels(nn.Module):
+    """Two layers side by side in one prediction, one of which reaches much further."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.act = nn.Conv2d(3, 8, 3, padding=1), nn.SiLU()
+        self.near, self.far = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1)
+        with torch.no_grad():
+            self.far.weight *= 30
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.stem(x))
+        return torch.cat([self.near(x).flatten(2), self.far(x).flatten(2)], dim=2)
+
+
+def test_predictions_on_several_grids_are_concatenated_in_float(tmp_path: Path) -> None:
+    """LiteRT's converter would put all of them on one grid."""
+    torch.manual_seed(1)
+    student = quantized(Toy(Levels(), ("near", "far")), "litert", (8, 8))
+    program, path = exported(student, "litert", tmp_path, (8, 8))
+    assert operations(path)["CONCATENATION", "int8"] == 0
+    image = images(1, seed=3)
+    (given,) = open_file(path).run(image.numpy()).values()
+    (wanted,) = run_in_integers(program, image, "litert").values()
+    assert np.abs(given - wanted.numpy()).max() < 1e-5

@@ -25,8 +25,10 @@ from dfq.quantization.convert import (
     fold,
     insert_quantizers,
 )
+from dfq.quantization.implied import implied_ranges
 from dfq.quantization.layers import SplitOutput
 from dfq.quantization.results import result_quantizers
+from dfq.quantization.storage import restore_state, stored_state
 from dfq.run import Run
 
 LITERT = Policy(8, 8, placement="qdq", runtime="litert")
@@ -123,3 +125,47 @@ def test_no_other_runtime_needs_them(uneven: Detector) -> None:
     for runtime in ("onnxruntime", "openvino", "tensorrt"):
         student = insert_quantizers(uneven.twin(), Policy(8, 8, placement="qdq", runtime=runtime))
         assert not any(isinstance(m, SplitOutput) for m in student.module.modules())
+
+
+def test_what_batchnorm_implies_is_not_taken_for_what_predictions_reach(uneven: Detector) -> None:
+    """No BatchNorm follows the layers that give them."""
+    student = insert_quantizers(uneven.twin(), LITERT)
+    split = {name for name, _ in result_quantizers(student.module) if ".output_quantizer." in name}
+    last = tuple(f"{name}." for name in student.boundary_layers().last)
+    ours = {name for name in split if name.startswith(last)}
+    assert ours
+    assert not ours & implied_ranges(student, 6).keys()
+
+
+def test_a_run_in_which_all_kinds_had_one_grid_gives_what_it_gave(uneven: Detector) -> None:
+    student = student_of(uneven)
+    state = {
+        key: value
+        for key, value in stored_state(student.module).items()
+        if not any(f"{name}.output_quantizer" in key for name in student.boundary_layers().last)
+    }
+    for name in student.boundary_layers().last:
+        split = student.module.get_submodule(name).output_quantizer
+        assert isinstance(split, SplitOutput)
+        shared = split[3].state_dict()
+        state |= {f"{name}.output_quantizer.{key}": value for key, value in shared.items()}
+        for quantizer in split:
+            quantizer.load_state_dict(shared)
+    again = insert_quantizers(uneven.twin(), LITERT)
+    restore_state(again.module, state, "here")
+    with torch.no_grad():
+        for got, want in zip(again.raw(images(2)), student.raw(images(2)), strict=True):
+            assert torch.equal(got, want)
+
+
+def test_kinds_are_decoded_apart(uneven: Detector) -> None:
+    """They are not put together in float only to be taken apart."""
+    program = build(student_of(uneven), "litert", image_size=SIDE)
+    every = uneven.module.detect.outputs
+    moved = [
+        node.meta["val"].shape[-1]
+        for node in program.exported.graph.nodes
+        if node.target is torch.ops.aten.permute.default and node.meta["val"].ndim == 5
+    ]
+    assert moved
+    assert every not in moved
