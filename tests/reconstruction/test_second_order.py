@@ -45,18 +45,21 @@ def test_uncorrelated_inputs_leave_nothing_to_make_up_for() -> None:
 
 @pytest.mark.parametrize("inputs", [20, 150])
 def test_it_beats_nearest_rounding_where_inputs_go_together(inputs: int) -> None:
-    # 150 inputs are more than one block of columns.
-    x = correlated(2000, inputs)
-    weight = torch.randn(1, 6, inputs)
-    scale = weight.abs().amax(2) / 7
-    found = round_compensated(weight, (x.T @ x / 2000)[None], scale, -8, 7, damping=0.01)
-    steps = found / scale.unsqueeze(2)
-    torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-4)
-    assert steps.min() >= -8 - 1e-4
-    assert steps.max() <= 7 + 1e-4
-    nearest = (weight / scale.unsqueeze(2)).round().clamp(-8, 7) * scale.unsqueeze(2)
-    error = (x @ (found - weight)[0].T).square().mean()
-    assert error < 0.3 * (x @ (nearest - weight)[0].T).square().mean()
+    # 150 inputs are more than one block of columns. A single draw may gain as little as a third.
+    gains = []
+    for seed in range(20):
+        x = correlated(2000, inputs, seed)
+        weight = torch.randn(1, 6, inputs)
+        scale = weight.abs().amax(2) / 7
+        found = round_compensated(weight, (x.T @ x / 2000)[None], scale, -8, 7, damping=0.01)
+        steps = found / scale.unsqueeze(2)
+        torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-4)
+        assert steps.min() >= -8 - 1e-4
+        assert steps.max() <= 7 + 1e-4
+        nearest = (weight / scale.unsqueeze(2)).round().clamp(-8, 7) * scale.unsqueeze(2)
+        errors = [(x @ (one - weight)[0].T).square().mean() for one in (found, nearest)]
+        gains.append(errors[0] / errors[1])
+    assert torch.stack(gains).median() < 0.25
 
 
 def test_blocks_of_columns_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
