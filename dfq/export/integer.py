@@ -31,6 +31,10 @@ _ATEN = torch.ops.aten
 _PER_CHANNEL = torch.ops.quantized_decomposed.dequantize_per_channel.default
 _QUANTIZE_CHANNELS = torch.ops.quantized_decomposed.quantize_per_channel.default
 
+ENLARGING = {_ATEN.upsample_bilinear2d.vec, _ATEN.upsample_bilinear2d.default}
+AVERAGES = {_ATEN.avg_pool2d.default, _ATEN.adaptive_avg_pool2d.default, *ENLARGING}
+"""Give values between those that they are given."""
+
 
 @dataclass(frozen=True)
 class OnGrid:
@@ -76,6 +80,11 @@ def _float(number: float) -> Tensor:
     return torch.tensor(number, dtype=torch.float32)
 
 
+def _fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """`a * b + c`, rounded to float32 once, as the processor's instruction does."""
+    return (a.double() * b.double() + c.double()).float()
+
+
 class OnnxRuntimeKernels:
     """What onnxruntime's integer kernels compute, float32 factors and all."""
 
@@ -99,9 +108,19 @@ class OnnxRuntimeKernels:
 
     def add(self, a: OnGrid, b: OnGrid, grid: Grid) -> Tensor:
         left, right = a.scale / _float(grid[0]), b.scale / _float(grid[0])
-        rest = _float(grid[1]) - (left * a.zero_point + right * b.zero_point)
-        total = a.integers.float() * left + rest
-        return _clamped(torch.round(b.integers.float() * right + total).double(), grid)
+        zeros = _fused(left, _float(a.zero_point), right * b.zero_point)
+        total = _fused(b.integers, right, _float(grid[1]) - zeros)
+        return _clamped(torch.round(_fused(a.integers, left, total)).double(), grid)
+
+    def average(
+        self, x: OnGrid, function: Callable[[Tensor], Tensor], grid: Grid, *, pools: bool
+    ) -> Tensor:
+        """A pooling (`pools`) or an enlargement of what is on the grid that the result is on."""
+        if not pools:
+            return self.quantize(function(x.values()), grid)
+        # Halves are frequent, and which integer is even is seen with the zero point.
+        steps = function(x.values()) / _float(grid[0]) + _float(grid[1])
+        return _clamped(torch.round(steps).double(), grid)
 
     def sigmoid(self, x: OnGrid, grid: Grid) -> Tensor:
         return self.table(x, torch.sigmoid, grid)
@@ -134,6 +153,14 @@ class LiteRtKernels(OnnxRuntimeKernels):
         total = 2.0 ** (shift - 1) - factors[0] * a.zero_point - factors[1] * b.zero_point
         total = total + a.integers * factors[0] + b.integers * factors[1]
         return _clamped(torch.floor(total / 2.0**shift) + grid[1], grid)
+
+    def average(
+        self, x: OnGrid, function: Callable[[Tensor], Tensor], grid: Grid, *, pools: bool
+    ) -> Tensor:
+        found = function(x.integers)
+        # Halves go away from the integer 0 in a pooling, which knows of no zero point, else up.
+        nearest = found.sign() * (found.abs() + 0.5).floor() if pools else (found + 0.5).floor()
+        return _clamped(nearest, grid)
 
 
 def _exponent(number: float) -> int:
@@ -249,6 +276,16 @@ class _Interpreter(fx.Interpreter):
             return kernels.requantize(sums, factor.view(shape), grid)
         if target is _ATEN.sigmoid.default and isinstance(args[0], OnGrid):
             return kernels.sigmoid(args[0], grid)
+        if target in AVERAGES and isinstance(args[0], OnGrid):
+            x, *rest = args
+            if (float(x.scale), x.zero_point) == grid[:2]:
+                pools = target not in ENLARGING
+
+                def average(tensor: Tensor) -> Tensor:
+                    result: Tensor = target(tensor, *rest)
+                    return result
+
+                return kernels.average(x, average, grid, pools=pools)
         if target in (_ATEN.mul.Tensor, _ATEN.add.Tensor):
             a, b = args[:2]
             if isinstance(a, OnGrid) and isinstance(b, OnGrid):

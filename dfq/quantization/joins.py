@@ -23,6 +23,8 @@ from .listing import WEIGHTED
 
 CONCATENATIONS = frozenset({"cat", "concat", "concatenate"})
 SUMS = frozenset({"add"})
+AVERAGES = frozenset({"avg_pool2d", "adaptive_avg_pool2d", "interpolate"})
+"""Give values between those that they are given (`interpolate` where it gives others at all)."""
 
 # Every value of what they give is one of what they are given, or zero: a tensor on a grid stays on
 # it. (Names as `torch.overrides` gives them.)
@@ -59,7 +61,7 @@ class Value:
         function: its name; empty for layers.
         live: whether it comes from quantized layers alone, through whatever functions.
         predicted: whether it comes from the layers that give the predictions.
-        operands: of a sum or a concatenation of activations; empty for all others.
+        operands: of a sum, a concatenation or an average of activations; empty for all others.
         readers: names of the functions that read it.
         sources: what a function was given of layers' or functions'; empty for layers.
     """
@@ -185,7 +187,8 @@ class Trace(TorchFunctionMode):
             self._add(_floats(output), value)
 
     def joins(self) -> list[Value]:
-        """The sums and concatenations of what quantized layers compute, within some module."""
+        """The sums, concatenations and averages of what quantized layers compute, within some
+        module."""
         return [value for value in self.values if value.operands and self.owner_of(value)]
 
     def owner_of(self, value: Value) -> nn.Module | None:
@@ -250,8 +253,10 @@ def _floats(result: Any) -> list[Tensor]:
 
 def _joins(name: str, given: Sequence[Tensor]) -> bool:
     """Whether a function of these tensors, all of them of layers, is a sum or a concatenation of
-    feature maps or rows of tokens."""
-    if len(given) < 2 or any(tensor.ndim < 3 for tensor in given):
+    feature maps or rows of tokens, or averages one feature map."""
+    if len(given) == 1:
+        return name in AVERAGES and given[0].ndim == 4
+    if any(tensor.ndim < 3 for tensor in given):
         return False
     return name in CONCATENATIONS or (name in SUMS and len(given) == 2)
 

@@ -25,6 +25,7 @@ class Placement:
         fused_sums: of a sum, the operand that was computed last stays as it is: the runtime adds
             the other one to it within the layer that gives it.
         one_grid: a concatenation has one grid for all that goes in and what comes out.
+        averages: so has an average: a pooling, an enlargement between values.
         predictions: on the outputs of the layers that give the predictions too, each its own; what
             comes behind them stays in float.
         sigmoid_step: step of the grid, from zero, on the sigmoid within SiLU; None: SiLU is one
@@ -39,6 +40,7 @@ class Placement:
     joins: bool = True
     fused_sums: bool = False
     one_grid: bool = False
+    averages: bool = False
     predictions: bool = False
     sigmoid_step: float | None = None
     symmetric: bool = False
@@ -56,7 +58,7 @@ PLACEMENTS: dict[str, Placement] = {
     # A convolution is computed in integers only where its output is on a grid at once; the SiLU
     # behind it costs more in float than integers gain, unless its sigmoid is on a grid too. With
     # one grid a concatenation is a copy, and nothing is rounded a second time.
-    "onnxruntime": Placement(outputs=True, one_grid=True, sigmoid_step=1 / 255),
+    "onnxruntime": Placement(outputs=True, one_grid=True, averages=True, sigmoid_step=1 / 255),
     # SiLU is part of the convolution; a grid in between would take it out.
     "openvino": Placement(fused_sums=True, one_grid=True),
     # Explicit quantization takes symmetric int8 only, and one scale across a concatenation.
@@ -67,12 +69,13 @@ PLACEMENTS: dict[str, Placement] = {
         signed=True,
         most_bits=8,
     ),
-    # LOGISTIC has 1/256 for its output, CONCATENATION one scale throughout, and no convolution
-    # takes integers and gives floats; weights have no -128. Its kernels of 16 bits gave other
-    # values than PyTorch, or were not to be had.
+    # LOGISTIC has 1/256 for its output, CONCATENATION and averages one scale throughout, and no
+    # convolution takes integers and gives floats; weights have no -128. Its kernels of 16 bits gave
+    # other values than PyTorch, or were not to be had.
     "litert": Placement(
         outputs=True,
         one_grid=True,
+        averages=True,
         predictions=True,
         sigmoid_step=1 / 256,
         signed=True,

@@ -6,7 +6,8 @@ What is put here is one quantizer a tensor:
 
 - on the output of each quantized layer, but for those whose outputs are the predictions; where
   those have one too, a layer that gives several kinds of prediction has one for each kind;
-- on the result of each sum and concatenation of what such layers compute;
+- on the result of each sum and concatenation of what such layers compute, and of each average,
+  which is on the grid of what it averages;
 - on whatever else goes into one of these (the result of an activation function, mostly).
 
 A layer that is given a tensor which is on a grid already has that grid for its input, where it is
@@ -26,7 +27,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..detectors.base import Detector, Kinds
-from .joins import CONCATENATIONS, SUMS, Key, Trace, Value, name_of, trace
+from .joins import AVERAGES, CONCATENATIONS, SUMS, Key, Trace, Value, name_of, trace
 from .layers import QUANTIZED_LAYERS, QuantConv2d, QuantLinear, QuantSiLU, SplitOutput
 from .placement import Placement
 from .quantizers import Quantizer
@@ -203,10 +204,12 @@ def _wide_values(module: nn.Module, found: Trace) -> set[Value]:
 
 
 def _joined(found: Trace, where: Placement) -> dict[Value, list[Value]]:
-    """Sums and concatenations that are quantized, and which of their operands are."""
+    """Sums, concatenations and averages that are quantized, and which of their operands are."""
     number = {value: place for place, value in enumerate(found.values)}
     chosen = {}
     for join in found.joins():
+        if join.function in AVERAGES and not where.averages:
+            continue
         operands = list(join.operands)
         if where.fused_sums and join.function in SUMS:
             operands = sorted(operands, key=number.__getitem__)[:-1]
@@ -281,7 +284,7 @@ def _quantize_functions(
         grid_of = {grids.get(operand) for operand in value.operands}
         if key not in quantizers:
             only = grid_of.pop() if len(grid_of) == 1 else None
-            if key.function in CONCATENATIONS and only is not None:
+            if key.function in CONCATENATIONS | AVERAGES and only is not None:
                 # Of tensors on one grid, as are the poolings of one: it is on it too.
                 quantizers[key] = only
             else:
@@ -348,7 +351,8 @@ def count_joins(detector: Detector) -> tuple[int, int]:
     there are. BatchNorm may be unfolded."""
     layers = dict(detector.module.named_modules())
     found = trace(detector, layers, through=lambda m: isinstance(m, Quantizer))
-    every = {_name(key) for key in found.keys(found.joins())}
+    joins = [join for join in found.joins() if join.function not in AVERAGES]
+    every = {_name(key) for key in found.keys(joins)}
     holder = getattr(detector.module, RESULTS, None)
     there = set(holder) if isinstance(holder, nn.ModuleDict) else set()
     return len(every & there), len(every)

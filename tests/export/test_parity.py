@@ -16,13 +16,19 @@ from torch import Tensor, nn
 from toys import NETWORKS, Toy, exported, images, quantized, several, toy
 
 from dfq.detectors.base import Detector
-from dfq.export.integer import run_in_integers
+from dfq.export.integer import AVERAGES, KERNELS, OnGrid, run_in_integers
 from dfq.export.opening import open_file
+from dfq.export.passes import QUANTIZE, grid_at
+from dfq.export.program import build
+
+AVERAGING = ("average", "adaptive average", "bilinear")
+"""Halves between two integers are frequent there, and runtimes round each in its own way."""
 
 LAYERS = {
     **dict.fromkeys(("silu", "relu", "no bias", "depthwise", "grouped", "strided"), (3, 0)),
     **dict.fromkeys(("dilated", "reflecting", "deconv", "residual", "residual relu"), (3, 0)),
     **dict.fromkeys(("upsample", "max-pool", "pooled", "linear"), (2, 0)),
+    **dict.fromkeys(AVERAGING, (3, 0)),
     "overlapping deconv": (2, 1),
     "concat": (4, 0),
     "mixed": (5, 0),
@@ -106,7 +112,38 @@ def test_a_file_gives_what_the_reference_program_gives(
             assert off.mean() <= 0.5 * step
         else:
             assert off.max() <= step
-            assert (off > 0.05 * step).float().mean() < 0.03
+            few = 0.25 if network in AVERAGING else 0.03
+            assert (off > 0.05 * step).float().mean() < few
+
+
+@pytest.mark.parametrize(
+    ("network", "runtime"),
+    [
+        *((network, "litert") for network in AVERAGING),
+        *((network, "onnxruntime") for network in AVERAGING[:2]),
+    ],
+)
+def test_averages_are_rounded_as_the_runtime_rounds_them(
+    network: str, runtime: str, tmp_path: Path
+) -> None:
+    program, path = exported(quantized(toy(network), runtime, (8, 8)), runtime, tmp_path, (8, 8))
+    image = images(1, seed=3)
+    (wanted,) = run_in_integers(program, image, runtime).values()
+    (given,) = open_file(path, threads=1).run(image.numpy()).values()
+    assert np.abs(given - wanted.numpy()).max() < 1e-5
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "litert"])
+@pytest.mark.parametrize("network", AVERAGING)
+def test_an_average_has_the_grid_of_what_it_averages(network: str, runtime: str) -> None:
+    """LiteRT's converter gives both the grid of the result, and clips what is averaged."""
+    program = build(quantized(toy(network), runtime, (8, 8)), runtime, image_size=16)
+    averages = [node for node in program.exported.graph.nodes if node.target in AVERAGES]
+    for node in averages:
+        (after,) = node.users
+        assert after.target is QUANTIZE
+        assert grid_at(node.args[0]) == tuple(after.args[1:6])
+    assert len(averages) == 1
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -118,7 +155,8 @@ def test_what_is_trained_is_what_is_shipped(
     for wanted, given in zip(found.trained[network], found.program[network], strict=True):
         off, step = (given - wanted).abs(), step_of(wanted)
         assert off.max() <= 1.05 * step
-        assert (off > 0.05 * step).float().mean() < 0.01
+        few = 0.25 if network in AVERAGING else 0.01
+        assert (off > 0.05 * step).float().mean() < few
 
 
 @pytest.mark.parametrize(
@@ -232,3 +270,32 @@ def test_predictions_on_several_grids_are_concatenated_in_float(tmp_path: Path) 
     (given,) = open_file(path).run(image.numpy()).values()
     (wanted,) = run_in_integers(program, image, "litert").values()
     assert np.abs(given - wanted.numpy()).max() < 1e-5
+
+
+def test_onnxruntime_rounds_once_between_a_factor_and_a_sum() -> None:
+    """Here a sum lies so near to a half that rounding twice takes the wrong side of it."""
+    from onnx import TensorProto, helper, numpy_helper
+    from onnxruntime import InferenceSession
+
+    scales, zeros = (0.07074544578790665, 0.046219710260629654, 0.09130670130252838), (12, 6, 12)
+    values = np.arange(256, dtype=np.uint8)
+    a, b = (side.reshape(1, 4, -1) for side in np.meshgrid(values, values))
+    names = ["a", "a scale", "a zero", "b", "b scale", "b zero", "c scale", "c zero"]
+    node = helper.make_node("QLinearAdd", names, ["c"], domain="com.microsoft")
+    constants = [
+        numpy_helper.from_array(np.array(value, kind), f"{name} {what}")
+        for what, found, kind in (("scale", scales, np.float32), ("zero", zeros, np.uint8))
+        for name, value in zip("abc", found, strict=True)
+    ]
+    made = [helper.make_tensor_value_info(name, TensorProto.UINT8, a.shape) for name in "abc"]
+    graph = helper.make_graph([node], "sum", made[:2], made[2:], constants)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
+    session = InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (given,) = session.run(None, {"a": a, "b": b})
+    left, right = (
+        OnGrid(torch.from_numpy(x).double(), torch.tensor(scale), zero, 0, 255)
+        for x, scale, zero in zip((a, b), scales, zeros, strict=False)
+    )
+    wanted = KERNELS["onnxruntime"].add(left, right, (scales[2], zeros[2], 0, 255, torch.uint8))
+    assert np.array_equal(given, wanted.numpy())

@@ -169,6 +169,11 @@ def _between(*layers: nn.Module, channels: int = 8) -> nn.Module:
     )
 
 
+def _averaging(layer: nn.Module) -> nn.Module:
+    """A layer whose results do not reach as far as what it is given."""
+    return _between(nn.Conv2d(8, 8, 3, padding=1), nn.SiLU(), layer)
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "silu": lambda: _between(nn.Conv2d(8, 8, 3, padding=1), nn.SiLU()),
     "relu": lambda: _between(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()),
@@ -190,6 +195,9 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "attention": Attending,
     "mixed": Mixed,
     "c2psa": _area,
+    "average": lambda: _averaging(nn.AvgPool2d(2, 1)),
+    "adaptive average": lambda: _averaging(nn.AdaptiveAvgPool2d(4)),
+    "bilinear": lambda: _averaging(nn.Upsample(scale_factor=2, mode="bilinear")),
 }
 
 
