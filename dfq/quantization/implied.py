@@ -20,6 +20,7 @@ from ..detectors.base import Detector
 from .convert import activation_quantizers, float_mode
 from .folding import FoldedBatchNorm
 from .listing import WEIGHTED
+from .results import result_quantizers
 
 STEPS = 13
 """Values of a channel that are followed, evenly from one end to the other: a function's least value
@@ -71,15 +72,22 @@ def implied_ranges(detector: Detector, deviations: float) -> dict[str, tuple[flo
 
     Returns:
         Name, as `activation_quantizers` gives it -> least and largest value; without those that are
-        given anything that comes from a layer without BatchNorm.
+        given anything that comes from a layer without BatchNorm. What a layer gives to BatchNorm
+        alone, folded into the layer, takes BatchNorm's values.
     """
     watch = _Unknown()
     ranges: dict[str, tuple[float, float]] = {}
     strange: set[str] = set()
+    before_batchnorm: dict[int, str] = {}
     offsets = torch.linspace(-deviations, deviations, STEPS, device=detector.device)
     handles = []
 
-    def follow(layer: nn.Module, _inputs: Any, output: Tensor) -> Tensor | None:
+    def extend(name: str, values: Tensor) -> None:
+        low, high = (float(v) for v in values.aminmax())
+        before = ranges.get(name, (low, high))
+        ranges[name] = (min(low, before[0]), max(high, before[1]))
+
+    def follow(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
         if len(output) != STEPS or (isinstance(layer, _BatchNorm) and layer.running_var is None):
             # Of a part of an image, and not of the image.
             watch.note(output, True)
@@ -95,6 +103,8 @@ def implied_ranges(detector: Detector, deviations: float) -> dict[str, tuple[flo
         values = mean + offsets[:, None] * spread
         values = values.view(*values.shape, *[1] * (output.ndim - 2)).expand_as(output).clone()
         watch.note(values, False)
+        if isinstance(layer, FoldedBatchNorm) and id(inputs[0]) in before_batchnorm:
+            extend(before_batchnorm.pop(id(inputs[0])), values)
         return values
 
     for child in detector.module.modules():
@@ -104,15 +114,18 @@ def implied_ranges(detector: Detector, deviations: float) -> dict[str, tuple[flo
             handles.append(
                 child.register_forward_hook(lambda _m, _i, output: watch.note(output, True))
             )
+    of_outputs = {name for name, _ in result_quantizers(detector.module)}
     for name, quantizer in activation_quantizers(detector.module):
 
         def see(_q: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
-            if watch.among(inputs):
+            if not watch.among(inputs):
+                extend(name, inputs[0])
+            elif name in of_outputs:
+                # BatchNorm may come right behind; noted, it is kept alive.
+                watch.note(inputs, True)
+                before_batchnorm[id(inputs[0])] = name
+            else:
                 strange.add(name)
-                return
-            low, high = (float(v) for v in inputs[0].aminmax())
-            before = ranges.get(name, (low, high))
-            ranges[name] = (min(low, before[0]), max(high, before[1]))
 
         handles.append(quantizer.register_forward_pre_hook(see))
     side = detector.stride * 2
@@ -123,4 +136,5 @@ def implied_ranges(detector: Detector, deviations: float) -> dict[str, tuple[flo
     finally:
         for handle in handles:
             handle.remove()
+    strange.update(before_batchnorm.values())
     return {name: ends for name, ends in ranges.items() if name not in strange}

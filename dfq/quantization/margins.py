@@ -25,7 +25,7 @@ from ..detectors.base import Detector
 from .convert import activation_quantizers, grid_above, observe, set_range
 from .implied import implied_ranges
 from .quantizers import Quantizer
-from .ranges import grid_between
+from .ranges import LEAST_READ, grid_between
 
 BITS = 7
 """Of activations whose ranges are changed, at least."""
@@ -92,6 +92,7 @@ def keep_within_statistics(detector: Detector, images: Tensor, *, batch_size: in
             wider = span(quantizer)
             low, high = torch.minimum(low, wider[0]), torch.maximum(high, wider[1])
         low, high = low.clamp_max(least[name][0]), high.clamp_min(least[name][1])
+        low = low.clamp_min(LEAST_READ.get(quantizer.reader or "", float("-inf")))
         spanning = functools.partial(grid_between, low, high, quantizer.bits)
         quantizer.initialise(*grid_above(quantizer, low, spanning))
 

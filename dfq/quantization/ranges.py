@@ -173,6 +173,9 @@ VANISHING = frozenset({"silu", "gelu"})
 VANISHES = -7.0
 """Where these have come to nothing: within 0.007 of zero."""
 
+LEAST_READ = {"relu": 0.0, **dict.fromkeys(VANISHING, VANISHES)}
+"""What is below is as good as this, to such a reader."""
+
 PREDICTION = "prediction"
 """Reader of what is a prediction. Its few large values are the objects: nothing is clipped."""
 

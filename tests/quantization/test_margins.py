@@ -85,6 +85,32 @@ def test_grids_reach_as_far_as_channels_do() -> None:
         assert found[name][0] <= low + step
 
 
+def test_what_a_layer_gives_reaches_as_far_as_the_batchnorm_behind_it() -> None:
+    """A grid between a layer and its activation function clips before any grid behind that does."""
+    flat = 0.5 + 0.02 * (blobs(8) - 0.5)
+    teacher = fold(tiny_detector())
+    policy = Policy(8, 8, first_last_bits="same", placement="qdq", runtime="onnxruntime")
+    detector = insert_quantizers(teacher, policy)
+    calibrate(detector, [flat])
+    least = implied_ranges(detector, margins.LEAST)
+    norm = tiny_detector().module.model[0].bn
+    spread = 4 * norm.weight * (norm.running_var / (norm.running_var + norm.eps)).sqrt()
+    low, high = least["model.0.conv.output_quantizer"]
+    assert low == pytest.approx(float((norm.bias - spread).min()), rel=1e-4)
+    assert high == pytest.approx(float((norm.bias + spread).max()), rel=1e-4)
+    # Those of the predictions have no BatchNorm.
+    outputs = {f"{name}.output_quantizer" for name in detector.boundary_layers().last}
+    assert not outputs & least.keys()
+    keep_within_statistics(detector, pixels(flat))
+    found, quantizers = ends(detector), dict(activation_quantizers(detector.module))
+    for name in ("model.0.conv.output_quantizer", "model.2.conv.output_quantizer"):
+        step = (found[name][1] - found[name][0]) / 255
+        assert found[name][1] >= least[name][1] - step
+        # What SiLU makes nothing of takes no levels.
+        assert quantizers[name].reader == "silu"
+        assert found[name][0] >= -7 - step
+
+
 @pytest.mark.parametrize(("growth", "clipped"), [(1e9, True), (0.0, False)])
 def test_values_beyond_any_gaussian_are_clipped_where_contrast_does_not_make_them(
     growth: float, clipped: bool, monkeypatch: pytest.MonkeyPatch
