@@ -41,7 +41,7 @@ def mmdet_config(
     """
     from .dataset.calibration import CalibrationSet
     from .detectors.mmdet_config import missing_validation, read_config
-    from .integrations.mmdet_recipe import TRAINED
+    from .integrations.mmdet_recipe import TRAINED, compares
     from .integrations.mmdet_recipe import mmdet_config as text_of
     from .recipe import find_recipe, load_recipe
 
@@ -81,10 +81,10 @@ def mmdet_config(
         missing=missing,
     )
     write_output(target, text.encode(), "out")
-    if settings.method == "auto":
+    if (asked := compares(settings)) is not None:
         click.echo(
-            f"method: auto compares in the end, which mmdet's Runner does not: {TRAINED}, whatever "
-            "comes of it",
+            f"{asked} compares in the end, which mmdet's Runner does not: {' '.join(TRAINED)} "
+            "stands in the config",
             err=True,
         )
     if missing is not None:

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ..errors import UserError
-from ..recipe import Recipe
+from ..recipe import Recipe, changed_recipe
 
 _TEMPLATE = """\
 # Quantization-aware training of {title}
@@ -17,7 +17,7 @@ _TEMPLATE = """\
 #
 # Written by `dfq mmdet-config`; the data are a calibration set:
 #
-#   dfq synthesize --model {config} \\
+#   dfq synthesize --recipe {recipe_comment} --model {config} \\
 #     --checkpoint {weights} --out {data}
 _base_ = [{base}]
 
@@ -66,6 +66,7 @@ optim_wrapper = dict({replace[optim_wrapper]}
 )
 # DFQCalibrationHook sets the rates: rising over the recipe's warm-up, then a cosine to zero.
 param_scheduler = []
+randomness = dict(seed={seed})
 custom_hooks = [
     dict(type="DFQCalibrationHook", priority="VERY_HIGH"),{average}
 ]
@@ -89,8 +90,18 @@ val_evaluator = None
 _AVERAGE = """
     dict(type="EMAHook", ema_type="ExpMomentumEMA", momentum={momentum:.6g}, gamma=100),"""
 
-TRAINED = "method=qat"
-"""What becomes of `method: auto`, which needs a comparison that the Runner does not make."""
+TRAINED = ("method=qat", "distillation.keep_worse=true")
+"""What becomes of a recipe that falls back to the calibrated start where training made it worse,
+which needs a comparison that the Runner does not make."""
+
+
+def compares(recipe: Recipe) -> str | None:
+    """What of a recipe asks for that comparison; None where nothing does."""
+    if recipe.method == "auto":
+        return "method: auto"
+    if recipe.method == "qat" and not recipe.distillation.keep_worse:
+        return "distillation.keep_worse: false"
+    return None
 
 
 def require_supported(recipe: Recipe) -> None:
@@ -103,6 +114,8 @@ def require_supported(recipe: Recipe) -> None:
         )
     unknown = {
         f"method: {recipe.method}": recipe.method != "qat",
+        "distillation.keep_worse: false": not settings.keep_worse,
+        "evaluation.data": recipe.evaluation.data is not None,
         "quantization.mixed.budget": section.mixed.budget is not None,
         "distillation.zero_lr": settings.zero_lr > 0,
         "distillation.dampen": settings.dampen > 0,
@@ -150,9 +163,9 @@ def mmdet_config(
         missing: a file of the detector's own validation set that is not there: nothing is
             measured then; None: it is kept.
     """
-    if recipe.method == "auto":
-        overrides = (*overrides, TRAINED)
-        recipe = recipe.model_copy(update={"method": "qat"})
+    if compares(recipe) is not None:
+        overrides = (*overrides, *TRAINED)
+        recipe = changed_recipe(recipe, TRAINED)
     require_supported(recipe)
     settings, section = recipe.distillation, recipe.quantization
     averaged = settings.ema > 0 and settings.selection != "last"
@@ -168,6 +181,8 @@ def mmdet_config(
         checkpoint=_text(checkpoint),
         weights=_comment(checkpoint or "WEIGHTS.pth"),
         recipe=_text(recipe_name),
+        recipe_comment=_comment(recipe_name),
+        seed=recipe.seed,
         overrides="[" + ", ".join(_text(text) for text in overrides) + "]",
         data=_comment(data),
         data_text=_text(data),

@@ -5,7 +5,7 @@
 #
 # Written by `dfq mmdet-config`; the data are a calibration set:
 #
-#   dfq synthesize --model mask-rcnn_r50_fpn_1x_coco \
+#   dfq synthesize --recipe w6a6 --model mask-rcnn_r50_fpn_1x_coco \
 #     --checkpoint weights.pth --out data/calibration-set
 _base_ = ["mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py"]
 
@@ -19,7 +19,7 @@ model = dict(
     checkpoint="weights.pth",
     # Whose quantization and distillation sections count.
     recipe="w6a6",
-    overrides=["method=qat"],
+    overrides=["method=qat", "distillation.keep_worse=true"],
 )
 
 train_pipeline = [
@@ -57,6 +57,7 @@ optim_wrapper = dict(
 )
 # DFQCalibrationHook sets the rates: rising over the recipe's warm-up, then a cosine to zero.
 param_scheduler = []
+randomness = dict(seed=0)
 custom_hooks = [
     dict(type="DFQCalibrationHook", priority="VERY_HIGH"),
     dict(type="EMAHook", ema_type="ExpMomentumEMA", momentum=0.002, gamma=100),

@@ -5,7 +5,7 @@
 #
 # Written by `dfq mmdet-config`; the data are a calibration set:
 #
-#   dfq synthesize --model mask-rcnn_swin-s-p4-w7_fpn_amp-ms-crop-3x_coco \
+#   dfq synthesize --recipe w4a8 --model mask-rcnn_swin-s-p4-w7_fpn_amp-ms-crop-3x_coco \
 #     --checkpoint weights.pth --out data/calibration-set
 _base_ = ["mmdet::swin/mask-rcnn_swin-s-p4-w7_fpn_amp-ms-crop-3x_coco.py"]
 
@@ -19,7 +19,7 @@ model = dict(
     checkpoint="weights.pth",
     # Whose quantization and distillation sections count.
     recipe="w4a8",
-    overrides=["method=qat"],
+    overrides=["method=qat", "distillation.keep_worse=true"],
 )
 
 train_pipeline = [
@@ -57,6 +57,7 @@ optim_wrapper = dict(
 )
 # DFQCalibrationHook sets the rates: rising over the recipe's warm-up, then a cosine to zero.
 param_scheduler = []
+randomness = dict(seed=0)
 custom_hooks = [
     dict(type="DFQCalibrationHook", priority="VERY_HIGH"),
     dict(type="EMAHook", ema_type="ExpMomentumEMA", momentum=0.002, gamma=100),

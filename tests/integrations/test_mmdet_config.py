@@ -176,7 +176,7 @@ def test_a_validation_set_that_is_not_there_is_left_out(place: Path, made: Path,
         )
     if gone in ("annotations.json", "images"):
         (place / "scenes" / gone).rename(place / "elsewhere")
-    usual = ("mmdet-config", "own.py", "--recipe", "w8a8", "--set", "method=qat", "--out", "out.py")
+    usual = ("mmdet-config", "own.py", "--recipe", "paper-mask-rcnn-r50", "--out", "out.py")
     result = dfq(*usual, "--checkpoint", made / "w.pth", "--data", made / "set")
     assert result.exit_code == 0, result.output
     read = read_config(place / "out.py")
@@ -193,16 +193,20 @@ def test_a_validation_set_that_is_not_there_is_left_out(place: Path, made: Path,
 
 
 def test_what_the_runner_does_not_do_is_said(place: Path, made: Path) -> None:
-    """`auto` may keep the calibrated start; the Runner keeps what it has trained."""
+    """dfq may keep the calibrated start; the Runner keeps what it has trained."""
     usual = ("mmdet-config", "own.py", "--recipe", "w8a8", "--out", "out.py")
     files = ("--checkpoint", made / "w.pth", "--data", made / "set")
     result = dfq(*usual, *files)
     assert result.exit_code == 0, result.output
     (line,) = result.stderr.splitlines()
     assert line.startswith("method: auto")
+    (line,) = dfq(*usual, *files, "--set", "method=qat").stderr.splitlines()
+    assert line.startswith("distillation.keep_worse: false")
     model = read_config(place / "out.py")["model"]
-    assert model["overrides"] == ["method=qat"]
-    assert load_recipe(model["recipe"], model["overrides"]).method == "qat"
+    written = load_recipe(model["recipe"], model["overrides"])
+    assert (written.method, written.distillation.keep_worse) == ("qat", True)
+    asked = ("--set", "method=qat", "--set", "distillation.keep_worse=true")
+    assert dfq(*usual, *files, *asked).stderr == ""
     (place / "out.py").unlink()
     for key, value in (("quantization.mixed.budget", "w4a8"), ("distillation.mosaic", "0.5")):
         assert key in refused(dfq(*usual, *files, "--set", f"{key}={value}"))

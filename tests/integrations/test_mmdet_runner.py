@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Set
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from dfq.detectors.mmdet_config import (
     shipped_config,
 )
 from dfq.errors import UserError
-from dfq.integrations.mmdet_recipe import mmdet_config
+from dfq.integrations.mmdet_recipe import TRAINED, mmdet_config
 from dfq.progress import Silent
 from dfq.quantization.convert import fold
 from dfq.recipe import load_recipe
@@ -210,6 +211,28 @@ def test_training_the_weights(place: Path, monkeypatch: pytest.MonkeyPatch) -> N
     check_outcome(place, place / "weights", terms={*TERMS, "loss_task"})
 
 
+@pytest.mark.parametrize(("stem", "kind"), [("own", "r50"), ("swin", "swin")])
+def test_the_papers_recipes(
+    stem: str, kind: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dfq(
+        "mmdet-config", place / f"{stem}.py", "--recipe", f"paper-mask-rcnn-{kind}",
+        "--checkpoint", place / f"{stem}.pth", "--data", place / "set",
+        "--out", place / f"paper-{kind}.py", "--set", "distillation.epochs=1",
+        "--set", "distillation.batch_size=4",
+    )  # fmt: skip
+    run_script(place, monkeypatch, f"paper-{kind}.py", "--work-dir", kind)
+    (log,) = (place / kind).glob("*/vis_data/scalars.json")
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert any({*TERMS, "loss_task"} <= line.keys() for line in lines)
+    saved = torch.load(place / kind / "epoch_1.pth", weights_only=True)
+    # The paper averages no weights of these networks.
+    assert "ema_state_dict" not in saved
+    start = torch.load(place / f"{stem}.pth", weights_only=False)["state_dict"]
+    moved = "roi_head.bbox_head.shared_fcs.0.weight"
+    assert not torch.equal(saved["state_dict"][f"student.{moved}"], start[moved])
+
+
 def test_a_resumed_training_keeps_the_integers(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,8 +306,17 @@ def test_mmdets_own_script_in_two_processes(place: Path) -> None:
     check_outcome(place, place / "out2")
 
 
+def unscoped(value: Any) -> Any:
+    """Without what mmengine adds where a base is named `mmdet::`."""
+    if isinstance(value, dict):
+        return {key: unscoped(one) for key, one in value.items() if key != "_scope_"}
+    return [unscoped(one) for one in value] if isinstance(value, list) else value
+
+
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.py")), ids=lambda path: path.stem)
-def test_shipped_recipes_are_what_the_command_writes(path: Path) -> None:
+def test_shipped_recipes_are_what_the_command_writes(
+    path: Path, place: Path, tmp_path: Path
+) -> None:
     stem, _, recipe = path.stem.rpartition("_")
     folder, config = {
         "mask-rcnn_r50_fpn": ("mask_rcnn", "mask-rcnn_r50_fpn_1x_coco"),
@@ -305,7 +337,19 @@ def test_shipped_recipes_are_what_the_command_writes(path: Path) -> None:
     assert read["train_dataloader"]["dataset"]["type"] == "DFQCalibrationSet"
     assert "batch_sampler" not in read["train_dataloader"]
     assert read["val_evaluator"]["type"] == "CocoMetric"
-    assert shipped_config(read["model"]["config"]) is not None
+    base = shipped_config(read["model"]["config"])
+    assert base is not None
+    dfq(
+        "mmdet-config", base, "--recipe", recipe, "--checkpoint", place / "own.pth",
+        "--data", place / "set", "--out", tmp_path / "own.py",
+    )  # fmt: skip
+    own = read_config(tmp_path / "own.py")
+    # It has its user's files, of which the shipped ones know nothing.
+    own["model"] |= {"config": base.stem, "checkpoint": "weights.pth"}
+    own["train_dataloader"]["dataset"]["data_root"] = "data/calibration-set"
+    changed = {key for key in read if unscoped(own.get(key)) != unscoped(read[key])}
+    # Where COCO is not beside it, it does without a validation.
+    assert changed <= {"val_dataloader", "val_cfg", "val_evaluator"}
 
 
 def test_mistakes(tmp_path: Path) -> None:
@@ -313,14 +357,14 @@ def test_mistakes(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="no detector of mmdet"):
         integration.DFQDistiller(
-            "torchvision/fasterrcnn_mobilenet_v3_large_320_fpn", overrides=["method=qat"]
+            "torchvision/fasterrcnn_mobilenet_v3_large_320_fpn", overrides=TRAINED
         )
     config = write_config(tmp_path, "retinanet")
     for train_last in (True, False):
         kept = integration.DFQDistiller(
             str(config),
             recipe="w8a8",
-            overrides=["method=qat", f"distillation.train_last={train_last}"],
+            overrides=[*TRAINED, f"distillation.train_last={train_last}"],
         )
         trained = {name for name, value in kept.named_parameters() if value.requires_grad}
         assert "student.bbox_head.cls_convs.0.conv.bias" in trained
@@ -331,11 +375,12 @@ def test_mistakes(tmp_path: Path) -> None:
         "distillation.weight_lr=0.1", "distillation.dampen=0.1", "distillation.freeze=0.1",
         "distillation.zero_lr=0.01", "distillation.mosaic=0.5", "distillation.zoom=0.1",
         "distillation.colour=0.1", "distillation.selection=agreement", "method=auto", "method=ptq",
-        "quantization.mixed.budget=w4a8", "distillation.select_on=real",
+        "quantization.mixed.budget=w4a8", "distillation.select_on=real", "evaluation.data=real",
+        "distillation.keep_worse=false",
     ):  # fmt: skip
         key = override.partition("=")[0]
         with pytest.raises(UserError, match=rf"^{key}.*use dfq qat"):
-            integration.DFQDistiller(str(config), overrides=["method=qat", override])
+            integration.DFQDistiller(str(config), overrides=[*TRAINED, override])
     result = CliRunner().invoke(cli, ["mmdet-config", "none.py", "--recipe", "w8a8"])
     assert result.exit_code == 2
     assert "no such config" in result.stderr
