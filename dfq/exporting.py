@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .cache import sets_of
+from .dataset.training_images import open_training_data
 from .detectors.base import Detector
 from .errors import UserError, argument, shown
 from .export.exported import SUFFIXES, ExportInfo, Format
@@ -26,7 +27,6 @@ from .quantization.listing import LayerInfo, describe, quantized_share
 from .quantization.placement import PLACEMENTS
 from .run import check_run, is_run
 from .surroundings import Report, reporter
-from .training import open_training_data
 
 FORMATS: tuple[str, ...] = get_args(Format)
 

@@ -12,6 +12,7 @@ from .dataset.calibration import CalibrationSet
 from .dataset.image_set import image_size
 from .dataset.pixels import Pixels
 from .dataset.readers import ImageSet, open_set
+from .dataset.training_images import LetterboxedImages, open_training_data
 from .detectors.base import Detector
 from .distillation.trainer import LabelledImages
 from .errors import UserError, argument, shown
@@ -19,7 +20,6 @@ from .evaluation.agreement import unlabelled
 from .evaluation.matching import require_labels
 from .files import user_path
 from .recipe import Recipe
-from .training import LetterboxedImages, open_training_data
 
 MOST_JOINING = 64
 """Real images that calibration takes, at most."""

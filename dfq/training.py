@@ -13,17 +13,15 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from .dataset.calibration import CalibrationSet
-from .dataset.image_set import image_size
-from .dataset.letterbox import load_letterboxed
+from .dataset.image_set import ImageSet
 from .dataset.pixels import Pixels
-from .dataset.readers import ImageSet, open_set
-from .detectors.base import Detector, Targets
+from .detectors.base import Detector
 from .distillation.losses import total_divergence
 from .distillation.trainer import LabelledImages, Outcome, Trainer
 from .distributed import World
-from .errors import DivergedError, UserError, shown
+from .errors import DivergedError, UserError
 from .evaluation.coco import evaluate as evaluate_detector
-from .files import read_json, user_path, write_json
+from .files import read_json, write_json
 from .progress import Progress
 from .quantization.convert import Policy, calibrate, insert_quantizers, quantized_layers
 from .quantization.margins import keep_within_statistics
@@ -35,67 +33,6 @@ from .sensitivity.policy import find_bits
 
 FAR = 10.0
 """A network so many times further from its teacher than it began has lost what it could."""
-
-
-class LetterboxedImages:
-    """A real image set in the shape the trainer takes: letterboxed squares, labels by name.
-
-    Args:
-        images: the set, labelled or not.
-        detector: whose categories its names are matched with.
-        size: side of the squares in pixels, a multiple of the stride.
-
-    Raises:
-        UserError: where the set is labelled, and shares no category with the detector, or none of
-            its boxes is usable.
-    """
-
-    def __init__(self, images: ImageSet, detector: Detector, size: int) -> None:
-        self.images, self.size, self.stride = images, size, detector.stride
-        images.require_boxes()
-        # An unlabelled set has no names to match.
-        self.mapping = images.category_mapping(detector.names) if images.labelled else None
-        self._labels: list[Tensor] = []
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def load(self, indices: list[int]) -> Tensor:
-        pixels, targets, _ = load_letterboxed(
-            self.images, indices, self.size, self.stride, mapping=self.mapping
-        )
-        if indices == list(range(len(self))):
-            self._labels = targets.per_image(len(indices))
-        return (pixels * 255).round().to(torch.uint8)
-
-    def targets(self, indices: list[int]) -> Targets:
-        if not self._labels:
-            self.load(list(range(len(self))))
-        return Targets.from_per_image([self._labels[i] for i in indices])
-
-
-def open_training_data(source: str | Path, detector: Detector, size: int | None) -> LabelledImages:
-    """A calibration set of this very detector, or any real set letterboxed to `size`.
-
-    Raises:
-        UserError: where the set is unfinished, empty, broken, changed, or made from another
-            checkpoint.
-    """
-    path = user_path(source)
-    if not CalibrationSet.is_one(path):
-        detector.check_size(size or detector.image_size, "synthesis.image_size")
-        return LetterboxedImages(open_set(path), detector, size or detector.image_size)
-    found = CalibrationSet.open(path)
-    made_from = str(found.manifest["determinants"].get("checkpoint"))
-    if made_from != detector.fingerprint:
-        raise UserError(
-            f"{path}: this set was made from another checkpoint (sha256 {shown(made_from, 15)}, "
-            f"the model's is {detector.fingerprint[:12]}...); make one with dfq synthesize"
-        )
-    found.require_intact()
-    for side in image_size(path / found.files[0]):
-        detector.check_size(side, f"{path}: the side of its images")
-    return found
 
 
 def policy_of(recipe: Recipe) -> Policy:

@@ -8,6 +8,7 @@ from typing import Any
 
 from .cache import cached_folder, origin_for
 from .dataset.calibration import CalibrationSet
+from .dataset.training_images import open_training_data
 from .detectors.base import Detector
 from .distributed import gathered
 from .files import require_output_folder, short_name, user_path, write_atomic
@@ -32,13 +33,7 @@ from .sensitivity.policy import Sensitivity, check_budget_can_be_kept, find_bits
 from .surroundings import Report, own_device, reporter
 from .synthesis.produce import synthesize_set
 from .tensorboard import Curves, WithCurves
-from .training import (
-    data_identity,
-    mixed_policy,
-    open_training_data,
-    policy_of,
-    train,
-)
+from .training import data_identity, mixed_policy, policy_of, train
 
 
 def synthesize(

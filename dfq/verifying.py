@@ -26,7 +26,6 @@ from .evaluation.coco import predict, score
 from .export import faults
 from .export.counting import count
 from .export.exported import ExportedModel, ExportInfo
-from .export.integer import KERNELS
 from .export.layouts import ForeignModel, candidates
 from .export.movement import moved, same_number
 from .export.opening import (
@@ -38,17 +37,8 @@ from .export.opening import (
     open_file,
     open_parts,
 )
-from .export.parity import (
-    TIMES_FLOOR,
-    TIMES_FLOOR_APPROXIMATE,
-    WITHIN_ONE,
-    Parity,
-    distance,
-    parity,
-)
-from .export.program import build
 from .export.ranges import fits
-from .export.reference import reference_outputs
+from .export.reference import parity_of
 from .export.replacing import is_placed_for, place_for
 from .export.verify import Accuracy, Verification, worst
 from .exporting import digest_of, range_images
@@ -134,7 +124,7 @@ def verify(
             reference = _reference(info, origin, data, notes)
         if reference is not None and info is not None:
             with told.task("parity", 1, "steps"):
-                found.parity = _parity(reference, info, model, few)
+                found.parity = parity_of(model, reference, few)
         compared = origin.float_model(trust) if info is not None else origin.detecting
         _compare(found, model, compared, origin, reference, images, data is not None, told)
         seen = fits(opened, (image[None] for image in few[:_RANGE_IMAGES]))
@@ -311,30 +301,6 @@ def _reference(
         "name them as --data"
     )
     return None
-
-
-def _parity(
-    reference: Detector, info: ExportInfo, model: ExportedModel, images: np.ndarray
-) -> Parity:
-    program = build(
-        reference,
-        info.runtime,
-        image_size=info.image_size,
-        dynamic=info.dynamic,
-        batch=info.batch or 1,
-    )
-    pixels = torch.from_numpy(images)
-    wanted, given = reference_outputs(program, pixels, info.runtime), model.run(images)
-    same = all(
-        name in given
-        and given[name].shape == value.shape
-        and distance(value, given[name]).share_within_one >= WITHIN_ONE
-        for name, value in wanted.items()
-    )
-    # The floor takes its time, and has a say only where outputs differ.
-    floor = None if same else reference_outputs(program, pixels, info.runtime, otherwise=True)
-    times = TIMES_FLOOR if info.runtime in KERNELS else TIMES_FLOOR_APPROXIMATE
-    return parity(wanted, given, floor, times)
 
 
 def _compare(

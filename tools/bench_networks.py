@@ -33,6 +33,7 @@ from network_tables import JUDGED, Key, Results, Row, figure, report
 
 from dfq.dataset.image_set import ImageSet
 from dfq.dataset.readers import open_set
+from dfq.dataset.training_images import LetterboxedImages
 from dfq.detectors import load_detector
 from dfq.detectors.base import Detections, Detector
 from dfq.distillation.trainer import LabelledImages
@@ -44,7 +45,7 @@ from dfq.progress import Silent
 from dfq.quantization.convert import fold
 from dfq.recipe import load_recipe
 from dfq.synthesis.quality import set_quality
-from dfq.training import LetterboxedImages, policy_of, quantized
+from dfq.training import policy_of, quantized
 from dfq.verbs import synthesize
 
 LARGEST_SIDE = 320

@@ -15,13 +15,14 @@ from unittest import mock
 import click
 import torch
 
+from dfq.dataset.training_images import open_training_data
 from dfq.detectors import load_detector
 from dfq.progress import Silent
 from dfq.quantization.convert import fold
 from dfq.recipe import load_recipe
 from dfq.reconstruction import second_order
 from dfq.reconstruction.finished import FinishedBlocks
-from dfq.training import open_training_data, policy_of, quantized
+from dfq.training import policy_of, quantized
 
 
 class Computed(FinishedBlocks):

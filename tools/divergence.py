@@ -11,8 +11,9 @@ from __future__ import annotations
 import click
 
 from dfq.dataset.readers import open_set
+from dfq.dataset.training_images import LetterboxedImages
 from dfq.evaluation.coco import evaluate
-from dfq.training import LetterboxedImages, mean_divergence
+from dfq.training import mean_divergence
 from dfq.verbs import load_model
 
 

@@ -22,10 +22,10 @@ from torch import Generator, Tensor
 
 from dfq.dataset.augment import augment, mosaic
 from dfq.dataset.readers import open_set
+from dfq.dataset.training_images import LetterboxedImages
 from dfq.detectors import from_spec, load_detector, save_detector
 from dfq.detectors.base import Detector, Targets
 from dfq.errors import UserError
-from dfq.training import LetterboxedImages
 
 Look = Callable[[Tensor], Tensor]
 """What is done to images, float32 `(n, 3, h, w)` in [0, 1]."""

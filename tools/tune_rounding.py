@@ -14,19 +14,14 @@ import itertools
 import click
 
 from dfq.dataset.readers import open_set
+from dfq.dataset.training_images import LetterboxedImages, open_training_data
 from dfq.detectors import load_detector
 from dfq.evaluation.coco import evaluate
 from dfq.progress import Silent
 from dfq.quantization.convert import fold
 from dfq.recipe import load_recipe
 from dfq.reconstruction.second_order import reconstruct
-from dfq.training import (
-    LetterboxedImages,
-    mean_divergence,
-    open_training_data,
-    policy_of,
-    quantized,
-)
+from dfq.training import mean_divergence, policy_of, quantized
 
 
 @click.command(help=__doc__)

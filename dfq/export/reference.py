@@ -10,9 +10,19 @@ import torch
 import torch.ao.quantization.fx._decomposed
 from torch import Tensor, fx
 
+from ..detectors.base import Detector
+from .exported import ExportedModel
 from .integer import KERNELS, run_in_integers
+from .parity import (
+    TIMES_FLOOR,
+    TIMES_FLOOR_APPROXIMATE,
+    WITHIN_ONE,
+    Parity,
+    distance,
+    parity,
+)
 from .passes import DEQUANTIZE, QUANTIZE
-from .program import Program, input_shape
+from .program import Program, build, input_shape
 from .written import OPS
 
 _QUANTIZE_CHANNELS = OPS.quantize_per_channel.default
@@ -48,6 +58,36 @@ def reference_outputs(
         rows.append([value[: len(part)] for value in execute(filled)])
     whole = [torch.cat(parts).float().numpy() for parts in zip(*rows, strict=True)]
     return dict(zip(program.outputs, whole, strict=True))
+
+
+def parity_of(file: ExportedModel, source: Detector, images: np.ndarray) -> Parity:
+    """How far a file's outputs are from those of the network that it was lowered from.
+
+    Args:
+        file: that dfq wrote.
+        source: with quantizers where the file's runtime has them.
+        images: float32 `(n, 3, h, w)` in [0, 1].
+    """
+    info = file.info
+    program = build(
+        source,
+        info.runtime,
+        image_size=info.image_size,
+        dynamic=info.dynamic,
+        batch=info.batch or 1,
+    )
+    pixels = torch.from_numpy(images)
+    wanted, given = reference_outputs(program, pixels, info.runtime), file.run(images)
+    same = all(
+        name in given
+        and given[name].shape == value.shape
+        and distance(value, given[name]).share_within_one >= WITHIN_ONE
+        for name, value in wanted.items()
+    )
+    # The floor takes its time, and has a say only where outputs differ.
+    floor = None if same else reference_outputs(program, pixels, info.runtime, otherwise=True)
+    times = TIMES_FLOOR if info.runtime in KERNELS else TIMES_FLOOR_APPROXIMATE
+    return parity(wanted, given, floor, times)
 
 
 def _is_quantized(program: Program) -> bool:

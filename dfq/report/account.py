@@ -9,9 +9,9 @@ from typing import Any
 
 from ..comparison import number
 from ..dataset.calibration import CalibrationSet
+from ..dataset.training_images import LetterboxedImages
 from ..inputs import joining
 from ..label_sets import label_set
-from ..training import LetterboxedImages
 from .formats import text
 from .material import SYNTHESIS, Material
 

@@ -14,6 +14,7 @@ from ..cache import origin_of
 from ..dataset.calibration import CalibrationSet
 from ..dataset.image_set import ImageSet
 from ..dataset.readers import open_set
+from ..dataset.training_images import open_training_data
 from ..detectors import TORCHVISION, load_detector
 from ..detectors.base import Detector
 from ..distillation.trainer import LabelledImages
@@ -26,7 +27,7 @@ from ..quantization.convert import fold
 from ..quantization.listing import LayerInfo, describe
 from ..recipe import Recipe, load_recipe
 from ..surroundings import cache_folder
-from ..training import data_identity, open_training_data
+from ..training import data_identity
 from .exports import Export, read_exports
 
 SYNTHESIS = "synthesis"

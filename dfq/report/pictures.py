@@ -16,12 +16,12 @@ from torch import Tensor
 from ..dataset.calibration import CalibrationSet
 from ..dataset.image_set import ImageSet
 from ..dataset.letterbox import load_letterboxed
+from ..dataset.training_images import LetterboxedImages
 from ..detectors.base import Detections, Detector
 from ..distillation.trainer import LabelledImages
 from ..drawing import COLOURS, Place, place_tag
 from ..evaluation.agreement import REFERENCE_SCORE
 from ..evaluation.coco import predict
-from ..training import LetterboxedImages
 from .formats import text
 
 TILES = 12

@@ -14,12 +14,12 @@ from .. import __version__
 from ..comparison import number
 from ..dataset.calibration import CalibrationSet
 from ..dataset.summary import Objects, Summary, summarize
+from ..dataset.training_images import LetterboxedImages
 from ..errors import UserError
 from ..finish import hold_out
 from ..quantization.convert import Policy
 from ..quantization.results import count_joins
 from ..synthesis.quality import BOUND, FIRST_BOUND, quality_of
-from ..training import LetterboxedImages
 from . import account, figures
 from .cost import cost_of, cost_rows
 from .figures import Chart
