@@ -72,9 +72,16 @@ def grid_of(quantizer: Quantizer, *, signed: bool) -> Grid:
     return Grid(scale, zero + shift, low + shift, high + shift, dtype)
 
 
+BIAS_STEPS = 2.0**30
+"""Most steps of its products that a bias may have: kernels hold it in 32 bits, with their sum."""
+
+
 @torch.no_grad()
 def integer_weight(layer: QuantConv2d | QuantLinear) -> tuple[Tensor, Tensor]:
     """A layer's weight as integers and steps: weight = scale * integer, without a zero point.
+
+    Where a channel's products have come to nothing beside its bias, as those of dead channels have,
+    its step is coarser than in the network: else its bias would not fit into 32 bits.
 
     Returns:
         int8 of the weight's shape, within [-127, 127] but for grids that use -128 (asymmetric ones
@@ -83,4 +90,10 @@ def integer_weight(layer: QuantConv2d | QuantLinear) -> tuple[Tensor, Tensor]:
     """
     quantizer, weight = layer.weight_quantizer, layer.weight
     integers = quantizer.integers(weight).to(torch.int8)
-    return integers, quantizer.scale.detach().expand(len(weight)).contiguous()
+    scale = quantizer.scale.detach().expand(len(weight)).contiguous()
+    if layer.bias is None:
+        return integers, scale
+    least = layer.bias.detach().abs() / (layer.input_quantizer.scale.detach() * BIAS_STEPS)
+    coarser = torch.maximum(scale, least)
+    share = (scale / coarser).view(-1, *([1] * (weight.ndim - 1)))
+    return torch.where(share < 1, (integers * share).round(), integers).to(torch.int8), coarser

@@ -19,6 +19,7 @@ from ..quantization.convert import (
     observe,
     set_range,
 )
+from ..quantization.factors import bound_factors
 from ..quantization.quantizers import Quantizer
 
 
@@ -68,6 +69,7 @@ def place_for(
             quantizer.load_state_dict(before[0].state_dict())
         else:
             set_range(quantizer, values[name], "mse")
+    bound_factors(made.module)
     return made, wanted
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..detectors.base import Detector
 from ..errors import UserError
+from .factors import bound_factors
 from .folding import fold_batchnorm
 from .joins import trace
 from .layers import QUANTIZED_LAYERS, QuantConv2d, QuantLinear, QuantMatmul, QuantSiLU
@@ -356,8 +357,7 @@ def set_range(quantizer: Quantizer, values: Tensor, search: str) -> None:
     elif find is mse and reader == PREDICTION:
         find = minmax
     elif find is mse and reader in VANISHING and quantizer.bits >= FINE:
-        # What is clipped below comes out as one value where it should come out as nothing: an error
-        # of one sign, which the next layer adds up. The search sees its size alone.
+        # What is clipped below errs to one side, which the next layer adds up and mse does not see.
         column, find = column.clamp_min(VANISHES), minmax
     elif find is mse and reader in READERS:
         find = functools.partial(mse, through=READERS[reader])
@@ -396,3 +396,4 @@ def calibrate(
         set_weight_range(layer, search)
     for name, quantizer in activation_quantizers(detector.module):
         set_range(quantizer, values[name], search)
+    bound_factors(detector.module)

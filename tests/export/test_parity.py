@@ -272,6 +272,30 @@ def test_predictions_on_several_grids_are_concatenated_in_float(tmp_path: Path) 
     assert np.abs(given - wanted.numpy()).max() < 1e-5
 
 
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", "litert"])
+@pytest.mark.parametrize("channels", [slice(None), slice(2)])
+def test_channels_that_vanish_are_computed_all_the_same(
+    channels: slice, runtime: str, tmp_path: Path
+) -> None:
+    """As in networks with random weights, and in trained ones single channels do: steps are finer
+    than kernels can multiply, and biases have more of them than 32 bits hold."""
+    detector = toy("silu")
+    with torch.no_grad():
+        detector.module[2].weight[channels] *= 1e-12
+        if channels.stop is None:
+            detector.module[2].bias *= 1e-12
+    student = quantized(detector, runtime, (8, 8))
+    program, path = exported(student, runtime, tmp_path, (8, 8))
+    image = images(1, seed=3)
+    with torch.no_grad():
+        wanted = program.module()(image)[0]
+        trained = student.raw(image)
+    (given,) = open_file(path, threads=1).run(image.numpy()).values()
+    assert wanted.abs().max() > 0.1
+    for found in (given, trained.numpy()):
+        assert np.abs(found - wanted.numpy()).max() <= 1.05 * step_of(wanted)
+
+
 def test_onnxruntime_rounds_once_between_a_factor_and_a_sum() -> None:
     """Here a sum lies so near to a half that rounding twice takes the wrong side of it."""
     from onnx import TensorProto, helper, numpy_helper
