@@ -20,6 +20,7 @@ from ..errors import UserError, shown
 from ..plain import one_line
 from .dependencies import require
 from .exported import ExportInfo
+from .factors import require_addable
 from .passes import has_wide_grids
 from .program import Program
 from .suppression import append_nms
@@ -210,6 +211,7 @@ def _write_litert(program: Program, info: ExportInfo, path: Path, int4: bool) ->
     quantizer = require("litert_torch.quantize.pt2e_quantizer", "LiteRT")
     # Any quantizer makes the converter read Q/DQ strictly; there is nothing left for it to do.
     strict = quantizer.PT2EQuantizer().set_global(quantizer.get_symmetric_quantization_config())
+    require_addable(program.exported.graph)
     example = torch.zeros(1, *program.shape)
     options = {"quant_config": config.QuantConfig(pt2e_quantizer=strict)}
     with _quietly(), _native_quietly():

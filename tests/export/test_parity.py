@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from toys import NETWORKS, Toy, exported, images, quantized, several, toy
 
 from dfq.detectors.base import Detector
+from dfq.errors import UserError
 from dfq.export.integer import AVERAGES, KERNELS, OnGrid, run_in_integers
 from dfq.export.opening import open_file
 from dfq.export.passes import QUANTIZE, grid_at
 from dfq.export.program import build
+from dfq.quantization.results import result_quantizers
 
 AVERAGING = ("average", "adaptive average", "bilinear")
 """Halves between two integers are frequent there, and runtimes round each in its own way."""
@@ -294,6 +296,17 @@ def test_channels_that_vanish_are_computed_all_the_same(
     assert wanted.abs().max() > 0.1
     for found in (given, trained.numpy()):
         assert np.abs(found - wanted.numpy()).max() <= 1.05 * step_of(wanted)
+
+
+def test_a_sum_that_litert_cannot_add_is_refused(tmp_path: Path) -> None:
+    student = quantized(toy("residual"), "litert", (8, 8))
+    exported(student, "litert", tmp_path, (8, 8))
+    (sum_grid,) = (q for name, q in result_quantizers(student.module) if ":add:" in name)
+    sum_grid.initialise(torch.tensor([1e-9]))
+    (tmp_path / "again").mkdir()
+    with pytest.raises(UserError, match=r"LiteRT cannot compute the sum .*trained weights"):
+        exported(student, "litert", tmp_path / "again", (8, 8))
+    assert not list((tmp_path / "again").iterdir())
 
 
 def test_onnxruntime_rounds_once_between_a_factor_and_a_sum() -> None:
