@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_detector import SIDE, blobs, stacked, tiny_detector
 from torch import Tensor, nn
-from toys import Toy, images
+from toys import Toy, images, toy
 
 from dfq.detectors.base import Detector
 from dfq.distillation.losses import prediction_divergence
@@ -29,7 +29,7 @@ from dfq.quantization.layers import QuantSiLU
 from dfq.quantization.listing import describe
 from dfq.quantization.placement import PLACEMENTS, Placement
 from dfq.quantization.quantizers import Quantizer
-from dfq.quantization.results import RESULTS
+from dfq.quantization.results import RESULTS, result_quantizers
 from dfq.reconstruction.second_order import reconstruct
 from dfq.run import Run
 from dfq.sensitivity.measure import measure
@@ -169,6 +169,15 @@ def test_an_attribute_changes_where_they_stand(made: Any, attributes: tuple[str,
     assert grids(made(**dict.fromkeys(attributes, True))) == SEEN[attributes]
 
 
+def test_an_average_is_on_the_grid_of_what_it_averages(made: Any) -> None:
+    for averages in (False, True):
+        student = made(toy("average"), averages=averages)
+        found = {name.split(":")[1]: q for name, q in result_quantizers(student.module)}
+        assert set(found) == ({"silu", "avg_pool2d"} if averages else set())
+        after = student.module[5].input_quantizer
+        assert all(quantizer is after for quantizer in found.values())
+
+
 def test_without_joins_inputs_alone_are_on_grids(made: Any) -> None:
     names = ("stem", "conv", "down", "fuse", "last")
     assert grids(made(joins=False)) == {together(f"{name}.input") for name in names}
@@ -252,7 +261,15 @@ def test_narrow_weights_are_so_at_eight_bits_alone(made: Any) -> None:
 
 
 def test_every_attribute_has_a_test_that_sees_it() -> None:
-    elsewhere = {"joins", "sigmoid_step", "symmetric", "signed", "narrow_weights", "most_bits"}
+    elsewhere = {
+        "joins",
+        "averages",
+        "sigmoid_step",
+        "symmetric",
+        "signed",
+        "narrow_weights",
+        "most_bits",
+    }
     tested = {name for names in SEEN for name in names} | elsewhere
     assert {one.name for one in fields(Placement)} == tested
 
