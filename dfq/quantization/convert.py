@@ -23,10 +23,10 @@ from .placement import EVERYWHERE, INPUTS, PLACEMENTS, Placement
 from .quantizers import Quantizer, grid
 from .ranges import (
     FINE,
+    LEAST_READ,
     PREDICTION,
     READERS,
     SEARCHES,
-    VANISHES,
     VANISHING,
     Range,
     lsq,
@@ -353,12 +353,12 @@ def set_range(quantizer: Quantizer, values: Tensor, search: str) -> None:
     find, reader = SEARCHES[search if quantizer.bits <= 8 else "minmax"], quantizer.reader
     if reader == "relu":
         # Clipping below zero does what the ReLU does: no level is to be spent there.
-        column = column.clamp_min(0)
+        column = column.clamp_min(LEAST_READ[reader])
     elif find is mse and reader == PREDICTION:
         find = minmax
     elif find is mse and reader in VANISHING and quantizer.bits >= FINE:
         # What is clipped below errs to one side, which the next layer adds up and mse does not see.
-        column, find = column.clamp_min(VANISHES), minmax
+        column, find = column.clamp_min(LEAST_READ[reader]), minmax
     elif find is mse and reader in READERS:
         find = functools.partial(mse, through=READERS[reader])
 

@@ -23,8 +23,7 @@ def bound_factors(module: nn.Module) -> None:
     for layer in module.modules():
         if not isinstance(layer, QUANTIZED_LAYERS) or layer.output_quantizer is None:
             continue
-        weight = layer.weight_quantizer.scale_of(layer.weight).max()
-        least = layer.input_quantizer.scale.max() * weight / MOST
+        least = layer.input_quantizer.scale.max() * layer.weight_quantizer.scale.max() / MOST
         for quantizer in layer.output_quantizer.modules():
             if isinstance(quantizer, Quantizer) and bool((quantizer.scale < least).any()):
                 zero = quantizer.zero_point.detach().clone()
