@@ -15,43 +15,43 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .comparison import compare as compare
-    from .deploying import deploy as deploy
-    from .detectors import load_detector as load_detector
+    from .api.deploy import deploy as deploy
+    from .api.export import export as export
+    from .api.predict import predict as predict
+    from .api.report import report as report
+    from .api.verify import verify as verify
     from .errors import UserError as UserError
     from .export.cost import cost as cost
-    from .exporting import export as export
-    from .predicting import predict as predict
+    from .models import load_detector as load_detector
     from .recipe import Recipe as Recipe
     from .recipe import load_recipe as load_recipe
-    from .report.verb import report as report
-    from .run import load_run as load_run
+    from .runs.comparison import compare as compare
+    from .runs.folder import load_run as load_run
     from .verbs import evaluate as evaluate
     from .verbs import inspect as inspect
     from .verbs import quantize as quantize
     from .verbs import sensitivity as sensitivity
     from .verbs import synthesize as synthesize
-    from .verifying import verify as verify
 
 # Imported on first use: `dfq --help` need not wait seconds for torch and Ultralytics.
 _HOMES = {
     "UserError": "errors",
     "load_recipe": "recipe",
     "Recipe": "recipe",
-    "load_detector": "detectors",
-    "load_run": "run",
+    "load_detector": "models",
+    "load_run": "runs.folder",
     "synthesize": "verbs",
     "quantize": "verbs",
     "sensitivity": "verbs",
     "evaluate": "verbs",
     "inspect": "verbs",
-    "predict": "predicting",
-    "compare": "comparison",
-    "deploy": "deploying",
-    "export": "exporting",
-    "verify": "verifying",
+    "predict": "api.predict",
+    "compare": "runs.comparison",
+    "deploy": "api.deploy",
+    "export": "api.export",
+    "verify": "api.verify",
     "cost": "export.cost",
-    "report": "report.verb",
+    "report": "api.report",
 }
 __all__ = ["__version__", *sorted(_HOMES)]
 
@@ -62,7 +62,7 @@ def __getattr__(name: str) -> Any:
     found = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
     if isinstance(found, type):
         return found
-    if name in ("export", "report", "sensitivity"):
+    if name in ("export", "report"):
         # A package has this name too, which importing it gives back in any case.
         return importlib.import_module(f".{name}", __name__)
     from .errors import for_python

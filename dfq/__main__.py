@@ -1,11 +1,11 @@
 """`python -m dfq` is `dfq`."""
 
-from .processes import end_with_launcher
+from .runtime.processes import end_with_launcher
 
 if __name__ == "__main__":
     # Before all that takes time to import: the launcher may be killed meanwhile.
     end_with_launcher()
 
-    from .cli import main
+    from .cli.main import main
 
     main()

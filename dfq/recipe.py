@@ -10,20 +10,15 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from .errors import UserError
-from .files import user_path
-from .limits import (
-    LARGEST_SIDE,
-    LARGEST_WEIGHT,
-    MOST_IMAGES,
-    MOST_STEPS,
-)
-from .plain import brief, parse_yaml, read_small
+from .quantization.bit_widths import ALLOWED, Widths, check_budget, parse_widths
 from .quantization.placement import PLACEMENTS, Runtime
-from .quantization.widths import ALLOWED, Widths, check_budget, parse_widths
 from .recipe_overrides import Overrides, flat, override
-from .recipe_section import Section
-from .recipe_synthesis import Synthesis
-from .suggest import suggestion
+from .runtime.files import user_path
+from .runtime.limits import LARGEST_SIDE, LARGEST_WEIGHT, MOST_IMAGES, MOST_STEPS
+from .runtime.plain import brief, parse_yaml, read_small
+from .runtime.settings import Section
+from .runtime.suggest import suggestion
+from .synthesis.settings import Synthesis
 
 
 class Mixed(Section):

@@ -12,24 +12,24 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from .dataset.calibration import CalibrationSet
-from .dataset.image_set import ImageSet
-from .dataset.pixels import Pixels
-from .detectors.base import Detector
-from .distillation.losses import total_divergence
-from .distillation.trainer import LabelledImages, Outcome, Trainer
-from .distributed import World
+from .data.calibration_set import CalibrationSet
+from .data.image_set import ImageSet
+from .data.pixels import Pixels
 from .errors import DivergedError, UserError
 from .evaluation.coco import evaluate as evaluate_detector
-from .files import read_json, write_json
-from .progress import Progress
+from .mixed_precision.search import find_bits
+from .models.base import Detector
+from .ptq.activation_refinement import narrow_activations, refine_grids
+from .ptq.gptq import is_too_wide, reconstruct
+from .qat.losses import total_divergence
+from .qat.trainer import LabelledImages, Outcome, Trainer
 from .quantization.convert import Policy, calibrate, insert_quantizers, quantized_layers
 from .quantization.margins import keep_within_statistics
 from .quantization.quantizers import Quantizer
 from .recipe import Quantization, Recipe
-from .reconstruction.activation_grids import narrow_activations, refine_grids
-from .reconstruction.second_order import is_too_wide, reconstruct
-from .sensitivity.policy import find_bits
+from .runtime.distributed import World
+from .runtime.files import read_json, write_json
+from .runtime.progress import Progress
 
 FAR = 10.0
 """A network so many times further from its teacher than it began has lost what it could."""

@@ -6,14 +6,19 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from .cache import cached_folder, origin_for
-from .dataset.calibration import CalibrationSet
-from .dataset.training_images import open_training_data
-from .detectors.base import Detector
-from .distributed import gathered
-from .files import require_output_folder, short_name, user_path, write_atomic
-from .finish import finish, hold_out
-from .inputs import (
+from .api.evaluate import evaluate as evaluate
+from .api.finishing import finish, hold_out
+from .data.calibration_set import CalibrationSet
+from .data.training_images import open_training_data
+from .mixed_precision.search import Sensitivity, check_budget_can_be_kept, find_bits
+from .models.base import Detector
+from .quantization.convert import fold, insert_quantizers
+from .quantization.inspection import Inspection, describe
+from .quantization.output_quantizers import count_joins
+from .recipe import Recipe, as_noise, changed_recipe
+from .recipe_overrides import Overrides
+from .runs.folder import Run, check_run, identity_of_recipe, open_run
+from .runs.inputs import (
     WithPhotographs,
     labelled_set,
     photographs,
@@ -21,18 +26,13 @@ from .inputs import (
     require_side,
     training_data,
 )
-from .measuring import evaluate as evaluate
-from .models import load_float, load_model, require_float
-from .quantization.convert import fold, insert_quantizers
-from .quantization.listing import Inspection, describe
-from .quantization.results import count_joins
-from .recipe import Recipe, as_noise, changed_recipe
-from .recipe_overrides import Overrides
-from .run import Run, check_run, identity_of_recipe, open_run
-from .sensitivity.policy import Sensitivity, check_budget_can_be_kept, find_bits
-from .surroundings import Report, own_device, reporter
-from .synthesis.produce import synthesize_set
-from .tensorboard import Curves, WithCurves
+from .runs.loading import load_float, load_model, require_float
+from .runs.set_cache import cached_folder, origin_for
+from .runtime.distributed import gathered
+from .runtime.files import require_output_folder, short_name, user_path, write_atomic
+from .runtime.surroundings import Report, own_device, reporter
+from .runtime.tensorboard import Curves, WithCurves
+from .synthesis.pipeline import synthesize_set
 from .training import data_identity, mixed_policy, policy_of, train
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from dfq.processes import keeping_signal_stack
+from dfq.runtime.processes import keeping_signal_stack
 
 # A shell that starts the tests in the background has SIGINT ignored, by what they start as well.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dfq.detectors.base import Detections, Detector
 from dfq.export.exported import ExportedModel, ExportInfo
+from dfq.models.base import Detections, Detector
 
 
 class ExportedDouble(ExportedModel):

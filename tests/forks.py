@@ -19,11 +19,13 @@ machine, by what works."""
 
 # One process imports torch once; each command is a fork of it, with its own id to kill.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["dfq.verbs", "dfq.detectors.yolov5", "dfq.detectors.ultralytics"])
+FORKS.set_forkserver_preload(
+    ["dfq.verbs", "dfq.models.yolov5.detector", "dfq.models.ultralytics.detector"]
+)
 
 
 def _main(words: list[str], environment: dict[str, str], threads: int, output: str) -> None:
-    from dfq.cli import cli
+    from dfq.cli.main import cli
 
     # Otherwise it has that of the test which started the process it was forked from.
     os.environ.update(environment)

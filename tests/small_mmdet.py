@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dfq.detectors.base import Detector
+from dfq.models.base import Detector
 
 SIDE = 64
 NAMES = ("ball", "ring", "star", "triangle", "cross", "flower", "arrow", "checker", "brick", "moon")

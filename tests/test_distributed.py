@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from forks import PATIENCE
 
-from dfq import distributed
-from dfq.distributed import World, device_for, gathered, leads, one_thread
 from dfq.errors import UserError
+from dfq.runtime import distributed
+from dfq.runtime.distributed import World, device_for, gathered, leads, one_thread
 
 
 def together(size: int, work: Callable[[World], Any]) -> list[Any]:

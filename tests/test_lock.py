@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from dfq import lock
 from dfq.errors import UserError
-from dfq.lock import locked
+from dfq.runtime import lock
+from dfq.runtime.lock import locked
 
 
 def test_a_second_one_is_refused_until_the_first_is_through(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dfq.memory import freed_memory_kept
+from dfq.runtime.malloc import freed_memory_kept
 
 BYTES = 48 << 20
 """Above what glibc ever keeps by its own rule."""

@@ -16,10 +16,10 @@ import torch
 import yaml
 
 from dfq.errors import UserError, shown
-from dfq.files import read_json
-from dfq.limits import DEEPEST, MOST_NODES
-from dfq.plain import brief, one_line, parse_json, parse_yaml, plain_tree
-from dfq.suggest import suggestion
+from dfq.runtime.files import read_json
+from dfq.runtime.limits import DEEPEST, MOST_NODES
+from dfq.runtime.plain import brief, one_line, parse_json, parse_yaml, plain_tree
+from dfq.runtime.suggest import suggestion
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dfq.detectors import load_detector
 from dfq.errors import UserError
-from dfq.precision import computing_in, float32, resolve_precision
+from dfq.models import load_detector
+from dfq.runtime.precision import computing_in, float32, resolve_precision
 
 CPU = torch.device("cpu")
 

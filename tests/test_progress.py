@@ -7,8 +7,8 @@ import re
 
 import pytest
 
-from dfq import progress
-from dfq.progress import Live, Silent
+from dfq.runtime import progress
+from dfq.runtime.progress import Live, Silent
 
 
 class Clock:

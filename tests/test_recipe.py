@@ -12,7 +12,7 @@ import click
 import pytest
 import yaml
 
-from dfq.cli import cli
+from dfq.cli.main import cli
 from dfq.errors import UserError
 from dfq.recipe import Recipe, find_recipe, load_recipe, shipped_recipes
 

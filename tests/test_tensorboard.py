@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dfq.errors import UserError
-from dfq.tensorboard import _OPEN, Curves
+from dfq.runtime.tensorboard import _OPEN, Curves
 
 accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 

@@ -10,11 +10,11 @@ import torch
 from tiny_detector import blobs, tiny_detector
 from torch import Tensor
 
-from dfq.detectors.base import Targets
-from dfq.progress import Silent
+from dfq.models.base import Targets
 from dfq.quantization.convert import Policy, fold
 from dfq.quantization.quantizers import Quantizer
 from dfq.recipe import load_recipe
+from dfq.runtime.progress import Silent
 from dfq.training import mean_divergence, policy_of, quantized
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dfq.detectors.yolov5 import YOLOv5
+from dfq.models.yolov5.detector import YOLOv5
 
 SIDE = 64
 

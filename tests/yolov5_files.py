@@ -18,7 +18,7 @@ import torch
 from tiny_detector import DESCRIPTION, tiny_detector
 from torch import nn
 
-from dfq.detectors import yolov5_network
+from dfq.models.yolov5 import network as yolov5_network
 
 PLACES = {
     "models.common": (

@@ -21,14 +21,14 @@ from typing import Any
 
 import click
 
-from dfq.dataset.readers import open_set
-from dfq.dataset.training_images import LetterboxedImages
-from dfq.detectors import load_detector
+from dfq.data.readers import open_set
+from dfq.data.training_images import LetterboxedImages
 from dfq.errors import UserError
 from dfq.evaluation.coco import evaluate
-from dfq.files import read_json, write_json
+from dfq.models import load_detector
 from dfq.quantization.convert import fold
 from dfq.recipe import Recipe, load_recipe
+from dfq.runtime.files import read_json, write_json
 from dfq.training import mean_divergence
 from dfq.verbs import load_model, quantize, synthesize
 

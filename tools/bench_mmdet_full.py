@@ -22,7 +22,7 @@ IMAGES = 4
 
 def _segmented(data: Path, out: Path) -> Path:
     """The first images of a set whose objects all have masks, as a set of its own."""
-    from dfq.dataset.readers import open_set
+    from dfq.data.readers import open_set
 
     found = open_set(data).segmented()
     if found is None:

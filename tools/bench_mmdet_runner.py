@@ -21,8 +21,8 @@ from small_rcnn import FAMILIES, SIDE
 
 import dfq
 from dfq.demo import NAMES
-from dfq.detectors import load_detector
-from dfq.detectors.mmdet_config import unplain
+from dfq.models import load_detector
+from dfq.models.mmdet.config import unplain
 from dfq.recipe import load_recipe
 
 TRAINED = ("method=qat", "distillation.keep_worse=true")

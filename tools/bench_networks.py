@@ -31,19 +31,19 @@ import click
 import torch
 from network_tables import JUDGED, Key, Results, Row, figure, report
 
-from dfq.dataset.image_set import ImageSet
-from dfq.dataset.readers import open_set
-from dfq.dataset.training_images import LetterboxedImages
-from dfq.detectors import load_detector
-from dfq.detectors.base import Detections, Detector
-from dfq.distillation.trainer import LabelledImages
+from dfq.data.image_set import ImageSet
+from dfq.data.readers import open_set
+from dfq.data.training_images import LetterboxedImages
 from dfq.errors import UserError
 from dfq.evaluation.agreement import pseudo_labelled, unlabelled
 from dfq.evaluation.coco import plain, predict, score
-from dfq.files import append_line, plain_name
-from dfq.progress import Silent
+from dfq.models import load_detector
+from dfq.models.base import Detections, Detector
+from dfq.qat.trainer import LabelledImages
 from dfq.quantization.convert import fold
 from dfq.recipe import load_recipe
+from dfq.runtime.files import append_line, plain_name
+from dfq.runtime.progress import Silent
 from dfq.synthesis.quality import set_quality
 from dfq.training import policy_of, quantized
 from dfq.verbs import synthesize

@@ -17,9 +17,9 @@ import click
 import torch
 from torch import Generator, Tensor
 
-from dfq.detectors import load_detector
-from dfq.detectors.base import Detector, Targets
-from dfq.distillation.trainer import Trainer
+from dfq.models import load_detector
+from dfq.models.base import Detector, Targets
+from dfq.qat.trainer import Trainer
 from dfq.quantization.convert import calibrate, fold, insert_quantizers
 from dfq.recipe import load_recipe
 from dfq.training import policy_of

@@ -19,12 +19,12 @@ from typing import Any
 
 import click
 
-from dfq.dataset.readers import ImageSet, open_set
-from dfq.detectors import load_detector
+from dfq.data.readers import ImageSet, open_set
 from dfq.evaluation.coco import bootstrap_ap, predict, score
-from dfq.files import read_json, write_json
-from dfq.progress import Live
+from dfq.models import load_detector
 from dfq.recipe import Recipe, load_recipe
+from dfq.runtime.files import read_json, write_json
+from dfq.runtime.progress import Live
 from dfq.verbs import load_model, quantize, synthesize
 
 PTQ = ("method=ptq", "quantization.rounding=nearest", "quantization.refine_images=0")

@@ -15,13 +15,13 @@ from unittest import mock
 import click
 import torch
 
-from dfq.dataset.training_images import open_training_data
-from dfq.detectors import load_detector
-from dfq.progress import Silent
+from dfq.data.training_images import open_training_data
+from dfq.models import load_detector
+from dfq.ptq import gptq as second_order
+from dfq.ptq.block_cache import FinishedBlocks
 from dfq.quantization.convert import fold
 from dfq.recipe import load_recipe
-from dfq.reconstruction import second_order
-from dfq.reconstruction.finished import FinishedBlocks
+from dfq.runtime.progress import Silent
 from dfq.training import policy_of, quantized
 
 

@@ -25,13 +25,13 @@ import click
 import torch
 from torch import Generator, Tensor
 
-from dfq.detectors import load_detector
-from dfq.detectors.base import Detector
-from dfq.memory import freed_memory_kept
+from dfq.models import load_detector
+from dfq.models.base import Detector
 from dfq.recipe import load_recipe
+from dfq.runtime.malloc import freed_memory_kept
+from dfq.synthesis.augmentation import initial_images
 from dfq.synthesis.inversion import Inversion
 from dfq.synthesis.labels import single
-from dfq.synthesis.views import initial_images
 
 
 def bare_loop(detector: Detector, images: Tensor, precision: str) -> Callable[[int], None]:

@@ -15,12 +15,12 @@ from pathlib import Path
 import click
 import torch
 
-from dfq.dataset.calibration import CalibrationSet
-from dfq.dataset.readers import open_set
-from dfq.detectors.base import Detector
+from dfq.data.calibration_set import CalibrationSet
+from dfq.data.readers import open_set
 from dfq.evaluation.coco import bootstrap_ap, predict, score
-from dfq.progress import Live
+from dfq.models.base import Detector
 from dfq.recipe import load_recipe
+from dfq.runtime.progress import Live
 from dfq.verbs import load_model, quantize, synthesize
 
 # As it was before there were better ways: weights symmetric, ranges by least squares alone.

@@ -22,9 +22,9 @@ import matplotlib
 import torch
 from ablate_synthesis import Ablation, spread
 
-from dfq.detectors import load_detector
-from dfq.files import read_json, write_json
+from dfq.models import load_detector
 from dfq.recipe import Recipe, load_recipe
+from dfq.runtime.files import read_json, write_json
 from dfq.synthesis.inversion import Inversion
 from dfq.synthesis.labels import single
 from dfq.verbs import quantize, synthesize

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import click
 
-from dfq.dataset.readers import open_set
-from dfq.dataset.training_images import LetterboxedImages
+from dfq.data.readers import open_set
+from dfq.data.training_images import LetterboxedImages
 from dfq.evaluation.coco import evaluate
 from dfq.training import mean_divergence
 from dfq.verbs import load_model

@@ -20,12 +20,12 @@ import torch
 from demo_detector import draw
 from torch import Generator, Tensor
 
-from dfq.dataset.augment import augment, mosaic
-from dfq.dataset.readers import open_set
-from dfq.dataset.training_images import LetterboxedImages
-from dfq.detectors import from_spec, load_detector, save_detector
-from dfq.detectors.base import Detector, Targets
+from dfq.data.augment import augment, mosaic
+from dfq.data.readers import open_set
+from dfq.data.training_images import LetterboxedImages
 from dfq.errors import UserError
+from dfq.models import from_spec, load_detector, save_detector
+from dfq.models.base import Detector, Targets
 
 Look = Callable[[Tensor], Tensor]
 """What is done to images, float32 `(n, 3, h, w)` in [0, 1]."""

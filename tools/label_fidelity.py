@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from dfq.dataset.calibration import CalibrationSet
-from dfq.dataset.readers import open_set
-from dfq.dataset.summary import Objects
+from dfq.data.calibration_set import CalibrationSet
+from dfq.data.readers import open_set
+from dfq.data.statistics import Objects
 from dfq.errors import UserError
-from dfq.evaluation.fidelity import Fidelity, compare
+from dfq.evaluation.label_fidelity import Fidelity, compare
 
 HEADER = [
     "| labels | images | objects / image | categories (JS, bits) | area (W1) | "

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from dfq.demo.scenes import NAMES, TRAINING_SEED_START, draw_scene
-from dfq.detectors import Detector, from_spec, save_detector
-from dfq.detectors.mmdet_config import plain, prepared, read_config, shipped_config
+from dfq.models import Detector, from_spec, save_detector
+from dfq.models.mmdet.config import plain, prepared, read_config, shipped_config
 
 SIDE = 128
 _COMMON = {"names": list(NAMES), "image_size": SIDE, "stride": 32, "fingerprint": "", "source": ""}
@@ -149,7 +149,7 @@ def _losses(detector: Detector, batch: list[Labelled]) -> Tensor:
     from mmdet.structures.mask import BitmapMasks
     from mmengine.structures import InstanceData
 
-    from dfq.detectors.mmdet_base import metas, scalars
+    from dfq.models.mmdet.base import metas, scalars
 
     samples = []
     for meta, (_, boxes, labels, masks) in zip(metas(len(batch), (SIDE, SIDE)), batch, strict=True):

@@ -11,10 +11,10 @@ from __future__ import annotations
 import click
 import torch
 
-from dfq.detectors import load_detector
 from dfq.errors import UserError
+from dfq.models import load_detector
 from dfq.quantization.convert import Policy, calibrate, fold, insert_quantizers
-from dfq.quantization.listing import describe, quantized_share
+from dfq.quantization.inspection import describe, quantized_share
 
 CONFIGS = (
     "faster-rcnn_r50_fpn_1x_coco",

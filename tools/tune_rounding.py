@@ -13,14 +13,14 @@ import itertools
 
 import click
 
-from dfq.dataset.readers import open_set
-from dfq.dataset.training_images import LetterboxedImages, open_training_data
-from dfq.detectors import load_detector
+from dfq.data.readers import open_set
+from dfq.data.training_images import LetterboxedImages, open_training_data
 from dfq.evaluation.coco import evaluate
-from dfq.progress import Silent
+from dfq.models import load_detector
+from dfq.ptq.gptq import reconstruct
 from dfq.quantization.convert import fold
 from dfq.recipe import load_recipe
-from dfq.reconstruction.second_order import reconstruct
+from dfq.runtime.progress import Silent
 from dfq.training import mean_divergence, policy_of, quantized
 
 

@@ -19,10 +19,10 @@ from runtime_tools import (
 )
 
 import dfq
-from dfq.dataset.readers import open_set
-from dfq.detectors.base import Detector
+from dfq.data.readers import open_set
 from dfq.export.calibration_files import export_for
 from dfq.export.latency import ROUNDS
+from dfq.models.base import Detector
 
 SUFFIXES = {"onnxruntime": ".onnx", "OpenVINO": ".xml"}
 PLACED_FOR = {"onnxruntime": "onnxruntime", "OpenVINO": "openvino"}

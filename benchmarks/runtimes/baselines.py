@@ -43,16 +43,16 @@ from baseline_tables import report, surroundings
 from runtime_tools import bytes_of, pairs
 from torch import Tensor
 
-from dfq.dataset.readers import open_set
-from dfq.detectors import load_detector
-from dfq.detectors.base import Detections, Detector
+from dfq.data.readers import open_set
 from dfq.errors import UserError, shown
 from dfq.evaluation.agreement import pseudo_labelled
 from dfq.evaluation.bootstrap import bootstrap_difference
 from dfq.evaluation.coco import predict, score
 from dfq.export.latency import ROUNDS, in_turns
 from dfq.export.opening import OpenVinoFile, RuntimeFile, open_file
-from dfq.files import append_line, write_atomic
+from dfq.models import load_detector
+from dfq.models.base import Detections, Detector
+from dfq.runtime.files import append_line, write_atomic
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 """The first also counts what others do on the same cores, the second only the runtime itself."""

@@ -25,11 +25,11 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from runtime_tools import INPUT, by_nncf, by_onnxruntime, bytes_of, images_of, pairs
 from torch import Tensor, nn
 
-from dfq.dataset.readers import open_set
-from dfq.detectors import load_detector
-from dfq.detectors.base import Detections, Detector
+from dfq.data.readers import open_set
 from dfq.evaluation.bootstrap import bootstrap_difference
 from dfq.evaluation.coco import predict, score
+from dfq.models import load_detector
+from dfq.models.base import Detections, Detector
 
 Run = Callable[[np.ndarray], Sequence[np.ndarray]]
 

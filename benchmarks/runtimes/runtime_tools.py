@@ -13,9 +13,9 @@ import onnx
 import openvino
 from onnxruntime.quantization import QuantType, quantize_dynamic, quantize_static
 
-from dfq.dataset.calibration import CalibrationSet
-from dfq.dataset.image_set import ImageSet
-from dfq.dataset.readers import open_set
+from dfq.data.calibration_set import CalibrationSet
+from dfq.data.image_set import ImageSet
+from dfq.data.readers import open_set
 from dfq.export.calibration_plugins import nncf_dataset, onnxruntime_reader
 
 INPUT = "images"

@@ -10,22 +10,22 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..dataset.calibration import CalibrationSet
-from ..dataset.readers import ImageSet, open_set
-from ..deploying import RECIPE, deploy
-from ..deployment import Deployment
-from ..detectors.base import Detecting, Detections
+from ..api.deploy import RECIPE, deploy
+from ..data.calibration_set import CalibrationSet
+from ..data.readers import ImageSet, open_set
 from ..evaluation.coco import predict, score
 from ..export.opening import open_exported
 from ..export.targets import load_target
-from ..files import read_json, write_atomic, write_json
-from ..models import load_model
-from ..progress import Progress
-from ..quantization.listing import describe
+from ..models.base import Detecting, Detections
+from ..quantization.inspection import describe
 from ..recipe import load_recipe
 from ..report.cost import cost_of
 from ..report.material import Compared, Comparison
-from ..run import load_run
+from ..runs.deployment import Deployment
+from ..runs.folder import load_run
+from ..runs.loading import load_model
+from ..runtime.files import read_json, write_atomic, write_json
+from ..runtime.progress import Progress
 from ..verbs import quantize, synthesize
 from .picture import Column, draw_picture
 from .scenes import VALIDATION_SEED_START, write_coco
@@ -109,7 +109,7 @@ def _compare(made: Deployment, out: Path, progress: Progress) -> None:
     picture = _picture(scenes, found, results, CalibrationSet.open(Path(made.figures["set"])))
     write_atomic(out / PICTURE, picture)
     # Not above: what draws is slow to import.
-    from ..report.verb import report
+    from ..api.report import report
 
     networks = {FLOAT: load_model("demo"), NAIVE: load_run(naive), THIS: load_run(out / "run")}
     costs = {name: cost_of(describe(network)) for name, network in networks.items()}

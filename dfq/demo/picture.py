@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..dataset.calibration import CalibrationSet
-from ..dataset.image_set import ImageSet
-from ..detectors.base import Detections
-from ..drawing import FAINT, INK, PAPER, draw_boxes, font
+from ..data.calibration_set import CalibrationSet
+from ..data.drawing import FAINT, INK, PAPER, draw_boxes, font
+from ..data.image_set import ImageSet
+from ..models.base import Detections
 
 SHOWN_SCORE = 0.3
 """Detections that are not above are not drawn, nor labels of which the network is less sure."""

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from ..files import write_atomic
+from ..runtime.files import write_atomic
 from .shapes import SHAPES, Array, Generator, Shape, colour, coverage
 
 NAMES: tuple[str, ...] = tuple(SHAPES)

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from ..dataset.image_set import ImageSet, Item, usable
-from ..detectors.base import Detecting, Detections, Detector
+from ..data.image_set import ImageSet, Item, usable
 from ..errors import UserError, argument, shown
-from ..progress import Progress
+from ..models.base import Detecting, Detections, Detector
+from ..runtime.progress import Progress
 from .coco import bootstrap_ap, plain, predict, score
 
 REFERENCE_SCORE = 0.3

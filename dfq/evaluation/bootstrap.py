@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 from pycocotools.cocoeval import COCOeval
 
-from ..dataset.outlines import Segment
-from ..dataset.readers import ImageSet
-from ..detectors.base import Detections
-from .matching import match
+from ..data.outlines import Segment
+from ..data.readers import ImageSet
+from ..models.base import Detections
+from .coco_matching import match
 
 
 def bootstrap_ap(

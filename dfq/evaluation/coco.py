@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..dataset.letterbox import LetterboxTransform, load_letterboxed
-from ..dataset.outlines import Segment
-from ..dataset.readers import ImageSet, open_set
-from ..detectors.base import Detecting, Detections, Detector
+from ..data.letterbox import LetterboxTransform, load_letterboxed
+from ..data.outlines import Segment
+from ..data.readers import ImageSet, open_set
 from ..errors import UserError
+from ..models.base import Detecting, Detections, Detector
 from .bootstrap import bootstrap_ap
+from .coco_matching import match, require_labels
 from .masks import encode
-from .matching import match, require_labels
 
 __all__ = ["Metrics", "bootstrap_ap", "evaluate", "predict", "score"]
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from ..dataset.outlines import Segment
+from ..data.outlines import Segment
 
 THRESHOLD = 0.5
 """What a pixel's value must reach to belong to the object."""

@@ -1,11 +1,11 @@
 """From a detector to a file that a runtime executes, and back: what is in such a file, how it is
 run, and whether it is right.
 
-`dfq.export` names this package and a function of `dfq`, as `dfq.sensitivity` does.
+`dfq.export` names this package and a function of `dfq`, as `dfq.mixed_precision` does.
 """
 
 from __future__ import annotations
 
-from ..package_call import make_callable
+from ..runtime.package_call import make_callable
 
-make_callable(__name__, "exporting")
+make_callable(__name__, "api.export")

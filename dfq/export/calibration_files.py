@@ -10,11 +10,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from ..dataset.calibration import CalibrationSet
-from ..dataset.export import export_yolo, new_folder, require_new_folder, write_yolo
-from ..dataset.image_set import ImageSet
+from ..data.calibration_set import CalibrationSet
+from ..data.export_layouts import export_yolo, new_folder, require_new_folder, write_yolo
+from ..data.image_set import ImageSet
 from ..errors import UserError, shown
-from ..files import user_path
+from ..runtime.files import user_path
 from .calibration_images import CalibrationImages, Layout
 
 SNIPPETS = Path(__file__).with_name("snippets")

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..dataset.calibration import CalibrationSet
-from ..dataset.image_set import ImageSet, image_size
-from ..dataset.letterbox import letterbox, load_letterboxed
-from ..dataset.readers import open_set
+from ..data.calibration_set import CalibrationSet
+from ..data.image_set import ImageSet, image_size
+from ..data.letterbox import letterbox, load_letterboxed
+from ..data.readers import open_set
 from ..errors import UserError, shown
-from ..files import user_path
-from ..limits import LARGEST_SIDE
+from ..runtime.files import user_path
+from ..runtime.limits import LARGEST_SIDE
 
 Layout = Literal["nchw", "nhwc"]
 Values = Literal["float32", "uint8"]

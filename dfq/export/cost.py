@@ -27,11 +27,11 @@ from typing import Any
 
 from torch import nn
 
-from ..detectors.base import Detector
 from ..errors import UserError, argument, shown
-from ..files import user_path
-from ..models import load_model
-from ..quantization.listing import FLOAT_BITS, LayerInfo, describe
+from ..models.base import Detector
+from ..quantization.inspection import FLOAT_BITS, LayerInfo, describe
+from ..runs.loading import load_model
+from ..runtime.files import user_path
 from .activations import Call, watch_activations
 from .opening import is_exported
 

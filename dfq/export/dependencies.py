@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import UserError
-from ..processes import keeping_signal_stack
+from ..runtime.processes import keeping_signal_stack
 
 _EXTRAS = {"litert_torch": "litert", "ai_edge_litert": "litert"}
 

@@ -11,8 +11,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from ..detectors.base import Detections, check_side
 from ..errors import UserError, shown
+from ..models.base import Detections, check_side
 
 Format = Literal["onnx", "openvino", "litert", "torch"]
 SUFFIXES: dict[str, str] = {

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms
 
-from ..detectors.base import Detections
 from ..errors import UserError, shown
+from ..models.base import Detections
 from .exported import ExportedModel, ExportInfo
 from .opening import RuntimeFile
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torchvision.ops import box_iou
 
-from ..detectors.base import Detections
 from ..evaluation.agreement import matches
+from ..models.base import Detections
 
 THRESHOLD = 0.25
 """Score from which on a detection counts, as most people set it."""

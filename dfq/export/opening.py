@@ -13,11 +13,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from ..detectors import from_spec
-from ..detectors.base import Detections, Detector
 from ..errors import UserError, shown
-from ..files import user_path
-from ..plain import one_line
+from ..models import from_spec
+from ..models.base import Detections, Detector
+from ..runtime.files import user_path
+from ..runtime.plain import one_line
 from .dependencies import compile_openvino, require
 from .exported import SUFFIXES, ExportedModel, ExportInfo
 from .program import input_shape

@@ -14,16 +14,11 @@ import torch.ao.quantization.fx._decomposed
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from ..detectors.base import Detector, Part
-from ..quantization.layers import (
-    QuantConv2d,
-    QuantLinear,
-    QuantMatmul,
-    QuantSiLU,
-)
+from ..models.base import Detector, Part
+from ..quantization.layers import QuantConv2d, QuantLinear, QuantMatmul, QuantSiLU
+from ..quantization.output_quantizers import RESULTS, requantize_results
 from ..quantization.placement import PLACEMENTS
 from ..quantization.quantizers import Quantizer
-from ..quantization.results import RESULTS, requantize_results
 from .grids import grid_of
 from .passes import tidy
 from .written import Ends, GatedSiLU, Layer, Product, QuantizeDequantize

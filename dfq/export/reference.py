@@ -10,17 +10,10 @@ import torch
 import torch.ao.quantization.fx._decomposed
 from torch import Tensor, fx
 
-from ..detectors.base import Detector
+from ..models.base import Detector
 from .exported import ExportedModel
 from .integer import KERNELS, run_in_integers
-from .parity import (
-    TIMES_FLOOR,
-    TIMES_FLOOR_APPROXIMATE,
-    WITHIN_ONE,
-    Parity,
-    distance,
-    parity,
-)
+from .parity import TIMES_FLOOR, TIMES_FLOOR_APPROXIMATE, WITHIN_ONE, Parity, distance, parity
 from .passes import DEQUANTIZE, QUANTIZE
 from .program import Program, build, input_shape
 from .written import OPS

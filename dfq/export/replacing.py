@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..detectors import from_spec
-from ..detectors.base import Detector
+from ..models import from_spec
+from ..models.base import Detector
 from ..quantization.convert import (
     Policy,
     activation_quantizers,

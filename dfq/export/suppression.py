@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..detectors.base import Detections
+from ..models.base import Detections
 from .dependencies import require
 
 IOU, MOST = 0.6, 300

@@ -13,11 +13,11 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from ..errors import UserError, shown
-from ..files import plain_name, user_path
-from ..plain import brief, parse_yaml, read_small
 from ..quantization.placement import PLACEMENTS, Runtime
-from ..recipe_section import Section
-from ..suggest import suggestion
+from ..runtime.files import plain_name, user_path
+from ..runtime.plain import brief, parse_yaml, read_small
+from ..runtime.settings import Section
+from ..runtime.suggest import suggestion
 
 FOLDER = Path(__file__).resolve().parent.parent / "targets"
 
@@ -149,7 +149,7 @@ def _explain(problem: Any) -> str:
 
 def _check(target: Target, where: str) -> None:
     """Refuse what each key allows and all together do not."""
-    from ..exporting import RUNTIMES
+    from ..api.export import RUNTIMES
     from .calibration_files import TOOLS
 
     if not plain_name(target.name):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ..errors import UserError, shown
-from ..plain import one_line
+from ..runtime.plain import one_line
 from .dependencies import require
 from .exported import ExportInfo
 from .factors import require_addable

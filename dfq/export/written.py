@@ -10,7 +10,7 @@ import torch.ao.quantization.fx._decomposed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..detectors.matmul import Matmul
+from ..models.nn.matmul import Matmul
 from ..quantization.layers import (
     QuantConv2d,
     QuantLinear,

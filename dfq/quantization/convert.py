@@ -12,16 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..detectors.base import Detector
 from ..errors import UserError
+from ..graph.fold_batchnorm import fold_batchnorm
+from ..graph.tracing import trace
+from ..models.base import Detector
+from .bit_widths import Widths, parse_widths
 from .factors import bound_factors
-from .folding import fold_batchnorm
-from .joins import trace
+from .inspection import FLOAT_KINDS, describe
 from .layers import QUANTIZED_LAYERS, QuantConv2d, QuantLinear, QuantMatmul, QuantSiLU
-from .listing import FLOAT_KINDS, describe
+from .output_quantizers import quantize_results, result_quantizers
 from .placement import EVERYWHERE, INPUTS, PLACEMENTS, Placement
 from .quantizers import Quantizer, grid
-from .ranges import (
+from .range_search import (
     FINE,
     LEAST_READ,
     PREDICTION,
@@ -35,8 +37,6 @@ from .ranges import (
     mse,
     three_deviations,
 )
-from .results import quantize_results, result_quantizers
-from .widths import Widths, parse_widths
 
 
 @dataclass(frozen=True)

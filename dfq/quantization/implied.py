@@ -16,11 +16,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from ..detectors.base import Detector
+from ..graph.fold_batchnorm import FoldedBatchNorm
+from ..models.base import Detector
 from .convert import activation_quantizers, float_mode
-from .folding import FoldedBatchNorm
-from .listing import WEIGHTED
-from .results import result_quantizers
+from .inspection import WEIGHTED
+from .output_quantizers import result_quantizers
 
 STEPS = 13
 """Values of a channel that are followed, evenly from one end to the other: a function's least value

@@ -15,8 +15,8 @@ from torch.overrides import (
     has_torch_function_unary,
 )
 
-from ..detectors.base import Kinds
-from ..detectors.matmul import Matmul
+from ..models.base import Kinds
+from ..models.nn.matmul import Matmul
 from .quantizers import Quantizer, fake_quantize
 
 

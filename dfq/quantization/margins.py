@@ -21,11 +21,11 @@ import functools
 import torch
 from torch import Tensor
 
-from ..detectors.base import Detector
+from ..models.base import Detector
 from .convert import activation_quantizers, grid_above, observe, set_range
 from .implied import implied_ranges
 from .quantizers import Quantizer
-from .ranges import LEAST_READ, grid_between
+from .range_search import LEAST_READ, grid_between
 
 BITS = 7
 """Of activations whose ranges are changed, at least."""

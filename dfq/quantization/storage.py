@@ -29,8 +29,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..detectors.tensors import check_kinds
 from ..errors import UserError, shown
+from ..models.tensors import check_kinds
 from .layers import QUANTIZED_LAYERS, QuantConv2d, QuantLinear, SplitOutput
 
 BYTE = 8

@@ -6,6 +6,6 @@ package is the function.
 
 from __future__ import annotations
 
-from ..package_call import make_callable
+from ..runtime.package_call import make_callable
 
-make_callable(__name__, "report.verb")
+make_callable(__name__, "api.report")

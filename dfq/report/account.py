@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..comparison import number
-from ..dataset.calibration import CalibrationSet
-from ..dataset.training_images import LetterboxedImages
-from ..inputs import joining
-from ..label_sets import label_set
+from ..data.calibration_set import CalibrationSet
+from ..data.training_images import LetterboxedImages
+from ..runs.comparison import number
+from ..runs.inputs import joining
+from ..runtime.label_sets import label_set
 from .formats import text
 from .material import SYNTHESIS, Material
 

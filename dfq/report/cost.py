@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..comparison import number
-from ..quantization.listing import FLOAT_BITS, LayerInfo, bit_operations, weight_bytes
+from ..quantization.inspection import FLOAT_BITS, LayerInfo, bit_operations, weight_bytes
+from ..runs.comparison import number
 from .formats import amount, mebibytes
 
 Costs = Mapping[str, Mapping[str, Any]]

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import read_json
-from ..plain import plain_tree
+from ..runtime.files import read_json
+from ..runtime.plain import plain_tree
 
 FOLDER, SUFFIX = "exports", ".verify.json"
 

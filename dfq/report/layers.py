@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..comparison import number
-from ..detectors.base import Boundary, Detector
+from ..models.base import Boundary, Detector
+from ..ptq.gptq import is_too_wide
+from ..quantization.bit_widths import format_widths
 from ..quantization.convert import Policy
+from ..quantization.inspection import FLOAT_KINDS, LayerInfo
 from ..quantization.layers import QUANTIZED_LAYERS, QuantMatmul
-from ..quantization.listing import FLOAT_KINDS, LayerInfo
 from ..quantization.quantizers import Quantizer
-from ..quantization.widths import format_widths
-from ..reconstruction.second_order import is_too_wide
+from ..runs.comparison import number
 
 
 @dataclass(frozen=True)

@@ -10,23 +10,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..cache import origin_of
-from ..dataset.calibration import CalibrationSet
-from ..dataset.image_set import ImageSet
-from ..dataset.readers import open_set
-from ..dataset.training_images import open_training_data
-from ..detectors import TORCHVISION, load_detector
-from ..detectors.base import Detector
-from ..distillation.trainer import LabelledImages
+from ..data.calibration_set import CalibrationSet
+from ..data.image_set import ImageSet
+from ..data.readers import open_set
+from ..data.training_images import open_training_data
 from ..errors import UserError
 from ..evaluation.agreement import unlabelled
-from ..files import read_json, user_path
-from ..inputs import joining
-from ..plain import plain_tree
+from ..models import TORCHVISION, load_detector
+from ..models.base import Detector
+from ..qat.trainer import LabelledImages
 from ..quantization.convert import fold
-from ..quantization.listing import LayerInfo, describe
+from ..quantization.inspection import LayerInfo, describe
 from ..recipe import Recipe, load_recipe
-from ..surroundings import cache_folder
+from ..runs.inputs import joining
+from ..runs.set_cache import origin_of
+from ..runtime.files import read_json, user_path
+from ..runtime.plain import plain_tree
+from ..runtime.surroundings import cache_folder
 from ..training import data_identity
 from .exports import Export, read_exports
 

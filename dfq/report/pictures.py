@@ -13,15 +13,15 @@ import torch
 from PIL import Image, ImageFont
 from torch import Tensor
 
-from ..dataset.calibration import CalibrationSet
-from ..dataset.image_set import ImageSet
-from ..dataset.letterbox import load_letterboxed
-from ..dataset.training_images import LetterboxedImages
-from ..detectors.base import Detections, Detector
-from ..distillation.trainer import LabelledImages
-from ..drawing import COLOURS, Place, place_tag
+from ..data.calibration_set import CalibrationSet
+from ..data.drawing import COLOURS, Place, place_tag
+from ..data.image_set import ImageSet
+from ..data.letterbox import load_letterboxed
+from ..data.training_images import LetterboxedImages
 from ..evaluation.agreement import REFERENCE_SCORE
 from ..evaluation.coco import predict
+from ..models.base import Detections, Detector
+from ..qat.trainer import LabelledImages
 from .formats import text
 
 TILES = 12

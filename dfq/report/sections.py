@@ -11,14 +11,14 @@ from typing import Any, TypeVar
 import numpy as np
 
 from .. import __version__
-from ..comparison import number
-from ..dataset.calibration import CalibrationSet
-from ..dataset.summary import Objects, Summary, summarize
-from ..dataset.training_images import LetterboxedImages
+from ..api.finishing import hold_out
+from ..data.calibration_set import CalibrationSet
+from ..data.statistics import Objects, Summary, summarize
+from ..data.training_images import LetterboxedImages
 from ..errors import UserError
-from ..finish import hold_out
 from ..quantization.convert import Policy
-from ..quantization.results import count_joins
+from ..quantization.output_quantizers import count_joins
+from ..runs.comparison import number
 from ..synthesis.quality import BOUND, FIRST_BOUND, quality_of
 from . import account, figures
 from .cost import cost_of, cost_rows

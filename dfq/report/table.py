@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..comparison import number
+from ..runs.comparison import number
 from .cost import cost_of, cost_rows
 from .formats import NOTHING, fixed, mebibytes, percent, text
 from .material import Compared, Material

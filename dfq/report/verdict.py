@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..comparison import number
 from ..evaluation.agreement import REFERENCE_SCORE
+from ..runs.comparison import number
 
 Light = Literal["green", "amber", "red", "grey"]
 

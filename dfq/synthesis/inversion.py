@@ -11,20 +11,20 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from ..detectors.base import Detections, Detector, Targets
 from ..errors import UserError
-from ..precision import computing_in, float32, resolve_precision
+from ..models.base import Detections, Detector, Targets
 from ..quantization.convert import fold
-from ..recipe_synthesis import Synthesis
-from .adaptive import AdaptiveSampler
-from .balance import COMBINATIONS
+from ..runtime.precision import computing_in, float32, resolve_precision
+from .adaptive_labels import AdaptiveSampler
+from .augmentation import random_erasing, resized, shown
 from .labels import label_start, teacher_scores
+from .loss_weighting import COMBINATIONS
+from .losses.batchnorm import BatchNormStatistics, has_statistics
+from .losses.patch_entropy import PatchSimilarity
 from .multiscale import MultiscaleAdam
-from .patch_similarity import PatchSimilarity
+from .settings import Synthesis
 from .start import Start, matched_start
-from .statistics import BatchNormStatistics, has_statistics
 from .techniques import Techniques
-from .views import random_erasing, resized, shown
 
 EARLY, EARLY_WEIGHT = 4, 2.0
 """So many layers after the first count so many times more than later ones: they see most of what

@@ -15,12 +15,12 @@ import torch
 from torch import Generator, Tensor
 from torchvision.ops import box_iou
 
-from ..dataset.image_set import ImageSet, Item
-from ..dataset.readers import open_set
-from ..detectors.base import Detections
+from ..data.image_set import ImageSet, Item
+from ..data.readers import open_set
 from ..errors import UserError
-from ..label_sets import label_set
-from ..recipe_synthesis import Synthesis
+from ..models.base import Detections
+from ..runtime.label_sets import label_set
+from .settings import Synthesis
 
 Start = Callable[[Generator, int, int], list[Tensor]]
 

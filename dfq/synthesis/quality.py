@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..detectors.base import Detector
-from .statistics import BatchNormStatistics, has_statistics
+from ..models.base import Detector
+from .losses.batchnorm import BatchNormStatistics, has_statistics
 
 FIRST_BOUND, BOUND = 0.3, 0.6
 """Of shift and log variance ratio, beyond which the first layer, and any other, is warned of. Twice

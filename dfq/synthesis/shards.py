@@ -8,8 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..dataset.calibration_writer import CalibrationWriter
-from ..memory import freed_memory_kept
+from ..data.calibration_writer import CalibrationWriter
+from ..runtime.malloc import freed_memory_kept
 from .inversion import Batch, Inversion
 
 ShardReport = Callable[[int, str, int, int, dict[str, float]], None]

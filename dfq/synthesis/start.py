@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Generator, Tensor
 
-from .statistics import BatchNormStatistics
-from .views import initial_images
+from .augmentation import initial_images
+from .losses.batchnorm import BatchNormStatistics
 
 RIDGE = 1e-3
 """Pull of the colour towards grey, in mean squares of what a unit of colour does."""

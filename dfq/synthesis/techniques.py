@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from ..dataset.augment import augment
-from ..detectors.base import Detector, Targets
-from ..recipe_synthesis import Techniques as Settings
-from .image_statistics import ImageStatistics
-from .statistics import BatchNormStatistics
+from ..data.augment import augment
+from ..models.base import Detector, Targets
+from .losses.batchnorm import BatchNormStatistics
+from .losses.image_statistics import ImageStatistics
+from .settings import Techniques as Settings
 
 
 class Techniques:

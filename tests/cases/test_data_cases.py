@@ -19,11 +19,11 @@ from data_sets import BOX_AP, COCO_AP, Eight
 from PIL import Image
 
 import dfq
-from dfq.cli import cli
-from dfq.dataset.image_set import ImageSet, make_item
-from dfq.dataset.readers import open_set
-from dfq.detectors.base import Detections, Detector
+from dfq.cli.main import cli
+from dfq.data.image_set import ImageSet, make_item
+from dfq.data.readers import open_set
 from dfq.evaluation.coco import score
+from dfq.models.base import Detections, Detector
 
 Build = Callable[[Eight, Path], Path]
 
@@ -612,7 +612,7 @@ def _write(file: Path, data: bytes) -> Path:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_detector import tiny_detector
 
-    from dfq.detectors import save_detector
+    from dfq.models import save_detector
 
     path = tmp_path_factory.mktemp("tiny") / "tiny.safetensors"
     save_detector(tiny_detector(), path)

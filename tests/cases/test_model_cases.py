@@ -24,10 +24,10 @@ from tiny_detector import stacked, tiny_detector
 from torch import Tensor, nn
 
 import dfq
-from dfq.coco_categories import match_names
-from dfq.detectors import load_detector, save_detector
-from dfq.detectors.torchvision_base import from_name
 from dfq.errors import UserError
+from dfq.models import load_detector, save_detector
+from dfq.models.coco_categories import match_names
+from dfq.models.torchvision.base import from_name
 
 IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(4))
 
@@ -441,7 +441,7 @@ def test_anchors_that_are_none(value: float, tmp_path: Path) -> None:
     spec = tiny_detector().spec()
     spec["anchors"][0][0][0] = value
     with pytest.raises(UserError, match="anchors"):
-        dfq.detectors.from_spec(spec)
+        dfq.models.from_spec(spec)
 
 
 @pytest.mark.parametrize(
@@ -493,7 +493,7 @@ def test_more_or_fewer_names_than_categories(count: int, tmp_path: Path) -> None
     spec = tiny_detector().spec()
     for more in (["a"], ["a", "b", "c", "d"]):
         with pytest.raises(UserError, match=f"{len(more)} category names"):
-            dfq.detectors.from_spec({**spec, "names": more})
+            dfq.models.from_spec({**spec, "names": more})
 
 
 @pytest.mark.parametrize("channels", [1, 4, 0, "3", True, [3]])

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dfq.dataset.augment import augment
-from dfq.detectors.base import Targets
+from dfq.data.augment import augment
+from dfq.models.base import Targets
 
 SIDE = 96
 GREY = 114 / 255

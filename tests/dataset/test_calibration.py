@@ -17,13 +17,13 @@ import torch
 from forks import PATIENCE
 from torch import Tensor
 
-from dfq.dataset import calibration_writer
-from dfq.dataset.calibration import CalibrationSet
-from dfq.dataset.calibration_writer import CalibrationWriter
-from dfq.dataset.preview import draw_grid, write_preview
-from dfq.dataset.readers import open_set
+from dfq.data import calibration_writer
+from dfq.data.calibration_set import CalibrationSet
+from dfq.data.calibration_writer import CalibrationWriter
+from dfq.data.preview import draw_grid, write_preview
+from dfq.data.readers import open_set
 from dfq.errors import UserError
-from dfq.files import read_json, write_atomic
+from dfq.runtime.files import read_json, write_atomic
 
 NAMES = ["cat", "dog", "bird"]
 DETERMINANTS = {"checkpoint": "a" * 64, "seed": 0, "synthesis": {"images": 3}}

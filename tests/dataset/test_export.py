@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dfq.dataset import export
-from dfq.dataset.calibration import CalibrationSet
-from dfq.dataset.calibration_writer import CalibrationWriter
-from dfq.dataset.export import export_yolo
-from dfq.dataset.readers import open_set
+from dfq.data import export_layouts as export
+from dfq.data.calibration_set import CalibrationSet
+from dfq.data.calibration_writer import CalibrationWriter
+from dfq.data.export_layouts import export_yolo
+from dfq.data.readers import open_set
 from dfq.errors import UserError
 
 # Names that YAML could take for something else.

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dfq.dataset.image_set import make_item
-from dfq.dataset.letterbox import letterbox, load_letterboxed
-from dfq.dataset.readers import ImageSet
+from dfq.data.image_set import make_item
+from dfq.data.letterbox import letterbox, load_letterboxed
+from dfq.data.readers import ImageSet
 
 
 def picture(width: int, height: int, box: tuple[int, int, int, int]) -> np.ndarray:

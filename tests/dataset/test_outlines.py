@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from dfq.dataset.outlines import BrokenOutline, outline
-from dfq.dataset.readers import open_set
+from dfq.data.outlines import BrokenOutline, outline
+from dfq.data.readers import open_set
 from dfq.errors import UserError
 
 WIDTH, HEIGHT = 40, 20

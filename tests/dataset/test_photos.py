@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dfq.dataset.photos import list_photos, read_photo
-from dfq.dataset.readers import open_set
+from dfq.data.photos import list_photos, read_photo
+from dfq.data.readers import open_set
 from dfq.errors import UserError
 
 RED, GREY = (220, 30, 40), 128

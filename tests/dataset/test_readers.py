@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dfq.coco_categories import COCO_NAMES, coco_id
-from dfq.dataset.readers import ImageSet, open_set
+from dfq.data.readers import ImageSet, open_set
 from dfq.errors import UserError
+from dfq.models.coco_categories import COCO_NAMES, coco_id
 
 
 def write_image(path: Path, width: int = 40, height: int = 20, **save) -> Path:

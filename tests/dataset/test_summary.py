@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from dfq.dataset.calibration import CalibrationSet
-from dfq.dataset.calibration_writer import CalibrationWriter
-from dfq.dataset.image_set import ImageSet, make_item
-from dfq.dataset.summary import QUANTILES, Objects, summarize
+from dfq.data.calibration_set import CalibrationSet
+from dfq.data.calibration_writer import CalibrationWriter
+from dfq.data.image_set import ImageSet, make_item
+from dfq.data.statistics import QUANTILES, Objects, summarize
 from dfq.errors import UserError
 
 NAMES = ["cat", "dog", "bird"]

@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from dfq import drawing
-from dfq.dataset.calibration import CalibrationSet
-from dfq.dataset.readers import ImageSet, open_set
+from dfq.data import drawing
+from dfq.data.calibration_set import CalibrationSet
+from dfq.data.readers import ImageSet, open_set
 from dfq.demo import picture
 from dfq.demo.picture import Column, draw_picture
-from dfq.detectors.base import Detections
+from dfq.models.base import Detections
 
 GREY = (90, 90, 90)
 

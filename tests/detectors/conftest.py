@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dfq.detectors.base import Targets
+from dfq.models.base import Targets
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import math
 
 from torch import Tensor
 
-from dfq.detectors.base import Detector
+from dfq.mixed_precision.sensitivity import measure
+from dfq.models.base import Detector
+from dfq.ptq.activation_refinement import narrow_activations, refine_grids
 from dfq.quantization.convert import Policy, calibrate, insert_quantizers
-from dfq.reconstruction.activation_grids import narrow_activations, refine_grids
-from dfq.sensitivity.measure import measure
 
 
 def check_grids_move(folded: Detector, policy: Policy, images: Tensor) -> None:

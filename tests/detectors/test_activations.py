@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from dfq.detectors import activations
-from dfq.detectors.checkpoint import Inert
 from dfq.errors import UserError
+from dfq.models import activations
+from dfq.models.checkpoint import Inert
 
 
 @pytest.mark.parametrize(

@@ -23,12 +23,12 @@ from small_ultralytics import yaml_with
 from tiny_detector import DESCRIPTION, tiny_detector
 from torch import nn
 
-from dfq.detectors import from_spec, load_detector, save_detector
-from dfq.detectors.bounded import bounded
-from dfq.detectors.checkpoint import read_checkpoint
-from dfq.detectors.yolov5 import YOLOv5
 from dfq.errors import UserError
-from dfq.limits import MOST_MACS, MOST_MODULES, MOST_VALUES
+from dfq.models import from_spec, load_detector, save_detector
+from dfq.models.bounded import bounded
+from dfq.models.checkpoint import read_checkpoint
+from dfq.models.yolov5.detector import YOLOv5
+from dfq.runtime.limits import MOST_MACS, MOST_MODULES, MOST_VALUES
 
 
 def refused(make: Callable[[], Any]) -> str:
@@ -156,7 +156,7 @@ def test_descriptions_of_yolov5(bomb: str) -> None:
 
 
 def test_descriptions_of_torchvision() -> None:
-    from dfq.detectors.torchvision_base import from_name
+    from dfq.models.torchvision.base import from_name
 
     spec = from_name("fasterrcnn_mobilenet_v2", options={"width": 0.35}).spec()
     for change in (
@@ -178,7 +178,7 @@ def test_descriptions_of_torchvision() -> None:
 
 
 def test_descriptions_of_mmdet() -> None:
-    from dfq.detectors.mmdet_config import plain, prepared, read_config, shipped_config
+    from dfq.models.mmdet.config import plain, prepared, read_config, shipped_config
 
     path = shipped_config("retinanet_r18_fpn_1x_coco")
     assert path is not None

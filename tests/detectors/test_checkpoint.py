@@ -25,7 +25,8 @@ import pytest
 import torch
 from torch import nn
 
-from dfq.detectors.checkpoint import (
+from dfq.errors import UserError
+from dfq.models.checkpoint import (
     Inert,
     attribute,
     find_model,
@@ -34,7 +35,6 @@ from dfq.detectors.checkpoint import (
     sha256_of,
     state_dict_of,
 )
-from dfq.errors import UserError
 
 
 class Call:

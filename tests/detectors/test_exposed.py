@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dfq.detectors.exposed import ExposedAttention, ExposedDeconv, expose
+from dfq.models.nn.decomposed import ExposedAttention, ExposedDeconv, expose
 
 
 def noise(*shape: int) -> Tensor:

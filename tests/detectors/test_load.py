@@ -13,9 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dfq.detectors import Detector, from_spec, load_detector, save_detector, ultralytics_resolve
-from dfq.detectors.checkpoint import sha256_of
 from dfq.errors import UserError
+from dfq.models import Detector, from_spec, load_detector, save_detector
+from dfq.models.checkpoint import sha256_of
+from dfq.models.ultralytics import resolve as ultralytics_resolve
 
 
 @pytest.fixture(scope="module")

@@ -18,17 +18,17 @@ from reconstructed import check_grids_move, check_sensitivities
 from small_mmdet import NAMES, SIDE, enliven, write_config
 from torch import Tensor, nn
 
-from dfq.dataset.readers import open_set
+from dfq.data.readers import open_set
 from dfq.demo.scenes import write_coco
-from dfq.detectors import Detector, Targets, load_detector, save_detector
-from dfq.detectors.mmdet_config import plain, read_config, unplain
-from dfq.detectors.two_stage import ellipse_masks, pixel_boxes
 from dfq.errors import UserError
 from dfq.evaluation.coco import _predict, evaluate, score
-from dfq.plain import one_line
+from dfq.models import Detector, Targets, load_detector, save_detector
+from dfq.models.mmdet.config import plain, read_config, unplain
+from dfq.models.two_stage import ellipse_masks, pixel_boxes
 from dfq.quantization.convert import Policy, calibrate, fold, insert_quantizers, quantized_layers
-from dfq.quantization.listing import describe
-from dfq.quantization.results import count_joins, result_quantizers
+from dfq.quantization.inspection import describe
+from dfq.quantization.output_quantizers import count_joins, result_quantizers
+from dfq.runtime.plain import one_line
 
 TWO_STAGE = ["mask-rcnn-resnet", "mask-rcnn-swin"]
 SMALL = [*TWO_STAGE, "retinanet"]

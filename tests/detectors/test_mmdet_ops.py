@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torchvision import ops
 
-from dfq.detectors.mmdet_ops import EXTENSION, ensure_ops
 from dfq.errors import UserError
+from dfq.models.mmdet.ops import EXTENSION, ensure_ops
 
 ensure_ops()
 # Imports the extension.

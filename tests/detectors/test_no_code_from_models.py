@@ -24,13 +24,13 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from small_ultralytics import YAML, yaml_with
 
-from dfq.cli import cli
-from dfq.detectors import from_spec, load_detector, save_detector
-from dfq.detectors.mmdet_config import plain, prepared, read_config
-from dfq.detectors.mmdet_spec import check_spec
+from dfq.cli.main import cli
 from dfq.errors import UserError
+from dfq.models import from_spec, load_detector, save_detector
+from dfq.models.mmdet.config import plain, prepared, read_config
+from dfq.models.mmdet.spec import check_spec
 from dfq.quantization.convert import Policy
-from dfq.run import FORMAT, KIND, load_run
+from dfq.runs.folder import FORMAT, KIND, load_run
 
 MARK = "mark"
 TOUCH = f"__import__('pathlib').Path({MARK!r}).touch() or torch.nn.SiLU()"
@@ -168,7 +168,7 @@ def faster() -> dict[str, Any]:
 
 
 def _shipped(name: str) -> Path:
-    from dfq.detectors.mmdet_config import shipped_config
+    from dfq.models.mmdet.config import shipped_config
 
     path = shipped_config(name)
     assert path is not None
@@ -299,7 +299,7 @@ SHIPPED = [
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_detectors_are_of_registered_parts(name: str) -> None:
-    from dfq.detectors.mmdet_config import shipped_names
+    from dfq.models.mmdet.config import shipped_names
 
     full = next(one for one in sorted(shipped_names()) if one.startswith(name))
     model = prepared(plain(read_config(_shipped(full))["model"]))

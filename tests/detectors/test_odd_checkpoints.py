@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from tiny_detector import tiny_detector
 from torch import nn
 
-from dfq.detectors import from_spec, load_detector, save_detector
 from dfq.errors import UserError
+from dfq.models import from_spec, load_detector, save_detector
 
 ODD: list[Any] = [
     *(None, True, False, 0, -1, 10**400, 1.5, float("nan"), float("inf"), "text", "", "9" * 5000),
@@ -183,7 +183,7 @@ def test_descriptions(family: str, tmp_path: Path) -> None:
         model = small_ultralytics.network(nn.LeakyReLU(0.2))
         detector = load_detector(small_ultralytics.save(model, tmp_path / "u.pt"))
     else:
-        from dfq.detectors.torchvision_base import from_name
+        from dfq.models.torchvision.base import from_name
 
         options = {"width": 0.35, "representation": 32, "min_size": 64, "max_size": 64}
         detector = from_name("fasterrcnn_mobilenet_v2", options=options)

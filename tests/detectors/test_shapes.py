@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dfq.detectors.bounded import bounded
-from dfq.detectors.shapes import multiplications, shape_of, size_of_new
+from dfq.models.bounded import bounded
+from dfq.models.shapes import multiplications, shape_of, size_of_new
 
 F = nn.functional
 X = torch.rand(2, 6, 13, 11)

@@ -10,10 +10,10 @@ import ultralytics
 import yaml
 from ultralytics.nn.tasks import DetectionModel, yaml_model_load
 
-from dfq.detectors import load_detector
-from dfq.detectors.ultralytics_layers import LAYERS
-from dfq.detectors.ultralytics_resolve import quiet
 from dfq.errors import UserError
+from dfq.models import load_detector
+from dfq.models.ultralytics.layers import LAYERS
+from dfq.models.ultralytics.resolve import quiet
 
 FOLDER = Path(ultralytics.__file__).parent / "cfg" / "models"
 FILES = sorted(FOLDER.rglob("*.yaml"))

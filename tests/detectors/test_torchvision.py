@@ -14,24 +14,24 @@ from torchvision.models import detection as zoo
 from torchvision.models.detection.retinanet import RetinaNet_ResNet50_FPN_Weights
 from torchvision.ops import FrozenBatchNorm2d, box_iou
 
-from dfq.detectors import Targets, load_detector, save_detector
-from dfq.detectors.base import Detector
-from dfq.detectors.torchvision_base import from_name
-from dfq.detectors.torchvision_models import (
+from dfq.errors import UserError
+from dfq.models import Targets, load_detector, save_detector
+from dfq.models.base import Detector
+from dfq.models.torchvision.base import from_name
+from dfq.models.torchvision.networks import (
     COCO_CLASSES,
     MODELS,
     coco_names,
     letterbox_side,
     released_epsilon,
 )
-from dfq.detectors.torchvision_rcnn import TorchvisionRCNN
-from dfq.detectors.two_stage import ellipse_masks, pixel_boxes
-from dfq.errors import UserError
+from dfq.models.torchvision.rcnn import TorchvisionRCNN
+from dfq.models.two_stage import ellipse_masks, pixel_boxes
 from dfq.quantization.convert import Policy, calibrate, fold, insert_quantizers, quantized_layers
-from dfq.quantization.listing import describe
-from dfq.quantization.results import count_joins, result_quantizers
-from dfq.recipe_synthesis import Synthesis
+from dfq.quantization.inspection import describe
+from dfq.quantization.output_quantizers import count_joins, result_quantizers
 from dfq.synthesis.inversion import Inversion
+from dfq.synthesis.settings import Synthesis
 
 SIDE = 64
 FEW: dict[str, Any] = {

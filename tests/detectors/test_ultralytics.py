@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from ultralytics.nn.tasks import ClassificationModel, DetectionModel, PoseModel, SegmentationModel
 from ultralytics.utils.nms import non_max_suppression
 
-from dfq.detectors import Targets, load_detector
-from dfq.detectors.checkpoint import read_checkpoint
-from dfq.detectors.ultralytics import UltralyticsDetector
-from dfq.detectors.ultralytics_resolve import build, checked_yaml, other_task, read_yaml
 from dfq.errors import UserError
+from dfq.models import Targets, load_detector
+from dfq.models.checkpoint import read_checkpoint
+from dfq.models.ultralytics.detector import UltralyticsDetector
+from dfq.models.ultralytics.resolve import build, checked_yaml, other_task, read_yaml
 
 YAMLS = ["yolo11n", "yolov8n", "yolov9t", "yolov10n", "yolo12n", "yolo26n", "yolov5nu"]
 TWO_BRANCHES = {"yolov10n", "yolo26n"}

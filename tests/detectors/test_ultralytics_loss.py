@@ -9,9 +9,9 @@ import torch
 from torch import Generator, Tensor
 from ultralytics.utils.tal import make_anchors
 
-from dfq.detectors.ultralytics import UltralyticsDetector
-from dfq.detectors.ultralytics_head import Branch
-from dfq.detectors.ultralytics_loss import Points, Rule, assign, branch_loss, objects_of, rules_of
+from dfq.models.ultralytics.detector import UltralyticsDetector
+from dfq.models.ultralytics.head import Branch
+from dfq.models.ultralytics.loss import Points, Rule, assign, branch_loss, objects_of, rules_of
 
 # Large enough for distances that no bin is left for.
 HEIGHT, WIDTH, IMAGES = 128, 192, 3

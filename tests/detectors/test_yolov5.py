@@ -17,13 +17,13 @@ from ablate_synthesis import Ablation
 from curve_synthesis import Curve
 from torch import Tensor, nn
 
-from dfq.detectors import yolov5_network as network
-from dfq.detectors.base import Targets
-from dfq.detectors.checkpoint import read_checkpoint
-from dfq.detectors.yolov5 import YOLOv5
-from dfq.detectors.yolov5_loss import yolov5_loss
-from dfq.distillation.losses import FeatureTaps, training_terms
 from dfq.errors import UserError
+from dfq.models.base import Targets
+from dfq.models.checkpoint import read_checkpoint
+from dfq.models.yolov5 import network as network
+from dfq.models.yolov5.detector import YOLOv5
+from dfq.models.yolov5.loss import yolov5_loss
+from dfq.qat.losses import FeatureTaps, training_terms
 from dfq.recipe import load_recipe
 
 ANCHORS = [

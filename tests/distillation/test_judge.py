@@ -11,8 +11,8 @@ from test_trainer import Blobs, Interrupt, assert_same, settings, state, student
 from tiny_detector import tiny_detector
 from torch import Tensor
 
-from dfq.detectors.base import Detector
-from dfq.distillation.trainer import Trainer
+from dfq.models.base import Detector
+from dfq.qat.trainer import Trainer
 from dfq.quantization.convert import fold
 
 

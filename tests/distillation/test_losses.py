@@ -12,9 +12,10 @@ from tiny_detector import blobs, tiny_detector
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, kl_divergence
 
-from dfq.detectors.base import Detector, DistillationPair
-from dfq.distillation.features import absolute_distance, distilled_layers
-from dfq.distillation.losses import (
+from dfq.graph.fold_batchnorm import FoldedBatchNorm
+from dfq.models.base import Detector, DistillationPair
+from dfq.qat.features import absolute_distance, distilled_layers
+from dfq.qat.losses import (
     FeatureTaps,
     distillation_terms,
     feature_distance,
@@ -22,7 +23,6 @@ from dfq.distillation.losses import (
     prediction_divergence,
 )
 from dfq.quantization.convert import Policy, float_mode, fold, insert_quantizers
-from dfq.quantization.folding import FoldedBatchNorm
 from dfq.recipe import Distillation
 
 Kind = Literal["bernoulli", "categorical", "value"]

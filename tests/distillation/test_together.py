@@ -15,12 +15,12 @@ from test_trainer import Blobs, settings, state, student_of
 from tiny_detector import tiny_detector
 from torch import Tensor
 
-from dfq.detectors.base import Detector
-from dfq.distillation.trainer import Outcome, Trainer
-from dfq.distributed import World
 from dfq.errors import DivergedError
+from dfq.models.base import Detector
+from dfq.qat.trainer import Outcome, Trainer
 from dfq.quantization.convert import fold
 from dfq.recipe import DistillationWeights
+from dfq.runtime.distributed import World
 
 
 class Interrupt(Exception):

@@ -11,17 +11,11 @@ import torch
 from tiny_detector import blobs, stacked, tiny_detector
 from torch import Tensor, nn
 
-from dfq.detectors.base import Detector, Targets
-from dfq.distillation.parameters import Average
-from dfq.distillation.trainer import Trainer
 from dfq.errors import UserError
-from dfq.quantization.convert import (
-    Policy,
-    calibrate,
-    fold,
-    insert_quantizers,
-    quantized_layers,
-)
+from dfq.models.base import Detector, Targets
+from dfq.qat.parameter_groups import Average
+from dfq.qat.trainer import Trainer
+from dfq.quantization.convert import Policy, calibrate, fold, insert_quantizers, quantized_layers
 from dfq.quantization.quantizers import Quantizer
 from dfq.recipe import Distillation, DistillationWeights
 

@@ -8,7 +8,7 @@ import pytest
 from harness import RECIPE, command
 from tiny_detector import tiny_detector
 
-from dfq.detectors import save_detector
+from dfq.models import save_detector
 
 
 @pytest.fixture(scope="session")

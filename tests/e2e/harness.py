@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from click.testing import CliRunner, Result
 
-from dfq.cli import cli
+from dfq.cli.main import cli
 from dfq.recipe import shipped_recipes
 
 RECIPE = """

@@ -17,7 +17,7 @@ from test_cli import real_set
 from test_keep_worse import SPOILT
 
 import dfq
-from dfq.dataset.readers import open_set
+from dfq.data.readers import open_set
 from dfq.demo.scenes import write_coco
 from dfq.evaluation.agreement import Agreement, on_squares
 
@@ -161,7 +161,7 @@ def test_training_that_diverged_is_explained(place: Path, model: Path, made: Pat
 
 
 def test_synthetic_images_are_held_out(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dfq.distillation.trainer import Trainer
+    from dfq.qat.trainer import Trainer
 
     made = dfq.synthesize("demo", "demo", init="noise", images=24, image_size=160, out="set")
     trained: list[int] = []

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from tiny_detector import blobs, stacked
 
 import dfq
-from dfq.detectors import save_detector
 from dfq.errors import UserError
-from dfq.run import AnotherRunError, Run, load_run, open_run
+from dfq.models import save_detector
+from dfq.runs.folder import AnotherRunError, Run, load_run, open_run
 
 
 def edited(path: Path, change: Callable[[Any], Any]) -> None:
@@ -206,7 +206,7 @@ def test_an_unfinished_run_without_its_state(place: Path, copy: Path) -> None:
 def test_broken_findings_of_mixed_precision_are_one_line(
     place: Path, model: Path, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dfq.distillation.trainer import Trainer
+    from dfq.qat.trainer import Trainer
 
     words = [*words_for(model, made), "--set", "quantization.mixed.budget=w4a8"]
     words += ["--set", "quantization.mixed.images=2"]
@@ -437,7 +437,7 @@ def test_two_that_start_at_once(place: Path, model: Path, made: Path, what: str)
 
 def test_a_number_that_is_taken_in_between(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another experiment begins in the folder that was free a moment ago."""
-    from dfq import run as module
+    from dfq.runs import folder as module
 
     plain = module.next_folder
     taken: list[Path] = []
@@ -461,7 +461,7 @@ def test_a_run_that_is_begun_in_between_is_refused(
 ) -> None:
     """The first one holds the folder while it notes what the run is of."""
     first, second = {"seed": 1}, {"seed": 2}
-    from dfq import run as module
+    from dfq.runs import folder as module
 
     plain = module.write_json
     lines: list[str] = []

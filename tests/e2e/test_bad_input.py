@@ -14,7 +14,7 @@ import torch
 from harness import command, contents, has_one_error
 from tiny_detector import tiny_detector
 
-from dfq.detectors import save_detector
+from dfq.models import save_detector
 
 Make = Callable[[Path], str]
 
@@ -150,7 +150,7 @@ def test_a_model_without_batchnorm(
 ) -> None:
     from torch import nn
 
-    from dfq import models
+    from dfq.runs import loading as models
 
     plain = models.load_detector
 

@@ -12,8 +12,9 @@ from small_mmdet import enliven, write_config
 from tiny_detector import tiny_detector
 
 from dfq import verbs
-from dfq.detectors import load_detector, save_detector
-from dfq.sensitivity import measure, policy
+from dfq.mixed_precision import search as policy
+from dfq.mixed_precision import sensitivity as measure
+from dfq.models import load_detector, save_detector
 
 HUGE = "99999999999999999999999"
 

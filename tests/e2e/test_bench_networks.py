@@ -16,7 +16,7 @@ from network_tables import comparisons, correlation, report
 from test_cli import stamps
 
 from dfq.demo import write_coco
-from dfq.detectors import load_detector, save_detector
+from dfq.models import load_detector, save_detector
 
 QUICK = (
     "synthesis.iterations=2", "synthesis.label_stage.image_size=64",

@@ -20,7 +20,7 @@ from PIL import Image
 from tiny_detector import blobs
 
 import dfq
-from dfq.cli import cli
+from dfq.cli.main import cli
 from dfq.demo.picture import draw_picture
 from dfq.recipe import load_recipe
 from dfq.synthesis.inversion import Inversion
@@ -224,7 +224,7 @@ def test_a_run_folder(run: Path, made: Path, model: Path) -> None:
 def test_a_finished_run_is_not_trained_again(
     run: Path, made: Path, model: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dfq.distillation.trainer import Trainer
+    from dfq.qat.trainer import Trainer
 
     def forbidden(*_: Any, **__: Any) -> None:
         raise AssertionError("a finished run was trained again")
@@ -420,7 +420,7 @@ def test_an_image_that_memory_is_too_small_for(
     place: Path, model: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     """As torch says it of the CPU and of a GPU."""
-    from dfq.detectors.yolov5 import YOLOv5
+    from dfq.models.yolov5.detector import YOLOv5
 
     def full(*_: Any) -> None:
         raise RuntimeError(text)

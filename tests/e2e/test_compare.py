@@ -21,7 +21,7 @@ from PIL import Image
 from test_cli import real_set
 
 import dfq
-from dfq.cli import cli
+from dfq.cli.main import cli
 from dfq.recipe import Recipe
 
 
@@ -229,7 +229,7 @@ def test_the_interval_of_an_evaluation(place: Path, model: Path) -> None:
     assert 0 <= low <= found["AP"] <= high <= 1
     assert low < high
     assert f"AP between {low:.4f} and {high:.4f} (95 %" in result.stdout
-    from dfq.dataset.readers import open_set
+    from dfq.data.readers import open_set
     from dfq.evaluation.coco import bootstrap_ap, predict
 
     detector, images = dfq.load_detector(model), open_set(data)
@@ -274,7 +274,7 @@ def test_curves_of_training(
         "qat", "--recipe", "tiny.yaml", "--model", model, "--data", made, "--out", "run",
         "--set", "distillation.epochs=3", "--tensorboard", "curves",
     )  # fmt: skip
-    from dfq.distillation.trainer import Trainer
+    from dfq.qat.trainer import Trainer
 
     plain = Trainer._epoch
 

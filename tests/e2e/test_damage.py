@@ -13,8 +13,8 @@ import torch
 from harness import command, contents, has_one_error, has_one_error_after_output
 from tiny_detector import tiny_detector
 
-from dfq.detectors import save_detector
-from dfq.distillation.trainer import Trainer
+from dfq.models import save_detector
+from dfq.qat.trainer import Trainer
 
 
 def test_a_set_of_another_checkpoint(place: Path, made: Path) -> None:

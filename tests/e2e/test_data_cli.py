@@ -12,9 +12,9 @@ import torch
 from harness import command, contents, has_one_error
 from test_cli import real_set
 
-from dfq.dataset.calibration import CalibrationSet
-from dfq.dataset.calibration_writer import CalibrationWriter
-from dfq.dataset.readers import open_set
+from dfq.data.calibration_set import CalibrationSet
+from dfq.data.calibration_writer import CalibrationWriter
+from dfq.data.readers import open_set
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from harness import command, contents, has_one_error
 from PIL import Image
 
 import dfq
-from dfq import deployment_steps
-from dfq.deployment import identity_of
+from dfq.api import deployment_steps
 from dfq.export import latency
+from dfq.runs.deployment import identity_of
 from dfq.synthesis.inversion import Inversion
 
 SMALL = [
@@ -210,7 +210,7 @@ def test_the_exit_code_is_that_of_the_verification(
         (place / "out" / "run" / "exports").mkdir(exist_ok=True)
         return verdict()
 
-    monkeypatch.setattr("dfq.verifying.verify", verify)
+    monkeypatch.setattr("dfq.api.verify.verify", verify)
     for _ in range(2):
         # A file that is not right is not right the second time either.
         done = command(*words_for(model, "--out", "out"))

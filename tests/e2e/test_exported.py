@@ -35,7 +35,7 @@ def exported(place: Path, monkeypatch: pytest.MonkeyPatch) -> ExportedDouble:
             raise UserError(f"{given}: no such file")
         return double
 
-    monkeypatch.setattr("dfq.models.open_exported", opened)
+    monkeypatch.setattr("dfq.runs.loading.open_exported", opened)
     return double
 
 
@@ -84,7 +84,7 @@ def test_a_file_of_any_size_takes_multiples_of_its_stride(
     exported: ExportedDouble, scenes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = ExportedDouble(exported.path, exported.detector, dynamic=True)
-    monkeypatch.setattr("dfq.models.open_exported", lambda given, **_: free)
+    monkeypatch.setattr("dfq.runs.loading.open_exported", lambda given, **_: free)
     words = ("eval", "--model", "demo.onnx", "--data", scenes, "--image-size")
     assert "no multiple of the model's stride" in has_one_error(command(*words, "170"))
     assert command(*words, "192").exit_code == 0
@@ -111,9 +111,7 @@ def test_what_takes_files_of_pytorch_opens_them_with_trust_alone(
     place: Path, model: Path, made: Path, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Their loader runs what is in them."""
-    monkeypatch.setattr(
-        "dfq.export.speed.in_turns", functools.partial(in_turns, rounds=1, seconds=0)
-    )
+    monkeypatch.setattr("dfq.api.speed.in_turns", functools.partial(in_turns, rounds=1, seconds=0))
     dfq.export(run, "run.pt2")
     dfq.export(model, "float.pt2")
     commands = [

@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 from fine_tuned import with_categories
 
-from dfq.detectors import load_detector
+from dfq.models import load_detector
 
 
 @pytest.mark.parametrize("family", ["ultralytics", "yolov5"])

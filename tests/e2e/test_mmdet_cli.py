@@ -10,7 +10,7 @@ from harness import command, has_one_error, whole_flow
 from small_mmdet import NAMES, enliven, write_config
 
 from dfq.demo.scenes import write_coco
-from dfq.detectors import load_detector
+from dfq.models import load_detector
 
 
 @pytest.mark.parametrize("name", ["mask-rcnn-resnet", "mask-rcnn-swin"])

@@ -16,8 +16,8 @@ from test_cli import real_set
 from tiny_detector import tiny_detector
 
 import dfq
-from dfq.dataset.calibration import CalibrationSet
-from dfq.detectors import load_detector, save_detector
+from dfq.data.calibration_set import CalibrationSet
+from dfq.models import load_detector, save_detector
 from dfq.recipe import Recipe, load_recipe
 
 

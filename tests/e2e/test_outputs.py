@@ -435,7 +435,7 @@ def test_a_home_folder_is_known(place: Path, model: Path, monkeypatch: pytest.Mo
 def test_nothing_is_written_through_links_in_a_set(
     place: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dfq.dataset.calibration_writer import CalibrationWriter
+    from dfq.data.calibration_writer import CalibrationWriter
 
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -465,7 +465,7 @@ def test_nothing_is_written_through_links_in_a_set(
 def test_nothing_is_written_through_links_in_a_run(
     place: Path, model: Path, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dfq.distillation.trainer import Trainer
+    from dfq.qat.trainer import Trainer
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt

@@ -18,15 +18,15 @@ from small_mmdet import enliven, write_config
 from torch import Tensor
 
 import dfq
-from dfq.detectors import load_detector
-from dfq.distillation import trainer
+from dfq.models import load_detector
+from dfq.qat import trainer
 from dfq.quantization.convert import insert_quantizers
-from dfq.quantization.listing import describe
+from dfq.quantization.inspection import describe
 from dfq.recipe import load_recipe, shipped_recipes
-from dfq.synthesis.adaptive import update_steps
-from dfq.synthesis.balance import LossWeights
-from dfq.synthesis.patch_similarity import PatchSimilarity
-from dfq.synthesis.priors import total_variation
+from dfq.synthesis.adaptive_labels import update_steps
+from dfq.synthesis.loss_weighting import LossWeights
+from dfq.synthesis.losses.patch_entropy import PatchSimilarity
+from dfq.synthesis.losses.priors import total_variation
 from dfq.training import policy_of
 
 NAMES = sorted(name for name in shipped_recipes() if name.startswith("paper-"))

@@ -18,13 +18,13 @@ from PIL import Image, ImageColor
 from pycocotools import mask as coco_mask
 
 import dfq
-from dfq.dataset.readers import open_set
+from dfq.data.drawing import colour
+from dfq.data.readers import open_set
 from dfq.demo.scenes import write_coco
-from dfq.detectors.base import Detections
-from dfq.drawing import colour
 from dfq.evaluation.coco import predict as evaluated
-from dfq.prediction import Prediction
-from dfq.prediction_picture import draw_prediction, name_pictures
+from dfq.evaluation.prediction import Prediction
+from dfq.evaluation.prediction_picture import draw_prediction, name_pictures
+from dfq.models.base import Detections
 
 
 @pytest.fixture(scope="session")

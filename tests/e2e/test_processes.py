@@ -19,7 +19,7 @@ import pytest
 from forks import PATIENCE, ended, start, until, wait_for
 from harness import command
 
-from dfq import processes
+from dfq.runtime import processes
 
 # As the loader of a library keeps it: for C code holds the interpreter meanwhile, no Python thread
 # runs.
@@ -116,7 +116,7 @@ def test_a_worker_whose_parent_was_gone_before_it_looked(place: Path, importing:
     """It is told the id of a process that is not its parent."""
     environment = {**os.environ, "IMPORTING": str(importing), "PYTHONPATH": stub(place)}
     done = subprocess.run(
-        [sys.executable, "-m", "dfq.synthesis.worker", "0", "1"],
+        [sys.executable, "-m", "dfq.synthesis.worker_process", "0", "1"],
         env=environment,
         timeout=PATIENCE,
         check=False,
@@ -214,9 +214,9 @@ def test_what_goes_on_says_so(
 
 HELD = """
 import hashlib
-from dfq import cli_common
-cli_common._GRACE_SECONDS = 0.1
-@cli_common.mendable
+from dfq.cli import options
+options._GRACE_SECONDS = 0.1
+@options.mendable
 def synthesize():
     print("working", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)

@@ -21,8 +21,8 @@ from test_exports import WHOLE, written
 from tiny_detector import DESCRIPTION, SIDE, blobs, tiny_detector
 
 import dfq
-from dfq.detectors import save_detector
-from dfq.detectors.yolov5 import YOLOv5
+from dfq.models import save_detector
+from dfq.models.yolov5.detector import YOLOv5
 
 QAT = ("qat", "--recipe", "tiny.yaml")
 
@@ -56,7 +56,7 @@ def value_of(cell: str) -> float:
 
 def resealed(run: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """Other metrics in a run whose manifest agrees with them."""
-    from dfq.detectors.checkpoint import sha256_of
+    from dfq.models.checkpoint import sha256_of
 
     edited(run / "metrics.json", change)
     digest = sha256_of(run / "metrics.json")
@@ -350,7 +350,7 @@ def test_epochs_that_were_not_chosen_on_real_images(place: Path, model: Path, ma
 def test_nothing_is_fetched_and_no_program_run_for_a_page(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dfq.detectors import ultralytics_resolve
+    from dfq.models.ultralytics import resolve as ultralytics_resolve
 
     def forbidden(*_: Any, **__: Any) -> None:
         raise AssertionError("a network was fetched")
@@ -373,7 +373,7 @@ def test_a_page_that_cannot_be_drawn_loses_no_run(
         raise RuntimeError("no <ink>")
 
     with monkeypatch.context() as patch:
-        patch.setattr("dfq.report.verb.sections", broken)
+        patch.setattr("dfq.api.report.sections", broken)
         result = command(*QAT, "--model", model, "--data", made, "--out", "run")
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[-1] == "run"
@@ -391,7 +391,7 @@ def test_a_page_of_a_run_that_lost_its_model_is_not_left(
     assert command(*words).exit_code == 0
     (place / "run" / "model.safetensors").unlink()
     (place / "run" / "report.html").write_text("of before")
-    monkeypatch.setattr("dfq.report.verb.draw", lambda _: 1 / 0)
+    monkeypatch.setattr("dfq.api.report.draw", lambda _: 1 / 0)
     result = command(*words)
     assert result.exit_code == 0, result.output
     assert not (place / "run" / "report.html").exists()
@@ -521,10 +521,10 @@ def test_drawing_is_not_loaded_before_it_is_asked_for() -> None:
     import sys
 
     code = (
-        "import sys; from dfq.cli import cli; import dfq\n"
+        "import sys; from dfq.cli.main import cli; import dfq\n"
         "assert not {'torch', 'matplotlib', 'jinja2'} & set(sys.modules)\n"
         "assert callable(dfq.report), dfq.report\n"
-        "import dfq.report.verb; assert callable(dfq.report)\n"
+        "import dfq.api.report; assert callable(dfq.report)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -16,9 +16,9 @@ from PIL import Image
 from test_outputs import everything
 
 import dfq
-from dfq.dataset import integrity
-from dfq.dataset.calibration import CalibrationSet
-from dfq.dataset.calibration_writer import CalibrationWriter
+from dfq.data import integrity
+from dfq.data.calibration_set import CalibrationSet
+from dfq.data.calibration_writer import CalibrationWriter
 
 IMAGES = "images/00000000.png", "images/00000001.png"
 

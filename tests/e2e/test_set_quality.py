@@ -11,10 +11,10 @@ from harness import command
 from PIL import Image
 
 import dfq
-from dfq.dataset.calibration import CalibrationSet
-from dfq.dataset.readers import open_set
-from dfq.detectors import load_detector
-from dfq.inputs import WithPhotographs
+from dfq.data.calibration_set import CalibrationSet
+from dfq.data.readers import open_set
+from dfq.models import load_detector
+from dfq.runs.inputs import WithPhotographs
 from dfq.synthesis.quality import quality_of, set_quality
 
 

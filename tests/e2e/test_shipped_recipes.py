@@ -17,8 +17,8 @@ from test_cli import real_set
 from test_torchvision_cli import write_scenes
 
 from dfq.demo.scenes import write_coco
-from dfq.detectors import load_detector, save_detector
-from dfq.detectors.torchvision_base import from_name
+from dfq.models import load_detector, save_detector
+from dfq.models.torchvision.base import from_name
 from dfq.recipe import load_recipe, shipped_recipes
 
 ULTRALYTICS = """

@@ -109,7 +109,7 @@ def test_processes_that_nobody_started(
 def test_an_error_of_the_system_is_one_line(
     place: Path, model: Path, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dfq.dataset import calibration
+    from dfq.data import calibration_set as calibration
 
     for number in (5, 24, 36, 40, 116):
         monkeypatch.setattr(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from harness import command
 
-from dfq import progress
+from dfq.runtime import progress
 from dfq.synthesis import pace
 
 SLOW = 1000.0
@@ -62,7 +62,7 @@ def test_training_says_at_its_start_how_long_it_takes(place: Path, model: Path, 
 def test_without_a_compiler_it_says_that_it_takes_longer(
     place: Path, model: Path, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dfq.synthesis import compiled
+    from dfq.kernels import loader as compiled
 
     words = ("synthesize", "--model", model, "--recipe", "tiny.yaml")
     assert "takes longer" not in command(*words).stderr or shutil.which("cc") is None

@@ -165,7 +165,7 @@ def workers_of(parent: int) -> list[psutil.Process]:
     found = []
     for child in psutil.Process(parent).children():
         with contextlib.suppress(psutil.Error):
-            if "dfq.synthesis.worker" in child.cmdline():
+            if "dfq.synthesis.worker_process" in child.cmdline():
                 found.append(child)
     return found
 

@@ -10,9 +10,9 @@ import torch
 from harness import command, has_one_error, whole_flow
 
 from dfq.demo.scenes import NAMES, write_coco
-from dfq.detectors import load_detector, save_detector
-from dfq.detectors.torchvision_base import from_name
-from dfq.detectors.torchvision_models import build
+from dfq.models import load_detector, save_detector
+from dfq.models.torchvision.base import from_name
+from dfq.models.torchvision.networks import build
 
 NETWORK = "torchvision/fasterrcnn_mobilenet_v3_large_320_fpn"
 

@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 from test_coco import NAMES, FakeDetector, found
 
-from dfq.dataset.image_set import ImageSet
-from dfq.dataset.readers import open_set
-from dfq.detectors.base import Detections
+from dfq.data.image_set import ImageSet
+from dfq.data.readers import open_set
 from dfq.errors import UserError
 from dfq.evaluation.agreement import agreement, check_categories, kept_of, sentence
-from dfq.progress import Silent
+from dfq.models.base import Detections
+from dfq.runtime.progress import Silent
 
 A, B, C = [0.0, 0, 20, 20], [30.0, 30, 60, 60], [0.0, 40, 20, 60]
 

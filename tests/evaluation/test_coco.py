@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dfq.dataset.image_set import make_item
-from dfq.dataset.readers import ImageSet
-from dfq.detectors import load_detector
-from dfq.detectors.base import Boundary, Detections, Detector, Targets
+from dfq.data.image_set import make_item
+from dfq.data.readers import ImageSet
 from dfq.errors import UserError
 from dfq.evaluation.bootstrap import _average_precision, _tables, bootstrap_difference
 from dfq.evaluation.coco import Metrics, bootstrap_ap, evaluate, predict, score
-from dfq.evaluation.matching import match
+from dfq.evaluation.coco_matching import match
+from dfq.models import load_detector
+from dfq.models.base import Boundary, Detections, Detector, Targets
 
 NAMES = ["cat", "dog", "bird"]
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from numpy.random import default_rng
 
-from dfq.dataset.image_set import ImageSet, make_item
-from dfq.dataset.summary import Objects
+from dfq.data.image_set import ImageSet, make_item
+from dfq.data.statistics import Objects
 from dfq.errors import UserError
-from dfq.evaluation.fidelity import Fidelity, compare, jensen_shannon, wasserstein
+from dfq.evaluation.label_fidelity import Fidelity, compare, jensen_shannon, wasserstein
 
 
 def real(

@@ -16,11 +16,11 @@ from pycocotools import mask as coco_mask
 from test_coco import NAMES, FakeDetector, found, image_set
 from torch import Tensor
 
-from dfq.cli import cli
-from dfq.dataset.readers import ImageSet
-from dfq.detectors.base import Detections
+from dfq.cli.main import cli
+from dfq.data.readers import ImageSet
 from dfq.evaluation.coco import evaluate, predict, score
 from dfq.evaluation.masks import encode, paste
+from dfq.models.base import Detections
 
 BOX = [20.0, 10.0, 60.0, 50.0]
 """In a 200 x 100 image."""
@@ -61,7 +61,7 @@ def test_half_a_mask_fills_half_its_box() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_pasting_is_mmdets(seed: int) -> None:
-    from dfq.detectors.mmdet_config import require_mmdet
+    from dfq.models.mmdet.config import require_mmdet
 
     require_mmdet()
     from mmdet.models.roi_heads.mask_heads.fcn_mask_head import _do_paste_mask

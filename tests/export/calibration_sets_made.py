@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dfq.dataset.calibration import CalibrationSet
-from dfq.dataset.calibration_writer import CalibrationWriter
+from dfq.data.calibration_set import CalibrationSet
+from dfq.data.calibration_writer import CalibrationWriter
 
 BRIGHTEST = (104, 124, 144, 164, 184, 204)
 """Largest value of each image of the set."""

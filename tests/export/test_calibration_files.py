@@ -16,7 +16,7 @@ import torch
 from calibration_sets_made import BRIGHTEST, COUNT, SIDE, make_set, photos, real_set
 from harness import command, contents, has_one_error
 
-from dfq.dataset.readers import open_set
+from dfq.data.readers import open_set
 from dfq.export import calibration_files
 from dfq.export.calibration_files import SNIPPETS, TOOLS, export_for
 from dfq.export.calibration_images import CalibrationImages

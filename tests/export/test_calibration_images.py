@@ -12,9 +12,9 @@ import pytest
 import torch
 from calibration_sets_made import COUNT, SIDE, make_set, photos, real_set
 
-from dfq.dataset.calibration import CalibrationSet
-from dfq.dataset.letterbox import load_letterboxed
-from dfq.dataset.readers import open_set
+from dfq.data.calibration_set import CalibrationSet
+from dfq.data.letterbox import load_letterboxed
+from dfq.data.readers import open_set
 from dfq.errors import UserError
 from dfq.export import calibration_plugins as plugins
 from dfq.export.calibration_images import CalibrationImages

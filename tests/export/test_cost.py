@@ -13,11 +13,11 @@ from tiny_detector import blobs, tiny_detector
 from torch import Tensor, nn
 
 import dfq
-from dfq.detectors.base import Boundary
-from dfq.detectors.yolov5 import YOLOv5
 from dfq.errors import UserError
 from dfq.export.activations import watch_activations
 from dfq.export.cost import Cost, FileCost, detector_cost, mac_energy, weight_memory
+from dfq.models.base import Boundary
+from dfq.models.yolov5.detector import YOLOv5
 from dfq.quantization.convert import Policy, calibrate, fold, insert_quantizers, quantized_layers
 
 SIDE = 8

@@ -15,16 +15,16 @@ from tiny_detector import SIDE, blobs, tiny_detector
 
 import dfq
 from dfq import export
+from dfq.api.export import choose
 from dfq.errors import UserError
 from dfq.export import writers
 from dfq.export.counting_openvino import count_openvino
 from dfq.export.opening import OpenVinoFile, open_exported
-from dfq.exporting import choose
+from dfq.quantization.bit_widths import parse_widths
 from dfq.quantization.convert import Policy, calibrate, fold, insert_quantizers
 from dfq.quantization.quantizers import Quantizer
-from dfq.quantization.widths import parse_widths
 from dfq.recipe import Quantization
-from dfq.run import Run
+from dfq.runs.folder import Run
 
 SUFFIXES = (".onnx", ".xml", ".pt2")
 

@@ -15,13 +15,13 @@ from counting import layers, operations
 from torch import Tensor, nn
 from toys import NETWORKS, Toy, exported, images, quantized, several, toy
 
-from dfq.detectors.base import Detector
 from dfq.errors import UserError
 from dfq.export.integer import AVERAGES, KERNELS, OnGrid, run_in_integers
 from dfq.export.opening import open_file
 from dfq.export.passes import QUANTIZE, grid_at
 from dfq.export.program import build
-from dfq.quantization.results import result_quantizers
+from dfq.models.base import Detector
+from dfq.quantization.output_quantizers import result_quantizers
 
 AVERAGING = ("average", "adaptive average", "bilinear")
 """Halves between two integers are frequent there, and runtimes round each in its own way."""

@@ -10,10 +10,10 @@ import torch
 from tiny_detector import blobs, stacked, tiny_detector
 from torch import Tensor
 
-from dfq.detectors.base import Detector, Targets
 from dfq.export.program import build
 from dfq.export.replacing import place_for
-from dfq.progress import Silent
+from dfq.mixed_precision.search import find_bits
+from dfq.models.base import Detector, Targets
 from dfq.quantization.convert import (
     Policy,
     activation_quantizers,
@@ -24,8 +24,8 @@ from dfq.quantization.convert import (
 )
 from dfq.quantization.placement import PLACEMENTS
 from dfq.recipe import Quantization
-from dfq.run import Run
-from dfq.sensitivity.policy import find_bits
+from dfq.runs.folder import Run
+from dfq.runtime.progress import Silent
 from dfq.verbs import load_model
 
 WIDE = [name for name, where in PLACEMENTS.items() if where.most_bits > 8]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from dfq.api.speed import Speed
 from dfq.export.latency import Latency
-from dfq.export.speed import Speed
 
 
 def latency(ratio: float, threads: int | None = 1) -> Latency:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from dfq import export
-from dfq.detectors.base import Detections, Detector
-from dfq.detectors.torchvision_base import from_name
+from dfq.api.export import describe_export
 from dfq.errors import UserError
 from dfq.export.opening import open_exported
 from dfq.export.program import build
 from dfq.export.writers import write
-from dfq.exporting import describe_export
+from dfq.models.base import Detections, Detector
+from dfq.models.torchvision.base import from_name
 from dfq.quantization.convert import Policy, calibrate, fold, insert_quantizers
 
 SIDE = 64

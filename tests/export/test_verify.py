@@ -26,12 +26,12 @@ from verify_files import (
 
 import dfq
 from dfq.demo.scenes import write_coco
-from dfq.detectors import save_detector
 from dfq.export.counting import count
 from dfq.export.layouts import ForeignModel
 from dfq.export.opening import open_file
 from dfq.export.ranges_onnx import _ancestors
-from dfq.run import check_run
+from dfq.models import save_detector
+from dfq.runs.folder import check_run
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from tiny_detector import SIDE, blobs, tiny_detector
 from torch import Tensor, nn
 
 import dfq
-from dfq.detectors import save_detector
+from dfq.models import save_detector
 
 
 class Together(nn.Module):

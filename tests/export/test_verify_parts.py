@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from dfq.detectors.base import Detections
 from dfq.export.counting import IntegerShare, Operation
 from dfq.export.faults import of_integers, of_ranges, of_scores
 from dfq.export.layouts import Candidates, candidates, choose
 from dfq.export.movement import moved, same_number
 from dfq.export.parity import distance, parity
 from dfq.export.ranges import Seen
+from dfq.models.base import Detections
 
 GENERATOR = np.random.default_rng(0)
 

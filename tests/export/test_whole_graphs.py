@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 from toys import exported, policy_of
 
-from dfq.detectors import load_detector
-from dfq.detectors.base import Detector
 from dfq.export.opening import LiteRtFile, open_exported
 from dfq.export.program import build
 from dfq.export.structure import structure_faults
+from dfq.models import load_detector
+from dfq.models.base import Detector
 from dfq.quantization.convert import Policy, calibrate, fold, insert_quantizers
 from dfq.quantization.placement import PLACEMENTS
 from dfq.verbs import load_model

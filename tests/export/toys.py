@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dfq.detectors.base import Boundary, Detections, Detector, Targets
-from dfq.detectors.exposed import expose
-from dfq.detectors.matmul import Matmul
+from dfq.api.export import describe_export
 from dfq.export.exported import ExportInfo
 from dfq.export.program import Program, build
 from dfq.export.writers import write
-from dfq.exporting import describe_export
+from dfq.models.base import Boundary, Detections, Detector, Targets
+from dfq.models.nn.decomposed import expose
+from dfq.models.nn.matmul import Matmul
 from dfq.quantization.convert import Policy, calibrate, fold, insert_quantizers
 
 SIDE = 16

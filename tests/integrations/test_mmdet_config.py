@@ -10,11 +10,11 @@ import torch
 from click.testing import CliRunner, Result
 from small_mmdet import enliven, write_config
 
-from dfq.cli import cli
+from dfq.cli.main import cli
 from dfq.demo.scenes import write_coco
-from dfq.detectors import load_detector, save_detector
-from dfq.detectors.mmdet_config import read_config
-from dfq.integrations.mmdet_recipe import mmdet_config
+from dfq.integrations.mmdet.config_writer import mmdet_config
+from dfq.models import load_detector, save_detector
+from dfq.models.mmdet.config import read_config
 from dfq.recipe import load_recipe
 
 TEXTS = [

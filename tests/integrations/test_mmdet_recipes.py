@@ -12,10 +12,10 @@ from click.testing import CliRunner, Result
 from pydantic import BaseModel
 from small_mmdet import SIDE, write_config
 
-from dfq.cli import cli
-from dfq.detectors import load_detector
-from dfq.detectors.mmdet_config import quiet, read_config
-from dfq.distillation.parameters import held_layers, parameter_groups, require_gradients
+from dfq.cli.main import cli
+from dfq.models import load_detector
+from dfq.models.mmdet.config import quiet, read_config
+from dfq.qat.parameter_groups import held_layers, parameter_groups, require_gradients
 from dfq.quantization.convert import calibrate, fold, insert_quantizers
 from dfq.quantization.quantizers import Quantizer
 from dfq.recipe import Recipe, load_recipe, shipped_recipes
@@ -142,7 +142,7 @@ def quantizers(module: torch.nn.Module) -> dict[str, tuple[Any, ...]]:
 def test_a_shipped_recipe_trains_as_it_says_or_is_refused(
     name: str, place: Path, tmp_path: Path
 ) -> None:
-    import dfq.integrations.mmdet as integration
+    import dfq.integrations.mmdet.runner as integration
 
     from mmengine.optim import build_optim_wrapper  # isort: skip
 

@@ -17,22 +17,16 @@ from click.testing import CliRunner
 from forks import PATIENCE
 from small_mmdet import NAMES, SIDE, TEXTS, enliven, write_config
 
-from dfq.cli import cli
-from dfq.dataset.calibration import CalibrationSet
+from dfq.cli.main import cli
+from dfq.data.calibration_set import CalibrationSet
 from dfq.demo.scenes import write_coco
-from dfq.detectors import load_detector
-from dfq.detectors.mmdet_config import (
-    _package_paths,
-    prepared,
-    quiet,
-    read_config,
-    shipped_config,
-)
 from dfq.errors import UserError
-from dfq.integrations.mmdet_recipe import TRAINED, mmdet_config
-from dfq.progress import Silent
+from dfq.integrations.mmdet.config_writer import TRAINED, mmdet_config
+from dfq.models import load_detector
+from dfq.models.mmdet.config import _package_paths, prepared, quiet, read_config, shipped_config
 from dfq.quantization.convert import fold
 from dfq.recipe import load_recipe
+from dfq.runtime.progress import Silent
 from dfq.training import policy_of, quantized
 
 TERMS = frozenset({"loss_kl", "loss_feature"})
@@ -101,7 +95,7 @@ def test_the_student_is_the_one_that_dfq_trains(place: Path) -> None:
     from mmengine.config import Config
     from mmengine.registry import DefaultScope
 
-    import dfq.integrations.mmdet as integration
+    import dfq.integrations.mmdet.runner as integration
 
     config = Config.fromfile(str(place / "w8a8.py")).to_dict()
     options = {key: value for key, value in config["model"].items() if key != "type"}
@@ -132,7 +126,7 @@ def test_the_student_is_the_one_that_dfq_trains(place: Path) -> None:
 def test_labels_become_dfqs(place: Path) -> None:
     from mmengine.structures import InstanceData
 
-    import dfq.integrations.mmdet as integration
+    import dfq.integrations.mmdet.runner as integration
 
     class Sample:
         gt_instances = InstanceData(
@@ -353,7 +347,7 @@ def test_shipped_recipes_are_what_the_command_writes(
 
 
 def test_mistakes(tmp_path: Path) -> None:
-    import dfq.integrations.mmdet as integration
+    import dfq.integrations.mmdet.runner as integration
 
     with pytest.raises(UserError, match="no detector of mmdet"):
         integration.DFQDistiller(

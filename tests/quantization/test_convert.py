@@ -10,8 +10,8 @@ from test_listing import FIRST, LAST, SharedDetector
 from tiny_detector import blobs, stacked, tiny_detector
 from torch import Tensor, nn
 
-from dfq.detectors.yolov5 import YOLOv5
 from dfq.errors import UserError
+from dfq.models.yolov5.detector import YOLOv5
 from dfq.quantization.convert import (
     Policy,
     activation_quantizers,
@@ -22,11 +22,11 @@ from dfq.quantization.convert import (
     quantized_layers,
     set_range,
 )
+from dfq.quantization.inspection import describe
 from dfq.quantization.layers import QUANTIZED_LAYERS
-from dfq.quantization.listing import describe
 from dfq.quantization.margins import keep_within_statistics
 from dfq.quantization.quantizers import Quantizer
-from dfq.quantization.ranges import SEARCHES, mse
+from dfq.quantization.range_search import SEARCHES, mse
 
 
 @pytest.fixture

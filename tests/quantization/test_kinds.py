@@ -10,13 +10,12 @@ from torch import Tensor
 from yolov5_files import write
 
 from dfq import export
-from dfq.detectors import load_detector
-from dfq.detectors.base import Detector
 from dfq.export.counting import count
 from dfq.export.integer import run_in_integers
 from dfq.export.opening import open_file
 from dfq.export.program import build
-from dfq.models import load_model
+from dfq.models import load_detector
+from dfq.models.base import Detector
 from dfq.quantization.convert import (
     Policy,
     activation_quantizers,
@@ -27,9 +26,10 @@ from dfq.quantization.convert import (
 )
 from dfq.quantization.implied import implied_ranges
 from dfq.quantization.layers import SplitOutput
-from dfq.quantization.results import result_quantizers
+from dfq.quantization.output_quantizers import result_quantizers
 from dfq.quantization.storage import restore_state, stored_state
-from dfq.run import Run
+from dfq.runs.folder import Run
+from dfq.runs.loading import load_model
 
 LITERT = Policy(8, 8, placement="qdq", runtime="litert")
 SIDE = 64

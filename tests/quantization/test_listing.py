@@ -7,10 +7,10 @@ import torch
 from tiny_detector import SIDE, tiny_detector
 from torch import Tensor, nn
 
-from dfq.detectors.base import Boundary
-from dfq.detectors.yolov5 import YOLOv5
+from dfq.models.base import Boundary
+from dfq.models.yolov5.detector import YOLOv5
 from dfq.quantization.convert import Policy, fold, insert_quantizers
-from dfq.quantization.listing import LayerInfo, bit_operations, describe, quantized_share
+from dfq.quantization.inspection import LayerInfo, bit_operations, describe, quantized_share
 
 FIRST = "model.0.conv"
 LAST = ("model.9.m.0", "model.9.m.1")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tiny_detector import blobs, tiny_detector
 from torch import Tensor, nn
 
-from dfq.detectors.base import Detector
+from dfq.models.base import Detector
 from dfq.quantization import margins
 from dfq.quantization.convert import (
     Policy,

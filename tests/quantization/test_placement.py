@@ -13,26 +13,20 @@ from tiny_detector import SIDE, blobs, stacked, tiny_detector
 from torch import Tensor, nn
 from toys import Toy, images, toy
 
-from dfq.detectors.base import Detector
-from dfq.distillation.losses import prediction_divergence
 from dfq.export.passes import QUANTIZE
 from dfq.export.program import build
-from dfq.models import load_float
-from dfq.quantization.convert import (
-    Policy,
-    calibrate,
-    fold,
-    insert_quantizers,
-    quantized_layers,
-)
+from dfq.mixed_precision.sensitivity import measure
+from dfq.models.base import Detector
+from dfq.ptq.gptq import reconstruct
+from dfq.qat.losses import prediction_divergence
+from dfq.quantization.convert import Policy, calibrate, fold, insert_quantizers, quantized_layers
+from dfq.quantization.inspection import describe
 from dfq.quantization.layers import QuantSiLU
-from dfq.quantization.listing import describe
+from dfq.quantization.output_quantizers import RESULTS, result_quantizers
 from dfq.quantization.placement import PLACEMENTS, Placement
 from dfq.quantization.quantizers import Quantizer
-from dfq.quantization.results import RESULTS, result_quantizers
-from dfq.reconstruction.second_order import reconstruct
-from dfq.run import Run
-from dfq.sensitivity.measure import measure
+from dfq.runs.folder import Run
+from dfq.runs.loading import load_float
 from dfq.verbs import load_model
 
 MADE = "made"

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from dfq.quantization.quantizers import fake_quantize, grid
-from dfq.quantization.ranges import (
+from dfq.quantization.range_search import (
     SEARCHES,
     lsq,
     lsq_step,

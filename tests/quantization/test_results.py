@@ -11,10 +11,10 @@ from tiny_detector import SIDE, blobs, stacked, tiny_detector
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dfq.detectors import load_detector
-from dfq.detectors.base import Boundary, Detector
-from dfq.detectors.yolov5 import YOLOv5
-from dfq.detectors.yolov5_network import C3, SPPF, Bottleneck, Concat
+from dfq.models import load_detector
+from dfq.models.base import Boundary, Detector
+from dfq.models.yolov5.detector import YOLOv5
+from dfq.models.yolov5.network import C3, SPPF, Bottleneck, Concat
 from dfq.quantization.convert import (
     Policy,
     activation_quantizers,
@@ -24,9 +24,9 @@ from dfq.quantization.convert import (
     insert_quantizers,
     quantized_layers,
 )
+from dfq.quantization.output_quantizers import RESULTS, count_joins, result_quantizers
 from dfq.quantization.quantizers import Quantizer
-from dfq.quantization.results import RESULTS, count_joins, result_quantizers
-from dfq.run import Run
+from dfq.runs.folder import Run
 from dfq.verbs import inspect, load_model
 
 EVERYWHERE = Policy(8, 8, placement="everywhere")

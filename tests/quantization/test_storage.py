@@ -12,12 +12,12 @@ from test_listing import SharedDetector
 from tiny_detector import blobs, stacked, tiny_detector
 from torch import Tensor
 
-from dfq.detectors import load_detector
-from dfq.detectors.base import Detector
-from dfq.detectors.torchvision_base import from_name
 from dfq.errors import UserError
 from dfq.export.grids import grid_of
 from dfq.export.replacing import place_for
+from dfq.models import load_detector
+from dfq.models.base import Detector
+from dfq.models.torchvision.base import from_name
 from dfq.quantization.convert import (
     Policy,
     activation_quantizers,
@@ -28,7 +28,7 @@ from dfq.quantization.convert import (
 )
 from dfq.quantization.quantizers import Quantizer, fake_quantize
 from dfq.quantization.storage import pack, restore_state, stored_state, unpack
-from dfq.run import Run, load_run
+from dfq.runs.folder import Run, load_run
 
 
 def quantized(policy: Policy, seed: int = 0) -> Detector:

@@ -8,10 +8,10 @@ from small_mmdet import SIDE, enliven, write_config
 from tiny_detector import tiny_detector
 from torch import Tensor
 
-from dfq.detectors import load_detector
-from dfq.detectors.base import Detector
-from dfq.detectors.mmdet_ops import ensure_ops
 from dfq.errors import UserError
+from dfq.models import load_detector
+from dfq.models.base import Detector
+from dfq.models.mmdet.ops import ensure_ops
 from dfq.quantization.convert import (
     Policy,
     activation_quantizers,
@@ -19,8 +19,8 @@ from dfq.quantization.convert import (
     float_mode,
     insert_quantizers,
 )
+from dfq.quantization.inspection import describe
 from dfq.quantization.layers import QuantMatmul
-from dfq.quantization.listing import describe
 from dfq.quantization.quantizers import Quantizer
 
 
@@ -40,7 +40,7 @@ def test_exposed_attention_is_mmdets(masked: bool) -> None:
     ensure_ops()
     from mmdet.models.backbones.swin import WindowMSA
 
-    from dfq.detectors.mmdet_attention import ExposedWindowMSA, expose_products
+    from dfq.models.mmdet.attention import ExposedWindowMSA, expose_products
 
     torch.manual_seed(0)
     theirs = WindowMSA(embed_dims=12, num_heads=3, window_size=(4, 3)).eval()

@@ -10,8 +10,14 @@ import torch.nn.functional as F
 from tiny_detector import blobs, tiny_detector
 from torch import Tensor
 
-from dfq.detectors.base import Detector
-from dfq.distillation.losses import total_divergence
+from dfq.models.base import Detector
+from dfq.ptq.activation_refinement import (
+    candidates,
+    half_with_contrast,
+    narrow_activations,
+    refine_grids,
+)
+from dfq.qat.losses import total_divergence
 from dfq.quantization.convert import (
     Policy,
     activation_quantizers,
@@ -22,13 +28,7 @@ from dfq.quantization.convert import (
     set_range,
 )
 from dfq.quantization.quantizers import Quantizer
-from dfq.quantization.ranges import mse
-from dfq.reconstruction.activation_grids import (
-    candidates,
-    half_with_contrast,
-    narrow_activations,
-    refine_grids,
-)
+from dfq.quantization.range_search import mse
 
 
 def images(count: int, seed: int) -> Tensor:

@@ -10,9 +10,9 @@ import torch
 from tiny_detector import blobs, tiny_detector
 from torch import Tensor, nn
 
+from dfq.ptq.block_cache import FinishedBlocks
+from dfq.ptq.gptq import reconstruct
 from dfq.quantization.convert import Policy, calibrate, fold, insert_quantizers
-from dfq.reconstruction.finished import FinishedBlocks
-from dfq.reconstruction.second_order import reconstruct
 
 
 class Skips(nn.Module):

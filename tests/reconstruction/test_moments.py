@@ -8,15 +8,9 @@ import pytest
 import torch
 from torch import Generator, Tensor, nn
 
+from dfq.ptq.input_moments import MomentSums, columns, execution_order, inputs_of, place_count
 from dfq.quantization.layers import QuantConv2d, QuantLinear
 from dfq.quantization.quantizers import Quantizer
-from dfq.reconstruction.moments import (
-    MomentSums,
-    columns,
-    execution_order,
-    inputs_of,
-    place_count,
-)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,12 @@ import torch
 from tiny_detector import blobs, tiny_detector
 from torch import Tensor
 
-from dfq.detectors.base import Detector
-from dfq.distillation.losses import distillation_terms
 from dfq.errors import UserError
+from dfq.models.base import Detector
+from dfq.ptq import gptq as second_order
+from dfq.ptq.gptq import aim, best_grid, reconstruct, round_compensated
+from dfq.ptq.input_moments import Moments
+from dfq.qat.losses import distillation_terms
 from dfq.quantization.convert import (
     Policy,
     activation_quantizers,
@@ -22,10 +25,7 @@ from dfq.quantization.convert import (
     quantized_layers,
 )
 from dfq.quantization.quantizers import Quantizer
-from dfq.quantization.ranges import minmax
-from dfq.reconstruction import second_order
-from dfq.reconstruction.moments import Moments
-from dfq.reconstruction.second_order import aim, best_grid, reconstruct, round_compensated
+from dfq.quantization.range_search import minmax
 
 
 def correlated(count: int, size: int, seed: int = 0) -> Tensor:
@@ -67,7 +67,7 @@ def test_blocks_of_columns_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     second = torch.stack([x.T @ x / 500, torch.eye(40).double()])
     scale = torch.full((2, 3), 0.2).double()
     whole = round_compensated(weight, second, scale, -8, 7, damping=0.01)
-    monkeypatch.setattr("dfq.reconstruction.second_order.BLOCK", 7)
+    monkeypatch.setattr("dfq.ptq.gptq.BLOCK", 7)
     torch.testing.assert_close(round_compensated(weight, second, scale, -8, 7, damping=0.01), whole)
 
 
@@ -164,7 +164,7 @@ def test_grids_are_tried_side_by_side_as_one_by_one(monkeypatch: pytest.MonkeyPa
     weight, second = skewed()
     found = []
     for at_once in (1, 500, 1 << 24):
-        monkeypatch.setattr("dfq.reconstruction.second_order.TOGETHER", at_once)
+        monkeypatch.setattr("dfq.ptq.gptq.TOGETHER", at_once)
         quantizer = Quantizer(3, channels=8, asymmetric=True)
         quantizer.initialise(*minmax(weight[0], 3, asymmetric=True))
         rounded = best_grid(quantizer, weight, second, damping=0.01)

@@ -16,10 +16,10 @@ from pages import check
 from test_exports import WHOLE
 from tiny_detector import blobs, tiny_detector
 
-from dfq.detectors.base import Detector
-from dfq.drawing import COLOURS
+from dfq.data.drawing import COLOURS
+from dfq.models.base import Detector
 from dfq.quantization.convert import Policy, calibrate, fold, insert_quantizers
-from dfq.quantization.listing import describe
+from dfq.quantization.inspection import describe
 from dfq.recipe import Recipe
 from dfq.report import page as pages_of_runs
 from dfq.report.exports import parse

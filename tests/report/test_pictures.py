@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dfq.drawing import COLOURS
+from dfq.data.drawing import COLOURS
 from dfq.report.pictures import MOST_BOXES, Tile, tile
 
 

@@ -8,9 +8,9 @@ import random
 import pytest
 
 from dfq.errors import UserError
-from dfq.quantization.widths import format_widths, parse_number, parse_widths
-from dfq.sensitivity.allocate import allocate, budget_of, cost, solve
-from dfq.sensitivity.measure import LayerSensitivity
+from dfq.mixed_precision.allocation import allocate, budget_of, cost, solve
+from dfq.mixed_precision.sensitivity import LayerSensitivity
+from dfq.quantization.bit_widths import format_widths, parse_number, parse_widths
 
 
 def total(values: list[list[float]], chosen: tuple[int, ...] | list[int]) -> float:

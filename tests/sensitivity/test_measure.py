@@ -8,12 +8,12 @@ import pytest
 import torch
 from tiny_detector import blobs, tiny_detector
 
-from dfq.detectors.base import Detector
-from dfq.distillation.losses import prediction_divergence
+from dfq.mixed_precision.sensitivity import LayerSensitivity, measure
+from dfq.models.base import Detector
+from dfq.ptq.gptq import reconstruct
+from dfq.qat.losses import prediction_divergence
 from dfq.quantization.convert import Policy, calibrate, fold, insert_quantizers
-from dfq.quantization.listing import describe
-from dfq.reconstruction.second_order import reconstruct
-from dfq.sensitivity.measure import LayerSensitivity, measure
+from dfq.quantization.inspection import describe
 
 CANDIDATES = [(2, 8), (4, 8), (8, 8), (4, 4)]
 POLICY = Policy(overrides=(("model.3.cv1.conv", "w5a7"), ("model.5.*", "float")))

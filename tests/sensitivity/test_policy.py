@@ -7,12 +7,12 @@ import torch
 from tiny_detector import blobs, tiny_detector
 from torch import Tensor
 
-from dfq.detectors.base import Targets
-from dfq.progress import Silent
+from dfq.mixed_precision.search import find_bits
+from dfq.mixed_precision.sensitivity import measure
+from dfq.models.base import Targets
 from dfq.quantization.convert import Policy, fold
 from dfq.recipe import Quantization
-from dfq.sensitivity.measure import measure
-from dfq.sensitivity.policy import find_bits
+from dfq.runtime.progress import Silent
 
 
 class Images:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dfq.detectors.base import Detections
+from dfq.models.base import Detections
 
 SIZE = 100
 

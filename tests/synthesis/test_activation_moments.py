@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from dfq.synthesis import compiled
-from dfq.synthesis.moments import moments, moments_backward
+from dfq.kernels import loader as compiled
+from dfq.kernels.batchnorm import moments, moments_backward
 
 
 @pytest.fixture(params=["compiled", "torch"])

@@ -7,15 +7,15 @@ import torch
 from label_rows import NOTHING, SIZE, A, B, found, label
 from torch import Generator, Tensor
 
-from dfq.detectors.base import Detections
-from dfq.recipe_synthesis import LabelStage
-from dfq.synthesis.adaptive import (
+from dfq.models.base import Detections
+from dfq.synthesis.adaptive_labels import (
     FAINT,
     AdaptiveSampler,
     draw_categories,
     update_adaptive,
     update_steps,
 )
+from dfq.synthesis.settings import LabelStage
 
 CLASSES = 7
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dfq.recipe_synthesis import SynthesisWeights
-from dfq.synthesis.balance import MEASURE_EVERY, Combination, GradientShares, LossWeights
-from dfq.synthesis.priors import squared_variation, total_variation
+from dfq.synthesis.loss_weighting import MEASURE_EVERY, Combination, GradientShares, LossWeights
+from dfq.synthesis.losses.priors import squared_variation, total_variation
+from dfq.synthesis.settings import SynthesisWeights
 
 SHAPE = (2, 3, 6, 6)
 

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 from tiny_detector import tiny_detector
 
-from dfq.dataset.calibration import CalibrationSet
-from dfq.detectors.base import Detector
+from dfq.data.calibration_set import CalibrationSet
 from dfq.errors import UserError
-from dfq.recipe_synthesis import LabelStage, Synthesis
-from dfq.synthesis import compiled, worker
-from dfq.synthesis.produce import determinants, set_name, synthesize_set
+from dfq.kernels import loader as compiled
+from dfq.models.base import Detector
+from dfq.synthesis import worker_process as worker
+from dfq.synthesis.pipeline import determinants, set_name, synthesize_set
+from dfq.synthesis.settings import LabelStage, Synthesis
 from dfq.synthesis.shards import Plan
 
 HAS_COMPILER = shutil.which("cc") is not None

@@ -10,19 +10,16 @@ from tiny_detector import tiny_detector
 from torch import Generator, Tensor, nn
 
 from dfq.demo import demo_weights
-from dfq.detectors import load_detector
-from dfq.detectors.base import Detector, Targets
 from dfq.errors import UserError
-from dfq.recipe_synthesis import LabelStage, Synthesis, SynthesisWeights
-from dfq.synthesis.balance import COMBINATIONS, settled
-from dfq.synthesis.inversion import (
-    Inversion,
-    generator_for,
-)
-from dfq.synthesis.priors import total_variation
+from dfq.models import load_detector
+from dfq.models.base import Detector, Targets
+from dfq.synthesis.augmentation import initial_images, random_erasing
+from dfq.synthesis.inversion import Inversion, generator_for
+from dfq.synthesis.loss_weighting import COMBINATIONS, settled
+from dfq.synthesis.losses.batchnorm import BatchNormStatistics
+from dfq.synthesis.losses.priors import total_variation
 from dfq.synthesis.quality import Quality, set_quality
-from dfq.synthesis.statistics import BatchNormStatistics
-from dfq.synthesis.views import initial_images, random_erasing
+from dfq.synthesis.settings import LabelStage, Synthesis, SynthesisWeights
 
 SIZE = 64
 
@@ -264,7 +261,7 @@ def test_a_batch_is_fixed_by_seed_and_shard(detector: Detector, kind: str) -> No
 def test_adaptive_labels_come_from_detections(
     detector: Detector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dfq.detectors.base import Detections
+    from dfq.models.base import Detections
 
     box = torch.tensor([[2.0, 2.0, 14.0, 12.0]])
     calls: list[dict[str, float]] = []

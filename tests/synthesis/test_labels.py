@@ -13,9 +13,8 @@ from PIL import Image
 from torch import Generator, Tensor
 from torchvision.ops import box_iou
 
-from dfq.dataset.image_set import ImageSet, make_item
+from dfq.data.image_set import ImageSet, make_item
 from dfq.errors import UserError
-from dfq.recipe_synthesis import LABELS, LabelStage, Synthesis
 from dfq.synthesis.labels import (
     STARTS,
     DrawnLike,
@@ -26,6 +25,7 @@ from dfq.synthesis.labels import (
     teacher_scores,
     to_corners,
 )
+from dfq.synthesis.settings import LABELS, LabelStage, Synthesis
 
 CLASSES = 7
 
@@ -166,9 +166,9 @@ def test_real_labels_are_letterboxed_and_matched_by_name() -> None:
 
 
 def test_real_labels_agree_with_the_letterbox_of_the_images(kit: Path) -> None:
-    from dfq.coco_categories import COCO_NAMES
-    from dfq.dataset.letterbox import load_letterboxed
-    from dfq.dataset.readers import open_set
+    from dfq.data.letterbox import load_letterboxed
+    from dfq.data.readers import open_set
+    from dfq.models.coco_categories import COCO_NAMES
 
     images = open_set(kit / "coco-val").head(6)
     mapping = images.category_mapping(COCO_NAMES)

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import pytest
 from tiny_detector import tiny_detector
 
-from dfq.recipe_synthesis import LabelStage, Synthesis
 from dfq.synthesis import pace
 from dfq.synthesis.inversion import Inversion, Stage
 from dfq.synthesis.pace import Pace
+from dfq.synthesis.settings import LabelStage, Synthesis
 from dfq.synthesis.shards import Plan
 
 STAGES = [Stage("labels", 40, 160), Stage("small", 110, 320), Stage("full", 90, 640)]

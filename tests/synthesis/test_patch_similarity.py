@@ -9,17 +9,17 @@ import torch
 from small_mmdet import SIDE, enliven, write_config
 from torch import Tensor, nn
 
-from dfq.detectors import load_detector
-from dfq.detectors.base import Detector, Targets
 from dfq.errors import UserError
-from dfq.recipe_synthesis import Synthesis
+from dfq.models import load_detector
+from dfq.models.base import Detector, Targets
 from dfq.synthesis.inversion import Inversion
-from dfq.synthesis.patch_similarity import (
+from dfq.synthesis.losses.patch_entropy import (
     PatchSimilarity,
     kernel_entropy,
     patch_similarity_entropy,
 )
-from dfq.synthesis.produce import determinants
+from dfq.synthesis.pipeline import determinants
+from dfq.synthesis.settings import Synthesis
 
 
 def reference(tokens: Tensor, bandwidth: float, points: int) -> Tensor:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dfq.synthesis import compiled
-from dfq.synthesis.priors import squared_variation, total_variation
+from dfq.kernels import loader as compiled
+from dfq.synthesis.losses.priors import squared_variation, total_variation
 
 
 def neighbour_differences(images: Tensor) -> list[Tensor]:

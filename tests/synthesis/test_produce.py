@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from tiny_detector import tiny_detector
 
-from dfq.dataset.calibration import CalibrationSet
-from dfq.detectors.base import Detector
+from dfq.data.calibration_set import CalibrationSet
 from dfq.errors import UserError
-from dfq.recipe_synthesis import LabelStage, Synthesis, SynthesisWeights
+from dfq.models.base import Detector
 from dfq.synthesis import inversion
-from dfq.synthesis.produce import check, determinants, set_name, synthesize_set
+from dfq.synthesis.pipeline import check, determinants, set_name, synthesize_set
+from dfq.synthesis.settings import LabelStage, Synthesis, SynthesisWeights
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def test_a_truncated_record_is_made_again(
     synthesize_set(detector, chosen, 0, tmp_path / "whole")
     with monkeypatch.context() as patch:
         patch.setattr(
-            "dfq.dataset.calibration_writer.CalibrationWriter.finish",
+            "dfq.data.calibration_writer.CalibrationWriter.finish",
             lambda *_: (_ for _ in ()).throw(KeyboardInterrupt),
         )
         with pytest.raises(KeyboardInterrupt):

@@ -9,7 +9,7 @@ import torch
 from tiny_detector import blobs, tiny_detector
 from torch import Tensor
 
-from dfq.detectors.base import Detector
+from dfq.models.base import Detector
 from dfq.quantization.convert import fold
 from dfq.synthesis.quality import Quality, quality_of, set_quality
 

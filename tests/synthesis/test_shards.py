@@ -11,7 +11,7 @@ import pytest
 import torch
 from forks import PATIENCE
 
-from dfq.dataset.calibration_writer import CalibrationWriter
+from dfq.data.calibration_writer import CalibrationWriter
 from dfq.synthesis.inversion import Batch
 from dfq.synthesis.shards import QUEUE, Committer, Plan, make_shards
 

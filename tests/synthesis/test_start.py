@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Generator, nn
 
-from dfq.quantization.folding import fold_batchnorm
+from dfq.graph.fold_batchnorm import fold_batchnorm
+from dfq.synthesis.augmentation import initial_images
+from dfq.synthesis.losses.batchnorm import BatchNormStatistics
 from dfq.synthesis.start import Start, matched_start
-from dfq.synthesis.statistics import BatchNormStatistics
-from dfq.synthesis.views import initial_images
 
 
 @pytest.mark.parametrize("folded", [False, True])

@@ -11,9 +11,9 @@ from tiny_detector import tiny_detector
 from torch import Tensor, nn
 
 from dfq.errors import UserError
+from dfq.graph.fold_batchnorm import FoldedBatchNorm, fold_batchnorm
 from dfq.quantization.convert import fold
-from dfq.quantization.folding import FoldedBatchNorm, fold_batchnorm
-from dfq.synthesis.statistics import BatchNormStatistics
+from dfq.synthesis.losses.batchnorm import BatchNormStatistics
 
 
 def reference(network: nn.Module, images: Tensor) -> tuple[list[Tensor], Tensor]:

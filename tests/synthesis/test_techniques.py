@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from tiny_detector import blobs, tiny_detector
 from torch import Generator, Tensor, nn
 
-from dfq.detectors.base import Detector, Targets
-from dfq.recipe_synthesis import LabelStage, Synthesis, SynthesisWeights
-from dfq.recipe_synthesis import Techniques as Settings
-from dfq.synthesis.image_statistics import ImageStatistics
+from dfq.models.base import Detector, Targets
+from dfq.synthesis.augmentation import initial_images
 from dfq.synthesis.inversion import Inversion
-from dfq.synthesis.statistics import BatchNormStatistics
+from dfq.synthesis.losses.batchnorm import BatchNormStatistics
+from dfq.synthesis.losses.image_statistics import ImageStatistics
+from dfq.synthesis.settings import LabelStage, Synthesis, SynthesisWeights
+from dfq.synthesis.settings import Techniques as Settings
 from dfq.synthesis.techniques import Techniques, blurred, smoothed
-from dfq.synthesis.views import initial_images
 
 SIDE = 64
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from dfq.synthesis import compiled
-from dfq.synthesis.views import initial_images, random_erasing, shown
+from dfq.kernels import loader as compiled
+from dfq.synthesis.augmentation import initial_images, random_erasing, shown
 
 
 @pytest.fixture(params=["compiled", "torch"])

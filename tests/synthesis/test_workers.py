@@ -14,14 +14,15 @@ import torch
 from forks import FORKS, ended
 from tiny_detector import tiny_detector
 
-from dfq.dataset.calibration_writer import CalibrationWriter
-from dfq.detectors.base import Detector
+from dfq.data.calibration_writer import CalibrationWriter
 from dfq.errors import UserError
-from dfq.recipe_synthesis import LabelStage, Synthesis
-from dfq.synthesis import worker, workers
-from dfq.synthesis.produce import synthesize_set
+from dfq.models.base import Detector
+from dfq.synthesis import worker_pool as workers
+from dfq.synthesis import worker_process as worker
+from dfq.synthesis.pipeline import synthesize_set
+from dfq.synthesis.settings import LabelStage, Synthesis
 from dfq.synthesis.shards import Plan
-from dfq.synthesis.workers import Workers, worker_count
+from dfq.synthesis.worker_pool import Workers, worker_count
 
 
 @pytest.fixture(scope="module")

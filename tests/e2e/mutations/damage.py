@@ -34,7 +34,7 @@ PATHS = [
 DOTTED = [
     "os.system", "builtins.eval", "torch.hub.load", "subprocess.Popen", "pathlib.Path",
     "mmengine.fileio.load", "torch.nn.Module", "nn.modules.module.Module", "torch.load",
-    "importlib.import_module", "__builtins__", "mmdet.apis.init_detector", "dfq.cli.main",
+    "importlib.import_module", "__builtins__", "mmdet.apis.init_detector", "dfq.cli.main.main",
 ]  # fmt: skip
 NUMBERS: list[Any] = [
     float("nan"), float("inf"), float("-inf"), 10**400, -(10**400), 2**63, -(2**63) - 1, 2**31,

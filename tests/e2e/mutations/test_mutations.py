@@ -40,11 +40,11 @@ from damage import MARK
 from small_mmdet import write_config
 from test_outputs import everything
 
-from dfq.cli import cli
-from dfq.detectors import load_detector, save_detector
-from dfq.detectors.torchvision_base import from_name
-from dfq.distillation.trainer import Trainer
-from dfq.synthesis import compiled
+from dfq.cli.main import cli
+from dfq.kernels import loader as compiled
+from dfq.models import load_detector, save_detector
+from dfq.models.torchvision.base import from_name
+from dfq.qat.trainer import Trainer
 from dfq.synthesis.inversion import Inversion
 
 KINDS: dict[str, Kind] = {**models.KINDS, **sets.KINDS, **around.KINDS}

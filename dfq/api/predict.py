@@ -1,0 +1,235 @@
+"""`dfq predict`: what a detector finds in images, as pictures and as numbers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..data.letterbox import LetterboxTransform, letterbox
+from ..data.photos import list_photos, read_photo
+from ..errors import UserError, argument, shown
+from ..evaluation.agreement import check_categories
+from ..evaluation.coco import detect_batch, eval_mode
+from ..evaluation.prediction import Prediction, Predictions, prediction
+from ..evaluation.prediction_picture import (
+    LIST,
+    draw_pair,
+    draw_prediction,
+    encode_picture,
+    name_pictures,
+    require_pictures,
+)
+from ..models.base import Detecting, Detector
+from ..runs.loading import as_detecting, as_float
+from ..runtime.files import (
+    json_bytes,
+    require_output_file,
+    require_output_folder,
+    user_path,
+    write_atomic,
+)
+from ..runtime.progress import Progress
+from ..runtime.surroundings import Report, pick_device, reporter
+
+_BATCH = 16
+"""Images at a time, as in evaluation."""
+
+
+def predict(
+    model: str | Path | Detecting,
+    images: str | Path | Sequence[str | Path],
+    *,
+    out: str | Path | None = None,
+    compare: str | Path | Detector | None = None,
+    threshold: float = 0.25,
+    image_size: int | None = None,
+    device: str = "auto",
+    trust: bool = False,
+    progress: Report = None,
+) -> Predictions:
+    """What a detector finds in images, with boxes in their own pixels.
+
+    >>> found = dfq.predict("runs/w4a8-yolo11s-1", "my/photos", out="pictures")
+    >>> for one in found:
+    ...     print(one.file, one.categories, one.scores, one.boxes)
+    >>> detections = found[0].to_supervision()      # trackers, zones, annotators of supervision
+    >>> supervision.BoxAnnotator().annotate(cv2.imread(found[0].file), detections)
+
+    Args:
+        model: a detector, or what names one, a run folder, or an exported file.
+        images: files, or folders that are searched with their subfolders. They are letterboxed as
+            evaluation does it; EXIF orientation is applied. One that cannot be read is left out,
+            and stands in `unreadable` of what is returned.
+        out: folder for pictures with what was found, and `detections.json`; None: none are made.
+        compare: the float detector to compare with, or what names it. Pictures have its detections
+            on the left then, and each prediction has them as `reference`.
+        threshold: detections with a lower score are left out, in [0, 1].
+        image_size: side in pixels; None: the detector's own, which is the only one of most exported
+            files.
+        device, trust, progress: as for `synthesize`.
+
+    Returns:
+        A list of one `Prediction` for each image that could be read, with a few words on the whole.
+
+    Raises:
+        UserError: for anything the user can mend: no image can be read, or something that this did
+            not write is in the way in `out`.
+    """
+    if not (isinstance(threshold, int | float) and 0 <= threshold <= 1):
+        raise UserError(f"{argument('threshold', threshold)}: is no score; give one from 0 to 1")
+    sources = [images] if isinstance(images, str | Path) else list(images)
+    if not sources:
+        raise UserError("which images? name files, or folders of them")
+    folder = None if out is None else user_path(out, "--out")
+    if folder is not None:
+        require_output_folder(folder, "out")
+    files = list_photos(sources, without=folder)
+    names = name_pictures(files)
+    if folder is not None:
+        require_pictures(folder, names, files)
+    target = pick_device(device)
+    detector = as_detecting(model, trust=trust, device=target)
+    detectors: list[Detecting] = [detector]
+    if compare is not None:
+        reference = as_float(compare, trust=trust, device=target)
+        check_categories(detector, reference, "compare")
+        detectors.append(reference)
+    size = detector.image_size if image_size is None else image_size
+    for one in detectors:
+        one.check_size(size)
+    found = Predictions(
+        model=shown(detector.source),
+        image_size=size,
+        threshold=float(threshold),
+        compared=None if compare is None else shown(detectors[1].source),
+    )
+    report = reporter(progress)
+    _detect(found, files, detectors, report, None if folder is None else (folder, names))
+    if not found:
+        problem = next(iter(found.unreadable.values()))
+        rest = f"; of {len(files)} images none can be read" if len(files) > 1 else ""
+        raise UserError(f"{problem}{rest}")
+    if folder is not None:
+        _write(folder / LIST, json_bytes(found.to_dict()))
+    return found
+
+
+def _detect(
+    found: Predictions,
+    files: Sequence[Path],
+    detectors: Sequence[Detecting],
+    report: Progress,
+    pictures: tuple[Path, Sequence[str]] | None,
+) -> None:
+    """Fill `found`, and write a picture of each image where a folder and their names are given."""
+    name_of = dict(zip(files, pictures[1], strict=True)) if pictures is not None else {}
+    with contextlib.ExitStack() as stack:
+        for detector in detectors:
+            stack.enter_context(eval_mode(detector))
+        task = stack.enter_context(report.task("detection", len(files), "images"))
+        done = 0
+        for batch in _batches(files, found.image_size, detectors[0].stride):
+            for file, read in batch:
+                if isinstance(read, UserError):
+                    found.unreadable[str(file)] = str(read)
+            ready = [(file, read) for file, read in batch if not isinstance(read, UserError)]
+            for one in _predictions(ready, detectors, found.threshold):
+                found.append(one)
+                if pictures is not None:
+                    name = name_of[Path(one.file)]
+                    _write(pictures[0] / name, encode_picture(_picture(one, found)))
+                    found.pictures[one.file] = name
+            done += len(batch)
+            # Where nothing can be read, one line says so.
+            if found:
+                task.update(done, len(files))
+    if found:
+        for problem in found.unreadable.values():
+            report.note(f"left out: {problem}")
+
+
+Read = tuple[Tensor, LetterboxTransform]
+"""A canvas, uint8 `(s, s, 3)`, and how the image lies on it."""
+
+
+def _batches(
+    files: Sequence[Path], size: int, stride: int
+) -> Iterator[list[tuple[Path, Read | UserError]]]:
+    """Letterboxed images, or what is wrong with them; the next ones are read while the network
+    works on these. No more than one image is held at its own size, which may be large."""
+
+    def read(file: Path) -> Read | UserError:
+        try:
+            canvas, transform = letterbox(read_photo(file), size, stride, rect=False)
+        except UserError as error:
+            return error
+        return torch.from_numpy(canvas), transform
+
+    groups = [files[start : start + _BATCH] for start in range(0, len(files), _BATCH)]
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        coming = [reader.submit(read, file) for file in groups[0]]
+        for group, following in zip(groups, [*groups[1:], ()], strict=True):
+            batch = [(file, one.result()) for file, one in zip(group, coming, strict=True)]
+            coming = [reader.submit(read, file) for file in following]
+            yield batch
+
+
+def _predictions(
+    ready: Sequence[tuple[Path, Read]], detectors: Sequence[Detecting], threshold: float
+) -> list[Prediction]:
+    """What the first of the detectors finds in a batch, and the second one for reference."""
+    if not ready:
+        return []
+    images = torch.stack([canvas for _, (canvas, _) in ready]).permute(0, 3, 1, 2).contiguous()
+    transforms = [transform for _, (_, transform) in ready]
+    by_detector = [
+        [
+            prediction(
+                str(file),
+                transform.original,
+                found,
+                detector.names,
+                segments if detector.has_masks else None,
+            )
+            for (file, (_, transform)), (found, segments) in zip(
+                ready,
+                detect_batch(
+                    detector,
+                    images.float() / 255,
+                    transforms,
+                    score_threshold=threshold,
+                    masks=detector.has_masks,
+                ),
+                strict=True,
+            )
+        ]
+        for detector in detectors
+    ]
+    if len(by_detector) == 1:
+        return by_detector[0]
+    return [replace(one, reference=other) for one, other in zip(*by_detector, strict=True)]
+
+
+def _picture(one: Prediction, found: Predictions) -> Image.Image:
+    # Read again: a batch of large images would not fit into memory.
+    pixels = read_photo(Path(one.file))
+    if one.reference is None:
+        return draw_prediction(pixels, one)
+    return draw_pair(
+        draw_prediction(pixels, one.reference, f"float: {found.compared}"),
+        draw_prediction(pixels, one, f"this: {found.model}"),
+    )
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Looked at again: the work took its time.
+    require_output_file(path, "out")
+    write_atomic(path, data)

@@ -1,0 +1,219 @@
+"""Tables of the command line."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..errors import shown
+from ..evaluation.agreement import sentence
+from ..quantization.bit_widths import format_widths
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..evaluation.agreement import Agreement
+    from ..export.cost import Cost, Figures
+    from ..export.targets import Target
+    from ..mixed_precision.search import Sensitivity
+    from ..quantization.inspection import Inspection
+    from ..runs.comparison import Row
+
+
+def _console() -> Console:
+    # Wide enough for every column when the output is a file or a pipe.
+    return Console(width=None if sys.stdout.isatty() else 140)
+
+
+def print_layers(found: Inspection) -> None:
+    """One row a layer, and the sums."""
+    title = f"{shown(found.source)} ({found.family}, {found.image_size} px)"
+    table = Table(title=escape(title))
+    for column in ("layer", "kind", "weight", "output", "MACs (M)", "weight bits", "act. bits"):
+        table.add_column(column, justify="left" if column in ("layer", "kind") else "right")
+    for layer in found.layers:
+        bits = [str(b) if b < 32 else "float" for b in (layer.weight_bits, layer.activation_bits)]
+        shapes = ["x".join(map(str, s)) for s in (layer.weight_shape, layer.output_shape)]
+        words = (escape(shown(text)) for text in (layer.name, layer.kind))
+        table.add_row(*words, *shapes, f"{layer.macs / 1e6:.2f}", *bits)
+    console = _console()
+    console.print(table)
+    total = sum(layer.macs for layer in found.layers)
+    quantized = sum(layer.quantized for layer in found.layers)
+    joined, joins = found.joins
+    names = ", ".join(shown(name, limit=60) for name in found.names)
+    console.print(
+        f"{quantized} of {len(found.layers)} layers quantized: {found.quantized_share:.1%} of "
+        f"{total / 1e6:.1f} M MACs",
+        f"sums and concatenations quantized: {joined} of {joins}",
+        f"{len(found.names)} categories: {names}",
+        sep="\n",
+        highlight=False,
+        markup=False,
+    )
+
+
+def print_cost(found: Cost) -> None:
+    """One row a layer, and the whole beside the same network in float."""
+    title = f"{shown(found.source)} ({found.family}, {found.image_size} px, one image)"
+    table = Table(title=escape(title))
+    sizes = ("disk (KiB)", "memory (KiB)", "act. (KiB)")
+    figures = ("MACs (M)", "bit ops (M)", *sizes, "energy (mJ)")
+    for column in ("layer", "kind", "bits", *figures):
+        table.add_column(column, justify="right" if column in figures else "left")
+    for layer in found.layers:
+        widths = (layer.weight_bits, layer.activation_bits)
+        bits = format_widths(widths) if max(widths) < 32 else "float"
+        words = (escape(shown(text)) for text in (layer.name, layer.kind))
+        table.add_row(*words, bits, *_figure_cells(layer.figures))
+    console = _console()
+    console.print(table)
+    whole = Table(title="all layers")
+    for column in ("", *figures):
+        whole.add_column(column, justify="right" if column else "left")
+    whole.add_row("network", *_figure_cells(found.total))
+    whole.add_row("as float", *_figure_cells(found.as_float))
+    ratios = found.total.ratio(found.as_float).values()
+    where = shown(found.peak_at) or "the network's own code"
+    whole.add_row("ratio", *("" if ratio is None else f"{ratio:.1%}" for ratio in ratios))
+    console.print(whole)
+    console.print(
+        "disk, memory: of the weights, at their bits and at a byte each up to 8 bits",
+        f"act.: of the activations that are there at once, most of all in {where}",
+        "energy: an estimate from operations and memory accesses (Horowitz, ISSCC 2014, 45 nm)",
+        sep="\n",
+        highlight=False,
+        markup=False,
+    )
+
+
+def _figure_cells(figures: Figures) -> list[str]:
+    sizes = (figures.disk_bytes, figures.memory_bytes, figures.activation_bytes)
+    return [
+        f"{figures.macs / 1e6:.2f}",
+        f"{figures.bit_operations / 1e6:.1f}",
+        *(f"{size / 1024:.1f}" for size in sizes),
+        f"{figures.energy_joules * 1e3:.4g}",
+    ]
+
+
+def print_sensitivity(found: Sensitivity, model: str) -> None:
+    """One row a layer: its divergence at each width it may have, and the one it is given."""
+    title = f"{shown(model)}: divergence of the predictions, one layer quantized at a time"
+    table = Table(title=escape(title))
+    free = [row for row in found.layers if row.free]
+    widths = free[0].widths
+    table.add_column("layer")
+    for column in ("MACs (M)", "weights", *map(format_widths, widths), "chosen"):
+        table.add_column(column, justify="right")
+    for row in found.layers:
+        values = [f"{value:.4g}" for value in row.divergence] if row.free else ["" for _ in widths]
+        given = found.widths(row)
+        if given is None:
+            chosen = "" if row.free else "float"
+        else:
+            chosen = format_widths(given) + ("" if row.free else " (fixed)")
+        name = escape(shown(row.name))
+        table.add_row(name, f"{row.macs / 1e6:.2f}", str(row.weights), *values, chosen)
+    console = _console()
+    console.print(table)
+    line = f"{len(free)} of {len(found.layers)} layers measured on {found.images} images"
+    if found.budget is not None:
+        words = found.kind.replace("_", " ")
+        line += (
+            f"; {found.spent:.4g} of {found.budget:.4g} {words} spent, "
+            f"sum of divergences {found.divergence:.4g}"
+        )
+    console.print(line, highlight=False)
+
+
+def print_comparison(rows: Sequence[Row]) -> None:
+    """One row a run."""
+    table = Table(title="runs")
+    for column in ("run", "bits", "method", "kept"):
+        table.add_column(column)
+    for column in (
+        "images", "AP float", "AP", "AP kept", "divergence", "of start", "MACs quantized", "weights"
+    ):  # fmt: skip
+        table.add_column(column, justify="right")
+
+    def cell(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    for row in rows:
+        ratio = None
+        if row.divergence is not None and row.divergence_start:
+            ratio = row.divergence / row.divergence_start
+        table.add_row(
+            escape(shown(row.run)),
+            row.bits or "",
+            escape(shown(row.method or "")),
+            escape(shown((row.kept or "").partition(":")[0])),
+            cell(row.images, "d"),
+            cell(row.AP_float, ".4f"),
+            cell(row.AP_quantized, ".4f"),
+            cell(row.AP_kept, ".1%"),
+            cell(row.divergence, ".4g"),
+            cell(ratio, ".1%"),
+            cell(row.quantized_share, ".1%"),
+            f"{row.weight_bytes / 2**20:.2f} of {row.float_weight_bytes / 2**20:.2f} MiB",
+        )
+    _console().print(table)
+
+
+def print_metrics(found: dict[str, Any]) -> None:
+    """What `Metrics.to_dict` holds."""
+    masks = found["masks"]
+    if masks is not None:
+        click.echo(f"{'':<10} boxes   masks")
+    for key in ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100"):
+        values = [one[key] for one in (found, masks) if one is not None]
+        cells = ("none  " if value is None else format(value, ".4f") for value in values)
+        click.echo(f"{key:<10} {'  '.join(cells)}".rstrip())
+    for name, one in (("AP", found), ("mask AP", masks)):
+        low, high = (one or {}).get("AP_interval") or (None, None)
+        if low is not None:
+            click.echo(f"{name} between {low:.4f} and {high:.4f} (95 %, over the draw of images)")
+    split = f", split {found['split']}" if found["split"] else ""
+    click.echo(f"{found['images']} images at {found['image_size']} px{split}")
+    if found["dropped"]:
+        click.echo(found["dropped_boxes"])
+    if masks is not None and masks["images"] < found["images"]:
+        click.echo(f"masks on {masks['images']} of them, whose objects all have an outline")
+    if found["missing_categories"]:
+        click.echo(f"not measured, unknown to the model: {', '.join(found['missing_categories'])}")
+
+
+def print_agreement(found: Agreement) -> None:
+    """AP against a float network's detections, and how many of these are kept."""
+    for key, value in (("AP", found.AP), ("AP50", found.AP50)):
+        click.echo(f"{key:<10} {value:.4f}")
+    if found.AP_interval is not None:
+        low, high = found.AP_interval
+        click.echo(f"AP between {low:.4f} and {high:.4f} (95 %, over the draw of images)")
+    click.echo(f"{found.images} images at {found.image_size} px; no label was used")
+    click.echo(sentence(found, "these images"))
+
+
+def print_targets(targets: Sequence[Target]) -> None:
+    """One row a target, and what there is to know of each."""
+    table = Table(title="targets")
+    for column in ("target", "for", "bits", "file", "checked here", "notes"):
+        table.add_column(column, overflow="fold")
+    for target in targets:
+        if target.calibration is not None:
+            form, checked = (
+                f"{target.format}, float, and a calibration set",
+                "no: its compiler runs",
+            )
+        else:
+            form = target.format
+            checked = "run" if target.verify == "run" else "structure alone"
+        words = (target.name, target.title, target.precision, form, checked)
+        table.add_row(*map(escape, words), escape("\n".join(target.notes)))
+    _console().print(table)

@@ -1,0 +1,79 @@
+"""Sets as training and calibration take them: synthetic ones as they are, real ones letterboxed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError, shown
+from ..models.base import Detector, Targets
+from ..runtime.files import user_path
+from .calibration_set import CalibrationSet
+from .image_set import ImageSet, image_size
+from .letterbox import load_letterboxed
+from .readers import open_set
+
+
+class LetterboxedImages:
+    """A real image set in the shape the trainer takes: letterboxed squares, labels by name.
+
+    Args:
+        images: the set, labelled or not.
+        detector: whose categories its names are matched with.
+        size: side of the squares in pixels, a multiple of the stride.
+
+    Raises:
+        UserError: where the set is labelled, and shares no category with the detector, or none of
+            its boxes is usable.
+    """
+
+    def __init__(self, images: ImageSet, detector: Detector, size: int) -> None:
+        self.images, self.size, self.stride = images, size, detector.stride
+        images.require_boxes()
+        # An unlabelled set has no names to match.
+        self.mapping = images.category_mapping(detector.names) if images.labelled else None
+        self._labels: list[Tensor] = []
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def load(self, indices: list[int]) -> Tensor:
+        pixels, targets, _ = load_letterboxed(
+            self.images, indices, self.size, self.stride, mapping=self.mapping
+        )
+        if indices == list(range(len(self))):
+            self._labels = targets.per_image(len(indices))
+        return (pixels * 255).round().to(torch.uint8)
+
+    def targets(self, indices: list[int]) -> Targets:
+        if not self._labels:
+            self.load(list(range(len(self))))
+        return Targets.from_per_image([self._labels[i] for i in indices])
+
+
+def open_training_data(
+    source: str | Path, detector: Detector, size: int | None
+) -> CalibrationSet | LetterboxedImages:
+    """A calibration set of this very detector, or any real set letterboxed to `size`.
+
+    Raises:
+        UserError: where the set is unfinished, empty, broken, changed, or made from another
+            checkpoint.
+    """
+    path = user_path(source)
+    if not CalibrationSet.is_one(path):
+        detector.check_size(size or detector.image_size, "synthesis.image_size")
+        return LetterboxedImages(open_set(path), detector, size or detector.image_size)
+    found = CalibrationSet.open(path)
+    made_from = str(found.manifest["determinants"].get("checkpoint"))
+    if made_from != detector.fingerprint:
+        raise UserError(
+            f"{path}: this set was made from another checkpoint (sha256 {shown(made_from, 15)}, "
+            f"the model's is {detector.fingerprint[:12]}...); make one with dfq synthesize"
+        )
+    found.require_intact()
+    for side in image_size(path / found.files[0]):
+        detector.check_size(side, f"{path}: the side of its images")
+    return found

@@ -1,0 +1,1 @@
+"""What is learnt about a network by watching a forward pass."""

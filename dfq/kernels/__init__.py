@@ -1,0 +1,1 @@
+"""C functions compiled for the processor at hand, each with its equal in PyTorch."""

@@ -1,0 +1,394 @@
+"""The door every detector family comes through: `Detector`, `Targets`, `Detections`.
+
+Nothing outside `dfq.models` knows a family's name. The method (synthesis, distillation,
+reconstruction) needs only what is declared here; a new family is one new adapter.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from .detecting import Detecting as Detecting
+from .detecting import Part, check_side
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Labels of a batch as one flat tensor.
+
+    Attributes:
+        data: float32 `(n, 6)`: image index in the batch, category index, and the box as
+            centre x, centre y, width, height, normalised to [0, 1] by the image's sides.
+    """
+
+    data: Tensor
+
+    def __post_init__(self) -> None:
+        if self.data.ndim != 2 or self.data.shape[1] != 6:
+            raise ValueError(f"targets must have shape (n, 6), got {tuple(self.data.shape)}")
+
+    def __len__(self) -> int:
+        return self.data.shape[0]
+
+    @classmethod
+    def empty(cls, device: torch.device | str = "cpu") -> Targets:
+        return cls(torch.zeros(0, 6, device=device))
+
+    @classmethod
+    def from_per_image(cls, labels: Sequence[Tensor]) -> Targets:
+        """Batch per-image labels `(n_i, 5)` (category, cx, cy, w, h) into one flat tensor."""
+        rows = [
+            torch.cat([label.new_full((len(label), 1), float(index)), label], dim=1)
+            for index, label in enumerate(labels)
+        ]
+        return cls(torch.cat(rows)) if rows else cls.empty()
+
+    def per_image(self, batch: int) -> list[Tensor]:
+        """The inverse of `from_per_image`: `batch` tensors `(n_i, 5)`."""
+        return [self.data[self.data[:, 0] == index, 1:] for index in range(batch)]
+
+    def rows(self, start: int, stop: int) -> Targets:
+        """Those of the images start .. stop - 1, numbered from 0."""
+        image = self.data[:, 0]
+        data = self.data[(image >= start) & (image < stop)]
+        return Targets(torch.cat([data[:, :1] - start, data[:, 1:]], dim=1))
+
+    def to(self, device: torch.device | str) -> Targets:
+        return Targets(self.data.to(device))
+
+    def flip_horizontal(self, flipped: Tensor) -> Targets:
+        """Mirror the boxes of the images where the boolean tensor `flipped` `(batch,)` is true."""
+        data = self.data.clone()
+        mask = flipped[data[:, 0].long()]
+        data[:, 2] = torch.where(mask, 1.0 - data[:, 2], data[:, 2])
+        return Targets(data)
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What a detector found in one image.
+
+    Attributes:
+        boxes: float32 `(n, 4)`, x1 y1 x2 y2 in pixels of the image given to `detect`.
+        scores: float32 `(n,)` in [0, 1], descending.
+        labels: int64 `(n,)`, category indices into `Detector.names`.
+        masks: float32 `(k, m, m)` in [0, 1], or None: of the first k detections, how likely each
+            cell of an even grid over the box belongs to the object.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    masks: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        n = self.boxes.shape[0]
+        if self.masks is not None and (self.masks.ndim != 3 or len(self.masks) > n):
+            raise ValueError(f"{n} detections with masks of shape {tuple(self.masks.shape)}")
+        if self.boxes.shape != (n, 4) or self.scores.shape != (n,) or self.labels.shape != (n,):
+            raise ValueError(
+                f"detections disagree: boxes {tuple(self.boxes.shape)}, scores "
+                f"{tuple(self.scores.shape)}, labels {tuple(self.labels.shape)}"
+            )
+
+    def __len__(self) -> int:
+        return self.boxes.shape[0]
+
+
+@dataclass(frozen=True)
+class DistillationPair:
+    """One output of student and teacher, and what kind of distribution it is.
+
+    Attributes:
+        name: what it is, for logs ("class", "box", "objectness").
+        student, teacher: tensors of one shape.
+        kind: `bernoulli`: independent logits, one sigmoid each; `categorical`: logits of a softmax
+            over dimension `dim`; `value`: plain numbers, compared by squared distance.
+        dim: the dimension a categorical distribution runs over.
+        weight: broadcastable to `student` (for `categorical`: with `dim` of size 1), or None: how
+            much each place matters, e.g. the teacher's objectness for boxes.
+    """
+
+    name: str
+    student: Tensor
+    teacher: Tensor
+    kind: Literal["bernoulli", "categorical", "value"]
+    dim: int = -1
+    weight: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """How a layer's output channels are divided among kinds of prediction.
+
+    Attributes:
+        repeats: how often the kinds follow each other, once for each anchor.
+        sizes: channels of each kind, in their order.
+    """
+
+    repeats: int
+    sizes: tuple[int, ...]
+
+    def channels(self, kind: int) -> list[int]:
+        """Those that hold one kind."""
+        every, first = sum(self.sizes), sum(self.sizes[:kind])
+        return [
+            start + first + channel
+            for start in range(0, self.repeats * every, every)
+            for channel in range(self.sizes[kind])
+        ]
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """Qualified module names of the layers a policy treats apart.
+
+    Attributes:
+        first: layers that see the image.
+        last: layers whose outputs are the raw predictions.
+    """
+
+    first: tuple[str, ...] = field(default=())
+    last: tuple[str, ...] = field(default=())
+
+
+class Detector(ABC):
+    """A trained detector of any family behind one protocol.
+
+    Attributes:
+        module: the network itself, in eval mode, parameters frozen unless a trainer thaws them.
+        names: category names, by index.
+        image_size: side in pixels the network was trained for.
+        stride: the largest stride; image sides must be multiples of it.
+        fingerprint: sha256 (hex) of the file it came from, or of its weights where there is none.
+        source: what the user named, for messages and manifests.
+        mask_targets: what the mask term of the task loss, in networks that have one, compares with:
+            the ellipse inscribed in a label's box, the mask the network itself predicts for it, or
+            nothing (boxes only).
+        backbone: qualified name of the module that is the backbone, without neck and heads; None
+            where the network has no such part.
+        random_weights: whether the weights are random because none were named.
+        half_images: whether `raw` takes half-precision images too, and gives the same for them as
+            for float32 ones where its convolutions compute in half precision anyway.
+        half_loss: whether `task_loss` takes half-precision predictions as they are and computes in
+            float32 what it reads of them; else they have to be float32.
+    """
+
+    mask_targets: Literal["ellipse", "own", "none"] = "ellipse"
+    backbone: str | None = None
+    random_weights: bool = False
+    half_images: ClassVar[bool] = False
+    half_loss: ClassVar[bool] = False
+    family: ClassVar[str]
+    module: nn.Module
+    names: list[str]
+    image_size: int
+    stride: int
+    fingerprint: str
+    source: str
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.names)
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """Images that a call takes, no more and no fewer; None, as here: any number."""
+        return None
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether the network predicts instance masks."""
+        return False
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    def to(self, device: torch.device | str) -> Detector:
+        """Move the network in place; returns self."""
+        self.module.to(device)
+        return self
+
+    def twin(self) -> Detector:
+        """An independent copy: same family, same weights, its own module (to become a student)."""
+        return copy.deepcopy(self)
+
+    @contextmanager
+    def following(self, leader: Detector, batches: Sequence[Tensor]) -> Iterator[None]:
+        """Within this context, what this network computes at places of its own choice it computes,
+        for these very batches, at the places that `leader` chooses: so that what goes on inside
+        the two can be compared place by place. A network that chooses none has nothing to do."""
+        yield
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Map images `(n, 3, h, w)` in [0, 1], RGB, to what the network expects."""
+        return images
+
+    def check_size(self, size: int, key: str = "image size") -> None:
+        """Refuse a side in pixels that the network cannot take.
+
+        Args:
+            size: the side.
+            key: what the user set it by, for the message.
+
+        Raises:
+            UserError: where it is no positive multiple of the stride; names the nearest that are.
+        """
+        check_side(size, self.stride, key)
+
+    def check_sides(self, images: Tensor) -> None:
+        """Raise a `ValueError` where a side of images `(n, 3, h, w)` is no multiple of `stride`."""
+        height, width = images.shape[2:]
+        if height % self.stride or width % self.stride:
+            raise ValueError(f"image sides {height} x {width} are no multiples of {self.stride}")
+
+    @abstractmethod
+    def raw(self, images: Tensor) -> Any:
+        """Predictions in the family's own structure for images `(n, 3, h, w)` in [0, 1].
+
+        Differentiable with respect to the images. Includes `normalize`.
+        """
+
+    @abstractmethod
+    def levels(self, raw: Any) -> list[Tensor]:
+        """The raw outputs as one tensor `(n, channels, ...)` a pyramid level (the paper's KL)."""
+
+    @abstractmethod
+    def task_loss(
+        self, raw: Any, targets: Targets, image_shape: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        """The family's own training loss on `raw` predictions.
+
+        Args:
+            raw: what `raw` returned for a batch.
+            targets: labels of that batch.
+            image_shape: height and width of the batch, pixels.
+
+        Returns:
+            Named scalar terms, each a mean over the batch (not multiplied by the batch size), with
+            the family's own gains applied; their sum is the loss.
+        """
+
+    @abstractmethod
+    def decode(
+        self,
+        raw: Any,
+        image_shape: tuple[int, int],
+        *,
+        score_threshold: float = 0.001,
+        iou_threshold: float = 0.6,
+        max_detections: int = 300,
+    ) -> list[Detections]:
+        """Raw predictions to detections, by the framework's own decoder and NMS."""
+
+    def exportable(self, images: Tensor) -> Any:
+        """What `raw` gives, but for what depends on the values of other predictions: that is left
+        to `from_outputs`, which takes what it needs from the `parts`. Traceable by `torch.export`.
+        """
+        return self.raw(images)
+
+    def parts(self, image_size: int) -> dict[str, Part]:
+        """What is exported besides, by name: modules that `from_outputs` runs, under these names of
+        `runners`. None where one file tells all."""
+        return {}
+
+    @property
+    def runners(self) -> dict[str, Callable[[Tensor], tuple[Tensor, ...]]]:
+        """What stands in for the detector's own `parts`, by name: exported files."""
+        return self.__dict__.setdefault("_runners", {})
+
+    def outputs(self, raw: Any, image_shape: tuple[int, int]) -> dict[str, Tensor]:
+        """What an exported file gives for `raw`, by name: boxes and scores where a family decodes
+        without choosing, else the raw predictions one by one. Traceable by `torch.export`.
+
+        Args:
+            raw: what `raw` returned for a batch.
+            image_shape: height and width of the batch, pixels.
+        """
+        leaves = [leaf for leaf in tree_leaves(raw) if isinstance(leaf, Tensor)]
+        return {f"raw{index}": leaf for index, leaf in enumerate(leaves)}
+
+    def from_outputs(
+        self, outputs: dict[str, Tensor], image_shape: tuple[int, int], **thresholds: Any
+    ) -> list[Detections]:
+        """Detections of what an exported file gave; thresholds are those of `decode`.
+
+        Args:
+            outputs: as `outputs` gives them, from wherever.
+            image_shape: height and width of the batch, pixels.
+        """
+        batch = len(next(iter(outputs.values())))
+        with torch.no_grad():
+            # For its structure; what it holds is replaced.
+            leaves, structure = tree_flatten(self.raw(torch.zeros(batch, 3, *image_shape)))
+        given = iter(outputs.values())
+        filled = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return self.decode(tree_unflatten(filled, structure), image_shape, **thresholds)
+
+    def segment(self, raw: Any, found: Sequence[Detections]) -> list[Detections]:
+        """`found`, what `decode` made of `raw`, with masks where the network predicts them."""
+        return list(found)
+
+    def detect(self, images: Tensor, *, masks: bool = False, **thresholds: Any) -> list[Detections]:
+        """Detections for images `(n, 3, h, w)` in [0, 1], one per image; see `decode`.
+
+        Args:
+            images: RGB.
+            masks: with instance masks, in networks that have them (see `segment`).
+            thresholds: of `decode`.
+        """
+        with torch.no_grad():
+            raw = self.raw(images)
+            found = self.decode(raw, (images.shape[2], images.shape[3]), **thresholds)
+            return self.segment(raw, found) if masks else found
+
+    @abstractmethod
+    def distillation_pairs(self, student_raw: Any, teacher_raw: Any) -> list[DistillationPair]:
+        """What KL is taken over in this family: see `DistillationPair`."""
+
+    def prediction_kinds(self) -> dict[str, Kinds]:
+        """The layers that give predictions of several kinds, whose values have nothing to do with
+        each other, and which of their output channels hold which. Those of the others are of one
+        kind."""
+        return {}
+
+    @abstractmethod
+    def feature_layers(self) -> list[str]:
+        """Qualified names of the modules whose outputs feature distillation aligns.
+
+        Each gives one tensor `(n, c, h, w)` or `(n, tokens, c)`.
+        """
+
+    def attention_layers(self) -> list[str]:
+        """Qualified names of the modules that attend between patches and give their outputs as
+        `(windows, tokens, channels)`; synthesis spreads out their similarities. None by default."""
+        return []
+
+    @abstractmethod
+    def blocks(self) -> list[str]:
+        """Qualified names of the blocks that reconstruction walks, in execution order."""
+
+    @abstractmethod
+    def boundary_layers(self) -> Boundary:
+        """First and last conv/linear layers, kept in float or 8 bit by policy."""
+
+    @abstractmethod
+    def spec(self) -> dict[str, Any]:
+        """A JSON-serialisable description from which `dfq.models.from_spec` rebuilds the
+        architecture (random weights) without the original checkpoint. Holds at least `family`,
+        `names`, `image_size`, `stride`, `fingerprint`, `source`."""
+
+    @classmethod
+    @abstractmethod
+    def from_spec(cls, spec: dict[str, Any]) -> Detector:
+        """Rebuild what `spec` describes, with random weights, unfused, in eval mode."""

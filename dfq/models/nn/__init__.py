@@ -1,0 +1,1 @@
+"""Layers that show operations which other layers hide."""

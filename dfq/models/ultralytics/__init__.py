@@ -1,0 +1,1 @@
+"""Ultralytics' anchor-free detectors."""

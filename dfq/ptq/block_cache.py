@@ -1,0 +1,184 @@
+"""Outputs of blocks that will not change any more, kept so that no forward pass runs them again.
+
+Rounding looks at a network once for each of its layers, and from one to the next only a block or
+two have changed: without this, most of its time goes into computing the same values over and over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ..models.base import Detector
+
+ROOM = 2 * 1024**3
+"""Bytes that the outputs of one network may take."""
+
+
+class Reached(Exception):
+    """Ends a forward pass at the module of interest: what comes after it is not needed."""
+
+
+class FinishedBlocks:
+    """Lets finished blocks of a frozen network answer from memory; a context manager.
+
+    Args:
+        module: the network.
+        run: the whole forward pass over one batch, by its number; gives the predictions.
+        batches: how many batches there are.
+        names: qualified names of the blocks, none inside another. Those that do not run exactly
+            once in a pass are left as they are.
+        room: bytes the outputs may take. Where they take more, those that nothing still to come
+            looks at are forgotten; where that is not enough, blocks go on being computed.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        run: Callable[[int], Any],
+        batches: int,
+        names: Iterable[str],
+        *,
+        room: int = ROOM,
+    ) -> None:
+        self._run, self._batches, self._room = run, batches, room
+        self._modules = {name: module.get_submodule(name) for name in names}
+        self._kept: dict[str, list[Any]] = {}
+        self._batch = 0
+        calls = calls_in_order(self._modules.items(), lambda: self.run(0))
+        self._modules = {name: m for name, m in self._modules.items() if calls[name] == 1}
+
+    @classmethod
+    def of(
+        cls,
+        detector: Detector,
+        batches: Sequence[Tensor],
+        names: Iterable[str],
+        *,
+        room: int = ROOM,
+    ) -> FinishedBlocks:
+        """Those of a detector, over batches of images `(n, 3, h, w)` in [0, 1]."""
+        return cls(
+            detector.module, lambda i: detector.raw(batches[i]), len(batches), names, room=room
+        )
+
+    def run(self, batch: int) -> Any:
+        """The forward pass over batch number `batch`, finished blocks answering from memory."""
+        self._batch = batch
+        return self._run(batch)
+
+    def __enter__(self) -> FinishedBlocks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name in list(self._kept):
+            self._recall(name)
+
+    def finish(self, name: str) -> None:
+        """Block `name` and all it depends on stay as they are from now on."""
+        if name not in self._modules or name in self._kept:
+            return
+        block = self._modules[name]
+        outputs: list[Any] = []
+
+        def after(_m: nn.Module, _i: object, output: Any) -> None:
+            outputs.append(output)
+            raise Reached
+
+        handle = block.register_forward_hook(after)
+        try:
+            for batch in range(self._batches):
+                with contextlib.suppress(Reached):
+                    self.run(batch)
+        finally:
+            handle.remove()
+        self._kept[name] = outputs
+
+        def answer(*_args: object, **_kwargs: object) -> Any:
+            # A copy: what comes next may write into it.
+            return tree_map_only(Tensor, torch.clone, self._kept[name][self._batch])
+
+        # Instead of the class's own; its hooks go on being called.
+        block.forward = answer
+        if self._bytes() > self._room:
+            self._make_room()
+        if self._bytes() > self._room:
+            self._recall(name)
+
+    def _recall(self, name: str) -> None:
+        """Let a block compute its output again."""
+        del self._modules[name].forward
+        del self._kept[name]
+
+    def _bytes(self) -> int:
+        tensors = (leaf for kept in self._kept.values() for leaf in tree_leaves(kept))
+        return sum(t.untyped_storage().nbytes() for t in tensors if isinstance(t, Tensor))
+
+    def _make_room(self) -> None:
+        """Forget outputs that the predictions no longer depend on: finished blocks after them
+        answer without looking at theirs."""
+        expected = tree_leaves(self.run(0))
+        generator = torch.Generator().manual_seed(0)
+
+        def other(value: Tensor) -> Tensor:
+            noise = torch.rand(2, *value.shape, generator=generator).to(value)
+            return value * noise[0] + noise[1]
+
+        for name, kept in self._kept.items():
+            if not all(isinstance(leaf, Tensor) for leaf in tree_leaves(kept)):
+                continue
+            first, kept[0] = kept[0], tree_map_only(Tensor, other, kept[0])
+            found = tree_leaves(self.run(0))
+            kept[0] = first
+            if len(found) == len(expected) and all(map(_same, found, expected)):
+                # Of the same shape, and no size.
+                self._kept[name] = [
+                    tree_map_only(Tensor, lambda t: t.new_zeros(()).expand_as(t), batch)
+                    for batch in kept
+                ]
+
+
+def _same(a: Any, b: Any) -> bool:
+    return torch.equal(a, b) if isinstance(a, Tensor) else bool(a == b)
+
+
+def calls_in_order(
+    modules: Iterable[tuple[str, nn.Module]], run: Callable[[], object]
+) -> Counter[str]:
+    """How often each of the modules `(name, module)` is called in `run`, in the order they first
+    are; 0 for one that is not."""
+    calls: Counter[str] = Counter()
+    handles = [
+        module.register_forward_pre_hook(lambda _m, _i, name=name: calls.update([name]))
+        for name, module in modules
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def ended_blocks(order: Iterable[str], blocks: Sequence[str]) -> dict[str, str]:
+    """The blocks that are finished with certain layers: the last of those in them.
+
+    Args:
+        order: qualified names of the layers, as they run.
+        blocks: qualified names.
+
+    Returns:
+        Layer -> block.
+    """
+    last = {}
+    for layer in order:
+        for block in blocks:
+            if f"{layer}.".startswith(f"{block}."):
+                last[block] = layer
+    return {layer: block for block, layer in last.items()}

@@ -1,0 +1,90 @@
+"""The detectors that the verbs are given: loaded, and refused where they are of the wrong kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..data.image_set import is_file
+from ..errors import UserError
+from ..export.opening import is_exported, open_exported
+from ..models import load_detector
+from ..models.base import Detecting, Detector
+from ..quantization.convert import quantized_layers
+from ..runtime.files import user_path
+from ..runtime.surroundings import cache_folder
+from .folder import is_run, load_run
+from .inputs import refuse_set
+
+
+def load_model(source: str | Path, *, trust: bool = False, device: str = "cpu") -> Detector:
+    """A float detector, or the quantized one of a run folder."""
+    refuse_set(source)
+    if _is_run(source):
+        return load_run(user_path(source), device=device)
+    return load_detector(source, trust=trust, device=device)
+
+
+def as_detecting(model: str | Path | Detecting, *, trust: bool, device: str) -> Detecting:
+    """What detects, on a device: as it is given, or as it is named: a float detector with weights,
+    the quantized one of a run folder, or an exported file."""
+    if not isinstance(model, str | Path):
+        return model.to(device) if isinstance(model, Detector) else model
+    # NETWORK@WEIGHTS names two files and is the name of none.
+    if is_exported(model) and ("@" not in str(model) or is_file(user_path(model))):
+        return open_exported(user_path(model), trust=trust)
+    return require_weights(load_model(model, trust=trust, device=device))
+
+
+def load_float(source: str | Path | None, *, trust: bool, device: str) -> Detector:
+    """A float detector with weights.
+
+    Raises:
+        UserError: none is named, or it is something else.
+    """
+    if source is None:
+        raise UserError(
+            "which model? give --model, or `model:` in the recipe; no calibration set in "
+            f"{cache_folder()} tells of one"
+        )
+    refuse_set(source)
+    if _is_run(source):
+        raise UserError(f"{source}: is a quantized run; give the float detector it was made from")
+    return require_float(require_weights(load_detector(source, trust=trust, device=device)))
+
+
+def as_float(model: str | Path | Detector, *, trust: bool, device: str) -> Detector:
+    """The float detector that is named to compare with, or that is given, on a device.
+
+    Raises:
+        UserError: it is none.
+    """
+    if isinstance(model, Detector):
+        return require_float(model).to(device)
+    return load_float(model, trust=trust, device=device)
+
+
+def require_float(detector: Detector) -> Detector:
+    """The detector, unless it is quantized already."""
+    if any(True for _ in quantized_layers(detector.module)):
+        raise UserError(
+            f"{detector.source}: is quantized already; give the float detector it was made from"
+        )
+    return detector
+
+
+def require_weights(detector: Detector) -> Detector:
+    """The detector, unless its weights are random and nobody said that they are to be."""
+    if detector.random_weights:
+        raise UserError(
+            f"{detector.source}: is a network without weights; give them with --checkpoint FILE "
+            f"({detector.source}@FILE), or say --random-weights ({detector.source}@random)"
+        )
+    return detector
+
+
+def _is_run(source: str | Path) -> bool:
+    try:
+        return is_run(user_path(source))
+    except OSError:
+        # A name that no file can have.
+        return False

@@ -1,0 +1,135 @@
+"""What images start from, and what of them a network is shown in an iteration."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from ..kernels.loader import call, usable
+
+
+def initial_images(count: int, size: int, kind: str, generator: Generator) -> Tensor:
+    """Noise `(count, 3, size, size)` in [0, 1]: uniform; Gaussian around the middle; or "pink",
+    the same with amplitudes that fall with the frequency, as those of photographs do."""
+    if kind == "uniform":
+        return torch.rand(count, 3, size, size, generator=generator)
+    noise = torch.randn(count, 3, size, size, generator=generator)
+    if kind == "pink":
+        across = torch.fft.rfftfreq(size)
+        frequency = (torch.fft.fftfreq(size)[:, None].square() + across.square()).sqrt()
+        frequency[0, 0] = math.inf
+        noise = torch.fft.irfft2(torch.fft.rfft2(noise) / frequency, s=(size, size))
+        noise = noise / noise.std(dim=(1, 2, 3), keepdim=True)
+    return (0.5 + 0.25 * noise).clamp_(0, 1)
+
+
+def random_erasing(count: int, size: int, probability: float, generator: Generator) -> Tensor:
+    """Rectangles to blank, of 2 to 20 % of the area with an aspect ratio of 0.3 to 3.3, one in each
+    image that draws one (Zhong et al., 2020).
+
+    Returns:
+        int32 `(count, 4)`, pixels: first and last row, first and last column, the last ones not
+        within; rows that end before they begin where an image drew none.
+    """
+    draw = torch.rand(5, count, generator=generator)
+    area = 0.02 + 0.18 * draw[0]
+    aspect = torch.exp((2 * draw[1] - 1) * math.log(3.3))
+    height, width = (area * aspect).sqrt().clamp_max(1), (area / aspect).sqrt().clamp_max(1)
+    top, left = draw[2] * (1 - height), draw[3] * (1 - width)
+    height = torch.where(draw[4] < probability, height, torch.full_like(height, -1.0))
+    # Of the pixels whose centres lie within.
+    edges = torch.stack([top, top + height, left, left + width], dim=1)
+    return edges.mul_(size).sub_(0.5).ceil_().int()
+
+
+def shown(
+    pixels: Tensor,
+    flipped: Tensor | None,
+    erased: Tensor | None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """What the network is shown of images: mirrored, then partly blanked; differentiable.
+
+    On a CPU the channels of what it is shown are innermost, as convolutions want them.
+
+    Args:
+        pixels: the images, float32 `(n, 3, h, w)`.
+        flipped: bool `(n,)`, which of them are mirrored; None: none.
+        erased: see `random_erasing`, of the mirrored images; None: nothing.
+        dtype: of the result.
+    """
+    return _Shown.apply(pixels, flipped, erased, dtype)
+
+
+class _Shown(torch.autograd.Function):
+    """One pass each way, and nothing kept or added up in between."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, pixels: Tensor, flipped: Tensor | None, erased: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.save_for_backward(flipped, erased)
+        if not (pixels.is_contiguous() and _compiled(pixels)):
+            return _blanked(_mirrored(pixels, flipped), erased).to(dtype)
+        view = torch.empty_like(pixels, dtype=dtype, memory_format=torch.channels_last)
+        drawn, line = _drawn(pixels, flipped, erased), pixels.new_empty(3 * pixels.shape[3])
+        call("view", dtype, (pixels, view, *drawn, line), *_extent(pixels))
+        return view
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        flipped, erased = ctx.saved_tensors
+        if not _compiled(grad):
+            grad = grad.to(torch.float32, memory_format=torch.contiguous_format)
+            return _mirrored(_blanked(grad, erased), flipped), None, None, None
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        out = torch.empty_like(grad, dtype=torch.float32, memory_format=torch.contiguous_format)
+        drawn = _drawn(grad, flipped, erased)
+        call("view_backward", grad.dtype, (grad, out, *drawn), *_extent(grad))
+        return out, None, None, None
+
+
+def _compiled(images: Tensor) -> bool:
+    return images.ndim == 4 and images.shape[1] == 3 and usable(images)
+
+
+def _extent(images: Tensor) -> tuple[int, int, int]:
+    count, _, height, width = images.shape
+    return count, height, width
+
+
+def _drawn(images: Tensor, flipped: Tensor | None, erased: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What was drawn as the compiled functions take it."""
+    count = len(images)
+    flipped = torch.zeros(count, dtype=torch.bool) if flipped is None else flipped
+    erased = torch.zeros(count, 4, dtype=torch.int32) if erased is None else erased
+    return flipped.contiguous(), erased.contiguous()
+
+
+def _mirrored(images: Tensor, flipped: Tensor | None) -> Tensor:
+    if flipped is None:
+        return images.view_as(images)
+    return torch.where(flipped[:, None, None, None], images.flip(3), images)
+
+
+def _blanked(images: Tensor, erased: Tensor | None) -> Tensor:
+    if erased is None:
+        return images
+    first_row, last_row, first_column, last_column = erased.T[..., None]
+    rows = torch.arange(images.shape[2], device=images.device)
+    columns = torch.arange(images.shape[3], device=images.device)
+    down = (first_row <= rows) & (rows < last_row)
+    across = (first_column <= columns) & (columns < last_column)
+    return images.masked_fill((down[:, :, None] & across[:, None])[:, None], 0)
+
+
+def resized(images: Tensor, size: int) -> Tensor:
+    """`images` `(n, 3, k, k)` at another side."""
+    if images.shape[2] == size:
+        return images
+    return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)

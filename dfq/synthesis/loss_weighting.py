@@ -1,0 +1,212 @@
+"""From the terms of the synthesis loss to one gradient on the images.
+
+A YOLOv5 and a YOLO11 of one size differ a hundredfold in the gradients of their losses, and a deep
+network has more BatchNorm distances to sum than a shallow one: weights on the losses, as in
+the paper, have to be found anew for each of them. `GradientShares` reads a weight as a share of the
+gradient instead, which holds for every network, batch and image size; `LossWeights` is the paper's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .losses.priors import image_norm, squared_variation, total_variation
+from .settings import SynthesisWeights
+
+MEASURE_EVERY = 20
+"""Iterations between two measurements, each of which costs one more backward pass."""
+
+SETTLED_TASK = 0.1
+"""Of the weight of the task's loss, while images settle."""
+
+_DECAY = 0.5
+"""Of the averaged norms: a single batch's flips and erasures should not set them alone."""
+
+
+Parts = Iterable[tuple[dict[str, Tensor], Tensor]]
+"""Of a batch, one after the other: the terms, and what the network saw, `(n_i, 3, h, w)`, a leaf.
+
+Terms are "bn" (of all layers) and "first_bn" (absent where "bn" has it in), both of the whole
+batch whatever the part, and "entropy" and "task", the part's share of them; what is not used is
+absent."""
+
+_OF_THE_BATCH = ("bn", "first_bn")
+
+
+class Combination(Protocol):
+    """Turns the terms of an iteration into the gradient the optimizer sees."""
+
+    def __call__(self, parts: Parts, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The gradient of what the network saw, `(n, 3, h, w)` of its type, and the batch's terms
+        for logs.
+
+        Args:
+            parts: a part is done with before the next one is asked for.
+            step: the iteration.
+        """
+
+    def settle(self) -> None:
+        """From now on the statistics count nearly alone: the task's loss for `SETTLED_TASK` of its
+        weight, total variation and image norm not at all."""
+
+    def smoothed(self, gradient: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient with total variation's added, and the total variation for logs.
+
+        Args:
+            gradient: of `pixels`; may be changed in place.
+            pixels: the images, `(n, 3, h, w)`.
+        """
+
+    def darkened(self, gradient: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for the image norm, which pulls towards black."""
+
+
+def _note(logged: dict[str, Tensor], terms: dict[str, Tensor]) -> None:
+    for name, term in terms.items():
+        known = 0 if name in _OF_THE_BATCH else logged.get(name, 0)
+        logged[name] = term.detach() + known
+
+
+def settled(weights: SynthesisWeights) -> SynthesisWeights:
+    """See `Combination.settle`."""
+    return weights.model_copy(update={"task": SETTLED_TASK * weights.task, "tv": 0.0, "l2": 0.0})
+
+
+class LossWeights:
+    """The paper's sum: weights times losses, total variation a norm over the whole batch, image
+    norm the mean over the images."""
+
+    def __init__(self, weights: SynthesisWeights) -> None:
+        self.weights = weights
+
+    def settle(self) -> None:
+        self.weights = settled(self.weights)
+
+    def __call__(self, parts: Parts, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        weights = self.weights.model_dump()
+        gradients, logged = [], dict[str, Tensor]()
+        for terms, view in parts:
+            _note(logged, terms)
+            if "first_bn" not in terms:
+                weights["bn"] = self.weights.bn or 1.0
+            gradients.append(_gradient([weights[n] * term for n, term in terms.items()], view))
+        return torch.cat(gradients), logged
+
+    def smoothed(self, gradient: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        return _with_prior(total_variation, self.weights.tv, gradient, pixels)
+
+    def darkened(self, gradient: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        return _with_prior(image_norm, self.weights.l2, gradient, pixels)
+
+
+def _with_prior(
+    prior: Callable[[Tensor], Tensor], weight: float, gradient: Tensor, pixels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradient with that of a weighted prior on the images added, and the prior."""
+    if weight == 0:
+        return gradient, gradient.new_zeros(())
+    with torch.enable_grad():
+        leaf = pixels.detach().requires_grad_()
+        value = prior(leaf)
+        (own,) = torch.autograd.grad(value, leaf)
+    return gradient.add_(own, alpha=weight), value.detach()
+
+
+class GradientShares:
+    """Brings the gradients of BatchNorm and task terms to unit norm times their weights; total
+    variation and image norm then get, image by image, their weights' shares of their sum."""
+
+    def __init__(self, weights: SynthesisWeights) -> None:
+        self.weights = weights
+        self.norms: dict[str, Tensor] = {}
+        self._alone = True
+
+    def settle(self) -> None:
+        self.weights = settled(self.weights)
+
+    def _groups(self, terms: dict[str, Tensor]) -> dict[str, tuple[float, Tensor]]:
+        groups = {}
+        if "bn" in terms:
+            term, first = terms["bn"], terms.get("first_bn")
+            if first is not None:
+                # With bn=0 the first layer stands alone; else it counts `first_bn` times more.
+                rest = term if self.weights.bn > 0 else torch.zeros_like(term)
+                term = rest + self.weights.first_bn * first
+            groups["bn"] = (self.weights.bn or 1.0, term)
+        if "entropy" in terms:
+            groups["entropy"] = (self.weights.entropy, terms["entropy"])
+        if "task" in terms:
+            groups["task"] = (self.weights.task, terms["task"])
+        return groups
+
+    def _factor(self, name: str, share: float) -> Tensor | float:
+        norm = self.norms.get(name)
+        return share if norm is None else share / norm.clamp_min(1e-12)
+
+    def __call__(self, parts: Parts, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        gradients, logged = [], dict[str, Tensor]()
+        # Apart now and then, to measure them, and added up afterwards: a backward pass more.
+        apart: dict[str, list[Tensor]] = {}
+        shares: dict[str, float] = {}
+        for terms, view in parts:
+            _note(logged, terms)
+            groups = self._groups(terms)
+            self._alone = not groups
+            if step % MEASURE_EVERY == 0 and len(groups) > 1:
+                for name, (share, term) in groups.items():
+                    more = name != list(groups)[-1]
+                    (one,) = torch.autograd.grad(term, view, retain_graph=more)
+                    apart.setdefault(name, []).append(one)
+                    shares[name] = share
+            else:
+                scaled = [self._factor(n, share) * term for n, (share, term) in groups.items()]
+                gradients.append(_gradient(scaled, view))
+        if apart:
+            # Of half-precision images they are of that type: too coarse for sums over all pixels.
+            whole = {name: torch.cat(ones).float() for name, ones in apart.items()}
+            for name, one in whole.items():
+                norm, seen = torch.linalg.vector_norm(one), self.norms.get(name)
+                self.norms[name] = norm if seen is None else torch.lerp(norm, seen, _DECAY)
+            total = [self._factor(name, shares[name]) * one for name, one in whole.items()]
+            return torch.stack(total).sum(0).to(view.dtype), logged
+        return torch.cat(gradients), logged
+
+    def smoothed(self, gradient: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        if self.weights.tv == 0:
+            return gradient, gradient.new_zeros(())
+        roughness, smooth, norms = squared_variation(pixels.detach())
+        return self._shared(gradient, self.weights.tv, smooth, norms), roughness.sqrt()
+
+    def darkened(self, gradient: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        if self.weights.l2 == 0:
+            return gradient, gradient.new_zeros(())
+        # The norm's gradient has the direction of the image itself.
+        images = pixels.detach()
+        norms = torch.linalg.vector_norm(images, dim=(1, 2, 3))
+        return self._shared(gradient, self.weights.l2, images, norms), norms.mean()
+
+    def _shared(self, gradient: Tensor, share: float, direction: Tensor, norms: Tensor) -> Tensor:
+        """The gradient with a share of its own norm, image by image, in another direction added:
+        as it is, where nothing else counts."""
+        weight = torch.full_like(norms, share)
+        if not self._alone:
+            reference = torch.linalg.vector_norm(gradient, dim=(1, 2, 3))
+            weight *= reference / norms.clamp_min(1e-12)
+        return gradient.addcmul_(direction, weight[:, None, None, None])
+
+
+def _gradient(terms: list[Tensor], view: Tensor) -> Tensor:
+    """Of the sum of scalars, with respect to `view`; zero where there are none."""
+    if not terms:
+        return torch.zeros_like(view)
+    return torch.autograd.grad(torch.stack(terms).sum(), view)[0]
+
+
+COMBINATIONS: dict[str, Callable[[SynthesisWeights], Combination]] = {
+    "gradient": GradientShares,
+    "loss": LossWeights,
+}

@@ -1,0 +1,85 @@
+"""What BatchNorm layers say of their inputs: the statistics of the training data."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ...graph.fold_batchnorm import FoldedBatchNorm
+
+
+def expected_statistics(
+    layer: _BatchNorm | FoldedBatchNorm, *, relative: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a layer says of its input y, and what a difference from it counts, each `(c,)`.
+
+    Args:
+        layer: folded or not.
+        relative: see `BatchNormStatistics.distances`.
+
+    Returns:
+        Mean and variance of y; and the factors that a difference from them is multiplied by before
+        the norm over the channels is taken: back to the input x of the BatchNorm, in the units
+        asked for.
+    """
+    if isinstance(layer, FoldedBatchNorm):
+        # y = factor * (x - mean_l) + shift. A channel whose gamma has died says nothing about x.
+        alive = layer.factor.abs() > 1e-3 * layer.factor.abs().median()
+        inverse = torch.where(alive, 1 / layer.factor, 0.0)
+        mean, var, stored = layer.shift, layer.var * layer.factor.square(), layer.var
+    else:
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        mean, var, stored = layer.running_mean, layer.running_var, layer.running_var
+        inverse = torch.ones_like(var)
+    to_mean, to_var = inverse, inverse.square()
+    if relative:
+        spread, root = stored + 1e-5, math.sqrt(len(stored))
+        to_mean, to_var = to_mean * spread.rsqrt() / root, to_var / spread / root
+    return mean, var, to_mean, to_var
+
+
+class Expected:
+    """What is known of all channels of all layers, end to end, so that one operation does for a
+    network what would else be dozens of small ones for each layer.
+
+    Args:
+        layers: one for each run: a layer that runs twice in a pass is there twice.
+        relative: see `BatchNormStatistics.distances`.
+
+    Attributes:
+        mean, var: expected of the layers' inputs, `(channels of all,)`.
+        to_mean, to_var: factors of the differences from them.
+        run: index of the run a channel belongs to.
+        count: the number of runs.
+        channels: by run, where its channels are.
+    """
+
+    def __init__(self, layers: Iterable[_BatchNorm | FoldedBatchNorm], relative: bool) -> None:
+        means, variances, to_means, to_vars, owners = [], [], [], [], []
+        for index, layer in enumerate(layers):
+            mean, var, to_mean, to_var = expected_statistics(layer, relative=relative)
+            means.append(mean)
+            variances.append(var)
+            to_means.append(to_mean)
+            to_vars.append(to_var)
+            owners.append(torch.full_like(mean, index, dtype=torch.long))
+        self.mean, self.var = torch.cat(means), torch.cat(variances)
+        self.to_mean, self.to_var = torch.cat(to_means), torch.cat(to_vars)
+        self.run, self.count = torch.cat(owners), len(owners)
+        ends = list(itertools.accumulate(len(mean) for mean in means))
+        self.channels = [slice(end - len(mean), end) for end, mean in zip(ends, means, strict=True)]
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Over the channels of each run: `(runs,)` of `(channels of all,)`."""
+        return values.new_zeros(self.count).index_add(0, self.run, values)
+
+    def norms(self, values: Tensor) -> Tensor:
+        """L2 norms over the channels of each run: `(runs,)` of `(channels of all,)`."""
+        # Away from zero, where the root has no gradient.
+        return self.sums(values.square()).clamp_min(1e-30).sqrt()
