@@ -12,45 +12,45 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from .api.cost import cost as cost
     from .api.deploy import deploy as deploy
+    from .api.evaluate import evaluate as evaluate
     from .api.export import export as export
+    from .api.inspect import inspect as inspect
     from .api.predict import predict as predict
+    from .api.quantize import quantize as quantize
     from .api.report import report as report
+    from .api.sensitivity import sensitivity as sensitivity
+    from .api.synthesize import synthesize as synthesize
     from .api.verify import verify as verify
     from .errors import UserError as UserError
-    from .export.cost import cost as cost
-    from .models import load_detector as load_detector
     from .recipe import Recipe as Recipe
     from .recipe import load_recipe as load_recipe
     from .runs.comparison import compare as compare
     from .runs.folder import load_run as load_run
-    from .verbs import evaluate as evaluate
-    from .verbs import inspect as inspect
-    from .verbs import quantize as quantize
-    from .verbs import sensitivity as sensitivity
-    from .verbs import synthesize as synthesize
+    from .runs.loading import load_detector as load_detector
 
 # Imported on first use: `dfq --help` need not wait seconds for torch and Ultralytics.
 _HOMES = {
     "UserError": "errors",
     "load_recipe": "recipe",
     "Recipe": "recipe",
-    "load_detector": "models",
+    "load_detector": "runs.loading",
     "load_run": "runs.folder",
-    "synthesize": "verbs",
-    "quantize": "verbs",
-    "sensitivity": "verbs",
-    "evaluate": "verbs",
-    "inspect": "verbs",
+    "synthesize": "api.synthesize",
+    "quantize": "api.quantize",
+    "sensitivity": "api.sensitivity",
+    "evaluate": "api.evaluate",
+    "inspect": "api.inspect",
     "predict": "api.predict",
     "compare": "runs.comparison",
     "deploy": "api.deploy",
     "export": "api.export",
     "verify": "api.verify",
-    "cost": "export.cost",
+    "cost": "api.cost",
     "report": "api.report",
 }
 __all__ = ["__version__", *sorted(_HOMES)]

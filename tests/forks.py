@@ -20,7 +20,13 @@ machine, by what works."""
 # One process imports torch once; each command is a fork of it, with its own id to kill.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["dfq.verbs", "dfq.models.yolov5.detector", "dfq.models.ultralytics.detector"]
+    [
+        "dfq.api.quantize",
+        "dfq.api.synthesize",
+        "dfq.api.evaluate",
+        "dfq.models.yolov5.detector",
+        "dfq.models.ultralytics.detector",
+    ]
 )
 
 

@@ -10,12 +10,15 @@ import torch
 from tiny_detector import blobs, tiny_detector
 from torch import Tensor
 
+from dfq.evaluation.divergence import mean_divergence
+from dfq.graph.fold_batchnorm import fold
+from dfq.mixed_precision.policy import policy_of
 from dfq.models.base import Targets
-from dfq.quantization.convert import Policy, fold
+from dfq.ptq.pipeline import quantized
+from dfq.quantization.policy import Policy
 from dfq.quantization.quantizers import Quantizer
 from dfq.recipe import load_recipe
 from dfq.runtime.progress import Silent
-from dfq.training import mean_divergence, policy_of, quantized
 
 
 class Images:

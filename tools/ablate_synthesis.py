@@ -21,16 +21,18 @@ from typing import Any
 
 import click
 
+from dfq.api.quantize import quantize
+from dfq.api.synthesize import synthesize
 from dfq.data.readers import open_set
 from dfq.data.training_images import LetterboxedImages
 from dfq.errors import UserError
 from dfq.evaluation.coco import evaluate
+from dfq.evaluation.divergence import mean_divergence
+from dfq.graph.fold_batchnorm import fold
 from dfq.models import load_detector
-from dfq.quantization.convert import fold
 from dfq.recipe import Recipe, load_recipe
+from dfq.runs.loading import load_model
 from dfq.runtime.files import read_json, write_json
-from dfq.training import mean_divergence
-from dfq.verbs import load_model, quantize, synthesize
 
 YARDSTICK = [
     "method=qat",

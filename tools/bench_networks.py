@@ -31,22 +31,23 @@ import click
 import torch
 from network_tables import JUDGED, Key, Results, Row, figure, report
 
+from dfq.api.synthesize import synthesize
 from dfq.data.image_set import ImageSet
+from dfq.data.pixels import LabelledImages
 from dfq.data.readers import open_set
 from dfq.data.training_images import LetterboxedImages
 from dfq.errors import UserError
 from dfq.evaluation.agreement import pseudo_labelled, unlabelled
 from dfq.evaluation.coco import plain, predict, score
+from dfq.graph.fold_batchnorm import fold
+from dfq.mixed_precision.policy import policy_of
 from dfq.models import load_detector
 from dfq.models.base import Detections, Detector
-from dfq.qat.trainer import LabelledImages
-from dfq.quantization.convert import fold
+from dfq.ptq.pipeline import quantized
 from dfq.recipe import load_recipe
 from dfq.runtime.files import append_line, plain_name
 from dfq.runtime.progress import Silent
 from dfq.synthesis.quality import set_quality
-from dfq.training import policy_of, quantized
-from dfq.verbs import synthesize
 
 LARGEST_SIDE = 320
 """Pixels: networks for larger images are measured at this side unless it is given."""

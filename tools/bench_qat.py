@@ -17,12 +17,14 @@ import click
 import torch
 from torch import Generator, Tensor
 
+from dfq.graph.fold_batchnorm import fold
+from dfq.mixed_precision.policy import policy_of
 from dfq.models import load_detector
 from dfq.models.base import Detector, Targets
 from dfq.qat.trainer import Trainer
-from dfq.quantization.convert import calibrate, fold, insert_quantizers
+from dfq.quantization.calibration import calibrate
+from dfq.quantization.insertion import insert_quantizers
 from dfq.recipe import load_recipe
-from dfq.training import policy_of
 
 
 class Noise:

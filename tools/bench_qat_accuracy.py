@@ -19,13 +19,15 @@ from typing import Any
 
 import click
 
+from dfq.api.quantize import quantize
+from dfq.api.synthesize import synthesize
 from dfq.data.readers import ImageSet, open_set
 from dfq.evaluation.coco import bootstrap_ap, predict, score
 from dfq.models import load_detector
 from dfq.recipe import Recipe, load_recipe
+from dfq.runs.loading import load_model
 from dfq.runtime.files import read_json, write_json
 from dfq.runtime.progress import Live
-from dfq.verbs import load_model, quantize, synthesize
 
 PTQ = ("method=ptq", "quantization.rounding=nearest", "quantization.refine_images=0")
 

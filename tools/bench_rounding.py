@@ -16,13 +16,14 @@ import click
 import torch
 
 from dfq.data.training_images import open_training_data
+from dfq.graph.fold_batchnorm import fold
+from dfq.mixed_precision.policy import policy_of
 from dfq.models import load_detector
 from dfq.ptq import gptq as second_order
 from dfq.ptq.block_cache import FinishedBlocks
-from dfq.quantization.convert import fold
+from dfq.ptq.pipeline import quantized
 from dfq.recipe import load_recipe
 from dfq.runtime.progress import Silent
-from dfq.training import policy_of, quantized
 
 
 class Computed(FinishedBlocks):

@@ -15,13 +15,15 @@ from pathlib import Path
 import click
 import torch
 
+from dfq.api.quantize import quantize
+from dfq.api.synthesize import synthesize
 from dfq.data.calibration_set import CalibrationSet
 from dfq.data.readers import open_set
 from dfq.evaluation.coco import bootstrap_ap, predict, score
 from dfq.models.base import Detector
 from dfq.recipe import load_recipe
+from dfq.runs.loading import load_model
 from dfq.runtime.progress import Live
-from dfq.verbs import load_model, quantize, synthesize
 
 # As it was before there were better ways: weights symmetric, ranges by least squares alone.
 PLAIN = ["quantization.weight_grid=symmetric", "quantization.refine_images=0"]

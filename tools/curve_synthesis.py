@@ -22,12 +22,13 @@ import matplotlib
 import torch
 from ablate_synthesis import Ablation, spread
 
+from dfq.api.quantize import quantize
+from dfq.api.synthesize import synthesize
 from dfq.models import load_detector
 from dfq.recipe import Recipe, load_recipe
 from dfq.runtime.files import read_json, write_json
 from dfq.synthesis.inversion import Inversion
 from dfq.synthesis.labels import single
-from dfq.verbs import quantize, synthesize
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -13,8 +13,8 @@ import click
 from dfq.data.readers import open_set
 from dfq.data.training_images import LetterboxedImages
 from dfq.evaluation.coco import evaluate
-from dfq.training import mean_divergence
-from dfq.verbs import load_model
+from dfq.evaluation.divergence import mean_divergence
+from dfq.runs.loading import load_model
 
 
 @click.command(help=(__doc__ or "").split("\n\n")[0])

@@ -12,9 +12,12 @@ import click
 import torch
 
 from dfq.errors import UserError
+from dfq.graph.fold_batchnorm import fold
 from dfq.models import load_detector
-from dfq.quantization.convert import Policy, calibrate, fold, insert_quantizers
+from dfq.quantization.calibration import calibrate
+from dfq.quantization.insertion import insert_quantizers
 from dfq.quantization.inspection import describe, quantized_share
+from dfq.quantization.policy import Policy
 
 CONFIGS = (
     "faster-rcnn_r50_fpn_1x_coco",

@@ -16,12 +16,14 @@ import click
 from dfq.data.readers import open_set
 from dfq.data.training_images import LetterboxedImages, open_training_data
 from dfq.evaluation.coco import evaluate
+from dfq.evaluation.divergence import mean_divergence
+from dfq.graph.fold_batchnorm import fold
+from dfq.mixed_precision.policy import policy_of
 from dfq.models import load_detector
 from dfq.ptq.gptq import reconstruct
-from dfq.quantization.convert import fold
+from dfq.ptq.pipeline import quantized
 from dfq.recipe import load_recipe
 from dfq.runtime.progress import Silent
-from dfq.training import mean_divergence, policy_of, quantized
 
 
 @click.command(help=__doc__)

@@ -9,8 +9,10 @@ from typing import Any
 from ..errors import UserError, argument, shown
 from ..export.dependencies import require
 from ..export.targets import KINDS, Target, load_target
+from ..graph.fold_batchnorm import fold
+from ..mixed_precision.policy import policy_of
 from ..models.base import Detector
-from ..quantization.convert import fold, insert_quantizers
+from ..quantization.insertion import insert_quantizers
 from ..quantization.inspection import describe
 from ..recipe import Recipe, changed_recipe, load_recipe
 from ..recipe_overrides import Overrides
@@ -18,11 +20,11 @@ from ..runs.deployment import Deployment, DeploymentFolder, folder_for
 from ..runs.folder import identity_of_recipe
 from ..runs.inputs import photographs, training_data
 from ..runs.loading import load_float
+from ..runs.pipeline import data_identity
 from ..runtime.distributed import leads
 from ..runtime.files import require_output_folder, short_name, user_path
 from ..runtime.suggest import suggestion
 from ..runtime.surroundings import Report, pick_device, reporter
-from ..training import data_identity, policy_of
 from .deployment_steps import Job
 
 RECIPE = "w8a8"

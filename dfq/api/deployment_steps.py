@@ -21,9 +21,11 @@ from ..runtime.files import json_bytes, short_name, user_path, write_atomic, wri
 from ..runtime.lock import locked
 from ..runtime.progress import Progress
 from ..runtime.surroundings import versions
-from ..verbs import quantize, sensitivity, synthesize
 from .export import export
+from .quantize import quantize
+from .sensitivity import sensitivity
 from .speed import Speed, compare_speed
+from .synthesize import synthesize
 
 NOTED_IMAGES = 8
 """That the bits of single layers are looked at on, for a compiler that takes them."""

@@ -5,38 +5,29 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..data.training_images import open_training_data
 from ..errors import UserError, argument, shown
-from ..export.exported import SUFFIXES, ExportInfo, Format
+from ..export.exported import FORMATS, RUNTIMES, SUFFIXES, ExportInfo
 from ..export.program import build
 from ..export.replacing import is_placed_for, place_for
 from ..export.suppression import OUTPUTS
 from ..export.writers import write
+from ..graph.fold_batchnorm import fold
 from ..models.base import Detector
-from ..quantization.convert import Policy, fold
 from ..quantization.inspection import LayerInfo, describe, quantized_share
 from ..quantization.layers import QUANTIZED_LAYERS
 from ..quantization.placement import PLACEMENTS
+from ..quantization.policy import Policy
 from ..runs.folder import check_run, is_run
 from ..runs.loading import load_model, require_weights
 from ..runs.set_cache import sets_of
 from ..runtime.files import require_output_file, user_path
 from ..runtime.surroundings import Report, reporter
-
-FORMATS: tuple[str, ...] = get_args(Format)
-
-RUNTIMES: dict[str, tuple[str, ...]] = {
-    "onnx": ("onnxruntime", "openvino", "tensorrt"),
-    "openvino": ("openvino",),
-    "litert": ("litert",),
-    "torch": ("torch", "onnxruntime", "openvino", "tensorrt", "litert"),
-}
-"""Runtimes that execute a format, the usual one first."""
 
 RANGE_IMAGES = 64
 """Images that ranges are found on, where a run's quantizers stand elsewhere than a runtime's."""

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..data.image_set import ImageSet
+from ..data.pixels import LabelledImages
 from ..errors import UserError, argument, shown
 from ..models.base import Detector
-from ..qat.trainer import LabelledImages
 from ..quantization.inspection import LayerInfo
 from ..report.material import Comparison, Material, gather
 from ..report.page import render

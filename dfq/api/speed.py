@@ -15,15 +15,16 @@ import numpy as np
 import torch
 
 from ..errors import UserError, argument, shown
+from ..export.exported import RUNTIMES
 from ..export.latency import Latency, in_turns
 from ..export.opening import OpenVinoFile, is_exported, open_exported, open_file
+from ..graph.fold_batchnorm import fold
 from ..models import from_spec
 from ..models.base import Detector
-from ..quantization.convert import fold
 from ..runs.folder import is_run, load_run
 from ..runtime.files import user_path
 from ..runtime.surroundings import Report, reporter
-from .export import RUNTIMES, export
+from .export import export
 
 SUFFIXES = {"onnxruntime": ".onnx", "openvino": ".xml", "litert": ".tflite"}
 """Of files that are timed in a runtime that runs here."""

@@ -39,8 +39,9 @@ from ..export.ranges import fits
 from ..export.reference import parity_of
 from ..export.replacing import is_placed_for, place_for
 from ..export.verify import Accuracy, Verification, worst
+from ..graph.fold_batchnorm import fold
 from ..models.base import Detecting, Detections, Detector
-from ..quantization.convert import Policy, fold
+from ..quantization.policy import Policy
 from ..runs.folder import check_run, is_run, load_run
 from ..runs.loading import load_float
 from ..runs.set_cache import origin_of, sets_of

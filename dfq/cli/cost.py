@@ -42,9 +42,9 @@ def cost(
     With --measure, latency and throughput in the runtime as well, with one thread and with all: in
     turns with the float network, so that only the ratios carry over to another day.
     """
+    from ..api.cost import cost as verb
     from ..errors import UserError, shown
     from ..export.cost import FileCost
-    from ..export.cost import cost as verb
     from .tables import print_cost
 
     json_file = output_file(json_file, inputs=(model,))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from .. import __version__
+from .._version import __version__
 from ..errors import shown
 from ..runtime.limits import MOST_WORKERS
 from ..runtime.processes import end_with_launcher
@@ -118,10 +118,10 @@ def synthesize(
 
     On several GPUs or nodes: torchrun --nproc-per-node=GPUS -m dfq synthesize ...
     """
+    from ..api.synthesize import synthesize as verb
     from ..recipe import as_noise
     from ..runtime.distributed import leads
     from ..runtime.progress import Live
-    from ..verbs import synthesize as verb
 
     init, iterations, labels = as_noise(init, iterations, labels, overrides)
     settings = settings_of(
@@ -212,12 +212,12 @@ def qat(
 
     On several GPUs or nodes: torchrun --nproc-per-node=GPUS -m dfq qat ...
     """
+    from ..api.quantize import quantize
     from ..recipe import find_recipe
     from ..runs.comparison import number
     from ..runs.folder import read_metrics
     from ..runtime.distributed import leads
     from ..runtime.progress import Live
-    from ..verbs import quantize
 
     settings = settings_of(
         recipe,
@@ -291,9 +291,9 @@ def evaluate(
     trust: bool,
 ) -> None:
     """Measure COCO AP, against labels or against another network."""
+    from ..api.evaluate import evaluate as verb
     from ..evaluation.agreement import Agreement
     from ..runtime.progress import Live
-    from ..verbs import evaluate as verb
     from .tables import print_agreement, print_metrics
 
     json_file = output_file(json_file, inputs=(model, data, against))
@@ -322,7 +322,7 @@ def evaluate(
 @mendable
 def inspect(model: str, json_file: str | Path | None, trust: bool) -> None:
     """List every layer (shape, MACs, bits) and the categories."""
-    from ..verbs import inspect as verb
+    from ..api.inspect import inspect as verb
     from .tables import print_layers
 
     json_file = output_file(json_file, inputs=(model,))
@@ -346,7 +346,7 @@ def demo(out: Path) -> None:
 
     Exit code 1: the file was made, and is not right.
     """
-    from ..demo.flow import run_demo
+    from ..api.demo import run_demo
     from ..runtime.progress import Live
 
     made = run_demo(output_folder(out) or out, Live())

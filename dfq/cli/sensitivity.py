@@ -69,9 +69,9 @@ def sensitivity(
 
     Recipes with quantization.mixed.budget do this by themselves.
     """
+    from ..api.sensitivity import sensitivity as verb
     from ..runtime.distributed import leads
     from ..runtime.progress import Live
-    from ..verbs import sensitivity as verb
     from .tables import print_sensitivity
 
     json_file = output_file(json_file, inputs=(model, data, recipe))

@@ -1,10 +1,12 @@
-"""What calibration needs of a set."""
+"""What calibration and training need of a set."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
 from torch import Tensor
+
+from ..models.base import Targets
 
 
 class Pixels(Protocol):
@@ -14,3 +16,14 @@ class Pixels(Protocol):
 
     def load(self, indices: list[int]) -> Tensor:
         """uint8 `(n, 3, h, w)`, RGB."""
+
+
+class LabelledImages(Protocol):
+    """What the trainer needs of a set: images all of one size, and their labels."""
+
+    def __len__(self) -> int: ...
+
+    def load(self, indices: list[int]) -> Tensor:
+        """uint8 `(n, 3, h, w)`."""
+
+    def targets(self, indices: list[int]) -> Targets: ...

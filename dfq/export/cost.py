@@ -30,19 +30,29 @@ from torch import nn
 from ..errors import UserError, argument, shown
 from ..models.base import Detector
 from ..quantization.inspection import FLOAT_BITS, LayerInfo, describe
-from ..runs.loading import load_model
 from ..runtime.files import user_path
 from .activations import Call, watch_activations
-from .opening import is_exported
 
 BYTE = 8
 
+
 MULTIPLY_8_PJ = 0.2
+
+
 ADD_32_PJ = 0.1
+
+
 MULTIPLY_FLOAT_PJ = 3.7
+
+
 ADD_FLOAT_PJ = 0.9
+
+
 SRAM_32_PJ = 5.0
+
+
 DRAM_32_PJ = 640.0
+
 
 BESIDE = {".xml": ".bin"}
 """Of formats that keep the weights in a second file: its suffix."""
@@ -135,31 +145,6 @@ class FileCost:
 
     def to_dict(self) -> dict[str, Any]:
         return {"model": self.source, "disk_bytes": self.disk_bytes}
-
-
-def cost(
-    model: str | Path | Detector, *, image_size: int | None = None, trust: bool = False
-) -> Cost | FileCost:
-    """What a detector or a run costs, layer by layer; of an exported file, its size.
-
-    Args:
-        model: a detector, or what names one, or a run folder, or an exported file.
-        image_size: side in pixels; None: the detector's own.
-        trust: run what is in the checkpoint.
-
-    Returns:
-        A `FileCost` for an exported file, whose layers are its runtime's.
-
-    Raises:
-        UserError: for anything the user can mend.
-    """
-    if not isinstance(model, Detector):
-        if is_exported(model):
-            return _file_cost(model, image_size)
-        model = load_model(model, trust=trust)
-    size = model.image_size if image_size is None else image_size
-    model.check_size(size, argument("image-size"))
-    return detector_cost(model, size)
 
 
 def detector_cost(detector: Detector, image_size: int) -> Cost:
@@ -270,7 +255,7 @@ def _weights(layer: nn.Module) -> int:
     )
 
 
-def _file_cost(model: str | Path, image_size: int | None) -> FileCost:
+def file_cost(model: str | Path, image_size: int | None) -> FileCost:
     path = user_path(model)
     if image_size is not None:
         raise UserError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -15,6 +15,16 @@ from ..errors import UserError, shown
 from ..models.base import Detections, check_side
 
 Format = Literal["onnx", "openvino", "litert", "torch"]
+
+FORMATS: tuple[str, ...] = get_args(Format)
+
+RUNTIMES: dict[str, tuple[str, ...]] = {
+    "onnx": ("onnxruntime", "openvino", "tensorrt"),
+    "openvino": ("openvino",),
+    "litert": ("litert",),
+    "torch": ("torch", "onnxruntime", "openvino", "tensorrt", "litert"),
+}
+"""Runtimes that execute a format, the usual one first."""
 SUFFIXES: dict[str, str] = {
     "onnx": ".onnx",
     "openvino": ".xml",

@@ -9,18 +9,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..graph.fold_batchnorm import fold
 from ..models import from_spec
 from ..models.base import Detector
-from ..quantization.convert import (
-    Policy,
-    activation_quantizers,
-    fold,
-    insert_quantizers,
-    observe,
-    set_range,
-)
+from ..quantization.calibration import observe, set_range
 from ..quantization.factors import bound_factors
+from ..quantization.insertion import insert_quantizers
+from ..quantization.policy import Policy
 from ..quantization.quantizers import Quantizer
+from ..quantization.traversal import activation_quantizers
 
 
 def is_placed_for(policy: Policy, runtime: str) -> bool:

@@ -149,8 +149,8 @@ def _explain(problem: Any) -> str:
 
 def _check(target: Target, where: str) -> None:
     """Refuse what each key allows and all together do not."""
-    from ..api.export import RUNTIMES
     from .calibration_files import TOOLS
+    from .exported import RUNTIMES
 
     if not plain_name(target.name):
         raise UserError(f"{where}: name: {brief(target.name)} cannot be part of a file's name")

@@ -12,6 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from ..models.base import Detector
+
 
 class _Readers(TorchFunctionMode):
     """Counts, by `id`, the operations that read each tensor."""
@@ -134,3 +136,11 @@ def fold_batchnorm(module: nn.Module, run: Callable[[], object]) -> list[str]:
         setattr(module.get_submodule(parent), leaf, folded_bn.train(bn.training))
         folded.append(bn_name)
     return folded
+
+
+def fold(detector: Detector) -> Detector:
+    """Fold the BatchNorm layers of `detector` in place; returns it."""
+    side = detector.stride * 2
+    image = torch.zeros(1, 3, side, side, device=detector.device)
+    fold_batchnorm(detector.module, lambda: detector.raw(image))
+    return detector

@@ -19,7 +19,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ..models.base import Detector
-from ..quantization.inspection import WEIGHTED
+
+WEIGHTED = (nn.Conv2d, nn.Linear, nn.ConvTranspose2d, nn.MultiheadAttention)
+"""Layers of weights, quantized or not."""
 
 CONCATENATIONS = frozenset({"cat", "concat", "concatenate"})
 SUMS = frozenset({"add"})

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..data.pixels import LabelledImages
 from ..errors import UserError
 from ..models.base import Detector
-from ..qat.trainer import LabelledImages
 from ..quantization.bit_widths import Widths, format_widths
-from ..quantization.convert import Policy
+from ..quantization.policy import Policy
 from ..recipe import Quantization
 from ..runtime.progress import Progress
 from .allocation import allocate, budget_of, cost, require_affordable

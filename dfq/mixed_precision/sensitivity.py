@@ -19,20 +19,14 @@ from ..ptq.gptq import PLACES, is_too_wide, reconstruct_layer
 from ..ptq.input_moments import Moments, MomentSums, execution_order, inputs_of
 from ..qat.losses import summed_divergence
 from ..quantization.bit_widths import Widths, format_widths
-from ..quantization.convert import (
-    Policy,
-    activation_quantizers,
-    float_mode,
-    insert_quantizers,
-    observe,
-    quantized_layers,
-    set_range,
-    set_weight_range,
-)
+from ..quantization.calibration import observe, set_range, set_weight_range
+from ..quantization.insertion import insert_quantizers
 from ..quantization.inspection import FLOAT_KINDS, LayerInfo, describe
 from ..quantization.layers import QuantConv2d, QuantLinear
+from ..quantization.policy import Policy
 from ..quantization.quantizers import Quantizer
 from ..quantization.range_search import FINE
+from ..quantization.traversal import activation_quantizers, float_mode, quantized_layers
 
 
 @dataclass(frozen=True)

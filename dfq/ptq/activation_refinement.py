@@ -18,9 +18,10 @@ from torch import Tensor
 
 from ..models.base import Detector
 from ..qat.losses import summed_divergence
-from ..quantization.convert import activation_quantizers, float_mode, observe
+from ..quantization.calibration import observe
 from ..quantization.margins import with_contrast
 from ..quantization.quantizers import Quantizer
+from ..quantization.traversal import activation_quantizers, float_mode
 from .block_cache import FinishedBlocks, calls_in_order, ended_blocks
 
 BITS = range(5, 8)

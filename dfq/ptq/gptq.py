@@ -25,10 +25,10 @@ from torch import Generator, Tensor, nn
 
 from ..errors import UserError
 from ..models.base import Detector
-from ..quantization.convert import activation_quantizers, quantized_layers
 from ..quantization.layers import QuantConv2d, QuantLinear, QuantSiLU
 from ..quantization.quantizers import Quantizer
 from ..quantization.range_search import FINE, grid_between
+from ..quantization.traversal import activation_quantizers, quantized_layers
 from .block_cache import FinishedBlocks, ended_blocks
 from .input_moments import Moments, MomentSums, execution_order, inputs_of
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from ..quantization.convert import quantized_layers
 from ..quantization.layers import QuantConv2d, QuantLinear
+from ..quantization.traversal import quantized_layers
 from .block_cache import Reached, calls_in_order
 
 UNPAIRED = 0.75

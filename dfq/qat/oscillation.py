@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..quantization.convert import quantized_layers
 from ..quantization.quantizers import Quantizer
+from ..quantization.traversal import quantized_layers
 
 MOMENTUM = 0.01
 """Of the running averages of jumps and levels: the paper's."""

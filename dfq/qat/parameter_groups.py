@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..models.base import Detector
-from ..quantization.convert import quantized_layers
 from ..quantization.layers import QuantConv2d, QuantLinear
 from ..quantization.quantizers import Quantizer
+from ..quantization.traversal import quantized_layers
 from ..recipe import Distillation
 
 

@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
 from ..data.augment import augment, jitter_colours, mosaic
+from ..data.pixels import LabelledImages
 from ..errors import DivergedError, UserError
 from ..models.base import Detector, Targets
 from ..recipe import Distillation
@@ -41,17 +42,6 @@ Report = Callable[[int, int, dict[str, float]], None]
 
 Within = Callable[[int, float], None]
 """Called before each step with the epochs done, and the share of the next one that is."""
-
-
-class LabelledImages(Protocol):
-    """What the trainer needs of a set: images all of one size, and their labels."""
-
-    def __len__(self) -> int: ...
-
-    def load(self, indices: list[int]) -> Tensor:
-        """uint8 `(n, 3, h, w)`."""
-
-    def targets(self, indices: list[int]) -> Targets: ...
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ..graph.fold_batchnorm import FoldedBatchNorm
+from ..graph.tracing import WEIGHTED
 from ..models.base import Detector
-from .convert import activation_quantizers, float_mode
-from .inspection import WEIGHTED
 from .output_quantizers import result_quantizers
+from .traversal import activation_quantizers, float_mode
 
 STEPS = 13
 """Values of a channel that are followed, evenly from one end to the other: a function's least value

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..graph.tracing import WEIGHTED
 from ..models.base import Detector
 from ..models.nn.matmul import Matmul
 from .layers import QUANTIZED_LAYERS, QuantMatmul
@@ -18,10 +19,7 @@ FLOAT_BITS = 32
 
 FLOAT_KINDS = ("deconv", "attention")
 """Kinds of layers that are listed and stay in float: what is left of transposed convolutions and of
-PyTorch's own attention after `detectors.exposed`."""
-
-WEIGHTED = (nn.Conv2d, nn.Linear, nn.ConvTranspose2d, nn.MultiheadAttention)
-"""Layers of weights, quantized or not."""
+PyTorch's own attention after `models.nn.decomposed`."""
 
 LISTED = (*WEIGHTED, Matmul)
 

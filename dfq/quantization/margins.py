@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from ..models.base import Detector
-from .convert import activation_quantizers, grid_above, observe, set_range
+from .calibration import grid_above, observe, set_range
 from .implied import implied_ranges
 from .quantizers import Quantizer
 from .range_search import LEAST_READ, grid_between
+from .traversal import activation_quantizers
 
 BITS = 7
 """Of activations whose ranges are changed, at least."""

@@ -10,9 +10,9 @@ from typing import Any
 from ..models.base import Boundary, Detector
 from ..ptq.gptq import is_too_wide
 from ..quantization.bit_widths import format_widths
-from ..quantization.convert import Policy
 from ..quantization.inspection import FLOAT_KINDS, LayerInfo
 from ..quantization.layers import QUANTIZED_LAYERS, QuantMatmul
+from ..quantization.policy import Policy
 from ..quantization.quantizers import Quantizer
 from ..runs.comparison import number
 

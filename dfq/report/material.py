@@ -12,22 +12,23 @@ from typing import Any, TypeVar
 
 from ..data.calibration_set import CalibrationSet
 from ..data.image_set import ImageSet
+from ..data.pixels import LabelledImages
 from ..data.readers import open_set
 from ..data.training_images import open_training_data
 from ..errors import UserError
 from ..evaluation.agreement import unlabelled
-from ..models import TORCHVISION, load_detector
+from ..graph.fold_batchnorm import fold
+from ..models import load_detector
 from ..models.base import Detector
-from ..qat.trainer import LabelledImages
-from ..quantization.convert import fold
+from ..models.loading import TORCHVISION
 from ..quantization.inspection import LayerInfo, describe
 from ..recipe import Recipe, load_recipe
 from ..runs.inputs import joining
+from ..runs.pipeline import data_identity
 from ..runs.set_cache import origin_of
 from ..runtime.files import read_json, user_path
 from ..runtime.plain import plain_tree
 from ..runtime.surroundings import cache_folder
-from ..training import data_identity
 from .exports import Export, read_exports
 
 SYNTHESIS = "synthesis"

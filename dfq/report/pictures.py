@@ -17,11 +17,11 @@ from ..data.calibration_set import CalibrationSet
 from ..data.drawing import COLOURS, Place, place_tag
 from ..data.image_set import ImageSet
 from ..data.letterbox import load_letterboxed
+from ..data.pixels import LabelledImages
 from ..data.training_images import LetterboxedImages
 from ..evaluation.agreement import REFERENCE_SCORE
 from ..evaluation.coco import predict
 from ..models.base import Detections, Detector
-from ..qat.trainer import LabelledImages
 from .formats import text
 
 TILES = 12

@@ -10,15 +10,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from .. import __version__
-from ..api.finishing import hold_out
+from .._version import __version__
 from ..data.calibration_set import CalibrationSet
 from ..data.statistics import Objects, Summary, summarize
 from ..data.training_images import LetterboxedImages
 from ..errors import UserError
-from ..quantization.convert import Policy
 from ..quantization.output_quantizers import count_joins
+from ..quantization.policy import Policy
 from ..runs.comparison import number
+from ..runs.held_out import hold_out
 from ..synthesis.quality import BOUND, FIRST_BOUND, quality_of
 from . import account, figures
 from .cost import cost_of, cost_rows

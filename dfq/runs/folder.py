@@ -27,19 +27,21 @@ from pydantic import ValidationError
 from safetensors.torch import save
 
 from ..errors import UserError, naming
+from ..graph.fold_batchnorm import fold
 from ..models import from_spec
 from ..models.base import Detector
 from ..models.bounded import bounded, most_for
 from ..models.checkpoint import sha256_of
+from ..models.storage import KIND, quantized_description
 from ..models.tensors import read_metadata, read_safetensors, require_intact, sound, with_digest
-from ..quantization.convert import Policy, fold, insert_quantizers
+from ..quantization.insertion import insert_quantizers
+from ..quantization.policy import Policy
 from ..quantization.storage import WEIGHTS_PER_BYTE, restore_state, stored_state
 from ..recipe import Recipe
 from ..runtime.files import append_line, read_json, write_atomic, write_json
 from ..runtime.lock import locked
-from ..runtime.plain import ODD, brief, one_line, parse_json
+from ..runtime.plain import ODD, brief, one_line
 
-KIND = "dfq quantized detector"
 FORMAT = 3
 """3: quantized weights are integers, and the model says its format; 2: they are floats, and the
 model says by itself what it is; 1: the manifest alone does."""
@@ -281,7 +283,7 @@ def check_run(folder: Path) -> dict[str, Any]:
                 f"manifest.json; restore both, or delete {folder / 'model.safetensors'} and run "
                 "the command that made it again"
             )
-    described = _description(read_metadata(folder / "model.safetensors"))
+    described = quantized_description(read_metadata(folder / "model.safetensors"))
     if described is None and manifest["format"] != 1:
         raise UserError(f"{folder / 'model.safetensors'}: does not say what it is; restore it")
     # Models of runs of format 1 say nothing of a format.
@@ -340,28 +342,11 @@ def load_quantized(path: Path) -> Detector:
         manifest = read_json(beside)
         if isinstance(manifest, dict) and manifest.get("kind") == KIND:
             return load_run(path.parent)
-    described = _description(read_metadata(path))
+    described = quantized_description(read_metadata(path))
     if described is None:
         raise UserError(f"{path}: does not say what it is the model of; give the run's folder")
     check_format(path, described["format"])
     return _rebuilt(path, described)
-
-
-def is_quantized(metadata: dict[str, str]) -> bool:
-    """Whether the metadata of a `.safetensors` file are those of a run's model."""
-    return metadata.get("kind") == KIND or _description(metadata) is not None
-
-
-def _description(metadata: dict[str, str]) -> dict[str, Any] | None:
-    """What a run's model says of itself; None where it is no such model, or of format 1."""
-    try:
-        found = parse_json(metadata.get("dfq", "null"), "its description")
-    except UserError:
-        return None
-    if not isinstance(found, dict) or found.get("kind") != KIND:
-        return None
-    # Models of format 2 do not say it.
-    return {"format": 2, **found}
 
 
 def check_format(path: Path, found: Any) -> None:

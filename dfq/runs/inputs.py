@@ -10,14 +10,13 @@ from torch import Tensor
 
 from ..data.calibration_set import CalibrationSet
 from ..data.image_set import image_size
-from ..data.pixels import Pixels
+from ..data.pixels import LabelledImages, Pixels
 from ..data.readers import ImageSet, open_set
 from ..data.training_images import LetterboxedImages, open_training_data
 from ..errors import UserError, argument, shown
 from ..evaluation.agreement import unlabelled
 from ..evaluation.coco_matching import require_labels
 from ..models.base import Detector
-from ..qat.trainer import LabelledImages
 from ..recipe import Recipe
 from ..runtime.files import user_path
 

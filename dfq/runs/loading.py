@@ -7,13 +7,36 @@ from pathlib import Path
 from ..data.image_set import is_file
 from ..errors import UserError
 from ..export.opening import is_exported, open_exported
-from ..models import load_detector
+from ..models import loading
 from ..models.base import Detecting, Detector
-from ..quantization.convert import quantized_layers
+from ..models.storage import is_quantized
+from ..models.tensors import read_metadata
+from ..quantization.traversal import quantized_layers
 from ..runtime.files import user_path
 from ..runtime.surroundings import cache_folder
-from .folder import is_run, load_run
+from .folder import is_run, load_quantized, load_run
 from .inputs import refuse_set
+
+
+def load_detector(source: str | Path, *, trust: bool = False, device: str = "cpu") -> Detector:
+    """Load a detector by any name that `models.load_detector` takes, or the `model.safetensors` of
+    a run: then it is quantized and folded.
+
+    Args:
+        source: file, published name or description of a network.
+        trust: run what is in a checkpoint, for files whose author is trusted.
+        device: where to put it, e.g. "cpu" or "cuda:0".
+
+    Raises:
+        UserError: nothing by that name, no detector in it, no network, or no such device.
+    """
+    path = user_path(source)
+    stored = path.suffix.lower() == ".safetensors" and path.is_file()
+    if stored and is_quantized(read_metadata(path)):
+        detector = load_quantized(path)
+        detector.source = str(source)
+        return detector.to(device)
+    return loading.load_detector(source, trust=trust, device=device)
 
 
 def load_model(source: str | Path, *, trust: bool = False, device: str = "cpu") -> Detector:

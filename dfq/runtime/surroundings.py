@@ -70,6 +70,6 @@ def own_device(world: World, device: str) -> str:
 
 def versions() -> dict[str, str]:
     """Versions that a result depends on."""
-    from .. import __version__
+    from .._version import __version__
 
     return {"dfq": __version__, "torch": torch.__version__}

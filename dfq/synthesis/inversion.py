@@ -12,8 +12,8 @@ import torch
 from torch import Generator, Tensor
 
 from ..errors import UserError
+from ..graph.fold_batchnorm import fold
 from ..models.base import Detections, Detector, Targets
-from ..quantization.convert import fold
 from ..runtime.precision import computing_in, float32, resolve_precision
 from .adaptive_labels import AdaptiveSampler
 from .augmentation import random_erasing, resized, shown

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from .. import __version__
+from .._version import __version__
 from ..data.calibration_set import CalibrationSet
 from ..data.calibration_writer import CalibrationWriter
 from ..data.preview import write_preview
 from ..errors import UserError
 from ..kernels.loader import why_none
-from ..models import RANDOM
 from ..models.base import Detector
+from ..models.loading import RANDOM
 from ..runtime.distributed import World, one_thread
 from ..runtime.files import short_name, user_path
 from ..runtime.precision import resolve_precision

@@ -152,7 +152,7 @@ def set_quality(detector: Detector, images: Tensor, *, batch_size: int = 16) -> 
     """Compare what a network's BatchNorm layers see in images with their running statistics.
 
     Args:
-        detector: float; BatchNorm folded (`quantization.convert.fold`) or not.
+        detector: float; BatchNorm folded (`graph.fold_batchnorm.fold`) or not.
         images: uint8 `(n, 3, h, w)`, RGB.
         batch_size: images of one forward pass.
 

@@ -9,7 +9,9 @@ from torch import Tensor
 from dfq.mixed_precision.sensitivity import measure
 from dfq.models.base import Detector
 from dfq.ptq.activation_refinement import narrow_activations, refine_grids
-from dfq.quantization.convert import Policy, calibrate, insert_quantizers
+from dfq.quantization.calibration import calibrate
+from dfq.quantization.insertion import insert_quantizers
+from dfq.quantization.policy import Policy
 
 
 def check_grids_move(folded: Detector, policy: Policy, images: Tensor) -> None:

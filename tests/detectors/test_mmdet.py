@@ -22,12 +22,16 @@ from dfq.data.readers import open_set
 from dfq.demo.scenes import write_coco
 from dfq.errors import UserError
 from dfq.evaluation.coco import _predict, evaluate, score
+from dfq.graph.fold_batchnorm import fold
 from dfq.models import Detector, Targets, load_detector, save_detector
 from dfq.models.mmdet.config import plain, read_config, unplain
 from dfq.models.two_stage import ellipse_masks, pixel_boxes
-from dfq.quantization.convert import Policy, calibrate, fold, insert_quantizers, quantized_layers
+from dfq.quantization.calibration import calibrate
+from dfq.quantization.insertion import insert_quantizers
 from dfq.quantization.inspection import describe
 from dfq.quantization.output_quantizers import count_joins, result_quantizers
+from dfq.quantization.policy import Policy
+from dfq.quantization.traversal import quantized_layers
 from dfq.runtime.plain import one_line
 
 TWO_STAGE = ["mask-rcnn-resnet", "mask-rcnn-swin"]

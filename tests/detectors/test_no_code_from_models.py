@@ -29,7 +29,7 @@ from dfq.errors import UserError
 from dfq.models import from_spec, load_detector, save_detector
 from dfq.models.mmdet.config import plain, prepared, read_config
 from dfq.models.mmdet.spec import check_spec
-from dfq.quantization.convert import Policy
+from dfq.quantization.policy import Policy
 from dfq.runs.folder import FORMAT, KIND, load_run
 
 MARK = "mark"

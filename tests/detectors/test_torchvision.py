@@ -15,6 +15,7 @@ from torchvision.models.detection.retinanet import RetinaNet_ResNet50_FPN_Weight
 from torchvision.ops import FrozenBatchNorm2d, box_iou
 
 from dfq.errors import UserError
+from dfq.graph.fold_batchnorm import fold
 from dfq.models import Targets, load_detector, save_detector
 from dfq.models.base import Detector
 from dfq.models.torchvision.base import from_name
@@ -27,9 +28,12 @@ from dfq.models.torchvision.networks import (
 )
 from dfq.models.torchvision.rcnn import TorchvisionRCNN
 from dfq.models.two_stage import ellipse_masks, pixel_boxes
-from dfq.quantization.convert import Policy, calibrate, fold, insert_quantizers, quantized_layers
+from dfq.quantization.calibration import calibrate
+from dfq.quantization.insertion import insert_quantizers
 from dfq.quantization.inspection import describe
 from dfq.quantization.output_quantizers import count_joins, result_quantizers
+from dfq.quantization.policy import Policy
+from dfq.quantization.traversal import quantized_layers
 from dfq.synthesis.inversion import Inversion
 from dfq.synthesis.settings import Synthesis
 

@@ -11,9 +11,9 @@ from test_trainer import Blobs, Interrupt, assert_same, settings, state, student
 from tiny_detector import tiny_detector
 from torch import Tensor
 
+from dfq.graph.fold_batchnorm import fold
 from dfq.models.base import Detector
 from dfq.qat.trainer import Trainer
-from dfq.quantization.convert import fold
 
 
 class Scripted:

@@ -12,7 +12,7 @@ from tiny_detector import blobs, tiny_detector
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, kl_divergence
 
-from dfq.graph.fold_batchnorm import FoldedBatchNorm
+from dfq.graph.fold_batchnorm import FoldedBatchNorm, fold
 from dfq.models.base import Detector, DistillationPair
 from dfq.qat.features import absolute_distance, distilled_layers
 from dfq.qat.losses import (
@@ -22,7 +22,9 @@ from dfq.qat.losses import (
     flattened_divergence,
     prediction_divergence,
 )
-from dfq.quantization.convert import Policy, float_mode, fold, insert_quantizers
+from dfq.quantization.insertion import insert_quantizers
+from dfq.quantization.policy import Policy
+from dfq.quantization.traversal import float_mode
 from dfq.recipe import Distillation
 
 Kind = Literal["bernoulli", "categorical", "value"]

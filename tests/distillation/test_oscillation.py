@@ -12,11 +12,12 @@ from test_trainer import Blobs, Interrupt, assert_same, settings, state, student
 from tiny_detector import tiny_detector
 from torch import nn
 
+from dfq.graph.fold_batchnorm import fold
 from dfq.qat.oscillation import MOMENTUM, Oscillation
 from dfq.qat.trainer import Trainer
-from dfq.quantization.convert import fold, quantized_layers
 from dfq.quantization.layers import QuantLinear
 from dfq.quantization.quantizers import Quantizer
+from dfq.quantization.traversal import quantized_layers
 
 STEP = 0.5
 

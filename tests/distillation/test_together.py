@@ -16,9 +16,9 @@ from tiny_detector import tiny_detector
 from torch import Tensor
 
 from dfq.errors import DivergedError
+from dfq.graph.fold_batchnorm import fold
 from dfq.models.base import Detector
 from dfq.qat.trainer import Outcome, Trainer
-from dfq.quantization.convert import fold
 from dfq.recipe import DistillationWeights
 from dfq.runtime.distributed import World
 

@@ -11,7 +11,7 @@ from harness import command, contents, has_one_error
 from small_mmdet import enliven, write_config
 from tiny_detector import tiny_detector
 
-from dfq import verbs
+from dfq.api import synthesize as verb
 from dfq.mixed_precision import search as policy
 from dfq.mixed_precision import sensitivity as measure
 from dfq.models import load_detector, save_detector
@@ -182,7 +182,7 @@ def test_a_budget_that_cannot_be_kept_is_refused_before_the_measurements(
 
     monkeypatch.setattr(policy, "measure", begun)
     monkeypatch.setattr(measure, "measure", begun)
-    monkeypatch.setattr(verbs, "synthesize_set", begun)
+    monkeypatch.setattr(verb, "synthesize_set", begun)
     line = has_one_error(command("sensitivity", "--model", model, "--budget", budget))
     assert "quantization.mixed.budget: " in line
     assert "the least is" in line

@@ -275,16 +275,16 @@ def test_real_images_train_too(place: Path, model: Path) -> None:
 def test_a_reloaded_run_gives_the_same_bits(
     place: Path, model: Path, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dfq import verbs
+    from dfq.runs.folder import Run
 
     kept: list[Any] = []
-    plain = verbs.Run.finish
+    plain = Run.finish
 
     def finish(self: Any, detector: Any, *rest: Any) -> None:
         kept.append(detector)
         plain(self, detector, *rest)
 
-    monkeypatch.setattr(verbs.Run, "finish", finish)
+    monkeypatch.setattr(Run, "finish", finish)
     folder = dfq.quantize("tiny.yaml", model=model, data=made, out="run", device="cpu")
     images = blobs(3, seed=9)
     with torch.no_grad():
@@ -497,8 +497,8 @@ def test_demo(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "dfq.recipe.shipped_recipes", lambda: {"w8a8": place / "recipes" / "w8a8.yaml"}
     )
     work = {"synthesis.images": 16, "synthesis.iterations": 0, "quantization.rounding_images": 4}
-    monkeypatch.setattr("dfq.demo.flow.SMALL", {**work, "synthesis.image_size": 160})
-    monkeypatch.setattr("dfq.demo.flow.SCENES", 6)
+    monkeypatch.setattr("dfq.api.demo.SMALL", {**work, "synthesis.image_size": 160})
+    monkeypatch.setattr("dfq.api.demo.SCENES", 6)
     columns: list[Any] = []
 
     def drawn(scenes: Any, chosen: Any, both: Any, made: Any) -> Image.Image:
@@ -506,7 +506,7 @@ def test_demo(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(scenes) == 6
         return draw_picture(scenes, chosen, both, made)
 
-    monkeypatch.setattr("dfq.demo.flow.draw_picture", drawn)
+    monkeypatch.setattr("dfq.api.demo.draw_picture", drawn)
     result = command(
         "demo",
         "--out",

@@ -18,16 +18,16 @@ from small_mmdet import enliven, write_config
 from torch import Tensor
 
 import dfq
+from dfq.mixed_precision.policy import policy_of
 from dfq.models import load_detector
 from dfq.qat import trainer
-from dfq.quantization.convert import insert_quantizers
+from dfq.quantization.insertion import insert_quantizers
 from dfq.quantization.inspection import describe
 from dfq.recipe import load_recipe, shipped_recipes
 from dfq.synthesis.adaptive_labels import update_steps
 from dfq.synthesis.loss_weighting import LossWeights
 from dfq.synthesis.losses.patch_entropy import PatchSimilarity
 from dfq.synthesis.losses.priors import total_variation
-from dfq.training import policy_of
 
 NAMES = sorted(name for name in shipped_recipes() if name.startswith("paper-"))
 

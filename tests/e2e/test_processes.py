@@ -32,17 +32,18 @@ ctypes.PyDLL(None).sleep(3600)
 # The command itself has imported everything before its workers are given the other torch.
 COMMAND = """
 import sys
-import dfq.verbs
-from dfq.synthesis import workers
-start = workers._start
+import dfq.api.evaluate
+import dfq.api.synthesize
+from dfq.synthesis import worker_pool
+start = worker_pool._start
 def stub():
     sys.path.insert(0, {stub!r})
     try:
         return start()
     finally:
         del sys.path[0]
-workers._start = stub
-from dfq.cli import cli
+worker_pool._start = stub
+from dfq.cli.main import cli
 cli(sys.argv[1:])
 """
 
@@ -184,7 +185,7 @@ def test_what_begins_anew_promises_nothing(
         raise AssertionError("it went on")
 
     for verb in ("evaluate", "inspect", "sensitivity"):
-        monkeypatch.setattr(f"dfq.verbs.{verb}", stop)
+        monkeypatch.setattr(f"dfq.api.{verb}.{verb}", stop)
     result = command(*words, "--model", model)
     assert result.exit_code == 128 + number
     assert result.stderr == "stopped\n"
@@ -206,7 +207,7 @@ def test_what_goes_on_says_so(
         raise AssertionError("it went on")
 
     for verb in ("synthesize", "quantize"):
-        monkeypatch.setattr(f"dfq.verbs.{verb}", stop)
+        monkeypatch.setattr(f"dfq.api.{verb}.{verb}", stop)
     result = command(*words, "--model", model)
     assert result.exit_code == 128 + number
     assert result.stderr == "stopped; the same command goes on from here\n"

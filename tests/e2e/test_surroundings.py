@@ -135,6 +135,6 @@ def test_a_bug_keeps_its_traceback(
     def bug(*_: object, **__: object) -> None:
         raise AttributeError("a mistake of ours")
 
-    monkeypatch.setattr("dfq.verbs.inspect", bug)
+    monkeypatch.setattr("dfq.api.inspect.inspect", bug)
     with pytest.raises(AttributeError, match="a mistake of ours"):
         command("inspect", "--model", model)

@@ -180,7 +180,7 @@ def test_the_command_prints_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     half[:, :, :14] = 1
     masks = score(data, answer, NAMES, [encode(half, answer[0].boxes, 200, 100)])
     result = replace(score(data, answer, NAMES), image_size=64, images=2, masks=masks)
-    monkeypatch.setattr("dfq.verbs.evaluate", lambda *_, **__: result)
+    monkeypatch.setattr("dfq.api.evaluate.evaluate", lambda *_, **__: result)
     shown = CliRunner().invoke(cli, ["eval", "--model", "m", "--data", "d"]).output
     assert "boxes   masks\n" in shown
     assert "AP         1.0000  1.0000\n" in shown

@@ -16,9 +16,13 @@ import dfq
 from dfq.errors import UserError
 from dfq.export.activations import watch_activations
 from dfq.export.cost import Cost, FileCost, detector_cost, mac_energy, weight_memory
+from dfq.graph.fold_batchnorm import fold
 from dfq.models.base import Boundary
 from dfq.models.yolov5.detector import YOLOv5
-from dfq.quantization.convert import Policy, calibrate, fold, insert_quantizers, quantized_layers
+from dfq.quantization.calibration import calibrate
+from dfq.quantization.insertion import insert_quantizers
+from dfq.quantization.policy import Policy
+from dfq.quantization.traversal import quantized_layers
 
 SIDE = 8
 PIXELS = SIDE * SIDE

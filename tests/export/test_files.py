@@ -20,8 +20,11 @@ from dfq.errors import UserError
 from dfq.export import writers
 from dfq.export.counting_openvino import count_openvino
 from dfq.export.opening import OpenVinoFile, open_exported
+from dfq.graph.fold_batchnorm import fold
 from dfq.quantization.bit_widths import parse_widths
-from dfq.quantization.convert import Policy, calibrate, fold, insert_quantizers
+from dfq.quantization.calibration import calibrate
+from dfq.quantization.insertion import insert_quantizers
+from dfq.quantization.policy import Policy
 from dfq.quantization.quantizers import Quantizer
 from dfq.recipe import Quantization
 from dfq.runs.folder import Run
@@ -164,7 +167,7 @@ def test_runtimes_of_eight_bits_alone_have_none(runtime: str, tmp_path: Path) ->
 def test_sixteen_bits_round_where_eight_spoil() -> None:
     quantizer = Quantizer(16, asymmetric=True)
     x = torch.linspace(-3, 100, 5000)
-    from dfq.quantization.convert import set_range
+    from dfq.quantization.calibration import set_range
 
     set_range(quantizer, x, "mse")
     step = float(quantizer.scale.detach())

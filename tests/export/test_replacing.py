@@ -12,21 +12,18 @@ from torch import Tensor
 
 from dfq.export.program import build
 from dfq.export.replacing import place_for
+from dfq.graph.fold_batchnorm import fold
 from dfq.mixed_precision.search import find_bits
 from dfq.models.base import Detector, Targets
-from dfq.quantization.convert import (
-    Policy,
-    activation_quantizers,
-    calibrate,
-    fold,
-    insert_quantizers,
-    quantized_layers,
-)
+from dfq.quantization.calibration import calibrate
+from dfq.quantization.insertion import insert_quantizers
 from dfq.quantization.placement import PLACEMENTS
+from dfq.quantization.policy import Policy
+from dfq.quantization.traversal import activation_quantizers, quantized_layers
 from dfq.recipe import Quantization
 from dfq.runs.folder import Run
+from dfq.runs.loading import load_model
 from dfq.runtime.progress import Silent
-from dfq.verbs import load_model
 
 WIDE = [name for name, where in PLACEMENTS.items() if where.most_bits > 8]
 WIDTHS = [*((8, name) for name in PLACEMENTS), *((16, name) for name in WIDE)]

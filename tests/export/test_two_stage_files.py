@@ -15,9 +15,12 @@ from dfq.errors import UserError
 from dfq.export.opening import open_exported
 from dfq.export.program import build
 from dfq.export.writers import write
+from dfq.graph.fold_batchnorm import fold
 from dfq.models.base import Detections, Detector
 from dfq.models.torchvision.base import from_name
-from dfq.quantization.convert import Policy, calibrate, fold, insert_quantizers
+from dfq.quantization.calibration import calibrate
+from dfq.quantization.insertion import insert_quantizers
+from dfq.quantization.policy import Policy
 
 SIDE = 64
 FEW: dict[str, Any] = {"min_size": SIDE, "max_size": SIDE, "rpn_post_nms_top_n_test": 20}

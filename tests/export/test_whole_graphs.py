@@ -23,11 +23,14 @@ from toys import exported, policy_of
 from dfq.export.opening import LiteRtFile, open_exported
 from dfq.export.program import build
 from dfq.export.structure import structure_faults
+from dfq.graph.fold_batchnorm import fold
 from dfq.models import load_detector
 from dfq.models.base import Detector
-from dfq.quantization.convert import Policy, calibrate, fold, insert_quantizers
+from dfq.quantization.calibration import calibrate
+from dfq.quantization.insertion import insert_quantizers
 from dfq.quantization.placement import PLACEMENTS
-from dfq.verbs import load_model
+from dfq.quantization.policy import Policy
+from dfq.runs.loading import load_model
 
 # ---- TensorRT
 

@@ -13,10 +13,13 @@ from dfq.api.export import describe_export
 from dfq.export.exported import ExportInfo
 from dfq.export.program import Program, build
 from dfq.export.writers import write
+from dfq.graph.fold_batchnorm import fold
 from dfq.models.base import Boundary, Detections, Detector, Targets
 from dfq.models.nn.decomposed import expose
 from dfq.models.nn.matmul import Matmul
-from dfq.quantization.convert import Policy, calibrate, fold, insert_quantizers
+from dfq.quantization.calibration import calibrate
+from dfq.quantization.insertion import insert_quantizers
+from dfq.quantization.policy import Policy
 
 SIDE = 16
 

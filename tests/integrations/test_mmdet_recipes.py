@@ -13,13 +13,16 @@ from pydantic import BaseModel
 from small_mmdet import SIDE, write_config
 
 from dfq.cli.main import cli
+from dfq.graph.fold_batchnorm import fold
+from dfq.mixed_precision.policy import policy_of
 from dfq.models import load_detector
 from dfq.models.mmdet.config import quiet, read_config
+from dfq.ptq.pipeline import clip_strictly
 from dfq.qat.parameter_groups import held_layers, parameter_groups, require_gradients
-from dfq.quantization.convert import calibrate, fold, insert_quantizers
+from dfq.quantization.calibration import calibrate
+from dfq.quantization.insertion import insert_quantizers
 from dfq.quantization.quantizers import Quantizer
 from dfq.recipe import Recipe, load_recipe, shipped_recipes
-from dfq.training import clip_strictly, policy_of
 
 NAMES = sorted(shipped_recipes())
 

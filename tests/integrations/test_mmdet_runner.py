@@ -21,13 +21,14 @@ from dfq.cli.main import cli
 from dfq.data.calibration_set import CalibrationSet
 from dfq.demo.scenes import write_coco
 from dfq.errors import UserError
+from dfq.graph.fold_batchnorm import fold
 from dfq.integrations.mmdet.config_writer import TRAINED, mmdet_config
+from dfq.mixed_precision.policy import policy_of
 from dfq.models import load_detector
 from dfq.models.mmdet.config import _package_paths, prepared, quiet, read_config, shipped_config
-from dfq.quantization.convert import fold
+from dfq.ptq.pipeline import quantized
 from dfq.recipe import load_recipe
 from dfq.runtime.progress import Silent
-from dfq.training import policy_of, quantized
 
 TERMS = frozenset({"loss_kl", "loss_feature"})
 """Of a recipe as it is shipped."""

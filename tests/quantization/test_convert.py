@@ -11,22 +11,17 @@ from tiny_detector import blobs, stacked, tiny_detector
 from torch import Tensor, nn
 
 from dfq.errors import UserError
+from dfq.graph.fold_batchnorm import fold
 from dfq.models.yolov5.detector import YOLOv5
-from dfq.quantization.convert import (
-    Policy,
-    activation_quantizers,
-    calibrate,
-    float_mode,
-    fold,
-    insert_quantizers,
-    quantized_layers,
-    set_range,
-)
+from dfq.quantization.calibration import calibrate, set_range
+from dfq.quantization.insertion import insert_quantizers
 from dfq.quantization.inspection import describe
 from dfq.quantization.layers import QUANTIZED_LAYERS
 from dfq.quantization.margins import keep_within_statistics
+from dfq.quantization.policy import Policy
 from dfq.quantization.quantizers import Quantizer
 from dfq.quantization.range_search import SEARCHES, mse
+from dfq.quantization.traversal import activation_quantizers, float_mode, quantized_layers
 
 
 @pytest.fixture

@@ -9,8 +9,7 @@ import torch
 from tiny_detector import blobs, stacked, tiny_detector
 from torch import Tensor, nn
 
-from dfq.graph.fold_batchnorm import FoldedBatchNorm, fold_batchnorm
-from dfq.quantization.convert import fold
+from dfq.graph.fold_batchnorm import FoldedBatchNorm, fold, fold_batchnorm
 
 
 def randomise(module: nn.Module) -> nn.Module:

@@ -14,20 +14,17 @@ from dfq.export.counting import count
 from dfq.export.integer import run_in_integers
 from dfq.export.opening import open_file
 from dfq.export.program import build
+from dfq.graph.fold_batchnorm import fold
 from dfq.models import load_detector
 from dfq.models.base import Detector
-from dfq.quantization.convert import (
-    Policy,
-    activation_quantizers,
-    calibrate,
-    float_mode,
-    fold,
-    insert_quantizers,
-)
+from dfq.quantization.calibration import calibrate
 from dfq.quantization.implied import implied_ranges
+from dfq.quantization.insertion import insert_quantizers
 from dfq.quantization.layers import SplitOutput
 from dfq.quantization.output_quantizers import result_quantizers
+from dfq.quantization.policy import Policy
 from dfq.quantization.storage import restore_state, stored_state
+from dfq.quantization.traversal import activation_quantizers, float_mode
 from dfq.runs.folder import Run
 from dfq.runs.loading import load_model
 

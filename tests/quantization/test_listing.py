@@ -7,10 +7,12 @@ import torch
 from tiny_detector import SIDE, tiny_detector
 from torch import Tensor, nn
 
+from dfq.graph.fold_batchnorm import fold
 from dfq.models.base import Boundary
 from dfq.models.yolov5.detector import YOLOv5
-from dfq.quantization.convert import Policy, fold, insert_quantizers
+from dfq.quantization.insertion import insert_quantizers
 from dfq.quantization.inspection import LayerInfo, bit_operations, describe, quantized_share
+from dfq.quantization.policy import Policy
 
 FIRST = "model.0.conv"
 LAST = ("model.9.m.0", "model.9.m.1")

@@ -8,18 +8,15 @@ import torch.nn.functional as F
 from tiny_detector import blobs, tiny_detector
 from torch import Tensor, nn
 
+from dfq.graph.fold_batchnorm import fold
 from dfq.models.base import Detector
 from dfq.quantization import margins
-from dfq.quantization.convert import (
-    Policy,
-    activation_quantizers,
-    calibrate,
-    fold,
-    insert_quantizers,
-    observe,
-)
+from dfq.quantization.calibration import calibrate, observe
 from dfq.quantization.implied import implied_ranges
+from dfq.quantization.insertion import insert_quantizers
 from dfq.quantization.margins import keep_within_statistics, span, usual_contrast, with_contrast
+from dfq.quantization.policy import Policy
+from dfq.quantization.traversal import activation_quantizers
 
 
 def student(bits: int = 8, seed: int = 0) -> Detector:

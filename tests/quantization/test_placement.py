@@ -15,19 +15,22 @@ from toys import Toy, images, toy
 
 from dfq.export.passes import QUANTIZE
 from dfq.export.program import build
+from dfq.graph.fold_batchnorm import fold
 from dfq.mixed_precision.sensitivity import measure
 from dfq.models.base import Detector
 from dfq.ptq.gptq import reconstruct
 from dfq.qat.losses import prediction_divergence
-from dfq.quantization.convert import Policy, calibrate, fold, insert_quantizers, quantized_layers
+from dfq.quantization.calibration import calibrate
+from dfq.quantization.insertion import insert_quantizers
 from dfq.quantization.inspection import describe
 from dfq.quantization.layers import QuantSiLU
 from dfq.quantization.output_quantizers import RESULTS, result_quantizers
 from dfq.quantization.placement import PLACEMENTS, Placement
+from dfq.quantization.policy import Policy
 from dfq.quantization.quantizers import Quantizer
+from dfq.quantization.traversal import quantized_layers
 from dfq.runs.folder import Run
-from dfq.runs.loading import load_float
-from dfq.verbs import load_model
+from dfq.runs.loading import load_float, load_model
 
 MADE = "made"
 """Name of a placement that a test makes up."""

@@ -11,23 +11,20 @@ from tiny_detector import SIDE, blobs, stacked, tiny_detector
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from dfq.api.inspect import inspect
+from dfq.graph.fold_batchnorm import fold
 from dfq.models import load_detector
 from dfq.models.base import Boundary, Detector
 from dfq.models.yolov5.detector import YOLOv5
 from dfq.models.yolov5.network import C3, SPPF, Bottleneck, Concat
-from dfq.quantization.convert import (
-    Policy,
-    activation_quantizers,
-    calibrate,
-    float_mode,
-    fold,
-    insert_quantizers,
-    quantized_layers,
-)
+from dfq.quantization.calibration import calibrate
+from dfq.quantization.insertion import insert_quantizers
 from dfq.quantization.output_quantizers import RESULTS, count_joins, result_quantizers
+from dfq.quantization.policy import Policy
 from dfq.quantization.quantizers import Quantizer
+from dfq.quantization.traversal import activation_quantizers, float_mode, quantized_layers
 from dfq.runs.folder import Run
-from dfq.verbs import inspect, load_model
+from dfq.runs.loading import load_model
 
 EVERYWHERE = Policy(8, 8, placement="everywhere")
 

@@ -15,19 +15,16 @@ from torch import Tensor
 from dfq.errors import UserError
 from dfq.export.grids import grid_of
 from dfq.export.replacing import place_for
+from dfq.graph.fold_batchnorm import fold
 from dfq.models import load_detector
 from dfq.models.base import Detector
 from dfq.models.torchvision.base import from_name
-from dfq.quantization.convert import (
-    Policy,
-    activation_quantizers,
-    calibrate,
-    fold,
-    insert_quantizers,
-    quantized_layers,
-)
+from dfq.quantization.calibration import calibrate
+from dfq.quantization.insertion import insert_quantizers
+from dfq.quantization.policy import Policy
 from dfq.quantization.quantizers import Quantizer, fake_quantize
 from dfq.quantization.storage import pack, restore_state, stored_state, unpack
+from dfq.quantization.traversal import activation_quantizers, quantized_layers
 from dfq.runs.folder import Run, load_run
 
 

@@ -12,16 +12,13 @@ from dfq.errors import UserError
 from dfq.models import load_detector
 from dfq.models.base import Detector
 from dfq.models.mmdet.ops import ensure_ops
-from dfq.quantization.convert import (
-    Policy,
-    activation_quantizers,
-    calibrate,
-    float_mode,
-    insert_quantizers,
-)
+from dfq.quantization.calibration import calibrate
+from dfq.quantization.insertion import insert_quantizers
 from dfq.quantization.inspection import describe
 from dfq.quantization.layers import QuantMatmul
+from dfq.quantization.policy import Policy
 from dfq.quantization.quantizers import Quantizer
+from dfq.quantization.traversal import activation_quantizers, float_mode
 
 
 @pytest.fixture(scope="module")

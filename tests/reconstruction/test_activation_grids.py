@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from tiny_detector import blobs, tiny_detector
 from torch import Tensor
 
+from dfq.graph.fold_batchnorm import fold
 from dfq.models.base import Detector
 from dfq.ptq.activation_refinement import (
     candidates,
@@ -18,17 +19,12 @@ from dfq.ptq.activation_refinement import (
     refine_grids,
 )
 from dfq.qat.losses import total_divergence
-from dfq.quantization.convert import (
-    Policy,
-    activation_quantizers,
-    calibrate,
-    fold,
-    insert_quantizers,
-    quantized_layers,
-    set_range,
-)
+from dfq.quantization.calibration import calibrate, set_range
+from dfq.quantization.insertion import insert_quantizers
+from dfq.quantization.policy import Policy
 from dfq.quantization.quantizers import Quantizer
 from dfq.quantization.range_search import mse
+from dfq.quantization.traversal import activation_quantizers, quantized_layers
 
 
 def images(count: int, seed: int) -> Tensor:

@@ -10,9 +10,12 @@ import torch
 from tiny_detector import blobs, tiny_detector
 from torch import Tensor, nn
 
+from dfq.graph.fold_batchnorm import fold
 from dfq.ptq.block_cache import FinishedBlocks
 from dfq.ptq.gptq import reconstruct
-from dfq.quantization.convert import Policy, calibrate, fold, insert_quantizers
+from dfq.quantization.calibration import calibrate
+from dfq.quantization.insertion import insert_quantizers
+from dfq.quantization.policy import Policy
 
 
 class Skips(nn.Module):

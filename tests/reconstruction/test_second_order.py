@@ -11,21 +11,18 @@ from tiny_detector import blobs, tiny_detector
 from torch import Tensor
 
 from dfq.errors import UserError
+from dfq.graph.fold_batchnorm import fold
 from dfq.models.base import Detector
 from dfq.ptq import gptq as second_order
 from dfq.ptq.gptq import aim, best_grid, reconstruct, round_compensated
 from dfq.ptq.input_moments import Moments
 from dfq.qat.losses import distillation_terms
-from dfq.quantization.convert import (
-    Policy,
-    activation_quantizers,
-    calibrate,
-    fold,
-    insert_quantizers,
-    quantized_layers,
-)
+from dfq.quantization.calibration import calibrate
+from dfq.quantization.insertion import insert_quantizers
+from dfq.quantization.policy import Policy
 from dfq.quantization.quantizers import Quantizer
 from dfq.quantization.range_search import minmax
+from dfq.quantization.traversal import activation_quantizers, quantized_layers
 
 
 def correlated(count: int, size: int, seed: int = 0) -> Tensor:

@@ -17,9 +17,12 @@ from test_exports import WHOLE
 from tiny_detector import blobs, tiny_detector
 
 from dfq.data.drawing import COLOURS
+from dfq.graph.fold_batchnorm import fold
 from dfq.models.base import Detector
-from dfq.quantization.convert import Policy, calibrate, fold, insert_quantizers
+from dfq.quantization.calibration import calibrate
+from dfq.quantization.insertion import insert_quantizers
 from dfq.quantization.inspection import describe
+from dfq.quantization.policy import Policy
 from dfq.recipe import Recipe
 from dfq.report import page as pages_of_runs
 from dfq.report.exports import parse

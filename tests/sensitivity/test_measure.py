@@ -8,12 +8,15 @@ import pytest
 import torch
 from tiny_detector import blobs, tiny_detector
 
+from dfq.graph.fold_batchnorm import fold
 from dfq.mixed_precision.sensitivity import LayerSensitivity, measure
 from dfq.models.base import Detector
 from dfq.ptq.gptq import reconstruct
 from dfq.qat.losses import prediction_divergence
-from dfq.quantization.convert import Policy, calibrate, fold, insert_quantizers
+from dfq.quantization.calibration import calibrate
+from dfq.quantization.insertion import insert_quantizers
 from dfq.quantization.inspection import describe
+from dfq.quantization.policy import Policy
 
 CANDIDATES = [(2, 8), (4, 8), (8, 8), (4, 4)]
 POLICY = Policy(overrides=(("model.3.cv1.conv", "w5a7"), ("model.5.*", "float")))

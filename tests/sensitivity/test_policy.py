@@ -7,10 +7,11 @@ import torch
 from tiny_detector import blobs, tiny_detector
 from torch import Tensor
 
+from dfq.graph.fold_batchnorm import fold
 from dfq.mixed_precision.search import find_bits
 from dfq.mixed_precision.sensitivity import measure
 from dfq.models.base import Targets
-from dfq.quantization.convert import Policy, fold
+from dfq.quantization.policy import Policy
 from dfq.recipe import Quantization
 from dfq.runtime.progress import Silent
 

@@ -9,8 +9,8 @@ import torch
 from tiny_detector import blobs, tiny_detector
 from torch import Tensor
 
+from dfq.graph.fold_batchnorm import fold
 from dfq.models.base import Detector
-from dfq.quantization.convert import fold
 from dfq.synthesis.quality import Quality, quality_of, set_quality
 
 

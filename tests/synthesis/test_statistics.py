@@ -11,8 +11,7 @@ from tiny_detector import tiny_detector
 from torch import Tensor, nn
 
 from dfq.errors import UserError
-from dfq.graph.fold_batchnorm import FoldedBatchNorm, fold_batchnorm
-from dfq.quantization.convert import fold
+from dfq.graph.fold_batchnorm import FoldedBatchNorm, fold, fold_batchnorm
 from dfq.synthesis.losses.batchnorm import BatchNormStatistics
 
 

@@ -27,17 +27,19 @@ from torch import Tensor
 
 from ...data.calibration_set import CalibrationSet
 from ...errors import UserError
+from ...graph.fold_batchnorm import fold
+from ...mixed_precision.policy import policy_of
 from ...models import Targets, load_detector
 from ...models.mmdet.config import require_mmdet
+from ...ptq.pipeline import calibrate_and_round, clip_strictly, images_to_prepare
 from ...qat.features import distilled_layers
 from ...qat.losses import FeatureTaps, training_terms
 from ...qat.parameter_groups import HeldLevels, Leash, held_layers, rate_at, require_gradients
-from ...quantization.convert import fold, insert_quantizers
+from ...quantization.insertion import insert_quantizers
 from ...recipe import load_recipe
 from ...runtime.launch import number
 from ...runtime.precision import resolve_precision
 from ...runtime.progress import Silent
-from ...training import calibrate_and_round, clip_strictly, images_to_prepare, policy_of
 from .config_writer import require_supported
 
 require_mmdet()

@@ -10,9 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..api.deploy import RECIPE, deploy
 from ..data.calibration_set import CalibrationSet
 from ..data.readers import ImageSet, open_set
+from ..demo.picture import Column, draw_picture
+from ..demo.scenes import VALIDATION_SEED_START, write_coco
 from ..evaluation.coco import predict, score
 from ..export.opening import open_exported
 from ..export.targets import load_target
@@ -26,9 +27,9 @@ from ..runs.folder import load_run
 from ..runs.loading import load_model
 from ..runtime.files import read_json, write_atomic, write_json
 from ..runtime.progress import Progress
-from ..verbs import quantize, synthesize
-from .picture import Column, draw_picture
-from .scenes import VALIDATION_SEED_START, write_coco
+from .deploy import RECIPE, deploy
+from .quantize import quantize
+from .synthesize import synthesize
 
 SCENES = 200
 SIZE = 160
@@ -109,7 +110,7 @@ def _compare(made: Deployment, out: Path, progress: Progress) -> None:
     picture = _picture(scenes, found, results, CalibrationSet.open(Path(made.figures["set"])))
     write_atomic(out / PICTURE, picture)
     # Not above: what draws is slow to import.
-    from ..api.report import report
+    from .report import report
 
     networks = {FLOAT: load_model("demo"), NAIVE: load_run(naive), THIS: load_run(out / "run")}
     costs = {name: cost_of(describe(network)) for name, network in networks.items()}

@@ -1,0 +1,83 @@
+"""The policy of a recipe, with each layer's bits found where it gives a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from ..data.pixels import LabelledImages
+from ..errors import UserError
+from ..models.base import Detector
+from ..quantization.policy import Policy
+from ..recipe import Quantization, Recipe
+from ..runtime.distributed import World
+from ..runtime.files import read_json, write_json
+from ..runtime.progress import Progress
+from .search import find_bits
+
+
+def policy_of(recipe: Recipe) -> Policy:
+    """What the `quantization` section of a recipe asks for."""
+    section = recipe.quantization
+    return Policy(
+        weight_bits=section.weight_bits,
+        activation_bits=section.activation_bits,
+        first_last_bits=section.first_last_bits,
+        weights=section.weights,
+        weight_grid=section.weight_grid,
+        activations=section.activations,
+        overrides=tuple(section.overrides.items()),
+        scope=section.scope,
+        placement=section.placement,
+        runtime=section.runtime,
+    )
+
+
+def mixed_policy(
+    teacher: Detector,
+    recipe: Recipe,
+    data: LabelledImages,
+    folder: Path,
+    log: Callable[[str], None],
+    progress: Progress,
+    world: World,
+) -> Policy:
+    """The policy of a recipe, with each layer's bits found where the recipe gives a budget.
+
+    What was found is kept in the run folder as `sensitivity.json`, where a run that goes on finds
+    it. Arguments and errors are those of `train`, and of `find_bits`.
+    """
+    policy = policy_of(recipe)
+    if recipe.quantization.mixed.budget is None:
+        return policy
+    with world.leader_first():
+        if world.leads:
+            path = folder / "sensitivity.json"
+            if not path.is_file():
+                found = find_bits(teacher, policy, recipe.quantization, data, progress)
+                write_json(path, found.to_dict())
+                log(f"bits by layer: {found.spent:.4g} of {found.budget:.4g} {found.kind}")
+            overrides = read_bits(path)["overrides"]
+            policy = replace(policy, overrides=(*policy.overrides, *overrides.items()))
+    shared: Policy = world.share(policy)
+    return shared
+
+
+def read_bits(path: Path) -> dict[str, Any]:
+    """What a run's `sensitivity.json` holds.
+
+    Raises:
+        UserError: where it is broken.
+    """
+    found = read_json(path)
+    try:
+        if not {"cost", "budget", "spent", "divergence"} <= found.keys():
+            raise KeyError
+        Quantization.model_validate({"overrides": found["overrides"]})
+    except (AttributeError, KeyError, ValidationError):
+        raise UserError(f"{path}: not as dfq wrote it; delete it to measure again") from None
+    return dict(found)

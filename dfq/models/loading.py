@@ -1,0 +1,202 @@
+"""From what a user names to a detector: files, published names, networks of other packages."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import UserError, naming, shown
+from ..runtime.files import NAME_BYTES, user_path
+from ..runtime.plain import ODD, brief, one_line
+from ..runtime.suggest import suggestion
+from .base import Detector
+from .bounded import bounded, most_for
+from .checkpoint import Checkpoint, class_of, find_model, read_checkpoint, sha256_of
+from .tensors import (
+    read_safetensors,
+)
+
+if TYPE_CHECKING:
+    pass
+from .registry import _families
+from .storage import read_detector
+
+TORCHVISION = "torchvision/"
+"""What the name of a network of torchvision starts with."""
+
+
+RANDOM = "random"
+"""What stands for the weights of a network that is meant to have random ones."""
+
+
+_SUFFIXES = (".pt", ".pth", ".yaml", ".yml", ".safetensors", ".py")
+
+
+_ACCEPTED = (
+    "a checkpoint (.pt, .pth), a model YAML (.yaml), a detector saved by dfq (.safetensors), "
+    "a published network (e.g. yolo11n, yolov8s, yolov5n), torchvision/NAME, "
+    "a config of mmdet (.py, or the name of one that comes with it) or demo"
+)
+
+
+def load_detector(model: str | Path, *, trust: bool = False, device: str = "cpu") -> Detector:
+    """Load a detector: unfused, in eval mode, its parameters frozen, float32.
+
+    Args:
+        model: the path of a checkpoint, of a model YAML (random weights), of a file that
+            `save_detector` wrote or of the `model.safetensors` of a run (then it is quantized and
+            folded); the name of a model YAML of Ultralytics ("yolo11n.yaml"); the name of a
+            published network ("yolo11s", "yolov5n.pt"), downloaded where need be;
+            "torchvision/NAME" or a config of mmdet (a file, or the name of one that comes with
+            it), with random weights; or "demo", the small detector that comes with dfq. Where a
+            network and its weights are apart: "NETWORK@CHECKPOINT", or "NETWORK@random" for one
+            that is meant to have random weights.
+        trust: run what is in a checkpoint, for files whose author is trusted.
+        device: where to put it, e.g. "cpu" or "cuda:0".
+
+    Raises:
+        UserError: nothing by that name, no detector in it, no network, or no such device.
+    """
+    name = str(model)
+    detector = _load(name, trust)
+    detector.source = name
+    try:
+        return detector.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"cannot use the device {device}: {one_line(error)}") from error
+
+
+def _load(name: str, trust: bool) -> Detector:
+    if any(len(os.fsencode(part)) > NAME_BYTES for part in name.split("/")):
+        # Longer than any file's: the system would say so at every look.
+        raise UserError(f"there is no detector {shown(name)}: give {_ACCEPTED}")
+    path = user_path(name)
+    if path.is_file():
+        return _from_file(path, trust)
+    network, apart, weights = name.rpartition("@")
+    if apart:
+        return _from_parts(network, user_path(weights), trust)
+    if name.startswith(TORCHVISION) or _mmdet_config(name) is not None:
+        return _from_network(name, None)
+    if name == "demo":
+        demo = Path(__file__).parents[1] / "demo" / "detector.safetensors"
+        if not demo.is_file():
+            raise UserError(f"this installation lacks the demo detector {demo}: install dfq again")
+        return read_detector(demo)
+    if path.is_dir():
+        raise UserError(f"{name} is a folder: give the file of a detector in it")
+    if _is_yaml(name):
+        return _from_yaml(name)
+
+    from .ultralytics.resolve import fetch, is_published
+
+    if is_published(name):
+        return _from_checkpoint(fetch(name), trust)
+    raise UserError(f"there is no detector {shown(name)}: give {_ACCEPTED}{_meant(name, path)}")
+
+
+def _meant(name: str, path: Path) -> str:
+    """What a name that is none may have been meant to be."""
+    from .mmdet.config import shipped_names
+    from .torchvision.networks import MODELS
+    from .ultralytics.resolve import published
+
+    beside: list[str] = []
+    if path.parent.is_dir():
+        # Only the names of files that could be one.
+        found = itertools.islice(path.parent.iterdir(), 1000)
+        beside = sorted(str(p) for p in found if p.suffix.lower() in _SUFFIXES)
+    known = ["demo", *published(), *(TORCHVISION + model for model in MODELS), *shipped_names()]
+    return suggestion(str(path) if "/" in name else name, [*beside, *known])
+
+
+def _from_parts(network: str, weights: Path, trust: bool) -> Detector:
+    """A network named in one place and its weights in another."""
+    if not weights.is_file():
+        if str(weights) == RANDOM:
+            detector = _from_yaml(network) if _is_yaml(network) else _from_network(network, None)
+            detector.random_weights = False
+            return detector
+        raise UserError(f"there is no checkpoint {weights}: check the path")
+    if weights.suffix.lower() == ".safetensors":
+        checkpoint = Checkpoint(weights, sha256_of(weights), read_safetensors(weights))
+        return _from_network(network, checkpoint)
+    return _from_network(network, read_checkpoint(weights, trust=trust))
+
+
+def _is_yaml(name: str) -> bool:
+    return Path(name).suffix.lower() in (".yaml", ".yml")
+
+
+def _from_network(network: str, checkpoint: Checkpoint | None) -> Detector:
+    detector: Detector
+    if network.startswith(TORCHVISION):
+        from .torchvision.base import from_name
+
+        detector = from_name(network.removeprefix(TORCHVISION), checkpoint)
+        detector.random_weights = checkpoint is None
+        return detector
+    config = _mmdet_config(network)
+    if config is not None:
+        from .mmdet.config import require_mmdet
+
+        require_mmdet()
+        from .mmdet.base import from_config
+
+        detector = from_config(config, checkpoint)
+        detector.random_weights = checkpoint is None
+        return detector
+    raise UserError(
+        f"{network}: takes no separate checkpoint; that is for torchvision/NAME and configs of "
+        "mmdet. Give the checkpoint itself as --model"
+    )
+
+
+def _mmdet_config(name: str) -> Path | None:
+    """The config of mmdet that goes by that name, a file's or of one that comes with mmdet."""
+    path = user_path(name)
+    if path.suffix == ".py" and path.is_file():
+        return path
+    from .mmdet.config import shipped_config
+
+    return shipped_config(name)
+
+
+def _from_file(path: Path, trust: bool) -> Detector:
+    suffix = path.suffix.lower()
+    if suffix in (".pt", ".pth"):
+        return _from_checkpoint(path, trust)
+    if suffix in (".yaml", ".yml"):
+        return _from_yaml(str(path))
+    if suffix == ".safetensors":
+        return read_detector(path)
+    if suffix == ".py":
+        return _from_network(str(path), None)
+    raise UserError(f"{path} is not a file that dfq reads: give {_ACCEPTED}")
+
+
+def _from_yaml(name: str) -> Detector:
+    from .ultralytics.detector import UltralyticsDetector
+
+    return UltralyticsDetector.from_yaml(name)
+
+
+def _from_checkpoint(path: Path, trust: bool) -> Detector:
+    checkpoint = read_checkpoint(path, trust=trust)
+    try:
+        with naming(path):
+            for family in _families():
+                if family.matches(checkpoint):
+                    with bounded(str(path), most=most_for(path.stat().st_size)):
+                        return family.from_checkpoint(checkpoint)
+            what = class_of(find_model(checkpoint))
+    except ODD as error:
+        # What of a checkpoint is looked at is checked where it is; this is for what was not
+        # thought of.
+        raise UserError(
+            f"{path} holds something that no detector does ({one_line(error)}): it is damaged or "
+            "of an unknown kind"
+        ) from error
+    raise UserError(f"{path} holds a {brief(what)[1:-1]}, not a detector of YOLOv5 or Ultralytics")

@@ -1,0 +1,88 @@
+"""Post-training quantization: insert, calibrate, refine, round."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..data.pixels import Pixels
+from ..models.base import Detector
+from ..quantization.calibration import calibrate
+from ..quantization.insertion import insert_quantizers
+from ..quantization.margins import keep_within_statistics
+from ..quantization.policy import Policy
+from ..quantization.quantizers import Quantizer
+from ..quantization.traversal import quantized_layers
+from ..recipe import Quantization, Recipe
+from ..runtime.progress import Progress
+from .activation_refinement import narrow_activations, refine_grids
+from .gptq import is_too_wide, reconstruct
+
+MARGIN_IMAGES = 16
+"""Of the calibration, which tell where ranges depend on the contrast."""
+
+
+def images_to_prepare(section: Quantization) -> int:
+    """How many images `calibrate_and_round` looks at."""
+    rounding = section.rounding_images if section.rounding == "gptq" else 0
+    return max(section.calibration_images, section.refine_images, rounding)
+
+
+def calibrate_and_round(
+    student: Detector,
+    teacher: Detector,
+    pixels: Tensor,
+    section: Quantization,
+    progress: Progress,
+) -> None:
+    """Find the quantizers' initial scales and round the weights as the recipe says.
+
+    Args:
+        student: with quantizers inserted; changed in place.
+        teacher: the folded float detector, on the same device.
+        pixels: uint8 `(n, 3, h, w)`, `images_to_prepare` of them, or all there are.
+        section: of the recipe.
+        progress: told how far rounding is.
+    """
+    batches = (batch.float() / 255 for batch in pixels[: section.calibration_images].split(8))
+    calibrate(student, batches, search=section.ranges)
+    # The other searches are rules of their own, to be compared with.
+    if section.ranges == "mse":
+        keep_within_statistics(student, pixels[:MARGIN_IMAGES])
+    refined = section.refine_images if section.ranges == "mse" else 0
+    if refined and narrow_activations(student):
+        with progress.task("ranges", 1, "activations") as task:
+            refine_grids(student, teacher, pixels[:refined], progress=task.update)
+    if section.rounding == "gptq":
+        for name, layer in quantized_layers(student.module):
+            if is_too_wide(layer):
+                progress.note(
+                    f"rounding: {name} has too many inputs for gptq: to the nearest level"
+                )
+        with progress.task("rounding", 1, "layers") as task:
+            reconstruct(student, teacher, pixels[: section.rounding_images], progress=task.update)
+
+
+def clip_strictly(module: nn.Module) -> None:
+    """Give quantizers the gradient of LSQ's eq. 3, which goes with its start."""
+    for child in module.modules():
+        if isinstance(child, Quantizer):
+            child.strict = True
+
+
+def quantized(
+    teacher: Detector,
+    policy: Policy,
+    recipe: Recipe,
+    data: Pixels | None,
+    progress: Progress,
+) -> Detector:
+    """A twin of the folded `teacher` with quantizers; unless `data` is None calibrated on it, and
+    its weights rounded as the recipe says."""
+    student = insert_quantizers(teacher.twin(), policy)
+    if recipe.quantization.ranges == "lsq":
+        clip_strictly(student.module)
+    if data is not None:
+        section = recipe.quantization
+        pixels = data.load(list(range(min(images_to_prepare(section), len(data)))))
+        calibrate_and_round(student, teacher, pixels, section, progress)
+    return student

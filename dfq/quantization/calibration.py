@@ -1,0 +1,183 @@
+"""Initial scales of quantizers, from what reaches them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..models.base import Detector
+from .factors import bound_factors
+from .layers import QuantConv2d, QuantLinear
+from .quantizers import Quantizer, grid
+from .range_search import (
+    FINE,
+    LEAST_READ,
+    PREDICTION,
+    READERS,
+    SEARCHES,
+    VANISHING,
+    Range,
+    lsq,
+    lsq_step,
+    minmax,
+    mse,
+    three_deviations,
+)
+from .traversal import activation_quantizers, float_mode, quantized_layers
+
+
+class _Samples:
+    """Values that reached one quantizer: exact extremes, and an even sample of the rest."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.chunks: list[Tensor] = []
+
+    def add(self, x: Tensor) -> None:
+        flat = x.detach().reshape(-1).float()
+        low, high = flat.aminmax()
+        # A stride coprime to powers of two does not fall in step with channels or rows.
+        stride = max(1, flat.numel() // self.limit) | 1
+        self.chunks.append(torch.cat([flat[::stride], low[None], high[None]]))
+
+    def values(self, limit: int) -> Tensor:
+        everything = torch.cat(self.chunks)
+        low, high = everything.aminmax()
+        stride = max(1, everything.numel() // limit)
+        return torch.cat([everything[::stride], low[None], high[None]])
+
+
+@torch.no_grad()
+def observe(
+    detector: Detector,
+    batches: Iterable[Tensor],
+    *,
+    samples: int = 16384,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Tensor]:
+    """What reaches each quantizer of activations while all of them let everything through.
+
+    Args:
+        detector: with quantizers inserted.
+        batches: images `(n, 3, h, w)` in [0, 1].
+        samples: values kept of each, extremes among them.
+        progress: called with the number of images after each batch.
+
+    Returns:
+        Name, as `activation_quantizers` gives it -> values `(n,)`.
+
+    Raises:
+        UserError: if there is no image at all.
+    """
+    activations = list(activation_quantizers(detector.module))
+    taken: dict[str, _Samples] = {name: _Samples(samples) for name, _ in activations}
+    handles = [
+        quantizer.register_forward_pre_hook(
+            lambda _m, inputs, name=name: taken[name].add(inputs[0])
+        )
+        for name, quantizer in activations
+    ]
+    images = 0
+    try:
+        with float_mode(detector.module):
+            for batch in batches:
+                detector.raw(batch.to(detector.device))
+                images += len(batch)
+                if progress is not None:
+                    progress(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if images == 0:
+        raise UserError("calibration: the set has no images")
+    return {name: sampled.values(samples) for name, sampled in taken.items()}
+
+
+@torch.no_grad()
+def set_weight_range(layer: QuantConv2d | QuantLinear, search: str) -> None:
+    """Set the initial scales of a layer's weights; `search` is a key of `ranges.SEARCHES`."""
+    weights, find = layer.weight_quantizer, SEARCHES[search]
+    if find is lsq and layer.input_quantizer.asymmetric:
+        # Zero points of activations make it LSQ+.
+        find = three_deviations
+    if find is mse and weights.asymmetric:
+        # Bounds that are searched apart from each other: coarsely, as there are six times as many.
+        find = functools.partial(mse, steps=16)
+    rows = layer.weight.detach().float().reshape(weights.channels, -1)
+    low, high = weights.bounds
+    if low == -high and find is not three_deviations:
+        # So that the least value is met by the integer that the greatest one is met by.
+        rows = rows.abs()
+    weights.initialise(*find(rows, weights.bits, asymmetric=weights.asymmetric))
+
+
+def grid_above(quantizer: Quantizer, low: Tensor, find: Callable[[bool], Range]) -> Range:
+    """The grid that a search finds for a quantizer of activations.
+
+    Args:
+        quantizer: per tensor.
+        low: the least value that it is to have a level for.
+        find: gives step size and zero point for a grid that is asymmetric or not; the former has
+            its zero point at 0 where nothing is below zero.
+    """
+    if quantizer.asymmetric or not quantizer.unsigned or bool(low < 0):
+        return find(quantizer.asymmetric)
+    scale, _ = find(True)
+    return scale, torch.full_like(scale, quantizer.bounds[0])
+
+
+def set_range(quantizer: Quantizer, values: Tensor, search: str) -> None:
+    """Set the initial scale of a quantizer of activations from values `(n,)` that reach it."""
+    column = values[None].to(quantizer.log_scale.device)
+    # With more than 8 bits there are levels for all values, and clipping any costs the most.
+    find, reader = SEARCHES[search if quantizer.bits <= 8 else "minmax"], quantizer.reader
+    if reader == "relu":
+        # Clipping below zero does what the ReLU does: no level is to be spent there.
+        column = column.clamp_min(LEAST_READ[reader])
+    elif find is mse and reader == PREDICTION:
+        find = minmax
+    elif find is mse and reader in VANISHING and quantizer.bits >= FINE:
+        # What is clipped below errs to one side, which the next layer adds up and mse does not see.
+        column, find = column.clamp_min(LEAST_READ[reader]), minmax
+    elif find is mse and reader in READERS:
+        find = functools.partial(mse, through=READERS[reader])
+
+    def fit(asymmetric: bool) -> Range:
+        if find is lsq and not quantizer.asymmetric:
+            return lsq_step(column, grid(quantizer.bits, signed=not asymmetric)[1])
+        return find(column, quantizer.bits, asymmetric=asymmetric)
+
+    quantizer.initialise(*grid_above(quantizer, column.amin(), fit))
+
+
+@torch.no_grad()
+def calibrate(
+    detector: Detector,
+    batches: Iterable[Tensor],
+    *,
+    search: str = "mse",
+    samples: int = 16384,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Set every quantizer's initial scale: of weights from themselves, all others from images.
+
+    Args:
+        detector: with quantizers inserted; they let everything through while this runs.
+        batches: images `(n, 3, h, w)` in [0, 1].
+        search: a key of `ranges.SEARCHES`; min-max sees every value, the others a sample.
+        samples: values of an activation the search works on.
+        progress: called with the number of images after each batch.
+
+    Raises:
+        UserError: if there is no image at all.
+    """
+    values = observe(detector, batches, samples=samples, progress=progress)
+    for _, layer in quantized_layers(detector.module):
+        set_weight_range(layer, search)
+    for name, quantizer in activation_quantizers(detector.module):
+        set_range(quantizer, values[name], search)
+    bound_factors(detector.module)

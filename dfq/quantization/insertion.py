@@ -1,0 +1,80 @@
+"""Quantizers put into a detector as a policy says; their scales are not set yet."""
+
+from __future__ import annotations
+
+import fnmatch
+
+from torch import nn
+
+from ..errors import UserError
+from ..graph.tracing import trace
+from ..models.base import Detector
+from .bit_widths import Widths
+from .inspection import FLOAT_KINDS, describe
+from .layers import QuantConv2d, QuantLinear, QuantMatmul
+from .output_quantizers import quantize_results
+from .policy import Policy
+from .quantizers import Quantizer
+
+
+def _replace(module: nn.Module, layer: nn.Module, wrapped: nn.Module) -> None:
+    """Put `wrapped` wherever `layer` is: heads that share a layer hold it under several names."""
+    for parent in list(module.modules()):
+        # Not named_children(): it passes over the second name.
+        for leaf, child in list(parent._modules.items()):
+            if child is layer:
+                setattr(parent, leaf, wrapped)
+
+
+def insert_quantizers(detector: Detector, policy: Policy) -> Detector:
+    """Replace the layers of `detector` in place as `policy` says; scales are not set yet.
+
+    Raises:
+        UserError: where an override matches no layer, or the scope is a backbone that the network
+            does not have.
+    """
+    if policy.scope == "backbone" and detector.backbone is None:
+        raise UserError(
+            "quantization.scope: this network has no backbone apart from neck and heads; use all, "
+            "and overrides for the layers to leave in float"
+        )
+    boundary = detector.boundary_layers()
+    edge = {*boundary.first, *boundary.last}
+    layers = describe(detector, detector.stride * 2)
+    for pattern, _ in policy.overrides:
+        if not any(fnmatch.fnmatchcase(row.name, pattern) for row in layers):
+            raise UserError(
+                f"quantization.overrides: no layer is called '{pattern}' "
+                f"(for example '{layers[0].name}'; dfq inspect lists them all)"
+            )
+    chosen: dict[str, Widths] = {}
+    for row in layers:
+        bits = policy.bits_for(row.name, row.name in edge, detector.backbone)
+        if bits is not None and row.kind not in FLOAT_KINDS:
+            chosen[row.name] = bits
+    found = trace(detector, chosen) if policy.where.joins else None
+    for row in layers:
+        if row.name not in chosen:
+            continue
+        bits = chosen[row.name]
+        layer = detector.module.get_submodule(row.name)
+        if row.kind == "matmul":
+            product = QuantMatmul(policy.quantizer(bits[1]), policy.quantizer(bits[1]))
+            _replace(detector.module, layer, product.train(layer.training).to(detector.device))
+            continue
+        channels = row.weight_shape[0] if policy.weights == "per_channel" else 1
+        shifted = policy.shifts_weights(bits[0])
+        narrow = policy.where.narrow_weights
+        weights = Quantizer(bits[0], channels=channels, asymmetric=shifted, narrow=narrow)
+        inputs = policy.quantizer(bits[1])
+        wrapped: nn.Module
+        if isinstance(layer, nn.Conv2d):
+            wrapped = QuantConv2d.wrap(layer, inputs, weights)
+        else:
+            assert isinstance(layer, nn.Linear)
+            wrapped = QuantLinear.wrap(layer, inputs, weights)
+        wrapped.train(layer.training).to(detector.device)
+        _replace(detector.module, layer, wrapped)
+    if found is not None:
+        quantize_results(detector, found, policy.where, policy.quantizer)
+    return detector
