@@ -12,7 +12,6 @@ from torch import Tensor
 
 from dfq.evaluation.divergence import mean_divergence
 from dfq.graph.fold_batchnorm import fold
-from dfq.mixed_precision.policy import policy_of
 from dfq.models.base import Targets
 from dfq.ptq.pipeline import quantized
 from dfq.quantization.policy import Policy
@@ -60,7 +59,7 @@ def test_the_policy_has_all_that_the_recipe_says_of_it() -> None:
     }  # fmt: skip
     assert set(other) == {field.name for field in fields(Policy)}
     recipe = load_recipe(None, [f"quantization={json.dumps(other)}"])
-    found = policy_of(recipe).to_dict()
+    found = recipe.quantization.policy().to_dict()
     assert found == {**other, "overrides": [["model.0.*", 5]]}
     assert all(found[name] != value for name, value in Policy().to_dict().items())
 
@@ -69,7 +68,7 @@ def test_the_policy_has_all_that_the_recipe_says_of_it() -> None:
 def test_values_beyond_a_grid_have_no_gradient_in_lsq(ranges: str, strict: bool) -> None:
     recipe = load_recipe(None, [f"quantization.ranges={ranges}"])
     teacher = fold(tiny_detector())
-    student = quantized(teacher, policy_of(recipe), recipe, None, Silent())
+    student = quantized(teacher, recipe.quantization.policy(), recipe.quantization, None, Silent())
     found = [m for m in student.module.modules() if isinstance(m, Quantizer)]
     assert len(found) == 2 * 18
     assert {quantizer.strict for quantizer in found} == {strict}

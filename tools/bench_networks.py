@@ -40,7 +40,6 @@ from dfq.errors import UserError
 from dfq.evaluation.agreement import pseudo_labelled, unlabelled
 from dfq.evaluation.coco import plain, predict, score
 from dfq.graph.fold_batchnorm import fold
-from dfq.mixed_precision.policy import policy_of
 from dfq.models import load_detector
 from dfq.models.base import Detections, Detector
 from dfq.ptq.pipeline import quantized
@@ -255,7 +254,9 @@ class Bench:
             return self.quality(data)
         recipe = load_recipe(width, ["method=ptq", *self.settings.overrides])
         return self.yardstick.measure(
-            quantized(self.teacher, policy_of(recipe), recipe, data, Silent())
+            quantized(
+                self.teacher, recipe.quantization.policy(), recipe.quantization, data, Silent()
+            )
         )
 
     def quality(self, data: LabelledImages) -> Row:

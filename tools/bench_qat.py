@@ -18,7 +18,6 @@ import torch
 from torch import Generator, Tensor
 
 from dfq.graph.fold_batchnorm import fold
-from dfq.mixed_precision.policy import policy_of
 from dfq.models import load_detector
 from dfq.models.base import Detector, Targets
 from dfq.qat.trainer import Trainer
@@ -91,7 +90,7 @@ def main(
     settings = load_recipe(recipe, [f"distillation.batch_size={batch}", *overrides])
     data = Noise(batch, size)
     teacher = fold(load_detector(model, device=device))
-    student = insert_quantizers(teacher.twin(), policy_of(settings))
+    student = insert_quantizers(teacher.twin(), settings.quantization.policy())
     calibrate(student, [data.images.float() / 255], search="minmax")
     steps: dict[str, Stepper] = {}
 

@@ -17,7 +17,6 @@ import torch
 
 from dfq.data.training_images import open_training_data
 from dfq.graph.fold_batchnorm import fold
-from dfq.mixed_precision.policy import policy_of
 from dfq.models import load_detector
 from dfq.ptq import gptq as second_order
 from dfq.ptq.block_cache import FinishedBlocks
@@ -49,7 +48,9 @@ def main(model: str, data: str, size: int, images: int, rounds: int, threads: in
     detector = load_detector(model)
     teacher = fold(detector.twin())
     source = open_training_data(data, detector, size)
-    start = quantized(teacher, policy_of(settings), settings, source, Silent())
+    start = quantized(
+        teacher, settings.quantization.policy(), settings.quantization, source, Silent()
+    )
     pixels = source.load(list(range(min(images, len(source)))))
 
     def rounded(kept: Callable[..., FinishedBlocks]) -> tuple[float, dict[str, torch.Tensor]]:

@@ -18,7 +18,6 @@ from dfq.data.training_images import LetterboxedImages, open_training_data
 from dfq.evaluation.coco import evaluate
 from dfq.evaluation.divergence import mean_divergence
 from dfq.graph.fold_batchnorm import fold
-from dfq.mixed_precision.policy import policy_of
 from dfq.models import load_detector
 from dfq.ptq.gptq import reconstruct
 from dfq.ptq.pipeline import quantized
@@ -51,7 +50,9 @@ def main(
     detector = load_detector(model)
     teacher = fold(detector.twin())
     source = open_training_data(data, detector, size)
-    start = quantized(teacher, policy_of(settings), settings, source, Silent())
+    start = quantized(
+        teacher, settings.quantization.policy(), settings.quantization, source, Silent()
+    )
     pixels = source.load(list(range(min(images, len(source)))))
     real = open_set(val)
     letterboxed = LetterboxedImages(real, detector, size)

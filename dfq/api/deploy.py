@@ -10,7 +10,6 @@ from ..errors import UserError, argument, shown
 from ..export.dependencies import require
 from ..export.targets import KINDS, Target, load_target
 from ..graph.fold_batchnorm import fold
-from ..mixed_precision.policy import policy_of
 from ..models.base import Detector
 from ..quantization.insertion import insert_quantizers
 from ..quantization.inspection import describe
@@ -92,7 +91,7 @@ def deploy(
     side = image_size or detector.image_size
     detector.check_size(side, argument("image-size"))
     settings = settings_for(wanted, detector, image_size, quick, seed, overrides)
-    insert_quantizers(fold(detector.twin()), policy_of(settings))
+    insert_quantizers(fold(detector.twin()), settings.quantization.policy())
     identity: dict[str, Any] = {
         "checkpoint": detector.fingerprint,
         "target": wanted.model_dump(mode="json"),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..graph.fold_batchnorm import fold
-from ..mixed_precision.policy import mixed_policy, policy_of
+from ..mixed_precision.policy import mixed_policy
 from ..mixed_precision.search import check_budget_can_be_kept
 from ..quantization.insertion import insert_quantizers
 from ..recipe import Recipe, changed_recipe
@@ -109,9 +109,11 @@ def quantize(
             selected_on = labelled_set(settings.distillation.select_on, settings, detector)
             pictures = photographs(photos, settings, detector)
             teacher = fold(detector.twin())
-            insert_quantizers(teacher.twin(), policy_of(settings))
+            insert_quantizers(teacher.twin(), settings.quantization.policy())
             if settings.quantization.mixed.budget is not None:
-                check_budget_can_be_kept(teacher, policy_of(settings), settings.quantization)
+                check_budget_can_be_kept(
+                    teacher, settings.quantization.policy(), settings.quantization
+                )
             calibration = None if data is None else training_data(data, settings, detector)
             if calibration is not None and image_size is not None:
                 require_side(calibration, image_size)

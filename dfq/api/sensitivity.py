@@ -6,7 +6,6 @@ from pathlib import Path
 
 from ..data.training_images import open_training_data
 from ..graph.fold_batchnorm import fold
-from ..mixed_precision.policy import policy_of
 from ..mixed_precision.search import Sensitivity, check_budget_can_be_kept, find_bits
 from ..models.base import Detector
 from ..recipe import Recipe, changed_recipe
@@ -61,7 +60,7 @@ def sensitivity(
                 detector = require_float(model).to(target)
             else:
                 detector = load_float(model, trust=trust, device=target)
-            teacher, policy = fold(detector.twin()), policy_of(settings)
+            teacher, policy = fold(detector.twin()), settings.quantization.policy()
             check_budget_can_be_kept(teacher, policy, settings.quantization)
             calibration = (
                 None

@@ -6,7 +6,7 @@ import torch
 
 from ..data.pixels import Pixels
 from ..models.base import Detector
-from ..qat.losses import total_divergence
+from ..models.divergence import total_divergence
 
 
 def mean_divergence(student: Detector, teacher: Detector, data: Pixels) -> float:

@@ -13,28 +13,12 @@ from ..data.pixels import LabelledImages
 from ..errors import UserError
 from ..models.base import Detector
 from ..quantization.policy import Policy
-from ..recipe import Quantization, Recipe
+from ..quantization.settings import Quantization
+from ..recipe import Recipe
 from ..runtime.distributed import World
 from ..runtime.files import read_json, write_json
 from ..runtime.progress import Progress
 from .search import find_bits
-
-
-def policy_of(recipe: Recipe) -> Policy:
-    """What the `quantization` section of a recipe asks for."""
-    section = recipe.quantization
-    return Policy(
-        weight_bits=section.weight_bits,
-        activation_bits=section.activation_bits,
-        first_last_bits=section.first_last_bits,
-        weights=section.weights,
-        weight_grid=section.weight_grid,
-        activations=section.activations,
-        overrides=tuple(section.overrides.items()),
-        scope=section.scope,
-        placement=section.placement,
-        runtime=section.runtime,
-    )
 
 
 def mixed_policy(
@@ -51,7 +35,7 @@ def mixed_policy(
     What was found is kept in the run folder as `sensitivity.json`, where a run that goes on finds
     it. Arguments and errors are those of `train`, and of `find_bits`.
     """
-    policy = policy_of(recipe)
+    policy = recipe.quantization.policy()
     if recipe.quantization.mixed.budget is None:
         return policy
     with world.leader_first():

@@ -10,7 +10,7 @@ from ..errors import UserError
 from ..models.base import Detector
 from ..quantization.bit_widths import Widths, format_widths
 from ..quantization.policy import Policy
-from ..recipe import Quantization
+from ..quantization.settings import Quantization
 from ..runtime.progress import Progress
 from .allocation import allocate, budget_of, cost, require_affordable
 from .sensitivity import LayerSensitivity, measure, unmeasured

@@ -14,10 +14,10 @@ import torch
 from torch import Generator, Tensor
 
 from ..models.base import Detector
+from ..models.divergence import summed_divergence
 from ..ptq.block_cache import FinishedBlocks, ended_blocks
 from ..ptq.gptq import PLACES, is_too_wide, reconstruct_layer
 from ..ptq.input_moments import Moments, MomentSums, execution_order, inputs_of
-from ..qat.losses import summed_divergence
 from ..quantization.bit_widths import Widths, format_widths
 from ..quantization.calibration import observe, set_range, set_weight_range
 from ..quantization.insertion import insert_quantizers

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..models.base import Detector
-from ..qat.losses import summed_divergence
+from ..models.divergence import summed_divergence
 from ..quantization.calibration import observe
 from ..quantization.margins import with_contrast
 from ..quantization.quantizers import Quantizer

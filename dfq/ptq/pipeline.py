@@ -11,8 +11,8 @@ from ..quantization.insertion import insert_quantizers
 from ..quantization.margins import keep_within_statistics
 from ..quantization.policy import Policy
 from ..quantization.quantizers import Quantizer
+from ..quantization.settings import Quantization
 from ..quantization.traversal import quantized_layers
-from ..recipe import Quantization, Recipe
 from ..runtime.progress import Progress
 from .activation_refinement import narrow_activations, refine_grids
 from .gptq import is_too_wide, reconstruct
@@ -34,7 +34,7 @@ def calibrate_and_round(
     section: Quantization,
     progress: Progress,
 ) -> None:
-    """Find the quantizers' initial scales and round the weights as the recipe says.
+    """Find the quantizers' initial scales and round the weights as `section` says.
 
     Args:
         student: with quantizers inserted; changed in place.
@@ -72,17 +72,16 @@ def clip_strictly(module: nn.Module) -> None:
 def quantized(
     teacher: Detector,
     policy: Policy,
-    recipe: Recipe,
+    section: Quantization,
     data: Pixels | None,
     progress: Progress,
 ) -> Detector:
     """A twin of the folded `teacher` with quantizers; unless `data` is None calibrated on it, and
-    its weights rounded as the recipe says."""
+    its weights rounded as `section` says."""
     student = insert_quantizers(teacher.twin(), policy)
-    if recipe.quantization.ranges == "lsq":
+    if section.ranges == "lsq":
         clip_strictly(student.module)
     if data is not None:
-        section = recipe.quantization
         pixels = data.load(list(range(min(images_to_prepare(section), len(data)))))
         calibrate_and_round(student, teacher, pixels, section, progress)
     return student

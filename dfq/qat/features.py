@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..graph.fold_batchnorm import FoldedBatchNorm
 from ..models.base import Detector
-from ..recipe import Distillation
+from .settings import Distillation
 
 IMAGES = 7
 """Of the pass that tells which layers are given whole images."""

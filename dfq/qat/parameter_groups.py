@@ -9,31 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.base import Detector
 from ..quantization.layers import QuantConv2d, QuantLinear
 from ..quantization.quantizers import Quantizer
 from ..quantization.traversal import quantized_layers
-from ..recipe import Distillation
-
-
-def held_layers(student: Detector, settings: Distillation) -> list[QuantConv2d | QuantLinear]:
-    """The quantized layers whose integers stay what they were rounded to.
-
-    With a `weight_lr` of 0 these are all of them but, with `train_last`, those that give the
-    predictions and have 8 bits. How far those predictions are off is convex in such a layer's
-    weights, it can make up for errors of the whole network before it, and to round 8 bits anew at
-    every step costs next to nothing.
-    """
-    if settings.weight_lr != 0:
-        return []
-    last = set()
-    if settings.train_last:
-        last = {student.module.get_submodule(name) for name in student.boundary_layers().last}
-    return [
-        layer
-        for _, layer in quantized_layers(student.module)
-        if layer not in last or layer.weight_quantizer.bits < 8
-    ]
+from .settings import Distillation
 
 
 def require_gradients(
@@ -83,50 +62,6 @@ def rate_at(step: int, steps: int, warmup: float) -> float:
     if step < rising:
         return (step + 1) / rising
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
-
-
-class HeldLevels:
-    """Keeps the integers of quantized weights while their step sizes are trained; `Quantizer.hold`.
-
-    What the layers' state dicts say of the weights is what they are at the time, and a state that
-    is loaded brings its own integers.
-
-    Args:
-        layers: calibrated; their weights are rounded, or to be rounded to the nearest level.
-    """
-
-    def __init__(self, layers: Sequence[QuantConv2d | QuantLinear]) -> None:
-        self._layers = list(layers)
-        self._handles: list[Any] = []
-        for layer in self._layers:
-            _hold(layer)
-            self._handles += [
-                layer.register_state_dict_pre_hook(lambda module, *_: _settle(module)),
-                layer.register_load_state_dict_post_hook(lambda module, _: _hold(module)),
-            ]
-
-    def levels(self) -> list[Tensor]:
-        """The integers themselves, layer by layer: those that are held, not copies."""
-        return [
-            held for layer in self._layers if (held := layer.weight_quantizer.levels) is not None
-        ]
-
-    def release(self) -> None:
-        """Leave the weights on the grid as it is now, to be rounded as any others."""
-        for handle in self._handles:
-            handle.remove()
-        for layer in self._layers:
-            _settle(layer)
-            layer.weight_quantizer.release()
-
-
-def _hold(layer: QuantConv2d | QuantLinear) -> None:
-    layer.weight_quantizer.hold(layer.weight)
-
-
-@torch.no_grad()
-def _settle(layer: QuantConv2d | QuantLinear) -> None:
-    layer.weight.copy_(layer.weight_quantizer(layer.weight))
 
 
 class WeightSteps:
@@ -225,63 +160,3 @@ class Leash:
         """Take the bounds from a checkpoint: the student it came with is no longer float."""
         for bound, saved in zip(self.state(), state, strict=True):
             bound.copy_(saved)
-
-
-class Average:
-    """Exponential moving average of parameters, with the decay ramped up over the first steps."""
-
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.shadow = [p.detach().clone() for p in self.parameters]
-        self.decay = decay
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.shadow, [p.detach() for p in self.parameters], 1 - decay)
-
-    @torch.no_grad()
-    def swap(self) -> None:
-        """Exchange the averages with the module's own values."""
-        for parameter, average in zip(self.parameters, self.shadow, strict=True):
-            kept = parameter.detach().clone()
-            parameter.copy_(average)
-            average.copy_(kept)
-
-
-class Best:
-    """The parameters with the highest score so far; the first of equals.
-
-    Args:
-        parameters: the very ones that are trained.
-
-    Attributes:
-        epoch, score: of those kept; 0 and minus infinity where none are.
-    """
-
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self.parameters = parameters
-        self.epoch, self.score = 0, -math.inf
-        self.kept: list[Tensor] = []
-
-    def offer(self, epoch: int, score: float) -> None:
-        """Keep the parameters as they are now if their score is the highest."""
-        if score > self.score:
-            self.epoch, self.score = epoch, score
-            self.kept = [parameter.detach().clone() for parameter in self.parameters]
-
-    @torch.no_grad()
-    def put_back(self) -> bool:
-        """Give the parameters the values that were kept; false where none were."""
-        for parameter, kept in zip(self.parameters, self.kept, strict=False):
-            parameter.copy_(kept)
-        return bool(self.kept)
-
-    def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
-        return {"epoch": self.epoch, "score": self.score, "kept": self.kept}
-
-    def restore(self, state: dict[str, Any] | None) -> None:
-        """Take over what a checkpoint holds; None: nothing was kept."""
-        if state is not None:
-            self.epoch, self.score, self.kept = state["epoch"], state["score"], state["kept"]

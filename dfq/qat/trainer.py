@@ -17,25 +17,18 @@ from ..data.augment import augment, jitter_colours, mosaic
 from ..data.pixels import LabelledImages
 from ..errors import DivergedError, UserError
 from ..models.base import Detector, Targets
-from ..recipe import Distillation
+from ..models.divergence import total_divergence
 from ..runtime.distributed import World
 from ..runtime.files import write_atomic
 from ..runtime.precision import resolve_precision
+from .averaging import Average, Best
 from .collectives import add_up_gradients, batch_variances
 from .features import distilled_layers
-from .losses import FeatureTaps, total_divergence, training_terms
+from .frozen_integers import HeldLevels, held_layers
+from .losses import FeatureTaps, training_terms
 from .oscillation import Oscillation
-from .parameter_groups import (
-    Average,
-    Best,
-    HeldLevels,
-    Leash,
-    WeightSteps,
-    held_layers,
-    parameter_groups,
-    rate_at,
-    require_gradients,
-)
+from .parameter_groups import Leash, WeightSteps, parameter_groups, rate_at, require_gradients
+from .settings import Distillation
 
 Report = Callable[[int, int, dict[str, float]], None]
 """Called after each epoch with epochs done, epochs in all, and the epoch's mean loss terms."""

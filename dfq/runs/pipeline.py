@@ -61,10 +61,10 @@ def train(
     """
     seen = calibration or data
     if recipe.method == "ptq":
-        return quantized(teacher, policy, recipe, seen, progress), None, "ptq"
+        return quantized(teacher, policy, recipe.quantization, seen, progress), None, "ptq"
     resuming = world.share((folder / "checkpoint.pt").is_file())
     # A resumed student gets its scales from the checkpoint: calibrating would be for nothing.
-    student = quantized(teacher, policy, recipe, None if resuming else seen, progress)
+    student = quantized(teacher, policy, recipe.quantization, None if resuming else seen, progress)
     log("training resumed" if resuming else "training started")
     # Kept to fall back to; a resumed run that has to finds it anew, which takes the time again.
     kept = recipe.method == "qat" and recipe.distillation.keep_worse
@@ -73,7 +73,7 @@ def train(
     def beginning() -> Detector:
         # The trainer has laid it out anew, and sums in another order differ in their last bits.
         teacher.module.to(memory_format=torch.contiguous_format)
-        return start or quantized(teacher, policy, recipe, seen, progress)
+        return start or quantized(teacher, policy, recipe.quantization, seen, progress)
 
     judge = None
     if real is not None:

@@ -14,18 +14,13 @@ from torch.distributions import Bernoulli, Categorical, kl_divergence
 
 from dfq.graph.fold_batchnorm import FoldedBatchNorm, fold
 from dfq.models.base import Detector, DistillationPair
+from dfq.models.divergence import flattened_divergence, prediction_divergence
 from dfq.qat.features import absolute_distance, distilled_layers
-from dfq.qat.losses import (
-    FeatureTaps,
-    distillation_terms,
-    feature_distance,
-    flattened_divergence,
-    prediction_divergence,
-)
+from dfq.qat.losses import FeatureTaps, distillation_terms, feature_distance
+from dfq.qat.settings import Distillation
 from dfq.quantization.insertion import insert_quantizers
 from dfq.quantization.policy import Policy
 from dfq.quantization.traversal import float_mode
-from dfq.recipe import Distillation
 
 Kind = Literal["bernoulli", "categorical", "value"]
 

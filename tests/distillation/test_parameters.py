@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from dfq.qat.parameter_groups import HeldLevels
+from dfq.qat.frozen_integers import HeldLevels
 from dfq.quantization.layers import QuantConv2d
 from dfq.quantization.quantizers import Quantizer
 

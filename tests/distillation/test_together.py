@@ -18,8 +18,8 @@ from torch import Tensor
 from dfq.errors import DivergedError
 from dfq.graph.fold_batchnorm import fold
 from dfq.models.base import Detector
+from dfq.qat.settings import DistillationWeights
 from dfq.qat.trainer import Outcome, Trainer
-from dfq.recipe import DistillationWeights
 from dfq.runtime.distributed import World
 
 

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from dfq.errors import UserError
 from dfq.graph.fold_batchnorm import fold
 from dfq.models.base import Detector, Targets
-from dfq.qat.parameter_groups import Average
+from dfq.qat.averaging import Average
+from dfq.qat.settings import Distillation, DistillationWeights
 from dfq.qat.trainer import Trainer
 from dfq.quantization.calibration import calibrate
 from dfq.quantization.insertion import insert_quantizers
 from dfq.quantization.policy import Policy
 from dfq.quantization.quantizers import Quantizer
 from dfq.quantization.traversal import quantized_layers
-from dfq.recipe import Distillation, DistillationWeights
 
 POLICY = Policy(weight_bits=3, activation_bits=6)
 

@@ -18,7 +18,6 @@ from small_mmdet import enliven, write_config
 from torch import Tensor
 
 import dfq
-from dfq.mixed_precision.policy import policy_of
 from dfq.models import load_detector
 from dfq.qat import trainer
 from dfq.quantization.insertion import insert_quantizers
@@ -236,7 +235,9 @@ def test_the_codes_layers_are_what_the_header_says(
     keys = ("quantization.overrides", "quantization.scope", "quantization.first_last_bits")
     changes = [text for text in said_beside_commands(name) if text.startswith(keys)]
     source = kind if kind.endswith(".yaml") else write_config(tmp_path, kind)
-    student = insert_quantizers(load_detector(source), policy_of(load_recipe(name, changes)))
+    student = insert_quantizers(
+        load_detector(source), load_recipe(name, changes).quantization.policy()
+    )
     rows = describe(student, 64)
     found = {row.name for row in rows if not row.quantized}
     assert found == {row.name for row in rows if re.fullmatch(in_float, row.name)}

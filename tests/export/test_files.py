@@ -26,7 +26,7 @@ from dfq.quantization.calibration import calibrate
 from dfq.quantization.insertion import insert_quantizers
 from dfq.quantization.policy import Policy
 from dfq.quantization.quantizers import Quantizer
-from dfq.recipe import Quantization
+from dfq.quantization.settings import Quantization
 from dfq.runs.folder import Run
 
 SUFFIXES = (".onnx", ".xml", ".pt2")

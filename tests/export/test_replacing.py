@@ -19,8 +19,8 @@ from dfq.quantization.calibration import calibrate
 from dfq.quantization.insertion import insert_quantizers
 from dfq.quantization.placement import PLACEMENTS
 from dfq.quantization.policy import Policy
+from dfq.quantization.settings import Quantization
 from dfq.quantization.traversal import activation_quantizers, quantized_layers
-from dfq.recipe import Quantization
 from dfq.runs.folder import Run
 from dfq.runs.loading import load_model
 from dfq.runtime.progress import Silent

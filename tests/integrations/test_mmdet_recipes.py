@@ -14,11 +14,11 @@ from small_mmdet import SIDE, write_config
 
 from dfq.cli.main import cli
 from dfq.graph.fold_batchnorm import fold
-from dfq.mixed_precision.policy import policy_of
 from dfq.models import load_detector
 from dfq.models.mmdet.config import quiet, read_config
 from dfq.ptq.pipeline import clip_strictly
-from dfq.qat.parameter_groups import held_layers, parameter_groups, require_gradients
+from dfq.qat.frozen_integers import held_layers
+from dfq.qat.parameter_groups import parameter_groups, require_gradients
 from dfq.quantization.calibration import calibrate
 from dfq.quantization.insertion import insert_quantizers
 from dfq.quantization.quantizers import Quantizer
@@ -67,8 +67,8 @@ SHARED = {
         "drift", "warmup", "masks", "kl_form", "feature_form", "temperature", "precision",
     )),
 }  # fmt: skip
-"""Read by what both trainings call: `policy_of`, `calibrate_and_round`, `training_terms`, `Leash`,
-`rate_at`."""
+"""Read by what both trainings call: `Quantization.policy`, `calibrate_and_round`, `training_terms`,
+`Leash`, `rate_at`."""
 
 APART = {
     "model", "distillation.checkpoint_minutes", "evaluation.image_size", "evaluation.batch_size",
@@ -176,7 +176,7 @@ def test_a_shipped_recipe_trains_as_it_says_or_is_refused(
     assert model.recipe.distillation.weights == settings.weights
 
     # The very parameters, at the very rates.
-    own = insert_quantizers(fold(load_detector(config)).twin(), policy_of(recipe))
+    own = insert_quantizers(fold(load_detector(config)).twin(), recipe.quantization.policy())
     if recipe.quantization.ranges == "lsq":
         clip_strictly(own.module)
     assert quantizers(model.student) == quantizers(own.module)

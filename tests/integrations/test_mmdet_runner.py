@@ -23,7 +23,6 @@ from dfq.demo.scenes import write_coco
 from dfq.errors import UserError
 from dfq.graph.fold_batchnorm import fold
 from dfq.integrations.mmdet.config_writer import TRAINED, mmdet_config
-from dfq.mixed_precision.policy import policy_of
 from dfq.models import load_detector
 from dfq.models.mmdet.config import _package_paths, prepared, quiet, read_config, shipped_config
 from dfq.ptq.pipeline import quantized
@@ -113,7 +112,9 @@ def test_the_student_is_the_one_that_dfq_trains(place: Path) -> None:
     model.prepare(images)
     teacher = fold(load_detector(f"{place / 'own.py'}@{place / 'own.pth'}"))
     recipe = load_recipe("w8a8", options["overrides"])
-    expected = quantized(teacher, policy_of(recipe), recipe, found, Silent()).module.state_dict()
+    expected = quantized(
+        teacher, recipe.quantization.policy(), recipe.quantization, found, Silent()
+    ).module.state_dict()
     state = model.student.state_dict()
     assert state.keys() == expected.keys()
     for name, value in expected.items():

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from dfq.graph.fold_batchnorm import fold
 from dfq.models.base import Detector
+from dfq.models.divergence import total_divergence
 from dfq.ptq.activation_refinement import (
     candidates,
     half_with_contrast,
     narrow_activations,
     refine_grids,
 )
-from dfq.qat.losses import total_divergence
 from dfq.quantization.calibration import calibrate, set_range
 from dfq.quantization.insertion import insert_quantizers
 from dfq.quantization.policy import Policy

@@ -11,8 +11,8 @@ from tiny_detector import blobs, tiny_detector
 from dfq.graph.fold_batchnorm import fold
 from dfq.mixed_precision.sensitivity import LayerSensitivity, measure
 from dfq.models.base import Detector
+from dfq.models.divergence import prediction_divergence
 from dfq.ptq.gptq import reconstruct
-from dfq.qat.losses import prediction_divergence
 from dfq.quantization.calibration import calibrate
 from dfq.quantization.insertion import insert_quantizers
 from dfq.quantization.inspection import describe

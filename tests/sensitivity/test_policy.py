@@ -12,7 +12,7 @@ from dfq.mixed_precision.search import find_bits
 from dfq.mixed_precision.sensitivity import measure
 from dfq.models.base import Targets
 from dfq.quantization.policy import Policy
-from dfq.recipe import Quantization
+from dfq.quantization.settings import Quantization
 from dfq.runtime.progress import Silent
 
 

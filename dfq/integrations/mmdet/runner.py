@@ -28,13 +28,13 @@ from torch import Tensor
 from ...data.calibration_set import CalibrationSet
 from ...errors import UserError
 from ...graph.fold_batchnorm import fold
-from ...mixed_precision.policy import policy_of
 from ...models import Targets, load_detector
 from ...models.mmdet.config import require_mmdet
 from ...ptq.pipeline import calibrate_and_round, clip_strictly, images_to_prepare
 from ...qat.features import distilled_layers
+from ...qat.frozen_integers import HeldLevels, held_layers
 from ...qat.losses import FeatureTaps, training_terms
-from ...qat.parameter_groups import HeldLevels, Leash, held_layers, rate_at, require_gradients
+from ...qat.parameter_groups import Leash, rate_at, require_gradients
 from ...quantization.insertion import insert_quantizers
 from ...recipe import load_recipe
 from ...runtime.launch import number
@@ -155,7 +155,7 @@ class DFQDistiller(BaseModel):
             raise UserError(f"{config}: is no detector of mmdet; train it with dfq qat")
         # Not modules: they are neither saved nor trained nor moved with this one.
         self._teacher = fold(detector)
-        self._student = insert_quantizers(detector.twin(), policy_of(self.recipe))
+        self._student = insert_quantizers(detector.twin(), self.recipe.quantization.policy())
         self._student.mask_targets = self.recipe.distillation.masks
         self.student = self._student.module
         self._held: HeldLevels | None = None

@@ -1,0 +1,127 @@
+"""The `quantization` section of a recipe: what is quantized, and to how many bits."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from ..runtime.limits import MOST_IMAGES
+from ..runtime.settings import Section
+from .bit_widths import ALLOWED, Widths, check_budget, parse_widths
+from .placement import PLACEMENTS, Runtime
+from .policy import Policy
+
+
+class Mixed(Section):
+    """Mixed precision: every layer gets the bits that its effect on the predictions is worth."""
+
+    budget: str | None = None
+    """What all layers together may cost: "w4a8" (as much as these widths throughout), or a number
+    such as 12.5G; None: every layer has the same bits."""
+    cost: Literal["bit_operations", "bytes"] = "bit_operations"
+    """What the budget is in: weight bits * activation bits * MACs of an image, or bytes of the
+    weights."""
+    candidates: list[int | str] = Field([3, 4, 5, 6, 8])
+    """Widths a layer may get: of its weights, or of both as "w4a6"."""
+    images: int = Field(16, ge=1, le=MOST_IMAGES)
+    """Images of the set that each layer's effect is measured on."""
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _budget(cls, value: Any) -> Any:
+        text = str(value) if isinstance(value, int | float) else value
+        if isinstance(text, str):
+            check_budget(text)
+        return text
+
+    @field_validator("candidates")
+    @classmethod
+    def _widths(cls, value: list[int | str]) -> list[int | str]:
+        if len({str(bits) for bits in value}) < 2:
+            raise ValueError("needs two widths or more to choose from")
+        for bits in value:
+            if parse_widths(bits) is None:
+                raise ValueError(f"float is no candidate; {ALLOWED}")
+        return value
+
+
+class Quantization(Section):
+    """What is quantized, and to how many bits."""
+
+    weight_bits: int = Field(4, ge=2, le=8)
+    activation_bits: int = Field(8, ge=2, le=16)
+    first_last_bits: Literal["float", "same", 8] = 8
+    """Of the layers that see the image and those that give the predictions."""
+    weights: Literal["per_channel", "per_tensor"] = "per_channel"
+    weight_grid: Literal["asymmetric", "symmetric"] = "asymmetric"
+    """Whether grids of weights below 8 bits may reach further to one side of zero."""
+    activations: Literal["asymmetric", "symmetric"] = "asymmetric"
+    """With a zero point, or without: then what is never below zero has unsigned integers, where the
+    runtime does."""
+    ranges: Literal["mse", "minmax", "percentile", "lsq"] = "mse"
+    """How the initial scales are found. lsq: as in LSQ, with asymmetric activations as in LSQ+; and
+    values beyond the ends of a grid have no gradient, as there."""
+    calibration_images: int = Field(64, ge=1, le=MOST_IMAGES)
+    """Images of the set the initial scales are found on."""
+    refine_images: int = Field(16, ge=0, le=MOST_IMAGES)
+    """Images of the set on which the grids that `mse` found for activations of 5 to 7 bits are
+    moved to where the predictions stay closest; 0: they stay where they are."""
+    rounding: Literal["gptq", "nearest"] = "gptq"
+    """How weights get onto their grids, before any training: each making up for the errors of those
+    before it, or each to the nearest level."""
+    rounding_images: int = Field(512, ge=1, le=MOST_IMAGES)
+    """Images of the set that the former looks at."""
+    scope: Literal["all", "backbone"] = "all"
+    """Layers that are quantized at all; with backbone, neck and heads stay in float."""
+    placement: Literal["inputs", "everywhere", "qdq"] = "inputs"
+    """Where activations are quantized: on the inputs of layers; also on their outputs (but for the
+    predictions) and on all that is added or concatenated; or where `runtime` needs it to compute in
+    integers."""
+    runtime: Runtime = "onnxruntime"
+    """Which runtime `placement: qdq` is for."""
+    overrides: dict[str, int | str] = Field({})
+    """Layer name or wildcard -> "float", a bit width, or "w4a8"; the first match wins."""
+    mixed: Mixed = Mixed()
+
+    @field_validator("overrides")
+    @classmethod
+    def _bits(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name, bits in value.items():
+            try:
+                parse_widths(bits)
+            except ValueError:
+                asked = f"{bits} bits" if isinstance(bits, int) else f"'{bits}'"
+                raise ValueError(f"'{name}' asks for {asked}; {ALLOWED}, or 'float'") from None
+        return value
+
+    @model_validator(mode="after")
+    def _kernels(self) -> Quantization:
+        widths = [parse_widths(bits) for bits in (*self.overrides.values(), *self.mixed.candidates)]
+        most = max(self.activation_bits, *(pair[1] for pair in widths if pair), 0)
+        limit = PLACEMENTS[self.runtime].most_bits
+        if self.placement == "qdq" and most > limit:
+            raise ValueError(f"{self.runtime} has no activations of {most} bits; {limit} at most")
+        return self
+
+    def candidates(self) -> list[Widths]:
+        """What `mixed.candidates` stands for, as (weight bits, activation bits)."""
+        return [
+            (bits, self.activation_bits) if isinstance(bits, int) else parse_widths(bits) or (8, 8)
+            for bits in self.mixed.candidates
+        ]
+
+    def policy(self) -> Policy:
+        """Which layers get which bits, before any budget is spent."""
+        return Policy(
+            weight_bits=self.weight_bits,
+            activation_bits=self.activation_bits,
+            first_last_bits=self.first_last_bits,
+            weights=self.weights,
+            weight_grid=self.weight_grid,
+            activations=self.activations,
+            overrides=tuple(self.overrides.items()),
+            scope=self.scope,
+            placement=self.placement,
+            runtime=self.runtime,
+        )
