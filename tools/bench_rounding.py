@@ -19,13 +19,13 @@ from dfq.data.training_images import open_training_data
 from dfq.graph.fold_batchnorm import fold
 from dfq.models import load_detector
 from dfq.ptq import gptq as second_order
-from dfq.ptq.block_cache import FinishedBlocks
+from dfq.ptq.block_cache import BlockOutputCache
 from dfq.ptq.pipeline import quantized
 from dfq.recipe import load_recipe
 from dfq.runtime.progress import Silent
 
 
-class Computed(FinishedBlocks):
+class Computed(BlockOutputCache):
     """Remembers nothing."""
 
     def finish(self, name: str) -> None:
@@ -53,9 +53,9 @@ def main(model: str, data: str, size: int, images: int, rounds: int, threads: in
     )
     pixels = source.load(list(range(min(images, len(source)))))
 
-    def rounded(kept: Callable[..., FinishedBlocks]) -> tuple[float, dict[str, torch.Tensor]]:
+    def rounded(kept: Callable[..., BlockOutputCache]) -> tuple[float, dict[str, torch.Tensor]]:
         student = start.twin()
-        with mock.patch.object(second_order, "FinishedBlocks", kept):
+        with mock.patch.object(second_order, "BlockOutputCache", kept):
             begin = time.perf_counter()
             second_order.reconstruct(student, teacher, pixels)
             return time.perf_counter() - begin, student.module.state_dict()
@@ -64,7 +64,7 @@ def main(model: str, data: str, size: int, images: int, rounds: int, threads: in
     for _ in range(rounds):
         results = []
         for name, kept in (
-            ("from memory", FinishedBlocks),
+            ("from memory", BlockOutputCache),
             ("computed", Computed),
         ):
             taken, state = rounded(kept)

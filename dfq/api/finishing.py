@@ -10,47 +10,42 @@ from ..data.calibration_set import CalibrationSet
 from ..data.image_set import ImageSet
 from ..evaluation.agreement import Kept, agreement, on_squares, sentence
 from ..mixed_precision.policy import read_bits
-from ..models.base import Detector
-from ..qat.trainer import Outcome
 from ..quantization.inspection import bit_operations, describe, quantized_share
 from ..quantization.policy import Policy
-from ..recipe import Recipe
 from ..runs.folder import Run
 from ..runs.held_out import Looked
 from ..runs.outcome import divergence_sentence, kept_sentence
-from ..runs.pipeline import measure
+from ..runs.pipeline import QuantizationResult, measure
 from ..runtime.progress import Progress
 from ..runtime.surroundings import versions
 from ..synthesis.quality import quality_of
+from .plan import Plan
 
 
 def finish(
     run: Run,
-    teacher: Detector,
+    plan: Plan,
     policy: Policy,
-    trained: tuple[Detector, Outcome | None, str],
-    settings: Recipe,
+    result: QuantizationResult,
     images: int,
     looked: Looked,
-    measured_on: ImageSet | None,
     photos: ImageSet | None,
     progress: Progress,
 ) -> None:
-    """Measure and save what training gave.
+    """Measure and save what came out.
 
     Args:
         run: where to.
-        teacher: the folded float detector.
+        plan: what was to be done.
         policy: each layer's bits.
-        trained: what `train` returned.
-        settings: the recipe.
+        result: what came out.
         images: of the set it was made on.
         looked: synthetic images to compare with the teacher on.
-        measured_on: a labelled set; None: none.
         photos: real images without labels to compare with the teacher on; None: none.
         progress: told how far it is.
     """
-    student, outcome, selected = trained
+    settings, teacher = plan.recipe, plan.teacher
+    student, outcome, selected = result.student, result.outcome, result.selected
     # As they will be loaded: another memory layout sums in another order.
     for detector in (teacher, student):
         detector.module.to(memory_format=torch.contiguous_format)
@@ -104,8 +99,8 @@ def finish(
             metrics["set_quality"] = quality.to_dict()
             said += [quality.summary(), *(f"warning: {line}" for line in quality.warnings())]
     metrics["said"] = said
-    if measured_on is not None:
-        metrics["evaluation"] = measure(teacher, student, measured_on, settings, progress)
+    if plan.measured_on is not None:
+        metrics["evaluation"] = measure(teacher, student, plan.measured_on, settings, progress)
     # Not above: what draws is slow to import, and looks at runs.
     from .report import drawing_of
 

@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
-from typing import Any
 
-from ..graph.fold_batchnorm import fold
-from ..mixed_precision.policy import mixed_policy
-from ..mixed_precision.search import check_budget_can_be_kept
-from ..quantization.insertion import insert_quantizers
+from ..mixed_precision.policy import choose_bits
 from ..recipe import Recipe, changed_recipe
 from ..recipe_overrides import Overrides
-from ..runs.folder import Run, check_run, identity_of_recipe, open_run
 from ..runs.held_out import hold_out
-from ..runs.inputs import (
-    WithPhotographs,
-    labelled_set,
-    photographs,
-    remark,
-    require_side,
-    training_data,
-)
-from ..runs.loading import load_float, require_float
-from ..runs.pipeline import data_identity, train
-from ..runs.set_cache import origin_for
-from ..runtime.distributed import gathered
-from ..runtime.files import require_output_folder, short_name, user_path, write_atomic
-from ..runtime.surroundings import Report, own_device, reporter
-from ..runtime.tensorboard import Curves, WithCurves
-from .evaluate import evaluate as evaluate
+from ..runs.inputs import WithPhotographs
+from ..runs.pipeline import ptq_then_qat
+from ..runtime.surroundings import Report
 from .finishing import finish
+from .job import Job
+from .plan import begin_run, prepare
 from .synthesize import synthesize
 
 
@@ -83,85 +66,55 @@ def quantize(
         distillation__select_on=select_on,
         synthesis__image_size=image_size,
     )
-    stem = name or (Path(recipe).stem if not isinstance(recipe, Recipe) else "recipe")
-    with contextlib.ExitStack() as stack:
-        world = stack.enter_context(gathered())
-        progress = reporter(progress, world.leads)
-        # Tried now, so that a mistake shows before hours of training and before a file is written.
-        with world.leader_first():
-            if out is not None:
-                out = user_path(out)
-                require_output_folder(out, "out")
-            source = model if model is not None else settings.model
-            made_from = origin_for(data) if source is None and world.leads else None
-        # The same for all, whatever is finished in the cache meanwhile.
-        made_from = world.share(made_from)
-        with world.leader_first():
-            target = own_device(world, device)
-            if made_from is not None:
-                source = made_from.model
-                detector = require_float(made_from.load(trust=trust, device=target))
-                progress.note(f"model: {source}, which {made_from.set} was made from")
-            else:
-                detector = load_float(source, trust=trust, device=target)
-            settings = settings.model_copy(update={"model": str(source)})
-            measured_on = labelled_set(settings.evaluation.data, settings, detector)
-            selected_on = labelled_set(settings.distillation.select_on, settings, detector)
-            pictures = photographs(photos, settings, detector)
-            teacher = fold(detector.twin())
-            insert_quantizers(teacher.twin(), settings.quantization.policy())
-            if settings.quantization.mixed.budget is not None:
-                check_budget_can_be_kept(
-                    teacher, settings.quantization.policy(), settings.quantization
-                )
-            calibration = None if data is None else training_data(data, settings, detector)
-            if calibration is not None and image_size is not None:
-                require_side(calibration, image_size)
-            curves = Curves(Path(tensorboard), goes_on=True) if tensorboard else None
-        if curves is not None:
-            stack.callback(curves.close)
-        if calibration is None:
-            calibration = synthesize(
-                detector, settings, device=device, progress=progress, tensorboard=tensorboard
+    name = name or (Path(recipe).stem if not isinstance(recipe, Recipe) else "recipe")
+    with Job.start(device, progress, out=out) as job:
+        plan = prepare(
+            settings,
+            job,
+            model=model,
+            data=data,
+            image_size=image_size,
+            photos=photos,
+            trust=trust,
+        )
+        with job.leader_first():
+            job.draw_curves(tensorboard, goes_on=True)
+        images = plan.images
+        if images is None:
+            images = synthesize(
+                plan.detector,
+                plan.recipe,
+                device=device,
+                progress=job.progress,
+                tensorboard=tensorboard,
             )
-        identity: dict[str, Any] = {
-            "checkpoint": detector.fingerprint,
-            "recipe": identity_of_recipe(settings),
-            "data": data_identity(calibration, data),
-        }
-        if pictures is not None:
-            identity["photos"] = [str(pictures.source), len(pictures)]
-        run: Run | None = None
-        with world.leader_first():
-            if world.leads:
-                numbered = f"{short_name(stem)}-{short_name(Path(detector.source).stem)}"
-                run = open_run(Path(out) if out else None, Path("runs"), numbered, identity)
-                if not run.finished:
-                    stack.enter_context(run.lock())
-                if run.finished:
-                    # Asked again: the one that held the lock before may have finished it.
-                    check_run(run.folder)
-        found = (run.folder, run.finished) if run else None
-        folder, finished = world.share(found)
-        if not finished:
-            if run is not None:
-                write_atomic(folder / "recipe.yaml", settings.to_yaml().encode())
-                origin = data or "synthesis"
-                run.log(f"model {detector.source}, {len(calibration)} images from {origin}")
-                if (left_out := remark(calibration)) is not None:
-                    run.log(left_out)
-            log = run.log if run is not None else lambda _: None
-            told = progress if curves is None else WithCurves(progress, curves)
-            made_on, looked = hold_out(calibration)
-            where = (made_on, folder, log, told, world)
-            policy = mixed_policy(teacher, settings, *where)
+        run = begin_run(plan, images, job, name)
+        if not run.finished:
+            made_on, looked = hold_out(images)
             joined = None
-            if pictures is not None:
-                joined = WithPhotographs(pictures, made_on, detector)
-                pictures = joined.left
-            trained = train(teacher, policy, settings, *where, selected_on, joined)
-            if run is not None:
-                images = len(calibration)
-                measured = (measured_on, pictures)
-                finish(run, teacher, policy, trained, settings, images, looked, *measured, progress)
-        return folder
+            if plan.photos is not None:
+                joined = WithPhotographs(plan.photos, made_on, plan.detector)
+            policy = choose_bits(
+                plan.teacher,
+                plan.recipe.quantization,
+                made_on,
+                run.folder,
+                run.log,
+                job.reports,
+                job.world,
+            )
+            result = ptq_then_qat(
+                plan.teacher,
+                policy,
+                plan.recipe,
+                made_on,
+                run,
+                job.reports,
+                job.world,
+                calibration=joined,
+                select_on=plan.selected_on,
+            )
+            if run.own is not None:
+                left = None if joined is None else joined.left
+                finish(run.own, plan, policy, result, len(images), looked, left, job.progress)
+        return run.folder

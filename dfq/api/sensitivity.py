@@ -10,10 +10,9 @@ from ..mixed_precision.search import Sensitivity, check_budget_can_be_kept, find
 from ..models.base import Detector
 from ..recipe import Recipe, changed_recipe
 from ..recipe_overrides import Overrides
-from ..runs.loading import load_float, require_float
-from ..runtime.distributed import gathered
-from ..runtime.surroundings import Report, own_device, reporter
+from ..runtime.surroundings import Report
 from .evaluate import evaluate as evaluate
+from .job import Job
 from .synthesize import synthesize
 
 
@@ -52,26 +51,19 @@ def sensitivity(
         quantization__mixed__cost=cost,
         quantization__mixed__images=images,
     )
-    with gathered() as world:
-        progress = reporter(progress, world.leads)
-        with world.leader_first():
-            target = own_device(world, device)
-            if isinstance(model, Detector):
-                detector = require_float(model).to(target)
-            else:
-                detector = load_float(model, trust=trust, device=target)
-            teacher, policy = fold(detector.twin()), settings.quantization.policy()
-            check_budget_can_be_kept(teacher, policy, settings.quantization)
-            calibration = (
-                None
-                if data is None
-                else open_training_data(data, detector, settings.synthesis.image_size)
-            )
+    section = settings.quantization
+    with Job.start(device, progress) as job:
+        with job.leader_first():
+            detector = job.float_detector(model, trust=trust)
+            teacher, policy = fold(detector.twin()), section.policy()
+            check_budget_can_be_kept(teacher, policy, section)
+            calibration = None
+            if data is not None:
+                calibration = open_training_data(data, detector, settings.synthesis.image_size)
         if calibration is None:
-            calibration = synthesize(detector, settings, device=device, progress=progress)
+            calibration = synthesize(detector, settings, device=device, progress=job.progress)
         found = None
-        with world.leader_first():
-            if world.leads:
-                found = find_bits(teacher, policy, settings.quantization, calibration, progress)
-        shared: Sensitivity = world.share(found)
-        return shared
+        with job.leader_first():
+            if job.leads:
+                found = find_bits(teacher, policy, section, calibration, job.progress)
+        return job.share(found)

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
 from ..data.calibration_set import CalibrationSet
 from ..models.base import Detector
 from ..recipe import Recipe, as_noise, changed_recipe
 from ..recipe_overrides import Overrides
-from ..runs.loading import load_float, require_float
 from ..runs.set_cache import cached_folder
-from ..runtime.distributed import gathered
-from ..runtime.files import require_output_folder, user_path
-from ..runtime.surroundings import Report, own_device, reporter
-from ..runtime.tensorboard import Curves
+from ..runtime.surroundings import Report
 from ..synthesis.pipeline import synthesize_set
-from .evaluate import evaluate as evaluate
+from .job import Job
 
 
 def synthesize(
@@ -73,39 +68,30 @@ def synthesize(
         synthesis__labels=labels,
         synthesis__init=init,
     )
-    with contextlib.ExitStack() as stack:
-        world = stack.enter_context(gathered())
-        progress = reporter(progress, world.leads)
-        with world.leader_first():
-            if out is not None:
-                out = user_path(out)
-                require_output_folder(out, "out")
-            target = own_device(world, device)
-            if isinstance(model, Detector):
-                detector = require_float(model).to(target)
-            else:
-                detector = load_float(model, trust=trust, device=target)
-            curves = Curves(Path(tensorboard)) if tensorboard else None
-        if curves is not None:
-            stack.callback(curves.close)
+    with Job.start(device, progress, out=out) as job:
+        with job.leader_first():
+            detector = job.float_detector(model, trust=trust)
+            job.draw_curves(tensorboard)
         synthesis = settings.synthesis
-        folder = Path(out) if out else cached_folder(detector, synthesis, settings.seed)
-        task = stack.enter_context(progress.task("synthesis", synthesis.images, "images"))
+        folder = job.out or cached_folder(detector, synthesis, settings.seed)
+        with job.progress.task("synthesis", synthesis.images, "images") as task:
 
-        def report(shard: int, stage: str, step: int, steps: int, values: dict[str, float]) -> None:
-            task.detail(stage, step, steps, values)
-            if curves is not None:
-                curves.add(f"shard-{shard:06d}", stage, step, values)
+            def report(
+                shard: int, stage: str, step: int, steps: int, values: dict[str, float]
+            ) -> None:
+                task.detail(stage, step, steps, values)
+                if job.curves is not None:
+                    job.curves.add(f"shard-{shard:06d}", stage, step, values)
 
-        return synthesize_set(
-            detector,
-            synthesis,
-            settings.seed,
-            folder,
-            report=report,
-            shard_done=task.update,
-            left=task.left,
-            note=progress.note,
-            workers=workers,
-            world=world,
-        )
+            return synthesize_set(
+                detector,
+                synthesis,
+                settings.seed,
+                folder,
+                report=report,
+                shard_done=task.update,
+                left=task.left,
+                note=job.progress.note,
+                workers=workers,
+                world=job.world,
+            )

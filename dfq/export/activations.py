@@ -33,8 +33,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..graph.outline import LISTED
 from ..models.base import Detector
-from ..quantization.inspection import LISTED
 from ..quantization.quantizers import Quantizer
 
 _BYTE = 8

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from ..models.base import Detector
+from .execution import blank_images, hooks
 
 
 class _Readers(TorchFunctionMode):
@@ -43,30 +45,28 @@ def _pairs(module: nn.Module, run: Callable[[], object]) -> list[tuple[str, str]
     taken: dict[int, str] = {}
     stray: set[str] = set()
     readers = _Readers()
-    handles = []
-    for name, child in module.named_modules():
-        if isinstance(child, nn.Conv2d):
 
-            def after(_m: nn.Module, _i: object, output: Tensor, name: str = name) -> None:
-                produced[id(output)] = (name, output)
-                readers.count[id(output)] = 0
+    def watch() -> Iterator[RemovableHandle]:
+        for name, child in module.named_modules():
+            if isinstance(child, nn.Conv2d):
 
-            handles.append(child.register_forward_hook(after))
-        elif isinstance(child, _BatchNorm):
+                def after(_m: nn.Module, _i: object, output: Tensor, name: str = name) -> None:
+                    produced[id(output)] = (name, output)
+                    readers.count[id(output)] = 0
 
-            def before(_m: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
-                if id(inputs[0]) in produced:
-                    taken[id(inputs[0])] = name
-                else:
-                    stray.add(name)
+                yield child.register_forward_hook(after)
+            elif isinstance(child, _BatchNorm):
 
-            handles.append(child.register_forward_pre_hook(before))
-    try:
-        with torch.no_grad(), readers:
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
+                def before(_m: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
+                    if id(inputs[0]) in produced:
+                        taken[id(inputs[0])] = name
+                    else:
+                        stray.add(name)
+
+                yield child.register_forward_pre_hook(before)
+
+    with hooks(watch()), torch.no_grad(), readers:
+        run()
     # A layer that has, in one of its calls, a different partner or another reader beside it
     # cannot be folded into one weight.
     pairs: dict[tuple[str, str], None] = {}
@@ -140,7 +140,6 @@ def fold_batchnorm(module: nn.Module, run: Callable[[], object]) -> list[str]:
 
 def fold(detector: Detector) -> Detector:
     """Fold the BatchNorm layers of `detector` in place; returns it."""
-    side = detector.stride * 2
-    image = torch.zeros(1, 3, side, side, device=detector.device)
+    image = blank_images(detector, detector.stride * 2)
     fold_batchnorm(detector.module, lambda: detector.raw(image))
     return detector

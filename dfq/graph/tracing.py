@@ -9,7 +9,7 @@ neither is what is computed outside of every module.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from ..models.base import Detector
-
-WEIGHTED = (nn.Conv2d, nn.Linear, nn.ConvTranspose2d, nn.MultiheadAttention)
-"""Layers of weights, quantized or not."""
+from .execution import blank_images, hooks
+from .outline import WEIGHTED
 
 CONCATENATIONS = frozenset({"cat", "concat", "concatenate"})
 SUMS = frozenset({"add"})
@@ -300,17 +300,13 @@ def trace(
         if through(child):
             found.follow(args[0], output)
 
-    handles = []
-    for child in module.modules():
-        handles.append(child.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(child.register_forward_hook(after))
-    try:
-        side = detector.stride * 2
-        with torch.no_grad():
-            images = torch.zeros(1, 3, side, side, device=detector.device)
-            with found:
-                detector.raw(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    def watch() -> Iterator[RemovableHandle]:
+        for child in module.modules():
+            yield child.register_forward_pre_hook(before, with_kwargs=True)
+            yield child.register_forward_hook(after)
+
+    with hooks(watch()), torch.no_grad():
+        images = blank_images(detector, detector.stride * 2)
+        with found:
+            detector.raw(images)
     return found

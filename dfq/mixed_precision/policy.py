@@ -14,35 +14,46 @@ from ..errors import UserError
 from ..models.base import Detector
 from ..quantization.policy import Policy
 from ..quantization.settings import Quantization
-from ..recipe import Recipe
 from ..runtime.distributed import World
 from ..runtime.files import read_json, write_json
 from ..runtime.progress import Progress
 from .search import find_bits
 
 
-def mixed_policy(
+def choose_bits(
     teacher: Detector,
-    recipe: Recipe,
+    section: Quantization,
     data: LabelledImages,
     folder: Path,
     log: Callable[[str], None],
     progress: Progress,
     world: World,
 ) -> Policy:
-    """The policy of a recipe, with each layer's bits found where the recipe gives a budget.
+    """Each layer's bits: those that the settings give, or that fit best into their budget.
 
     What was found is kept in the run folder as `sensitivity.json`, where a run that goes on finds
-    it. Arguments and errors are those of `train`, and of `find_bits`.
+    it.
+
+    Args:
+        teacher: the folded float detector.
+        section: settings of quantization.
+        data: images to measure on.
+        folder: of the run.
+        log: takes lines for the run's log.
+        progress: told how far it is.
+        world: the processes of the job; one measures, all get the same.
+
+    Raises:
+        UserError: as `find_bits`, and where `sensitivity.json` is broken.
     """
-    policy = recipe.quantization.policy()
-    if recipe.quantization.mixed.budget is None:
+    policy = section.policy()
+    if section.mixed.budget is None:
         return policy
     with world.leader_first():
         if world.leads:
             path = folder / "sensitivity.json"
             if not path.is_file():
-                found = find_bits(teacher, policy, recipe.quantization, data, progress)
+                found = find_bits(teacher, policy, section, data, progress)
                 write_json(path, found.to_dict())
                 log(f"bits by layer: {found.spent:.4g} of {found.budget:.4g} {found.kind}")
             overrides = read_bits(path)["overrides"]

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from ..graph.execution import last_layer_of_block
+from ..graph.outline import outline
 from ..models.base import Detector
 from ..models.divergence import summed_divergence
-from ..ptq.block_cache import FinishedBlocks, ended_blocks
+from ..ptq.block_cache import BlockOutputCache
 from ..ptq.gptq import PLACES, is_too_wide, reconstruct_layer
 from ..ptq.input_moments import Moments, MomentSums, execution_order, inputs_of
 from ..quantization.bit_widths import Widths, format_widths
@@ -69,8 +71,7 @@ def choices(
     detector: Detector, policy: Policy, candidates: Sequence[Widths]
 ) -> list[tuple[LayerInfo, tuple[Widths, ...]]]:
     """Every layer and the widths it may have under `policy`; see `LayerSensitivity.widths`."""
-    boundary = detector.boundary_layers()
-    edge = {*boundary.first, *boundary.last}
+    edge = outline(detector).edge
     found: list[tuple[LayerInfo, tuple[Widths, ...]]] = []
     for row in describe(detector):
         fixed = policy.bits_for(row.name, row.name in edge, detector.backbone)
@@ -148,16 +149,16 @@ def measure(
     # one image does not get to.
     order = [*(name for name in free if not calls[name]), *calls]
     blocks = student.blocks()
-    ended = ended_blocks(order, blocks)
+    ended = last_layer_of_block(order, blocks)
     expected = [teacher.raw(batch) for batch in images]
     found = {info.name: [0.0] * len(widths) for info, widths in options}
     count = sum(len(batch) for batch in images)
     done, total = 0, sum(len(widths) for widths in free.values())
     with (
         float_mode(student.module),
-        FinishedBlocks.of(student, images, blocks) as ours,
+        BlockOutputCache.of(student, images, blocks) as ours,
         # Nothing but rounding looks at the float network's features.
-        FinishedBlocks.of(teacher, known, blocks if rounding == "gptq" else ()) as theirs,
+        BlockOutputCache.of(teacher, known, blocks if rounding == "gptq" else ()) as theirs,
     ):
         for name in order:
             widths = free.get(name, ())
@@ -233,7 +234,7 @@ class _Layer:
             # Rounding has changed weight and bias.
             self.layer.load_state_dict(self.original.state_dict(), strict=False)
 
-    def moments(self, network: FinishedBlocks, batches: int, calls: int) -> dict[int, Moments]:
+    def moments(self, network: BlockOutputCache, batches: int, calls: int) -> dict[int, Moments]:
         """Of what it is given in the float `network`, in `calls` calls of a pass, with and without
         a quantizer: by the bits of that, one pass for all of them."""
         sums = {

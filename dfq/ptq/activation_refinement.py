@@ -16,13 +16,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..graph.execution import calls_in_order, last_layer_of_block
 from ..models.base import Detector
 from ..models.divergence import summed_divergence
 from ..quantization.calibration import observe
 from ..quantization.margins import with_contrast
 from ..quantization.quantizers import Quantizer
 from ..quantization.traversal import activation_quantizers, float_mode
-from .block_cache import FinishedBlocks, calls_in_order, ended_blocks
+from .block_cache import BlockOutputCache
 
 BITS = range(5, 8)
 """Of activations whose grids are moved. With 8 there is nothing to gain. With 4, grids that suit
@@ -94,9 +95,9 @@ def refine_grids(
         values = observe(student, batches)
         order = list(calls_in_order(narrow.items(), lambda: student.raw(batches[0][:1])))
         blocks = student.blocks()
-        ended = ended_blocks(order, blocks)
+        ended = last_layer_of_block(order, blocks)
         expected = [teacher.raw(batch) for batch in batches]
-        with FinishedBlocks.of(student, batches, blocks) as ours:
+        with BlockOutputCache.of(student, batches, blocks) as ours:
 
             def divergence() -> float:
                 each = [

@@ -7,7 +7,6 @@ two have changed: without this, most of its time goes into computing the same va
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -15,18 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..graph.execution import StopForward, calls_in_order, hooks
 from ..models.base import Detector
 
 ROOM = 2 * 1024**3
 """Bytes that the outputs of one network may take."""
 
 
-class Reached(Exception):
-    """Ends a forward pass at the module of interest: what comes after it is not needed."""
-
-
-class FinishedBlocks:
-    """Lets finished blocks of a frozen network answer from memory; a context manager.
+class BlockOutputCache:
+    """Keeps the outputs of blocks of a frozen network and answers from memory; a context manager.
 
     Args:
         module: the network.
@@ -62,7 +58,7 @@ class FinishedBlocks:
         names: Iterable[str],
         *,
         room: int = ROOM,
-    ) -> FinishedBlocks:
+    ) -> BlockOutputCache:
         """Those of a detector, over batches of images `(n, 3, h, w)` in [0, 1]."""
         return cls(
             detector.module, lambda i: detector.raw(batches[i]), len(batches), names, room=room
@@ -73,7 +69,7 @@ class FinishedBlocks:
         self._batch = batch
         return self._run(batch)
 
-    def __enter__(self) -> FinishedBlocks:
+    def __enter__(self) -> BlockOutputCache:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -89,15 +85,12 @@ class FinishedBlocks:
 
         def after(_m: nn.Module, _i: object, output: Any) -> None:
             outputs.append(output)
-            raise Reached
+            raise StopForward
 
-        handle = block.register_forward_hook(after)
-        try:
+        with hooks([block.register_forward_hook(after)]):
             for batch in range(self._batches):
-                with contextlib.suppress(Reached):
+                with contextlib.suppress(StopForward):
                     self.run(batch)
-        finally:
-            handle.remove()
         self._kept[name] = outputs
 
         def answer(*_args: object, **_kwargs: object) -> Any:
@@ -146,39 +139,3 @@ class FinishedBlocks:
 
 def _same(a: Any, b: Any) -> bool:
     return torch.equal(a, b) if isinstance(a, Tensor) else bool(a == b)
-
-
-def calls_in_order(
-    modules: Iterable[tuple[str, nn.Module]], run: Callable[[], object]
-) -> Counter[str]:
-    """How often each of the modules `(name, module)` is called in `run`, in the order they first
-    are; 0 for one that is not."""
-    calls: Counter[str] = Counter()
-    handles = [
-        module.register_forward_pre_hook(lambda _m, _i, name=name: calls.update([name]))
-        for name, module in modules
-    ]
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
-
-
-def ended_blocks(order: Iterable[str], blocks: Sequence[str]) -> dict[str, str]:
-    """The blocks that are finished with certain layers: the last of those in them.
-
-    Args:
-        order: qualified names of the layers, as they run.
-        blocks: qualified names.
-
-    Returns:
-        Layer -> block.
-    """
-    last = {}
-    for layer in order:
-        for block in blocks:
-            if f"{layer}.".startswith(f"{block}."):
-                last[block] = layer
-    return {layer: block for block, layer in last.items()}

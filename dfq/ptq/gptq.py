@@ -24,12 +24,13 @@ import torch
 from torch import Generator, Tensor, nn
 
 from ..errors import UserError
+from ..graph.execution import last_layer_of_block
 from ..models.base import Detector
 from ..quantization.layers import QuantConv2d, QuantLinear, QuantSiLU
 from ..quantization.quantizers import Quantizer
 from ..quantization.range_search import FINE, grid_between
 from ..quantization.traversal import activation_quantizers, quantized_layers
-from .block_cache import FinishedBlocks, ended_blocks
+from .block_cache import BlockOutputCache
 from .input_moments import Moments, MomentSums, execution_order, inputs_of
 
 PLACES = 24_000
@@ -323,12 +324,12 @@ def reconstruct(
     order = execution_order(student.module, lambda: student.raw(batches[0][:1]))
     layers = dict(quantized_layers(student.module))
     blocks = student.blocks()
-    ended = ended_blocks(order, blocks)
+    ended = last_layer_of_block(order, blocks)
     with (
         without_fine_activations(student.module),
         student.following(teacher, batches),
-        FinishedBlocks.of(student, batches, blocks) as ours,
-        FinishedBlocks.of(teacher, batches, blocks) as theirs,
+        BlockOutputCache.of(student, batches, blocks) as ours,
+        BlockOutputCache.of(teacher, batches, blocks) as theirs,
     ):
         for done, (name, calls) in enumerate(order.items()):
             layer, original = layers[name], teacher.module.get_submodule(name)

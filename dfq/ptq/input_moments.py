@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from ..graph.execution import StopForward, calls_in_order, hooks
 from ..quantization.layers import QuantConv2d, QuantLinear
 from ..quantization.traversal import quantized_layers
-from .block_cache import Reached, calls_in_order
 
 UNPAIRED = 0.75
 """Mean squared difference of paired inputs, over the sum of their variances, from which they are
@@ -30,15 +31,10 @@ def inputs_of(layer: nn.Module, calls: int, run: Callable[[], object]) -> list[T
     def before(_m: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         seen.append(inputs[0])
         if len(seen) == calls:
-            raise Reached
+            raise StopForward
 
-    handle = layer.register_forward_pre_hook(before)
-    try:
+    with hooks([layer.register_forward_pre_hook(before)]), contextlib.suppress(StopForward):
         run()
-    except Reached:
-        pass
-    finally:
-        handle.remove()
     return seen
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..graph.execution import blank_images, hooks
 from ..graph.fold_batchnorm import FoldedBatchNorm
 from ..models.base import Detector
 from .settings import Distillation
@@ -48,19 +49,15 @@ def distilled_layers(detector: Detector, settings: Distillation) -> list[str]:
         if isinstance(output, Tensor) and output.ndim == 4 and len(output) == IMAGES:
             whole.add(name)
 
-    handles = [
+    images = blank_images(detector, detector.stride * 2).expand(IMAGES, -1, -1, -1)
+    watched = hooks(
         module.register_forward_hook(lambda _m, _i, output, name=name: note(name, output))
         for name, module in detector.module.named_modules()
         if isinstance(module, (nn.Conv2d, _BatchNorm, FoldedBatchNorm))
-    ]
-    side = detector.stride * 2
-    try:
-        # With gradients, as in training: a second stage then waits for the teacher's proposals.
-        with torch.enable_grad():
-            detector.raw(torch.zeros(IMAGES, 3, side, side, device=detector.device))
-    finally:
-        for handle in handles:
-            handle.remove()
+    )
+    # With gradients, as in training: a second stage then waits for the teacher's proposals.
+    with watched, torch.enable_grad():
+        detector.raw(images.clone())
     return [name for name, count in calls.items() if count == 1 and name in whole]
 
 

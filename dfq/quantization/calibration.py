@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..graph.execution import hooks
 from ..models.base import Detector
 from .factors import bound_factors
 from .layers import QuantConv2d, QuantLinear
@@ -75,23 +76,19 @@ def observe(
     """
     activations = list(activation_quantizers(detector.module))
     taken: dict[str, _Samples] = {name: _Samples(samples) for name, _ in activations}
-    handles = [
+    watched = hooks(
         quantizer.register_forward_pre_hook(
             lambda _m, inputs, name=name: taken[name].add(inputs[0])
         )
         for name, quantizer in activations
-    ]
+    )
     images = 0
-    try:
-        with float_mode(detector.module):
-            for batch in batches:
-                detector.raw(batch.to(detector.device))
-                images += len(batch)
-                if progress is not None:
-                    progress(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watched, float_mode(detector.module):
+        for batch in batches:
+            detector.raw(batch.to(detector.device))
+            images += len(batch)
+            if progress is not None:
+                progress(images)
     if images == 0:
         raise UserError("calibration: the set has no images")
     return {name: sampled.values(samples) for name, sampled in taken.items()}

@@ -8,6 +8,7 @@ pooling.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
+from ..graph.execution import hooks
 from ..graph.fold_batchnorm import FoldedBatchNorm
-from ..graph.tracing import WEIGHTED
+from ..graph.outline import WEIGHTED
 from ..models.base import Detector
 from .output_quantizers import result_quantizers
 from .traversal import activation_quantizers, float_mode
@@ -80,7 +83,6 @@ def implied_ranges(detector: Detector, deviations: float) -> dict[str, tuple[flo
     strange: set[str] = set()
     before_batchnorm: dict[int, str] = {}
     offsets = torch.linspace(-deviations, deviations, STEPS, device=detector.device)
-    handles = []
 
     def extend(name: str, values: Tensor) -> None:
         low, high = (float(v) for v in values.aminmax())
@@ -107,34 +109,32 @@ def implied_ranges(detector: Detector, deviations: float) -> dict[str, tuple[flo
             extend(before_batchnorm.pop(id(inputs[0])), values)
         return values
 
-    for child in detector.module.modules():
-        if isinstance(child, (FoldedBatchNorm, _BatchNorm)):
-            handles.append(child.register_forward_hook(follow))
-        elif isinstance(child, WEIGHTED):
-            handles.append(
-                child.register_forward_hook(lambda _m, _i, output: watch.note(output, True))
-            )
     of_outputs = {name for name, _ in result_quantizers(detector.module)}
-    for name, quantizer in activation_quantizers(detector.module):
 
-        def see(_q: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
-            if not watch.among(inputs):
-                extend(name, inputs[0])
-            elif name in of_outputs:
-                # BatchNorm may come right behind; noted, it is kept alive.
-                watch.note(inputs, True)
-                before_batchnorm[id(inputs[0])] = name
-            else:
-                strange.add(name)
+    def see(name: str, inputs: tuple[Tensor, ...]) -> None:
+        if not watch.among(inputs):
+            extend(name, inputs[0])
+        elif name in of_outputs:
+            # BatchNorm may come right behind; noted, it is kept alive.
+            watch.note(inputs, True)
+            before_batchnorm[id(inputs[0])] = name
+        else:
+            strange.add(name)
 
-        handles.append(quantizer.register_forward_pre_hook(see))
+    def watched() -> Iterator[RemovableHandle]:
+        for child in detector.module.modules():
+            if isinstance(child, (FoldedBatchNorm, _BatchNorm)):
+                yield child.register_forward_hook(follow)
+            elif isinstance(child, WEIGHTED):
+                yield child.register_forward_hook(lambda _m, _i, output: watch.note(output, True))
+        for name, quantizer in activation_quantizers(detector.module):
+            yield quantizer.register_forward_pre_hook(
+                lambda _q, inputs, name=name: see(name, inputs)
+            )
+
     side = detector.stride * 2
     images = torch.linspace(0, 1, STEPS, device=detector.device)[:, None, None, None]
-    try:
-        with float_mode(detector.module), watch:
-            detector.raw(images.expand(STEPS, 3, side, side).clone())
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooks(watched()), float_mode(detector.module), watch:
+        detector.raw(images.expand(STEPS, 3, side, side).clone())
     strange.update(before_batchnorm.values())
     return {name: ends for name, ends in ranges.items() if name not in strange}

@@ -7,10 +7,11 @@ import fnmatch
 from torch import nn
 
 from ..errors import UserError
+from ..graph.outline import outline_of_any_size
 from ..graph.tracing import trace
 from ..models.base import Detector
 from .bit_widths import Widths
-from .inspection import FLOAT_KINDS, describe
+from .inspection import FLOAT_KINDS
 from .layers import QuantConv2d, QuantLinear, QuantMatmul
 from .output_quantizers import quantize_results
 from .policy import Policy
@@ -38,9 +39,8 @@ def insert_quantizers(detector: Detector, policy: Policy) -> Detector:
             "quantization.scope: this network has no backbone apart from neck and heads; use all, "
             "and overrides for the layers to leave in float"
         )
-    boundary = detector.boundary_layers()
-    edge = {*boundary.first, *boundary.last}
-    layers = describe(detector, detector.stride * 2)
+    known = outline_of_any_size(detector)
+    edge, layers = known.edge, known.layers
     for pattern, _ in policy.overrides:
         if not any(fnmatch.fnmatchcase(row.name, pattern) for row in layers):
             raise UserError(

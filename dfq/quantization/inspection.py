@@ -7,12 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..graph.tracing import WEIGHTED
+from ..graph.outline import outline
 from ..models.base import Detector
-from ..models.nn.matmul import Matmul
 from .layers import QUANTIZED_LAYERS, QuantMatmul
 
 FLOAT_BITS = 32
@@ -20,8 +18,6 @@ FLOAT_BITS = 32
 FLOAT_KINDS = ("deconv", "attention")
 """Kinds of layers that are listed and stay in float: what is left of transposed convolutions and of
 PyTorch's own attention after `models.nn.decomposed`."""
-
-LISTED = (*WEIGHTED, Matmul)
 
 
 @dataclass(frozen=True)
@@ -67,56 +63,12 @@ def describe(detector: Detector, image_size: int | None = None) -> list[LayerInf
 
     Layers that `Detector.raw` does not run (a decoder's constant convolution, say) are not listed.
     """
-    size = image_size or detector.image_size
-    rows: dict[str, LayerInfo] = {}
-    handles = []
-    for name, module in detector.module.named_modules():
-        if not isinstance(module, LISTED):
-            continue
-
-        def after(
-            layer: nn.Module,
-            inputs: tuple[Tensor, ...],
-            named: dict[str, Tensor],
-            output: Any,
-            name: str = name,
-        ) -> None:
-            kind, shape, macs = _cost(layer, [*inputs, *named.values()], output)
-            first = output[0] if isinstance(output, tuple) else output
-            before = rows[name].macs if name in rows else 0
-            rows[name] = LayerInfo(
-                name, kind, shape, tuple(first.shape[1:]), macs + before, *_bits(layer)
-            )
-
-        handles.append(module.register_forward_hook(after, with_kwargs=True))
-    try:
-        with torch.no_grad():
-            detector.raw(torch.zeros(1, 3, size, size, device=detector.device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return list(rows.values())
-
-
-def _cost(
-    layer: nn.Module, inputs: Sequence[Tensor], output: Any
-) -> tuple[str, tuple[int, ...], int]:
-    """Kind, weight shape and MACs of one call of a layer."""
-    # All of the output: rows may be windows or proposals of the one image.
-    if isinstance(layer, Matmul):
-        return "matmul", (), output.numel() * inputs[0].shape[-1]
-    if isinstance(layer, nn.MultiheadAttention):
-        width, queries, keys = layer.embed_dim, inputs[0].numel(), inputs[1].numel()
-        # Projections of queries, output, keys and values, and the two products (one image).
-        return "attention", (), 2 * (queries + keys) * width + 2 * queries * keys // width
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    if isinstance(layer, nn.ConvTranspose2d):
-        # Each input element is multiplied with one filter: all of the weight but its input axis.
-        return "deconv", tuple(weight.shape), inputs[0].numel() * weight[0].numel()
-    kind = "linear" if isinstance(layer, nn.Linear) else "conv"
-    # Each output element costs one filter: all of the weight but its output axis.
-    return kind, tuple(weight.shape), output.numel() * weight[0].numel()
+    rows = outline(detector, image_size).layers
+    bits = (_bits(detector.module.get_submodule(row.name)) for row in rows)
+    return [
+        LayerInfo(row.name, row.kind, row.weight_shape, row.output_shape, row.macs, *widths)
+        for row, widths in zip(rows, bits, strict=True)
+    ]
 
 
 def quantized_share(layers: Iterable[LayerInfo]) -> float:

@@ -98,7 +98,7 @@ class _Holder(nn.ModuleDict):
 
 class _Watched:
     """Mixed into the class of a module whose results are quantized: so that its own forward pass
-    may still be replaced on the module, as `FinishedBlocks` does."""
+    may still be replaced on the module, as `BlockOutputCache` does."""
 
     _quantized_results: dict[tuple[str, int], Quantizer]
 

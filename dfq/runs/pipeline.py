@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,107 +22,136 @@ from ..quantization.policy import Policy
 from ..recipe import Recipe
 from ..runtime.distributed import World
 from ..runtime.progress import Progress
+from .shared import SharedRun
 
 FAR = 10.0
 """A network so many times further from its teacher than it began has lost what it could."""
 
 
-def train(
+@dataclass(frozen=True)
+class QuantizationResult:
+    """A low-bit network, and how it came about.
+
+    Attributes:
+        student: the network.
+        outcome: how training ended; None where there was none, or it diverged.
+        selected: why it is this network: "ptq", "ptq: REASON" or "qat: WEIGHTS".
+    """
+
+    student: Detector
+    outcome: Outcome | None
+    selected: str
+
+
+def ptq_then_qat(
     teacher: Detector,
     policy: Policy,
     recipe: Recipe,
-    data: LabelledImages,
-    folder: Path,
-    log: Callable[[str], None],
+    images: LabelledImages,
+    run: SharedRun,
     progress: Progress,
     world: World,
-    real: ImageSet | None = None,
+    *,
     calibration: Pixels | None = None,
-) -> tuple[Detector, Outcome | None, str]:
-    """Make the low-bit detector as `recipe.method` says.
+    select_on: ImageSet | None = None,
+) -> QuantizationResult:
+    """Make the low-bit detector as `recipe.method` says: calibrate and round, then train, and go
+    back to the start where training made it worse.
 
     Args:
         teacher: the folded float detector.
         policy: each layer's bits.
         recipe: the experiment.
-        data: what to calibrate and train on.
-        folder: of the run; checkpoints are written there, and gone on from.
-        log: takes lines for the run's log.
+        images: what to train on.
+        run: checkpoints are written in its folder, and gone on from.
         progress: told how far it is.
         world: the processes that share the training; each calls this, and gets the same.
-        real: a labelled set to select the epoch on; None: weights are selected without real images.
-        calibration: what to calibrate and round on; None: `data`.
-
-    Returns:
-        The student, how training ended (None where there was none), and why it is this student.
+        calibration: what to calibrate and round on; None: `images`.
+        select_on: a labelled real set to select the epoch on; None: weights are selected without
+            real images.
 
     Raises:
         DivergedError: where training diverged, unless the method is `auto`.
         UserError: where a checkpoint cannot be read, or another process died.
     """
-    seen = calibration or data
+    section = recipe.quantization
+    seen = calibration or images
     if recipe.method == "ptq":
-        return quantized(teacher, policy, recipe.quantization, seen, progress), None, "ptq"
-    resuming = world.share((folder / "checkpoint.pt").is_file())
+        return QuantizationResult(quantized(teacher, policy, section, seen, progress), None, "ptq")
+    resuming = world.share((run.folder / "checkpoint.pt").is_file())
     # A resumed student gets its scales from the checkpoint: calibrating would be for nothing.
-    student = quantized(teacher, policy, recipe.quantization, None if resuming else seen, progress)
-    log("training resumed" if resuming else "training started")
+    student = quantized(teacher, policy, section, None if resuming else seen, progress)
+    run.log("training resumed" if resuming else "training started")
     # Kept to fall back to; a resumed run that has to finds it anew, which takes the time again.
     kept = recipe.method == "qat" and recipe.distillation.keep_worse
     start = None if resuming or kept else student.twin()
 
-    def beginning() -> Detector:
+    def calibrated(outcome: Outcome | None, reason: str) -> QuantizationResult:
         # The trainer has laid it out anew, and sums in another order differ in their last bits.
         teacher.module.to(memory_format=torch.contiguous_format)
-        return start or quantized(teacher, policy, recipe.quantization, seen, progress)
+        before = start or quantized(teacher, policy, section, seen, progress)
+        return QuantizationResult(before, outcome, f"ptq: {reason}")
 
-    judge = None
-    if real is not None:
-        log(f"weights are selected by AP on {recipe.distillation.select_on}: not data-free")
-        judge = judge_on(real, recipe)
-    trainer = Trainer(
-        student,
-        teacher,
-        data,
-        recipe.distillation,
-        seed=recipe.seed,
-        folder=folder,
-        world=world,
-        judge=judge,
-    )
     try:
-        with progress.task("training", recipe.distillation.epochs, "epochs") as task:
-
-            def report(done: int, total: int, terms: dict[str, float]) -> None:
-                shown = "  ".join(f"{name} {value:.4g}" for name, value in terms.items())
-                log(f"epoch {done}/{total}  {shown}")
-                task.detail("qat", done, total, terms)
-                task.update(done, total)
-
-            def within(epoch: int, share: float) -> None:
-                if share == 0:
-                    task.update(epoch, recipe.distillation.epochs)
-                task.within(share)
-
-            outcome = trainer.train(report, within)
+        outcome = _train(student, teacher, recipe, images, run, progress, world, select_on)
     except DivergedError as error:
-        log(str(error))
+        run.log(str(error))
         if recipe.method != "auto":
             # All of them see it; one tells.
             with world.leader_first():
                 raise
-        return beginning(), None, "ptq: training diverged"
+        return calibrated(None, "training diverged")
     worse = worse_than_start(outcome)
     if worse and not kept:
-        reason = f"ptq: {worse}"
-        if recipe.method == "qat":
-            reason += "; --set distillation.keep_worse=true keeps what was trained"
-        return beginning(), outcome, reason
-    reason = f"qat: {outcome.selected} weights"
+        advice = "; --set distillation.keep_worse=true keeps what was trained"
+        return calibrated(outcome, worse + (advice if recipe.method == "qat" else ""))
+    selected = f"qat: {outcome.selected} weights"
     if outcome.best is not None:
         where = recipe.distillation.select_on
-        reason = f"qat: epoch {outcome.best[0]}, the best by AP on the real images of {where}"
-    return student, outcome, f"{reason}; but {worse}" if worse else reason
+        selected = f"qat: epoch {outcome.best[0]}, the best by AP on the real images of {where}"
+    return QuantizationResult(student, outcome, f"{selected}; but {worse}" if worse else selected)
+
+
+def _train(
+    student: Detector,
+    teacher: Detector,
+    recipe: Recipe,
+    images: LabelledImages,
+    run: SharedRun,
+    progress: Progress,
+    world: World,
+    select_on: ImageSet | None,
+) -> Outcome:
+    """Train the student, reporting each epoch; arguments and errors are those of `ptq_then_qat`."""
+    settings = recipe.distillation
+    judge = None
+    if select_on is not None:
+        run.log(f"weights are selected by AP on {settings.select_on}: not data-free")
+        judge = judge_on(select_on, recipe)
+    trainer = Trainer(
+        student,
+        teacher,
+        images,
+        settings,
+        seed=recipe.seed,
+        folder=run.folder,
+        world=world,
+        judge=judge,
+    )
+    with progress.task("training", settings.epochs, "epochs") as task:
+
+        def report(done: int, total: int, terms: dict[str, float]) -> None:
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in terms.items())
+            run.log(f"epoch {done}/{total}  {shown}")
+            task.detail("qat", done, total, terms)
+            task.update(done, total)
+
+        def within(epoch: int, share: float) -> None:
+            if share == 0:
+                task.update(epoch, settings.epochs)
+            task.within(share)
+
+        return trainer.train(report, within)
 
 
 def worse_than_start(outcome: Outcome) -> str:

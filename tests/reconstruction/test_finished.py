@@ -11,7 +11,7 @@ from tiny_detector import blobs, tiny_detector
 from torch import Tensor, nn
 
 from dfq.graph.fold_batchnorm import fold
-from dfq.ptq.block_cache import FinishedBlocks
+from dfq.ptq.block_cache import BlockOutputCache
 from dfq.ptq.gptq import reconstruct
 from dfq.quantization.calibration import calibrate
 from dfq.quantization.insertion import insert_quantizers
@@ -57,7 +57,7 @@ def test_answers_are_those_of_the_network_and_not_computed(network: Skips) -> No
     batches = [torch.randn(2, 4), torch.randn(3, 4)]
     expected = [network(batch) for batch in batches]
     ran = counted(network)
-    with FinishedBlocks(network, lambda i: network(batches[i]), 2, ["a", "b", "twice"]) as kept:
+    with BlockOutputCache(network, lambda i: network(batches[i]), 2, ["a", "b", "twice"]) as kept:
         for name in ("a", "b", "twice"):
             kept.finish(name)
         ran.clear()
@@ -77,7 +77,7 @@ def test_without_room_what_is_still_looked_at_is_computed(network: Skips) -> Non
     ran = counted(network)
     one = 2 * 4 * 4
     names = ["a", "b", "c"]
-    with FinishedBlocks(network, lambda _: network(batch), 1, names, room=2 * one) as kept:
+    with BlockOutputCache(network, lambda _: network(batch), 1, names, room=2 * one) as kept:
         for name in names:
             kept.finish(name)
             torch.testing.assert_close(kept.run(0), expected, rtol=0, atol=0)
@@ -95,7 +95,7 @@ def test_without_room_what_nobody_looks_at_is_forgotten() -> None:
     ran = counted(network)
     names = ["0", "1", "2", "3"]
     # Room for one output, and for what two forgotten ones leave.
-    with FinishedBlocks(network, lambda _: network(batch), 1, names, room=2 * 4 * 4 + 16) as kept:
+    with BlockOutputCache(network, lambda _: network(batch), 1, names, room=2 * 4 * 4 + 16) as kept:
         for name in names[:3]:
             kept.finish(name)
             torch.testing.assert_close(kept.run(0), expected, rtol=0, atol=0)
@@ -119,6 +119,6 @@ def test_rounding_does_not_depend_on_it(
         return student.module.state_dict()
 
     with_memory = rounded()
-    monkeypatch.setattr(FinishedBlocks, "of", functools.partial(FinishedBlocks.of, room=room))
+    monkeypatch.setattr(BlockOutputCache, "of", functools.partial(BlockOutputCache.of, room=room))
     without = rounded()
     assert all(torch.equal(without[name], value) for name, value in with_memory.items())

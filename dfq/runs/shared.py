@@ -1,0 +1,28 @@
+"""A run folder as all processes of a job see it: the leading one writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .folder import Run
+
+
+@dataclass(frozen=True)
+class SharedRun:
+    """A run in this process.
+
+    Attributes:
+        folder: of the run, the same in all processes.
+        finished: whether it was complete when the job began.
+        own: the run to write to; None in a process that does not lead.
+    """
+
+    folder: Path
+    finished: bool
+    own: Run | None
+
+    def log(self, text: str) -> None:
+        """Append a line to the run's log, once."""
+        if self.own is not None:
+            self.own.log(text)
