@@ -15,7 +15,7 @@ from forks import PATIENCE
 
 from dfq.errors import UserError
 from dfq.runtime import distributed
-from dfq.runtime.distributed import World, device_for, gathered, leads, one_thread
+from dfq.runtime.distributed import World, device_for, gathered, is_main_process, one_thread
 
 
 def together(size: int, work: Callable[[World], Any]) -> list[Any]:
@@ -40,10 +40,10 @@ def together(size: int, work: Callable[[World], Any]) -> list[Any]:
 
 def test_alone() -> None:
     world = World()
-    assert world.leads
-    assert world.share("value") == "value"
+    assert world.is_main_process
+    assert world.broadcast("value") == "value"
     world.barrier()
-    with world.leader_first():
+    with world.main_process_first():
         pass
     world.leave()
     with gathered() as found:
@@ -61,9 +61,9 @@ def test_a_barrier_waits_for_all() -> None:
 
     def work(world: World) -> int:
         # The others come when the first one has had time for something else.
-        assert world.leads or first_waits.wait(PATIENCE)
+        assert world.is_main_process or first_waits.wait(PATIENCE)
         arrived.append(world.rank)
-        world.barrier(meanwhile if world.leads else None)
+        world.barrier(meanwhile if world.is_main_process else None)
         return len(arrived)
 
     assert together(3, work) == [3, 3, 3]
@@ -71,7 +71,7 @@ def test_a_barrier_waits_for_all() -> None:
 
 def test_the_leading_value_is_shared() -> None:
     def work(world: World) -> list[Any]:
-        return [world.share({"from": world.rank, "turn": turn}) for turn in range(3)]
+        return [world.broadcast({"from": world.rank, "turn": turn}) for turn in range(3)]
 
     assert together(3, work) == [[{"from": 0, "turn": turn} for turn in range(3)]] * 3
 
@@ -80,8 +80,8 @@ def test_the_leading_process_goes_first() -> None:
     order = []
 
     def work(world: World) -> None:
-        with world.leader_first():
-            time.sleep(0.2 if world.leads else 0)
+        with world.main_process_first():
+            time.sleep(0.2 if world.is_main_process else 0)
             order.append(world.rank)
         world.leave()
 
@@ -94,7 +94,7 @@ def test_where_the_leading_process_fails_the_others_end_without_a_word() -> None
     entered = []
 
     def work(world: World) -> None:
-        with world.leader_first():
+        with world.main_process_first():
             entered.append(world.rank)
             raise UserError("no such file")
 
@@ -161,11 +161,11 @@ def test_a_lost_store_is_a_mistake_that_can_be_mended() -> None:
 
 
 def test_who_leads(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert leads()
+    assert is_main_process()
     monkeypatch.setenv("RANK", "0")
-    assert leads()
+    assert is_main_process()
     monkeypatch.setenv("RANK", "1")
-    assert not leads()
+    assert not is_main_process()
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,9 @@ def test_adding_up_gives_each_the_same_bits() -> None:
     values = torch.randn(3, 1000, generator=generator)
 
     def work(world: World) -> tuple[torch.Tensor, torch.Tensor]:
-        return world.add_up(values[world.rank].clone()), world.add_up(torch.ones(2, 2))
+        return world.all_reduce_sum(values[world.rank].clone()), world.all_reduce_sum(
+            torch.ones(2, 2)
+        )
 
     found = together(3, work)
     for first, second in found:
@@ -233,7 +235,7 @@ def test_adding_up_gives_each_the_same_bits() -> None:
 
 def test_adding_up_alone_changes_nothing() -> None:
     tensor = torch.tensor([1.0, 2.0])
-    assert World().add_up(tensor) is tensor
+    assert World().all_reduce_sum(tensor) is tensor
     assert tensor.tolist() == [1.0, 2.0]
 
 
@@ -242,11 +244,11 @@ def test_one_that_is_gone_ends_a_sum_with_a_line(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(distributed, "SILENCE_SECONDS", PATIENCE)
 
     def work(world: World) -> None:
-        world.add_up(torch.ones(3))
+        world.all_reduce_sum(torch.ones(3))
         if world.rank == 1:
             world._group = None  # closes its connections
             return
-        world.add_up(torch.ones(3))
+        world.all_reduce_sum(torch.ones(3))
 
     first, second = together(2, work)
     assert second is None

@@ -198,7 +198,7 @@ class Bench:
         self.detector = load_detector(network.source)
         self.size = network.image_size or min(self.detector.image_size, LARGEST_SIDE)
         self.detector.check_size(self.size)
-        self.teacher = fold(self.detector.twin())
+        self.teacher = fold(self.detector.clone())
         self.yardstick = Yardstick(self.teacher, settings.photos, network.labelled, self.size)
 
     def identity(self) -> Row:

@@ -50,7 +50,7 @@ class Stepper:
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.number = trainer, 0
-        self.taps = trainer.taps()
+        self.feature_hooks = trainer.feature_hooks()
         self.generator = Generator().manual_seed(0)
         self.chosen = list(range(trainer.batch_size))
 
@@ -58,7 +58,7 @@ class Stepper:
         """Seconds of one step."""
         device = self.trainer.student.device
         start = time.perf_counter()
-        self.trainer.step(self.number, self.chosen, self.generator, *self.taps)
+        self.trainer.step(self.number, self.chosen, self.generator, *self.feature_hooks)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         self.number += 1
@@ -90,18 +90,18 @@ def main(
     settings = load_recipe(recipe, [f"distillation.batch_size={batch}", *overrides])
     data = Noise(batch, size)
     teacher = fold(load_detector(model, device=device))
-    student = insert_quantizers(teacher.twin(), settings.quantization.policy())
+    student = insert_quantizers(teacher.clone(), settings.quantization.policy())
     calibrate(student, [data.images.float() / 255], search="minmax")
     steps: dict[str, Stepper] = {}
 
     def stepper(network: Detector) -> Stepper:
         with tempfile.TemporaryDirectory() as folder:
             trainer = Trainer(
-                network, teacher.twin(), data, settings.distillation, seed=0, folder=Path(folder)
+                network, teacher.clone(), data, settings.distillation, seed=0, folder=Path(folder)
             )
         return Stepper(trainer)
 
-    steps = {"float": stepper(teacher.twin()), recipe: stepper(student)}
+    steps = {"float": stepper(teacher.clone()), recipe: stepper(student)}
     if profile:
         for _ in range(2):
             steps[recipe]()

@@ -46,7 +46,7 @@ def main(model: str, data: str, size: int, images: int, rounds: int, threads: in
         "w4a8", [f"synthesis.image_size={size}", "quantization.rounding=nearest"]
     )
     detector = load_detector(model)
-    teacher = fold(detector.twin())
+    teacher = fold(detector.clone())
     source = open_training_data(data, detector, size)
     start = quantized(
         teacher, settings.quantization.policy(), settings.quantization, source, Silent()
@@ -54,10 +54,10 @@ def main(model: str, data: str, size: int, images: int, rounds: int, threads: in
     pixels = source.load(list(range(min(images, len(source)))))
 
     def rounded(kept: Callable[..., BlockOutputCache]) -> tuple[float, dict[str, torch.Tensor]]:
-        student = start.twin()
+        student = start.clone()
         with mock.patch.object(second_order, "BlockOutputCache", kept):
             begin = time.perf_counter()
-            second_order.reconstruct(student, teacher, pixels)
+            second_order.gptq_quantize(student, teacher, pixels)
             return time.perf_counter() - begin, student.module.state_dict()
 
     times: dict[str, list[float]] = {"from memory": [], "computed": []}

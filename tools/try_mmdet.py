@@ -16,7 +16,7 @@ from dfq.graph.fold_batchnorm import fold
 from dfq.models import load_detector
 from dfq.quantization.calibration import calibrate
 from dfq.quantization.insertion import insert_quantizers
-from dfq.quantization.inspection import describe, quantized_share
+from dfq.quantization.inspection import list_layers, quantized_share
 from dfq.quantization.policy import Policy
 
 CONFIGS = (
@@ -44,13 +44,13 @@ def attempt(config: str, size: int) -> tuple[str, str]:
         detector = fold(load_detector(config))
     except UserError as error:
         return f"refused: {str(error).partition(': ')[2]}", ""
-    student = insert_quantizers(detector.twin(), Policy(weight_bits=8))
+    student = insert_quantizers(detector.clone(), Policy(weight_bits=8))
     image = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     calibrate(student, [image], search="minmax")
     with torch.no_grad():
         pairs = student.distillation_pairs(student.raw(image), detector.raw(image))
     assert all(torch.isfinite(pair.student).all() for pair in pairs)
-    return "works", f"{quantized_share(describe(student, size)):.1%}"
+    return "works", f"{quantized_share(list_layers(student, size)):.1%}"
 
 
 @click.command(help=(__doc__ or "").split("\n", maxsplit=1)[0])

@@ -19,7 +19,7 @@ from dfq.evaluation.coco import evaluate
 from dfq.evaluation.divergence import mean_divergence
 from dfq.graph.fold_batchnorm import fold
 from dfq.models import load_detector
-from dfq.ptq.gptq import reconstruct
+from dfq.ptq.gptq import gptq_quantize
 from dfq.ptq.pipeline import quantized
 from dfq.recipe import load_recipe
 from dfq.runtime.progress import Silent
@@ -48,7 +48,7 @@ def main(
         recipe, [f"synthesis.image_size={size}", "quantization.rounding=nearest"]
     )
     detector = load_detector(model)
-    teacher = fold(detector.twin())
+    teacher = fold(detector.clone())
     source = open_training_data(data, detector, size)
     start = quantized(
         teacher, settings.quantization.policy(), settings.quantization, source, Silent()
@@ -58,8 +58,8 @@ def main(
     letterboxed = LetterboxedImages(real, detector, size)
     print("| damping | ridge | AP | divergence |\n| --- | --- | --- | --- |")
     for damping, ridge in itertools.product(dampings, ridges):
-        student = start.twin()
-        reconstruct(student, teacher, pixels, damping=damping, ridge=ridge)
+        student = start.clone()
+        gptq_quantize(student, teacher, pixels, damping=damping, ridge=ridge)
         found = evaluate(student, real, image_size=size).AP
         far = mean_divergence(student, teacher, letterboxed)
         print(f"| {damping} | {ridge} | {found:.4f} | {far:.2f} |", flush=True)

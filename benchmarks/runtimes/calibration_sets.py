@@ -80,7 +80,7 @@ def through(detector: Detector, run: Run) -> Detector:
     def raw(images: Tensor) -> list[Tensor]:
         return [torch.from_numpy(np.array(level)) for level in run(images.numpy())]
 
-    found = detector.twin()
+    found = detector.clone()
     found.raw = raw  # type: ignore[method-assign]
     return found
 

@@ -18,7 +18,7 @@ from ..evaluation.coco import predict, score
 from ..export.opening import open_exported
 from ..export.targets import load_target
 from ..models.base import Detecting, Detections
-from ..quantization.inspection import describe
+from ..quantization.inspection import list_layers
 from ..recipe import load_recipe
 from ..report.cost import cost_of
 from ..report.material import Compared, Comparison
@@ -113,7 +113,7 @@ def _compare(made: Deployment, out: Path, progress: Progress) -> None:
     from .report import report
 
     networks = {FLOAT: load_model("demo"), NAIVE: load_run(naive), THIS: load_run(out / "run")}
-    costs = {name: cost_of(describe(network)) for name, network in networks.items()}
+    costs = {name: cost_of(list_layers(network)) for name, network in networks.items()}
     report(out / "run", out / PAGE, comparison=_comparison(results, costs))
     write_json(out / RESULTS, results)
 

@@ -12,7 +12,7 @@ from ..export.targets import KINDS, Target, load_target
 from ..graph.fold_batchnorm import fold
 from ..models.base import Detector
 from ..quantization.insertion import insert_quantizers
-from ..quantization.inspection import describe
+from ..quantization.inspection import list_layers
 from ..recipe import Recipe, changed_recipe, load_recipe
 from ..recipe_overrides import Overrides
 from ..runs.deployment import Deployment, DeploymentFolder, folder_for
@@ -20,7 +20,7 @@ from ..runs.folder import identity_of_recipe
 from ..runs.inputs import photographs, training_data
 from ..runs.loading import load_float
 from ..runs.pipeline import data_identity
-from ..runtime.distributed import leads
+from ..runtime.distributed import is_main_process
 from ..runtime.files import require_output_folder, short_name, user_path
 from ..runtime.suggest import suggestion
 from ..runtime.surroundings import Report, pick_device, reporter
@@ -82,7 +82,7 @@ def deploy(
         >>> dfq.deploy("best.pt", "onnxruntime-cpu").faults
         []
     """
-    told = reporter(progress, leads())
+    told = reporter(progress, is_main_process())
     wanted = load_target(target)
     if out is not None:
         out = user_path(out, argument("out"))
@@ -91,7 +91,7 @@ def deploy(
     side = image_size or detector.image_size
     detector.check_size(side, argument("image-size"))
     settings = settings_for(wanted, detector, image_size, quick, seed, overrides)
-    insert_quantizers(fold(detector.twin()), settings.quantization.policy())
+    insert_quantizers(fold(detector.clone()), settings.quantization.policy())
     identity: dict[str, Any] = {
         "checkpoint": detector.fingerprint,
         "target": wanted.model_dump(mode="json"),
@@ -172,7 +172,7 @@ def settings_for(
 
 def _float_layers(target: Target, detector: Detector) -> list[str]:
     """Names of the layers that a target keeps in float."""
-    layers = describe(detector, detector.stride * 2)
+    layers = list_layers(detector, detector.stride * 2)
     found = []
     for entry in target.float_operations:
         names = [

@@ -19,7 +19,7 @@ from ..export.suppression import OUTPUTS
 from ..export.writers import write
 from ..graph.fold_batchnorm import fold
 from ..models.base import Detector
-from ..quantization.inspection import LayerInfo, describe, quantized_share
+from ..quantization.inspection import LayerInfo, list_layers, quantized_share
 from ..quantization.layers import QUANTIZED_LAYERS
 from ..quantization.placement import PLACEMENTS
 from ..quantization.policy import Policy
@@ -92,7 +92,7 @@ def export(
     folder = user_path(model) if not isinstance(model, Detector) else None
     manifest = check_run(folder) if folder is not None and is_run(folder) else None
     if manifest is None:
-        detector = fold(detector.twin())
+        detector = fold(detector.clone())
         policy = None
     else:
         policy = Policy.from_dict(manifest["policy"])
@@ -108,7 +108,7 @@ def export(
             detector, policy = place_for(detector, policy, runtime, images)
     if any(isinstance(m, QUANTIZED_LAYERS) for m in detector.module.modules()) and policy is None:
         raise UserError(f"{argument('model')}: give the run's folder, not its loaded detector")
-    for line in remarks(policy, runtime, int4, describe(detector, size)):
+    for line in remarks(policy, runtime, int4, list_layers(detector, size)):
         told.note(line)
     with told.task("export", 2, "steps") as task:
         program = build(detector, runtime, image_size=size, dynamic=batch is None, batch=batch or 1)
@@ -240,7 +240,7 @@ def refuse_wide(detector: Detector, runtime: str) -> None:
     Raises:
         UserError: a layer's activations have more than 8 bits, and the runtime's 8 at most.
     """
-    wide = [row.name for row in describe(detector, detector.stride * 2) if row.wide]
+    wide = [row.name for row in list_layers(detector, detector.stride * 2) if row.wide]
     if wide and runtime in PLACEMENTS and PLACEMENTS[runtime].most_bits <= 8:
         raise UserError(
             f"{argument('runtime', runtime)}: no activations of more than 8 bits, as '{wide[0]}' "

@@ -10,7 +10,7 @@ from ..data.calibration_set import CalibrationSet
 from ..data.image_set import ImageSet
 from ..evaluation.agreement import Kept, agreement, on_squares, sentence
 from ..mixed_precision.policy import read_bits
-from ..quantization.inspection import bit_operations, describe, quantized_share
+from ..quantization.inspection import bit_operations, list_layers, quantized_share
 from ..quantization.policy import Policy
 from ..runs.folder import Run
 from ..runs.held_out import Looked
@@ -49,7 +49,7 @@ def finish(
     # As they will be loaded: another memory layout sums in another order.
     for detector in (teacher, student):
         detector.module.to(memory_format=torch.contiguous_format)
-    layers = describe(student)
+    layers = list_layers(student)
     metrics: dict[str, Any] = {
         "method": settings.method,
         "selected": selected,
@@ -63,7 +63,7 @@ def finish(
         found = read_bits(run.folder / "sensitivity.json")
         metrics["mixed"] = {key: found[key] for key in ("cost", "budget", "spent", "divergence")}
     if outcome is not None:
-        metrics["teacher_divergence"] = outcome.agreement
+        metrics["teacher_divergence"] = outcome.divergence
         metrics["history"] = outcome.history
         if outcome.best is not None and selected.startswith("qat"):
             epoch, score = outcome.best

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..models.base import Detector
-from ..quantization.inspection import Inspection, describe
-from ..quantization.output_quantizers import count_joins
+from ..quantization.inspection import Inspection, list_layers
+from ..quantization.output_quantizers import count_adds_and_concats
 from ..runs.loading import load_model
 from .evaluate import evaluate as evaluate
 
@@ -15,7 +15,7 @@ def inspect(model: str | Path | Detector, *, trust: bool = False) -> Inspection:
     """Every conv and linear layer of a detector or a run, its shape, MACs and bits; how many of its
     sums and concatenations of activations are quantized."""
     detector = model if isinstance(model, Detector) else load_model(model, trust=trust)
-    layers, joins = describe(detector), count_joins(detector)
+    layers, joins = list_layers(detector), count_adds_and_concats(detector)
     return Inspection(
         detector.source, detector.family, detector.image_size, layers, joins, tuple(detector.names)
     )

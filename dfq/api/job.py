@@ -56,26 +56,26 @@ class Job:
         """
         with ExitStack() as stack:
             world = stack.enter_context(gathered())
-            with world.leader_first():
+            with world.main_process_first():
                 if out is not None:
                     out = user_path(out)
                     require_output_folder(out, "out")
                 target = own_device(world, device)
-            yield cls(world, target, reporter(progress, world.leads), out, stack)
+            yield cls(world, target, reporter(progress, world.is_main_process), out, stack)
 
     @property
-    def leads(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this is the process that writes and reports."""
-        return self.world.leads
+        return self.world.is_main_process
 
-    def leader_first(self) -> AbstractContextManager[None]:
+    def main_process_first(self) -> AbstractContextManager[None]:
         """The leading process goes through the block before the others, who end where it fails: a
         mistake of the user's is told once."""
-        return self.world.leader_first()
+        return self.world.main_process_first()
 
-    def share(self, value: Shared | None) -> Shared:
+    def broadcast(self, value: Shared | None) -> Shared:
         """The leading process's value, in all processes."""
-        shared: Shared = self.world.share(value)
+        shared: Shared = self.world.broadcast(value)
         return shared
 
     def float_detector(self, model: str | Path | Detector | None, *, trust: bool) -> Detector:

@@ -70,11 +70,11 @@ def prepare(
         UserError: for the first thing that does not fit.
     """
     source = model if model is not None else recipe.model
-    with job.leader_first():
-        made_from = origin_for(data) if source is None and job.leads else None
+    with job.main_process_first():
+        made_from = origin_for(data) if source is None and job.is_main_process else None
     # The same for all, whatever is finished in the cache meanwhile.
-    made_from = job.world.share(made_from)
-    with job.leader_first():
+    made_from = job.world.broadcast(made_from)
+    with job.main_process_first():
         if made_from is not None:
             source = made_from.model
             detector = require_float(made_from.load(trust=trust, device=job.device))
@@ -87,9 +87,9 @@ def prepare(
         pictures = photographs(photos, recipe, detector)
         # Known from here on, to all that is made of this network.
         outline(detector)
-        teacher = fold(detector.twin())
+        teacher = fold(detector.clone())
         section = recipe.quantization
-        insert_quantizers(teacher.twin(), section.policy())
+        insert_quantizers(teacher.clone(), section.policy())
         if section.mixed.budget is not None:
             check_budget_can_be_kept(teacher, section.policy(), section)
         images = None if data is None else training_data(data, recipe, detector)
@@ -120,8 +120,8 @@ def begin_run(plan: Plan, images: LabelledImages, job: Job, name: str) -> Shared
     if plan.photos is not None:
         identity["photos"] = [str(plan.photos.source), len(plan.photos)]
     run = None
-    with job.leader_first():
-        if job.leads:
+    with job.main_process_first():
+        if job.is_main_process:
             numbered = f"{short_name(name)}-{short_name(Path(plan.detector.source).stem)}"
             run = open_run(job.out, Path("runs"), numbered, identity)
             if not run.finished:
@@ -129,7 +129,7 @@ def begin_run(plan: Plan, images: LabelledImages, job: Job, name: str) -> Shared
             if run.finished:
                 # Asked again: the one that held the lock before may have finished it.
                 check_run(run.folder)
-    folder, finished = job.share((run.folder, run.finished) if run else None)
+    folder, finished = job.broadcast((run.folder, run.finished) if run else None)
     shared = SharedRun(folder, finished, run)
     if run is not None and not finished:
         write_atomic(folder / "recipe.yaml", plan.recipe.to_yaml().encode())

@@ -77,7 +77,7 @@ def quantize(
             photos=photos,
             trust=trust,
         )
-        with job.leader_first():
+        with job.main_process_first():
             job.draw_curves(tensorboard, goes_on=True)
         images = plan.images
         if images is None:

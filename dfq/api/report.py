@@ -77,7 +77,7 @@ def drawing_of(
     Args:
         run: the run.
         metrics: what it measured.
-        student, layers: its network, and what `describe` says of that.
+        student, layers: its network, and what `list_layers` says of that.
         teacher: the folded float network.
         data: the whole set that it was made on.
         photos: real images that it was looked at on.

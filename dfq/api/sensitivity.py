@@ -53,9 +53,9 @@ def sensitivity(
     )
     section = settings.quantization
     with Job.start(device, progress) as job:
-        with job.leader_first():
+        with job.main_process_first():
             detector = job.float_detector(model, trust=trust)
-            teacher, policy = fold(detector.twin()), section.policy()
+            teacher, policy = fold(detector.clone()), section.policy()
             check_budget_can_be_kept(teacher, policy, section)
             calibration = None
             if data is not None:
@@ -63,7 +63,7 @@ def sensitivity(
         if calibration is None:
             calibration = synthesize(detector, settings, device=device, progress=job.progress)
         found = None
-        with job.leader_first():
-            if job.leads:
+        with job.main_process_first():
+            if job.is_main_process:
                 found = find_bits(teacher, policy, section, calibration, job.progress)
-        return job.share(found)
+        return job.broadcast(found)

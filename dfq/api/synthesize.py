@@ -69,7 +69,7 @@ def synthesize(
         synthesis__init=init,
     )
     with Job.start(device, progress, out=out) as job:
-        with job.leader_first():
+        with job.main_process_first():
             detector = job.float_detector(model, trust=trust)
             job.draw_curves(tensorboard)
         synthesis = settings.synthesis

@@ -286,7 +286,7 @@ def _reference(
     detector = origin.detecting
     assert isinstance(detector, Detector)
     if origin.manifest is None:
-        return fold(detector.twin())
+        return fold(detector.clone())
     policy = Policy.from_dict(origin.manifest["policy"])
     if info.runtime == "torch" or is_placed_for(policy, info.runtime):
         return detector

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..runtime.files import require_apart
-from .options import FILE, mendable, output_file, write_json_output, write_output
+from .options import FILE, output_file, report_user_errors, write_json_output, write_output
 
 if TYPE_CHECKING:
     from ..runs.comparison import Row
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True)
 @click.option("--csv", "csv_file", type=FILE, help="Write the table here.")
 @click.option("--json", "json_file", type=FILE, help="Write the rows here.")
-@mendable
+@report_user_errors
 def compare(
     runs: tuple[str, ...], csv_file: str | Path | None, json_file: str | Path | None
 ) -> None:

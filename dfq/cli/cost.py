@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .options import FILE, checkpoint_option, mendable, output_file, write_json_output
+from .options import FILE, checkpoint_option, output_file, report_user_errors, write_json_output
 
 
 @click.command(short_help="Count operations, bytes and energy, layer by layer.")
@@ -25,7 +25,7 @@ from .options import FILE, checkpoint_option, mendable, output_file, write_json_
 )
 @click.option("--json", "json_file", type=FILE, help="Write the result here.")
 @click.option("--trust", is_flag=True, help="Run what is in the checkpoint.")
-@mendable
+@report_user_errors
 def cost(
     model: str,
     image_size: int | None,

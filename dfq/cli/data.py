@@ -13,9 +13,9 @@ from ..runtime.files import require_apart, require_not_read, user_path
 from .options import (
     FILE,
     PATH,
-    mendable,
     output_file,
     output_folder,
+    report_user_errors,
     tell_quality,
     write_json_output,
     write_output,
@@ -47,7 +47,7 @@ def data() -> None:
 @click.argument("source", metavar="SET")
 @click.option("--grid", type=FILE, help="Write a PNG of its first images.")
 @click.option("--json", "json_file", type=FILE, help="Write the figures here.")
-@mendable
+@report_user_errors
 def show(source: str, grid: str | Path | None, json_file: str | Path | None) -> None:
     """Say what is in a SET: a calibration set, a real one, or a folder of photos."""
     from rich.console import Console
@@ -99,7 +99,7 @@ def _require_apart_from_set(
 
 @data.command()
 @click.argument("folder", metavar="DIR", type=PATH)
-@mendable
+@report_user_errors
 def verify(folder: Path) -> None:
     """Check the set in DIR against what it was when it was made."""
     from ..data.calibration_set import CalibrationSet
@@ -136,7 +136,7 @@ def verify(folder: Path) -> None:
     help="With --for: side of the network's input, to which real images are letterboxed.",
 )
 @click.option("--out", type=PATH, required=True, help="A new folder.")
-@mendable
+@report_user_errors
 def export(
     source: str, layout: str | None, tool: str | None, image_size: int | None, out: Path
 ) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from ..errors import shown
-from .options import PATH, checkpoint_option, common_options, mendable, output_folder
+from .options import PATH, checkpoint_option, common_options, output_folder, report_user_errors
 
 
 def _list_targets(context: click.Context, option: click.Parameter, value: bool) -> None:
@@ -47,7 +47,7 @@ def _list_targets(context: click.Context, option: click.Parameter, value: bool) 
     help="Override a value of the recipe that the target does not fix.",
 )  # fmt: skip
 @common_options
-@mendable
+@report_user_errors
 def deploy(
     model: str,
     target: str,

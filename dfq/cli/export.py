@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from ..errors import UserError, shown
-from .options import FILE, checkpoint_option, mendable
+from .options import FILE, checkpoint_option, report_user_errors
 
 
 @click.command(short_help="Write a file that a runtime executes.")
@@ -45,7 +45,7 @@ from .options import FILE, checkpoint_option, mendable
     help="NMS within the file, of boxes with at least this score (0.25 if none is given).",
 )
 @click.option("--trust", is_flag=True, help="Run what is in the checkpoint.")
-@mendable
+@report_user_errors
 def export(
     model: str,
     out: str,

@@ -23,9 +23,9 @@ from .options import (
     F,
     checkpoint_option,
     common_options,
-    mendable,
     output_file,
     output_folder,
+    report_user_errors,
     require_streams,
     settings_of,
     settings_options,
@@ -96,7 +96,7 @@ def cli() -> None:
 @_tensorboard
 @settings_options
 @common_options
-@mendable
+@report_user_errors
 def synthesize(
     model: str,
     out: Path | None,
@@ -120,7 +120,7 @@ def synthesize(
     """
     from ..api.synthesize import synthesize as verb
     from ..recipe import as_noise
-    from ..runtime.distributed import leads
+    from ..runtime.distributed import is_main_process
     from ..runtime.progress import Live
 
     init, iterations, labels = as_noise(init, iterations, labels, overrides)
@@ -145,7 +145,7 @@ def synthesize(
         workers=workers,
         tensorboard=output_folder(tensorboard, "tensorboard"),
     )
-    if not leads():
+    if not is_main_process():
         return
     objects = sum(len(label) for label in made.labels)
     tell_quality(made)
@@ -193,7 +193,7 @@ def synthesize(
 @_tensorboard
 @settings_options
 @common_options
-@mendable
+@report_user_errors
 def qat(
     recipe: str,
     model: str | None,
@@ -216,7 +216,7 @@ def qat(
     from ..recipe import find_recipe
     from ..runs.comparison import number
     from ..runs.folder import read_metrics
-    from ..runtime.distributed import leads
+    from ..runtime.distributed import is_main_process
     from ..runtime.progress import Live
 
     settings = settings_of(
@@ -240,7 +240,7 @@ def qat(
         progress=Live(),
         tensorboard=output_folder(tensorboard, "tensorboard"),
     )
-    if not leads():
+    if not is_main_process():
         return
     metrics = read_metrics(folder)
     share = metrics["quantized_share_of_macs"]
@@ -279,7 +279,7 @@ def qat(
 )
 @click.option("--json", "json_file", type=FILE, help="Write the result here.")
 @common_options
-@mendable
+@report_user_errors
 def evaluate(
     model: str,
     data: str,
@@ -319,7 +319,7 @@ def evaluate(
 @checkpoint_option
 @click.option("--json", "json_file", type=FILE, help="Write the result here.")
 @click.option("--trust", is_flag=True, help="Run what is in the checkpoint.")
-@mendable
+@report_user_errors
 def inspect(model: str, json_file: str | Path | None, trust: bool) -> None:
     """List every layer (shape, MACs, bits) and the categories."""
     from ..api.inspect import inspect as verb
@@ -339,7 +339,7 @@ def inspect(model: str, json_file: str | Path | None, trust: bool) -> None:
     show_default=True,
     help="Folder for all that it makes.",
 )
-@mendable
+@report_user_errors
 def demo(out: Path) -> None:
     """dfq deploy of the small detector that comes with dfq, for onnxruntime on a CPU, and what it
     detects on scenes that nobody saw. Takes minutes.

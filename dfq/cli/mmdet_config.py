@@ -8,7 +8,7 @@ import click
 
 from ..errors import UserError
 from ..runtime.suggest import suggestion
-from .options import FILE, PATH, mendable, output_file, write_output
+from .options import FILE, PATH, output_file, report_user_errors, write_output
 
 
 @click.command("mmdet-config", short_help="Write a config for mmdet's own training script.")
@@ -25,7 +25,7 @@ from .options import FILE, PATH, mendable, output_file, write_output
 )
 @click.option("--out", type=FILE, show_default="BASE-RECIPE.py here", help="File.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value.")
-@mendable
+@report_user_errors
 def mmdet_config(
     base: Path,
     recipe: str,

@@ -58,7 +58,7 @@ def _fail(message: str) -> None:
     sys.exit(2)
 
 
-def mendable(command: F) -> F:
+def report_user_errors(command: F) -> F:
     """Turn what the user can mend into one line and exit code 2; leave bugs their traceback."""
 
     resumed = command.__name__ in _RESUMED

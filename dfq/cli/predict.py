@@ -13,9 +13,9 @@ from .options import (
     PATH,
     checkpoint_option,
     common_options,
-    mendable,
     output_file,
     output_folder,
+    report_user_errors,
     write_json_output,
 )
 
@@ -56,7 +56,7 @@ _STDOUT = "-"
 )
 @click.option("--image-size", type=int, show_default="the model's", help="Side in pixels.")
 @common_options
-@mendable
+@report_user_errors
 def predict(
     model: str,
     images: tuple[str, ...],

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .options import FILE, PATH, mendable
+from .options import FILE, PATH, report_user_errors
 
 
 @click.command(short_help="Draw the page of a run: one HTML file to show.")
@@ -14,7 +14,7 @@ from .options import FILE, PATH, mendable
 @click.option(
     "--out", metavar="FILE.html", type=FILE, show_default="RUN/report.html", help="The page."
 )
-@mendable
+@report_user_errors
 def report(run: Path, out: str | None) -> None:
     """Draw the page of a finished run as one HTML file: what was done, how close it came, on which
     images, and at what cost.

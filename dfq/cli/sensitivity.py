@@ -10,8 +10,8 @@ from .options import (
     FILE,
     checkpoint_option,
     common_options,
-    mendable,
     output_file,
+    report_user_errors,
     settings_of,
     settings_options,
     write_json_output,
@@ -51,7 +51,7 @@ from .options import (
 @click.option("--json", "json_file", type=FILE, help="Write the result here.")
 @settings_options
 @common_options
-@mendable
+@report_user_errors
 def sensitivity(
     model: str,
     data: str | None,
@@ -70,7 +70,7 @@ def sensitivity(
     Recipes with quantization.mixed.budget do this by themselves.
     """
     from ..api.sensitivity import sensitivity as verb
-    from ..runtime.distributed import leads
+    from ..runtime.distributed import is_main_process
     from ..runtime.progress import Live
     from .tables import print_sensitivity
 
@@ -84,7 +84,7 @@ def sensitivity(
         quantization__mixed__images=images,
     )
     found = verb(model, settings, data=data, device=device, trust=trust, progress=Live())
-    if not leads():
+    if not is_main_process():
         return
     print_sensitivity(found, model)
     write_json_output(json_file, found.to_dict())

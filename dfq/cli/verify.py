@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from ..errors import shown
-from .options import FILE, mendable, output_file, write_json_output
+from .options import FILE, output_file, report_user_errors, write_json_output
 
 
 @click.command(short_help="Tell whether an exported file is right, and computes in integers.")
@@ -39,7 +39,7 @@ from .options import FILE, mendable, output_file, write_json_output
     help="That the runtime may use.",
 )
 @click.option("--trust", is_flag=True, help="Run what is in the checkpoint.")
-@mendable
+@report_user_errors
 def verify(
     file: str,
     against: str,

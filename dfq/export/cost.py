@@ -29,7 +29,7 @@ from torch import nn
 
 from ..errors import UserError, argument, shown
 from ..models.base import Detector
-from ..quantization.inspection import FLOAT_BITS, LayerInfo, describe
+from ..quantization.inspection import FLOAT_BITS, LayerInfo, list_layers
 from ..runtime.files import user_path
 from .activations import Call, watch_activations
 
@@ -152,7 +152,7 @@ def detector_cost(detector: Detector, image_size: int) -> Cost:
     seen = watch_activations(detector, image_size)
     alive, as_float = seen.alive(), seen.alive(as_float=True)
     layers, floats = [], []
-    for row in describe(detector, image_size):
+    for row in list_layers(detector, image_size):
         weights = _weights(detector.module.get_submodule(row.name))
         calls = seen.calls.get(row.name, [])
         layers.append(

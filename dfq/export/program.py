@@ -81,7 +81,7 @@ def as_program(detector: Detector, runtime: str, *, in_place: bool = False) -> D
         runtime: a key of `PLACEMENTS`, or "torch".
         in_place: change `detector` itself.
     """
-    detector = detector if in_place else detector.twin()
+    detector = detector if in_place else detector.clone()
     where = PLACEMENTS.get(runtime)
     signed = where is not None and where.signed
     floating = runtime == "litert"

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..graph.fold_batchnorm import fold
 from ..models import from_spec
 from ..models.base import Detector
-from ..quantization.calibration import observe, set_range
+from ..quantization.calibration import run_observers, set_range
 from ..quantization.factors import bound_factors
 from ..quantization.insertion import insert_quantizers
 from ..quantization.policy import Policy
@@ -58,7 +58,7 @@ def place_for(
         # Of quantizers only those of weights: all others may have come to be shared.
         if name in state and (".weight_quantizer." in name or "_quantizer" not in name):
             tensor.copy_(state[name])
-    values = observe(made, batches)
+    values = run_observers(made, batches)
     for name, quantizer in activation_quantizers(made.module):
         before = kept[quantizer]
         alike = before and all(_agree(before[0], other) for other in before)

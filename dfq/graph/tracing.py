@@ -64,7 +64,7 @@ class Value:
         live: whether it comes from quantized layers alone, through whatever functions.
         predicted: whether it comes from the layers that give the predictions.
         operands: of a sum, a concatenation or an average of activations; empty for all others.
-        readers: names of the functions that read it.
+        consumers: names of the functions that read it.
         sources: what a function was given of layers' or functions'; empty for layers.
     """
 
@@ -74,13 +74,13 @@ class Value:
     predicted: bool
     operands: tuple[Value, ...] = ()
     function: str = ""
-    readers: set[str] = field(default_factory=set)
+    consumers: set[str] = field(default_factory=set)
     sources: tuple[Value, ...] = ()
 
     @property
-    def reader(self) -> str | None:
+    def consumer(self) -> str | None:
         """The only function that reads it; None where there are several."""
-        return next(iter(self.readers)) if len(self.readers) == 1 else None
+        return next(iter(self.consumers)) if len(self.consumers) == 1 else None
 
 
 class _Frame(NamedTuple):
@@ -149,7 +149,7 @@ class Trace(TorchFunctionMode):
             return result
         for seen in known:
             if not seen.rectified:
-                seen.value.readers.add(name)
+                seen.value.consumers.add(name)
         if name == "relu":
             self._note(outputs, _Seen(known[0].value, True))
         else:

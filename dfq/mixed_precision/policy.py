@@ -49,8 +49,8 @@ def choose_bits(
     policy = section.policy()
     if section.mixed.budget is None:
         return policy
-    with world.leader_first():
-        if world.leads:
+    with world.main_process_first():
+        if world.is_main_process:
             path = folder / "sensitivity.json"
             if not path.is_file():
                 found = find_bits(teacher, policy, section, data, progress)
@@ -58,7 +58,7 @@ def choose_bits(
                 log(f"bits by layer: {found.spent:.4g} of {found.budget:.4g} {found.kind}")
             overrides = read_bits(path)["overrides"]
             policy = replace(policy, overrides=(*policy.overrides, *overrides.items()))
-    shared: Policy = world.share(policy)
+    shared: Policy = world.broadcast(policy)
     return shared
 
 

@@ -18,12 +18,12 @@ from ..graph.outline import outline
 from ..models.base import Detector
 from ..models.divergence import summed_divergence
 from ..ptq.block_cache import BlockOutputCache
-from ..ptq.gptq import PLACES, is_too_wide, reconstruct_layer
+from ..ptq.gptq import SAMPLES, gptq_quantize_layer, is_too_wide
 from ..ptq.input_moments import Moments, MomentSums, execution_order, inputs_of
 from ..quantization.bit_widths import Widths, format_widths
-from ..quantization.calibration import observe, set_range, set_weight_range
+from ..quantization.calibration import run_observers, set_range, set_weight_range
 from ..quantization.insertion import insert_quantizers
-from ..quantization.inspection import FLOAT_KINDS, LayerInfo, describe
+from ..quantization.inspection import FLOAT_KINDS, LayerInfo, list_layers
 from ..quantization.layers import QuantConv2d, QuantLinear
 from ..quantization.policy import Policy
 from ..quantization.quantizers import Quantizer
@@ -73,7 +73,7 @@ def choices(
     """Every layer and the widths it may have under `policy`; see `LayerSensitivity.widths`."""
     edge = outline(detector).edge
     found: list[tuple[LayerInfo, tuple[Widths, ...]]] = []
-    for row in describe(detector):
+    for row in list_layers(detector):
         fixed = policy.bits_for(row.name, row.name in edge, detector.backbone)
         if row.kind in FLOAT_KINDS:
             found.append((row, ()))
@@ -136,13 +136,13 @@ def measure(
     # One layer at a time: what others share with it is not to be quantized along.
     grids = "asymmetric" if policy.asymmetric else "symmetric"
     alone = replace(policy, placement="inputs", activations=grids)
-    student = insert_quantizers(teacher.twin(), alone)
+    student = insert_quantizers(teacher.clone(), alone)
     for _, each in quantized_layers(student.module):
         # Of the placement, this is what a layer has of its own.
         each.weight_quantizer.narrow = policy.where.narrow_weights
     for _, quantizer in activation_quantizers(student.module):
         quantizer.unsigned = policy.unsigned
-    values = observe(student, known)
+    values = run_observers(student, known)
     calls = execution_order(student.module, lambda: student.raw(images[0][:1]))
     free = {info.name: widths for info, widths in options if len(widths) > 1}
     # As they run, so that what comes before a layer need not be computed again; first those that
@@ -226,7 +226,7 @@ class _Layer:
         set_weight_range(self.layer, self.search)
         self.layer.input_quantizer = self.inputs[widths[1]]
         if moments is not None:
-            reconstruct_layer(self.layer, self.original, moments)
+            gptq_quantize_layer(self.layer, self.original, moments)
         try:
             yield
         finally:
@@ -238,7 +238,7 @@ class _Layer:
         """Of what it is given in the float `network`, in `calls` calls of a pass, with and without
         a quantizer: by the bits of that, one pass for all of them."""
         sums = {
-            bits: MomentSums(self.layer, PLACES, batches * calls, Generator().manual_seed(0))
+            bits: MomentSums(self.layer, SAMPLES, batches * calls, Generator().manual_seed(0))
             for bits in self.inputs
         }
         off = self.layer.input_quantizer

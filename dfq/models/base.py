@@ -219,7 +219,7 @@ class Detector(ABC):
         self.module.to(device)
         return self
 
-    def twin(self) -> Detector:
+    def clone(self) -> Detector:
         """An independent copy: same family, same weights, its own module (to become a student)."""
         return copy.deepcopy(self)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..graph.execution import calls_in_order, last_layer_of_block
 from ..models.base import Detector
 from ..models.divergence import summed_divergence
-from ..quantization.calibration import observe
+from ..quantization.calibration import run_observers
 from ..quantization.margins import with_contrast
 from ..quantization.quantizers import Quantizer
 from ..quantization.traversal import activation_quantizers, float_mode
@@ -92,7 +92,7 @@ def refine_grids(
     if not narrow:
         return
     with float_mode(student.module), student.following(teacher, batches):
-        values = observe(student, batches)
+        values = run_observers(student, batches)
         order = list(calls_in_order(narrow.items(), lambda: student.raw(batches[0][:1])))
         blocks = student.blocks()
         ended = last_layer_of_block(order, blocks)

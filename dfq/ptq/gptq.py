@@ -33,8 +33,8 @@ from ..quantization.traversal import activation_quantizers, quantized_layers
 from .block_cache import BlockOutputCache
 from .input_moments import Moments, MomentSums, execution_order, inputs_of
 
-PLACES = 24_000
-"""Output places looked at in each layer: ten for each input of the widest ones."""
+SAMPLES = 24_000
+"""Output samples looked at in each layer: ten for each input of the widest ones."""
 
 WIDEST = 16_384
 """Inputs of a layer from whose second moments weights are still rounded: 1 GiB, of which several
@@ -43,17 +43,17 @@ are needed at a time. Weights of wider layers are rounded to the nearest level."
 CROWDED = 20.0
 """How much stronger the pull towards the float weights is for each input a place has to settle."""
 
-SHARES = (0.5, 0.58, 0.66, 0.74, 0.82, 0.9, 1.0)
+CLIP_RATIOS = (0.5, 0.58, 0.66, 0.74, 0.82, 0.9, 1.0)
 """Shares of a channel's full range that its grid may span."""
 
 SIDES = ((1.0, 1.0), (0.8, 1.0), (0.6, 1.0), (1.0, 0.8), (1.0, 0.6))
 """How much of such a share below and above zero an asymmetric grid may span."""
 
-TOGETHER = 1 << 24
+MAX_WEIGHTS_PER_CHUNK = 1 << 24
 """Weights rounded at once, to as many grids as these are enough for."""
 
 DAMPING, RIDGE = 0.1, 0.1
-"""See `round_compensated` and `aim`."""
+"""See `gptq_round` and `target_weights`."""
 
 BLOCK = 64
 """Columns rounded before the remaining ones are corrected; changes speed alone."""
@@ -86,7 +86,7 @@ def _inverse_root(matrix: Tensor, share: float) -> Tensor:
         share = max(10 * share, 1e-6)
 
 
-def aim(weight: Tensor, moments: Moments, ridge: float) -> Tensor:
+def target_weights(weight: Tensor, moments: Moments, ridge: float) -> Tensor:
     """The real-valued weights that, on the quantized network's inputs, come closest to the float
     layer's outputs.
 
@@ -94,20 +94,20 @@ def aim(weight: Tensor, moments: Moments, ridge: float) -> Tensor:
         weight: of the float layer, `(g, o, k)`.
         moments: centred, where the layer has a bias to take up the means.
         ridge: r of the module's equation, in mean variances of an input, for moments of many
-            places; with few, chance correlations are many and the pull is stronger.
+            samples; with few, chance correlations are many and the pull is stronger.
 
     Returns:
         `(g, o, k)`.
     """
-    second = _damped(moments.second, ridge * (1 + CROWDED * moments.crowding))
-    pull = (second - moments.second).diagonal(dim1=1, dim2=2).unsqueeze(1)
+    hessian = _damped(moments.hessian, ridge * (1 + CROWDED * moments.inputs_per_sample))
+    pull = (hessian - moments.hessian).diagonal(dim1=1, dim2=2).unsqueeze(1)
     right = weight @ moments.cross + weight * pull
-    return torch.linalg.solve(second, right, left=False)
+    return torch.linalg.solve(hessian, right, left=False)
 
 
-def round_compensated(
+def gptq_round(
     target: Tensor,
-    second: Tensor,
+    hessian: Tensor,
     scale: Tensor,
     least: Tensor | int,
     largest: Tensor | int,
@@ -118,7 +118,7 @@ def round_compensated(
 
     Args:
         target: `(g, o, k)`.
-        second: second moments of the inputs, `(g, k, k)`.
+        hessian: second moments of the inputs, `(g, k, k)`.
         scale: step sizes, broadcastable to `(g, o)`.
         least, largest: integers of the grid's ends, broadcastable to `(g, o)`.
         damping: added to the diagonal, in mean variances of an input.
@@ -126,16 +126,16 @@ def round_compensated(
     Returns:
         `(g, o, k)`: `scale` times integers.
     """
-    return _round(target, *_elimination(second, damping), scale, least, largest)
+    return _round(target, *_elimination(hessian, damping), scale, least, largest)
 
 
-def _elimination(second: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+def _elimination(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """In which order inputs are rounded `(g, k)`, and how much each of those to come makes up for
     one: the upper root of the inverse second moments in that order, `(g, k, k)`."""
     # The inputs with most power first, while there are most left to make up for them.
-    order = second.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)
-    rows = order.unsqueeze(2).expand_as(second)
-    ordered = second.gather(1, rows).gather(2, order.unsqueeze(1).expand_as(second))
+    order = hessian.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)
+    rows = order.unsqueeze(2).expand_as(hessian)
+    ordered = hessian.gather(1, rows).gather(2, order.unsqueeze(1).expand_as(hessian))
     return order, _inverse_root(ordered, damping)
 
 
@@ -171,7 +171,7 @@ def _round(
 
 
 @torch.no_grad()
-def best_grid(quantizer: Quantizer, target: Tensor, second: Tensor, *, damping: float) -> Tensor:
+def best_grid(quantizer: Quantizer, target: Tensor, hessian: Tensor, *, damping: float) -> Tensor:
     """Rounded weights on the grid that lets them come closest, which `quantizer` is set to.
 
     Tried are the grid it has, and those from the full range down to half of it, where they are
@@ -180,7 +180,7 @@ def best_grid(quantizer: Quantizer, target: Tensor, second: Tensor, *, damping: 
 
     Args:
         quantizer: of the weights.
-        target, second: see `round_compensated`.
+        target, hessian: see `gptq_round`.
 
     Returns:
         `(g, o, k)`.
@@ -188,11 +188,11 @@ def best_grid(quantizer: Quantizer, target: Tensor, second: Tensor, *, damping: 
     groups, outputs, inputs = target.shape
     single = quantizer.channels == 1
     scales, zeros = _candidates(quantizer, target)
-    elimination = _elimination(second, damping)
+    elimination = _elimination(hessian, damping)
     best = torch.full((groups, outputs), torch.inf, device=target.device)
     result, chosen = torch.empty_like(target), torch.zeros_like(best, dtype=torch.long)
     qmin, qmax = quantizer.bounds
-    at_once = max(1, TOGETHER // target.numel())
+    at_once = max(1, MAX_WEIGHTS_PER_CHUNK // target.numel())
     for start in range(0, len(scales), at_once):
         # Grids of the same weights are rounded side by side, as if they were outputs of their own.
         some = slice(start, start + at_once)
@@ -201,7 +201,7 @@ def best_grid(quantizer: Quantizer, target: Tensor, second: Tensor, *, damping: 
         rounded = _round(repeated, *elimination, scale, qmin - zero, qmax - zero)
         rounded = rounded.view(groups, -1, outputs, inputs)
         off = rounded - target.unsqueeze(1)
-        error = ((off @ second.unsqueeze(1)) * off).sum(3)
+        error = ((off @ hessian.unsqueeze(1)) * off).sum(3)
         if single:
             error = error.sum((0, 2), keepdim=True).expand_as(error)
         least, where = error.min(dim=1)
@@ -229,7 +229,7 @@ def _candidates(quantizer: Quantizer, target: Tensor) -> tuple[Tensor, Tensor]:
     else:
         found = [tuple(v.reshape(groups, outputs) for v in present)]
     sides = SIDES if quantizer.asymmetric else SIDES[:1]
-    for share in SHARES:
+    for share in CLIP_RATIOS:
         for below, above in sides:
             ends = low * (share * below), high * (share * above)
             found.append(grid_between(*ends, quantizer.bits, quantizer.asymmetric))
@@ -238,7 +238,7 @@ def _candidates(quantizer: Quantizer, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def reconstruct_layer(
+def gptq_quantize_layer(
     layer: QuantConv2d | QuantLinear,
     original: nn.Module,
     moments: Moments,
@@ -251,12 +251,12 @@ def reconstruct_layer(
     weight, bias = original.weight, original.bias
     assert isinstance(weight, Tensor)
     shape = weight.shape
-    groups = moments.second.shape[0]
+    groups = moments.hessian.shape[0]
     start = weight.detach().float().reshape(groups, shape[0] // groups, -1)
     # A bias takes up whatever the means are; without one the weights have to.
     seen = moments if bias is None else moments.centred()
-    target = aim(start, seen, ridge)
-    rounded = best_grid(layer.weight_quantizer, target, seen.second, damping=damping)
+    target = target_weights(start, seen, ridge)
+    rounded = best_grid(layer.weight_quantizer, target, seen.hessian, damping=damping)
     layer.weight.copy_(rounded.reshape(shape))
     if bias is not None:
         assert isinstance(bias, Tensor)
@@ -293,7 +293,7 @@ def is_too_wide(layer: QuantConv2d | QuantLinear) -> bool:
 
 
 @torch.no_grad()
-def reconstruct(
+def gptq_quantize(
     student: Detector,
     teacher: Detector,
     images: Tensor,
@@ -311,7 +311,7 @@ def reconstruct(
             place: its weights lie on their grids afterwards, and its biases are corrected.
         teacher: the float detector it is a twin of, folded.
         images: uint8 `(n, 3, h, w)`, RGB.
-        damping, ridge: see `round_compensated` and `aim`.
+        damping, ridge: see `gptq_round` and `target_weights`.
         batch_size: images of one forward pass.
         progress: called with layers done and layers in all.
 
@@ -335,13 +335,13 @@ def reconstruct(
             layer, original = layers[name], teacher.module.get_submodule(name)
             if not is_too_wide(layer):
                 draw = Generator().manual_seed(done)
-                sums = MomentSums(layer, PLACES, len(batches) * calls, draw)
+                sums = MomentSums(layer, SAMPLES, len(batches) * calls, draw)
                 for number in range(len(batches)):
                     x_of_calls = inputs_of(layer, calls, partial(ours.run, number))
                     y_of_calls = inputs_of(original, calls, partial(theirs.run, number))
                     for x, y in zip(x_of_calls, y_of_calls, strict=True):
                         sums.add(x, y)
-                reconstruct_layer(layer, original, sums.moments(), damping=damping, ridge=ridge)
+                gptq_quantize_layer(layer, original, sums.moments(), damping=damping, ridge=ridge)
             if name in ended:
                 ours.finish(ended[name])
                 theirs.finish(ended[name])

@@ -1,4 +1,4 @@
-"""What a quantized layer and its float original see at the same places, as second moments."""
+"""What a quantized layer and its float original see at the same samples, as second moments."""
 
 from __future__ import annotations
 
@@ -38,27 +38,27 @@ def inputs_of(layer: nn.Module, calls: int, run: Callable[[], object]) -> list[T
     return seen
 
 
-def columns(layer: nn.Module, x: Tensor, places: Tensor) -> Tensor:
+def columns(layer: nn.Module, x: Tensor, samples: Tensor) -> Tensor:
     """The inputs of single output elements.
 
     Args:
         layer: a convolution or linear layer.
         x: its input `(n, c, h, w)`, or `(..., c)` for a linear layer.
-        places: int64 `(m,)`, flat indices into the output's places: `(n, oh, ow)`, or `(...)`.
+        samples: int64 `(m,)`, flat indices into the output's samples: `(n, oh, ow)`, or `(...)`.
 
     Returns:
         float32 `(groups, m, k)`: with the weight as `(groups, out / groups, k)`, the output at the
-        places is `columns @ weight.mT` plus the bias.
+        samples is `columns @ weight.mT` plus the bias.
     """
     if isinstance(layer, nn.Linear):
-        return x.reshape(-1, x.shape[-1])[places][None].float()
+        return x.reshape(-1, x.shape[-1])[samples][None].float()
     assert isinstance(layer, nn.Conv2d)
     (kernel_y, kernel_x), (stride_y, stride_x) = layer.kernel_size, layer.stride
     dilation_y, dilation_x = layer.dilation
     height, width = output_size(layer, x)
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     padded = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-    image, place = places // (height * width), places % (height * width)
+    image, place = samples // (height * width), samples % (height * width)
     top, left = place // width * stride_y, place % width * stride_x
     rows = top[:, None] + dilation_y * torch.arange(kernel_y, device=x.device)
     across = left[:, None] + dilation_x * torch.arange(kernel_x, device=x.device)
@@ -66,7 +66,7 @@ def columns(layer: nn.Module, x: Tensor, places: Tensor) -> Tensor:
     taken = padded.permute(0, 2, 3, 1)[image[:, None, None], rows[:, :, None], across[:, None, :]]
     groups = layer.groups
     taken = taken.unflatten(3, (groups, x.shape[1] // groups)).permute(3, 0, 4, 1, 2)
-    return taken.reshape(groups, len(places), -1).float()
+    return taken.reshape(groups, len(samples), -1).float()
 
 
 def output_size(layer: nn.Conv2d, x: Tensor) -> tuple[int, int]:
@@ -82,7 +82,7 @@ def output_size(layer: nn.Conv2d, x: Tensor) -> tuple[int, int]:
 
 
 def place_count(layer: nn.Module, x: Tensor) -> int:
-    """Number of output places `columns` can be asked for."""
+    """Number of output samples `columns` can be asked for."""
     if isinstance(layer, nn.Conv2d):
         height, width = output_size(layer, x)
         return len(x) * height * width
@@ -94,50 +94,50 @@ class Moments:
     """Moments of a layer's inputs over the calibration images.
 
     With x what the quantized network gives the layer and y what the float one gives at the same
-    places, all `(groups, ...)`:
+    samples, all `(groups, ...)`:
 
     Attributes:
-        second: E[x x^T] `(groups, k, k)`.
+        hessian: E[x x^T] `(groups, k, k)`.
         cross: E[y x^T] `(groups, k, k)`.
         mean: E[x] `(groups, k)`.
         float_mean: E[y] `(groups, k)`.
-        places: how many the averages are over.
+        samples: how many the averages are over.
     """
 
-    second: Tensor
+    hessian: Tensor
     cross: Tensor
     mean: Tensor
     float_mean: Tensor
-    places: int
+    samples: int
 
     @property
-    def crowding(self) -> float:
+    def inputs_per_sample(self) -> float:
         """Inputs for each place looked at: how far moments of that many are from settled."""
-        return self.second.shape[1] / self.places
+        return self.hessian.shape[1] / self.samples
 
     def centred(self) -> Moments:
         """The same about the means: covariances, and means of zero."""
-        second = self.second - self.mean.unsqueeze(2) * self.mean.unsqueeze(1)
+        hessian = self.hessian - self.mean.unsqueeze(2) * self.mean.unsqueeze(1)
         cross = self.cross - self.float_mean.unsqueeze(2) * self.mean.unsqueeze(1)
         zero = torch.zeros_like(self.mean)
-        return Moments(second, cross, zero, zero, self.places)
+        return Moments(hessian, cross, zero, zero, self.samples)
 
 
 class MomentSums:
-    """Adds up `Moments` batch by batch, over a sample of the places.
+    """Adds up `Moments` batch by batch, over a sample of the samples.
 
     Args:
         layer: the quantized layer.
-        places: how many output places are looked at in all.
+        samples: how many output samples are looked at in all.
         batches: over how many calls of `add` they are spread.
         generator: draws them.
     """
 
     def __init__(
-        self, layer: QuantConv2d | QuantLinear, places: int, batches: int, generator: Generator
+        self, layer: QuantConv2d | QuantLinear, samples: int, batches: int, generator: Generator
     ) -> None:
         self.layer, self.generator = layer, generator
-        self.share = -(-places // max(1, batches))
+        self.share = -(-samples // max(1, batches))
         self.count = 0
         self.unpaired = False
         self._sums: list[Tensor] | None = None
@@ -150,8 +150,8 @@ class MomentSums:
         available = place_count(layer, ours)
         if ours.shape != theirs.shape:
             self.unpaired, theirs = True, ours
-        places = torch.randperm(available, generator=self.generator)[: self.share].to(ours.device)
-        x, y = columns(layer, ours, places), columns(layer, theirs, places)
+        samples = torch.randperm(available, generator=self.generator)[: self.share].to(ours.device)
+        x, y = columns(layer, ours, samples), columns(layer, theirs, samples)
         spread = x.var(correction=0) + y.var(correction=0) + 1e-12
         # Proposals of a two-stage detector, for one, need not be the same in both networks.
         if (x - y).square().mean() > UNPAIRED * spread:
@@ -161,12 +161,12 @@ class MomentSums:
             self._sums = sums
         else:
             torch._foreach_add_(self._sums, sums)
-        self.count += len(places)
+        self.count += len(samples)
 
     def moments(self) -> Moments:
         """What was added up; of unpaired inputs, the quantized network's stand for both."""
         assert self._sums is not None
-        second, cross, mean, float_mean = (total / self.count for total in self._sums)
+        hessian, cross, mean, float_mean = (total / self.count for total in self._sums)
         if self.unpaired:
-            cross, float_mean = second, mean
-        return Moments(second, cross, mean, float_mean, self.count)
+            cross, float_mean = hessian, mean
+        return Moments(hessian, cross, mean, float_mean, self.count)

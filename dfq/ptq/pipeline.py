@@ -15,7 +15,7 @@ from ..quantization.settings import Quantization
 from ..quantization.traversal import quantized_layers
 from ..runtime.progress import Progress
 from .activation_refinement import narrow_activations, refine_grids
-from .gptq import is_too_wide, reconstruct
+from .gptq import gptq_quantize, is_too_wide
 
 MARGIN_IMAGES = 16
 """Of the calibration, which tell where ranges depend on the contrast."""
@@ -59,7 +59,7 @@ def calibrate_and_round(
                     f"rounding: {name} has too many inputs for gptq: to the nearest level"
                 )
         with progress.task("rounding", 1, "layers") as task:
-            reconstruct(student, teacher, pixels[: section.rounding_images], progress=task.update)
+            gptq_quantize(student, teacher, pixels[: section.rounding_images], progress=task.update)
 
 
 def clip_strictly(module: nn.Module) -> None:
@@ -78,7 +78,7 @@ def quantized(
 ) -> Detector:
     """A twin of the folded `teacher` with quantizers; unless `data` is None calibrated on it, and
     its weights rounded as `section` says."""
-    student = insert_quantizers(teacher.twin(), policy)
+    student = insert_quantizers(teacher.clone(), policy)
     if section.ranges == "lsq":
         clip_strictly(student.module)
     if data is not None:

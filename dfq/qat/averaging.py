@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Average:
+class ExponentialMovingAverage:
     """Exponential moving average of parameters, with the decay ramped up over the first steps."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -32,7 +32,7 @@ class Average:
             average.copy_(kept)
 
 
-class Best:
+class BestCheckpoint:
     """The parameters with the highest score so far; the first of equals.
 
     Args:

@@ -36,7 +36,7 @@ def batch_variances(
     if images:
         rows[world.rank, 0] = images
         rows[world.rank, 1:] = feature_moments(features)
-    counts, means, variances = world.add_up(rows).unbind(1)
+    counts, means, variances = world.all_reduce_sum(rows).unbind(1)
     share = counts / counts.sum(dim=0)
     mean = (share * means).sum(dim=0)
     return (share * (variances + (means - mean).square())).sum(dim=0)
@@ -59,7 +59,9 @@ def add_up_gradients(world: World, parameters: Sequence[nn.Parameter], values: T
             parameter.grad = torch.zeros_like(parameter)
     gradients = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([*(g.reshape(-1) for g in gradients), values])
-    *parts, values = world.add_up(flat).split([*(g.numel() for g in gradients), len(values)])
+    *parts, values = world.all_reduce_sum(flat).split(
+        [*(g.numel() for g in gradients), len(values)]
+    )
     # Copied, for the gradients keep the memory layout of their parameters.
     torch._foreach_copy_(
         gradients, [part.view(g.shape) for part, g in zip(parts, gradients, strict=True)]

@@ -14,7 +14,7 @@ from ..quantization.traversal import quantized_layers
 from .settings import Distillation
 
 
-def held_layers(student: Detector, settings: Distillation) -> list[QuantConv2d | QuantLinear]:
+def frozen_layers(student: Detector, settings: Distillation) -> list[QuantConv2d | QuantLinear]:
     """The quantized layers whose integers stay what they were rounded to.
 
     With a `weight_lr` of 0 these are all of them but, with `train_last`, those that give the
@@ -34,7 +34,7 @@ def held_layers(student: Detector, settings: Distillation) -> list[QuantConv2d |
     ]
 
 
-class HeldLevels:
+class FrozenIntegers:
     """Keeps the integers of quantized weights while their step sizes are trained; `Quantizer.hold`.
 
     What the layers' state dicts say of the weights is what they are at the time, and a state that
@@ -55,18 +55,20 @@ class HeldLevels:
             ]
 
     def levels(self) -> list[Tensor]:
-        """The integers themselves, layer by layer: those that are held, not copies."""
+        """The integers themselves, layer by layer: those that are frozen, not copies."""
         return [
-            held for layer in self._layers if (held := layer.weight_quantizer.levels) is not None
+            frozen
+            for layer in self._layers
+            if (frozen := layer.weight_quantizer.levels) is not None
         ]
 
-    def release(self) -> None:
+    def unfreeze(self) -> None:
         """Leave the weights on the grid as it is now, to be rounded as any others."""
         for handle in self._handles:
             handle.remove()
         for layer in self._layers:
             _settle(layer)
-            layer.weight_quantizer.release()
+            layer.weight_quantizer.unfreeze()
 
 
 def _hold(layer: QuantConv2d | QuantLinear) -> None:

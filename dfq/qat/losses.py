@@ -42,7 +42,7 @@ def feature_distance(
     return torch.stack(terms).mean()
 
 
-class FeatureTaps:
+class FeatureHooks:
     """Keeps the outputs of named modules of the last forward pass.
 
     Args:
@@ -94,8 +94,8 @@ def training_terms(
     images: Tensor,
     targets: Targets,
     settings: Distillation,
-    ours: FeatureTaps,
-    theirs: FeatureTaps,
+    ours: FeatureHooks,
+    theirs: FeatureHooks,
     variances: Callable[[Mapping[str, Tensor]], Tensor | None] | None = None,
     precision: str = "float32",
 ) -> dict[str, Tensor]:
@@ -106,7 +106,7 @@ def training_terms(
         images: `(n, 3, h, w)`, RGB in [0, 1].
         targets: their labels; looked at only where the task term has a weight.
         settings: the `distillation` section of a recipe.
-        ours, theirs: taps on the distilled layers of student and teacher.
+        ours, theirs: feature_hooks on the distilled layers of student and teacher.
         variances: gives those of the teacher's features over all of the batch, `(layers,)`, where
             these images are a part of it; None, or giving None: over these images.
         precision: what convolutions compute in, "float32" or "bfloat16"; the terms are summed in

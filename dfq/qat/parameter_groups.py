@@ -16,9 +16,9 @@ from .settings import Distillation
 
 
 def require_gradients(
-    student: nn.Module, held: Sequence[QuantConv2d | QuantLinear], *, zero_points: bool = False
+    student: nn.Module, frozen: Sequence[QuantConv2d | QuantLinear], *, zero_points: bool = False
 ) -> None:
-    """Mark what training moves: every parameter but the weights of the `held` layers, the zero
+    """Mark what training moves: every parameter but the weights of the `frozen` layers, the zero
     points of weights and those of symmetric quantizers; of others as `zero_points` says."""
     for parameter in student.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
@@ -27,7 +27,7 @@ def require_gradients(
             module.zero_point.requires_grad_(module.asymmetric and zero_points)
     for _, layer in quantized_layers(student):
         layer.weight_quantizer.zero_point.requires_grad_(False)
-    for layer in held:
+    for layer in frozen:
         layer.weight.requires_grad_(False)
 
 

@@ -21,11 +21,11 @@ from ..models.divergence import total_divergence
 from ..runtime.distributed import World
 from ..runtime.files import write_atomic
 from ..runtime.precision import resolve_precision
-from .averaging import Average, Best
+from .averaging import BestCheckpoint, ExponentialMovingAverage
 from .collectives import add_up_gradients, batch_variances
 from .features import distilled_layers
-from .frozen_integers import HeldLevels, held_layers
-from .losses import FeatureTaps, training_terms
+from .frozen_integers import FrozenIntegers, frozen_layers
+from .losses import FeatureHooks, training_terms
 from .oscillation import Oscillation
 from .parameter_groups import Leash, WeightSteps, parameter_groups, rate_at, require_gradients
 from .settings import Distillation
@@ -43,14 +43,15 @@ class Outcome:
 
     Attributes:
         selected: "ema", "last" or "best" (see `best`): which weights the student now has.
-        agreement: divergence from the teacher on the set (lower is closer) at the calibrated start
+        divergence: that from the teacher on the set (lower is closer) at the calibrated start
             and of each candidate; no real image is looked at.
-        history: mean loss terms by epoch, and what the judge said where there is one.
-        best: epoch (from 1) and score of the weights that the judge liked most; None without one.
+        history: mean loss terms by epoch, and what the evaluator said where there is one.
+        best: epoch (from 1) and score of the weights that the evaluator liked most; None: there
+            is no evaluator.
     """
 
     selected: str
-    agreement: dict[str, float]
+    divergence: dict[str, float]
     history: list[dict[str, float]]
     best: tuple[int, float] | None = None
 
@@ -70,8 +71,8 @@ class Trainer:
         seed: fixes order and augmentation.
         folder: where `checkpoint.pt` lives while training runs; all processes see it.
         world: the processes that train together, each of which makes the same trainer; None: alone.
-        judge: scores the student after each epoch, the higher the better; the epoch it likes most
-            is kept, whatever `settings.selection` says of the last. Asked in the leading process
+        evaluator: scores the student after each epoch, the higher the better; the epoch it likes
+            most is kept, whatever `settings.selection` says of the last. Asked in the main process
             alone. None: weights are selected without it.
     """
 
@@ -85,7 +86,7 @@ class Trainer:
         seed: int,
         folder: Path,
         world: World | None = None,
-        judge: Callable[[Detector], float] | None = None,
+        evaluator: Callable[[Detector], float] | None = None,
     ) -> None:
         self.student, self.teacher, self.data = student, teacher, data
         student.mask_targets = settings.masks
@@ -101,19 +102,19 @@ class Trainer:
         self.steps = math.ceil(len(data) / self.batch_size)
         # Few enough to keep in memory as bytes: 2,000 images of 640 px are 2.3 GiB.
         self.images = data.load(list(range(len(data))))
-        held = held_layers(student, settings)
-        require_gradients(student.module, held, zero_points=settings.zero_lr > 0)
+        frozen = frozen_layers(student, settings)
+        require_gradients(student.module, frozen, zero_points=settings.zero_lr > 0)
         # What these weights were rounded to stays: their step sizes alone are trained.
-        self.held = HeldLevels(held)
+        self.frozen = FrozenIntegers(frozen)
         self.optimizer = torch.optim.Adam(
             parameter_groups(student.module, settings), fused=True, betas=(0.9, 0.999)
         )
-        self.average = Average(student.module, settings.ema)
+        self.average = ExponentialMovingAverage(student.module, settings.ema)
         self.leash = Leash(student.module, 0 if settings.weight_lr == 0 else settings.drift)
         self.weight_steps = WeightSteps(student.module, bool(settings.weight_lr))
         self.oscillation = Oscillation(student.module, settings.dampen, settings.freeze)
-        self.judge = judge
-        self.best = Best(self.average.parameters)
+        self.evaluator = evaluator
+        self.best = BestCheckpoint(self.average.parameters)
         self._names = distilled_layers(student, settings)
         used = [name for name in ("kl", "feature", "task") if getattr(settings.weights, name) > 0]
         self._term_names = [*used, "loss"]
@@ -147,7 +148,7 @@ class Trainer:
         """Mean prediction divergence from the teacher over the whole set, nothing augmented."""
         batches = self.images.split(self.batch_size)[self.world.rank :: self.world.size]
         total = total_divergence(self.student, self.teacher, batches)
-        return float(self.world.add_up(total)) / len(self.data)
+        return float(self.world.all_reduce_sum(total)) / len(self.data)
 
     def _state(self, epoch: int, history: list[dict[str, float]], start: float) -> dict[str, Any]:
         return {
@@ -164,16 +165,16 @@ class Trainer:
         }
 
     def _save(self, state: dict[str, Any]) -> None:
-        if not self.world.leads:
+        if not self.world.is_main_process:
             return
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write_atomic(self.checkpoint, buffer.getvalue())
 
     def _resume(self) -> tuple[int, list[dict[str, float]], float | None]:
-        if not self.world.share(self.checkpoint.is_file()):
+        if not self.world.broadcast(self.checkpoint.is_file()):
             return 0, [], None
-        with self.world.leader_first():
+        with self.world.main_process_first():
             return self._restore()
 
     def _restore(self) -> tuple[int, list[dict[str, float]], float | None]:
@@ -203,10 +204,14 @@ class Trainer:
             return
         tensors = [*self.average.parameters, *self.average.shadow, *self.leash.state()]
         tensors += self.weight_steps.state()
-        tensors += self.held.levels()
+        tensors += self.frozen.levels()
         for tensor in tensors:
             same = tensor.detach().contiguous()
-            tensor.copy_(self.world.add_up(same if self.world.leads else torch.zeros_like(same)))
+            tensor.copy_(
+                self.world.all_reduce_sum(
+                    same if self.world.is_main_process else torch.zeros_like(same)
+                )
+            )
 
     def train(self, report: Report | None = None, within: Within | None = None) -> Outcome:
         """Run what is left of the epochs, choose the weights, and leave them in the student.
@@ -222,15 +227,15 @@ class Trainer:
             self.oscillation = Oscillation(self.student.module, settings.dampen, settings.freeze)
             start = self.divergence()
             self._save(self._state(0, history, start))
-        ours, theirs = self.taps()
+        ours, theirs = self.feature_hooks()
         saved_at = time.monotonic()
         try:
             for epoch in range(first, settings.epochs):
                 history.append(self._epoch(epoch, ours, theirs, within))
                 done = epoch + 1
-                if self.judge is not None:
-                    history[-1]["score"] = self._ask(self.judge, done)
-                    # Evaluation has run through the taps as well.
+                if self.evaluator is not None:
+                    history[-1]["score"] = self._ask(self.evaluator, done)
+                    # Evaluation has run through the feature_hooks as well.
                     ours.take()
                 late = time.monotonic() - saved_at >= settings.checkpoint_minutes * 60
                 if late or done == settings.epochs:
@@ -242,11 +247,11 @@ class Trainer:
             ours.close()
             theirs.close()
         outcome = self._choose(start, history)
-        self.held.release()
+        self.frozen.unfreeze()
         return outcome
 
     def _epoch(
-        self, epoch: int, ours: FeatureTaps, theirs: FeatureTaps, within: Within | None
+        self, epoch: int, ours: FeatureHooks, theirs: FeatureHooks, within: Within | None
     ) -> dict[str, float]:
         # Seeded by the epoch alone: a resumed run draws what an unbroken one would have.
         generator = Generator().manual_seed(self.seed * 1_000_003 + epoch)
@@ -276,8 +281,8 @@ class Trainer:
         step: int,
         chosen: list[int],
         generator: Generator,
-        ours: FeatureTaps,
-        theirs: FeatureTaps,
+        ours: FeatureHooks,
+        theirs: FeatureHooks,
     ) -> Tensor:
         """One step of the optimizer, and of all that goes with it.
 
@@ -285,7 +290,7 @@ class Trainer:
             step: its number, from 0, over all epochs.
             chosen: images of the batch, all processes' parts of it.
             generator: on the CPU; draws the augmentation.
-            ours, theirs: taps on the distilled layers of student and teacher.
+            ours, theirs: feature_hooks on the distilled layers of student and teacher.
 
         Returns:
             The weighted terms of the loss and their sum, `(terms + 1,)`.
@@ -306,13 +311,13 @@ class Trainer:
         self.average.update(step)
         return values
 
-    def taps(self) -> tuple[FeatureTaps, FeatureTaps]:
+    def feature_hooks(self) -> tuple[FeatureHooks, FeatureHooks]:
         """Taps on the distilled layers of student and teacher, to be closed by the caller."""
         student, teacher = self.student.module, self.teacher.module
-        return FeatureTaps(student, self._names), FeatureTaps(teacher, self._names)
+        return FeatureHooks(student, self._names), FeatureHooks(teacher, self._names)
 
     def _gradient(
-        self, chosen: list[int], generator: Generator, ours: FeatureTaps, theirs: FeatureTaps
+        self, chosen: list[int], generator: Generator, ours: FeatureHooks, theirs: FeatureHooks
     ) -> Tensor:
         """Leave the gradient of the loss on the images `chosen` in the parameters.
 
@@ -321,7 +326,7 @@ class Trainer:
         """
         # All of the batch, whatever the share: the draws, and what mosaics are made of, are its.
         images, targets = self._batch(chosen, generator)
-        mine = self.world.part(len(chosen))
+        mine = self.world.shard(len(chosen))
         share = (mine.stop - mine.start) / len(chosen)
         self.optimizer.zero_grad(set_to_none=True)
         if self.world.size > 1:
@@ -350,30 +355,32 @@ class Trainer:
             return values
         return add_up_gradients(self.world, self.average.parameters, values)
 
-    def _ask(self, judge: Callable[[Detector], float], done: int) -> float:
-        """The judge's score of the weights after an epoch, averaged ones where there are any."""
+    def _ask(self, evaluator: Callable[[Detector], float], done: int) -> float:
+        """The evaluator's score of the weights after an epoch: of averaged ones, if any."""
         averaged = self.settings.ema > 0 and self.settings.selection != "last"
         if averaged:
             self.average.swap()
-        score: float = self.world.share(judge(self.student) if self.world.leads else None)
+        score: float = self.world.broadcast(
+            evaluator(self.student) if self.world.is_main_process else None
+        )
         self.best.offer(done, score)
         if averaged:
             self.average.swap()
         return score
 
     def _choose(self, start: float, history: list[dict[str, float]]) -> Outcome:
-        """Pick the weights: without any real image, unless a judge has looked at some."""
-        agreement = {"start": start, "last": self.divergence()}
+        """Pick the weights: without any real image, unless a evaluator has looked at some."""
+        divergence = {"start": start, "last": self.divergence()}
         if self.best.put_back():
-            agreement["best"] = self.divergence()
-            return Outcome("best", agreement, history, (self.best.epoch, self.best.score))
+            divergence["best"] = self.divergence()
+            return Outcome("best", divergence, history, (self.best.epoch, self.best.score))
         if self.settings.ema == 0:
-            return Outcome("last", agreement, history)
+            return Outcome("last", divergence, history)
         self.average.swap()
-        agreement["ema"] = self.divergence()
+        divergence["ema"] = self.divergence()
         selected = self.settings.selection
         if selected == "agreement":
-            selected = min(("ema", "last"), key=lambda name: agreement[name])
+            selected = min(("ema", "last"), key=lambda name: divergence[name])
         if selected == "last":
             self.average.swap()
-        return Outcome(selected, agreement, history)
+        return Outcome(selected, divergence, history)

@@ -15,10 +15,10 @@ from .factors import bound_factors
 from .layers import QuantConv2d, QuantLinear
 from .quantizers import Quantizer, grid
 from .range_search import (
+    CONSUMERS,
     FINE,
-    LEAST_READ,
+    LEAST_CONSUMED,
     PREDICTION,
-    READERS,
     SEARCHES,
     VANISHING,
     Range,
@@ -31,7 +31,7 @@ from .range_search import (
 from .traversal import activation_quantizers, float_mode, quantized_layers
 
 
-class _Samples:
+class Observer:
     """Values that reached one quantizer: exact extremes, and an even sample of the rest."""
 
     def __init__(self, limit: int) -> None:
@@ -53,7 +53,7 @@ class _Samples:
 
 
 @torch.no_grad()
-def observe(
+def run_observers(
     detector: Detector,
     batches: Iterable[Tensor],
     *,
@@ -75,7 +75,7 @@ def observe(
         UserError: if there is no image at all.
     """
     activations = list(activation_quantizers(detector.module))
-    taken: dict[str, _Samples] = {name: _Samples(samples) for name, _ in activations}
+    taken: dict[str, Observer] = {name: Observer(samples) for name, _ in activations}
     watched = hooks(
         quantizer.register_forward_pre_hook(
             lambda _m, inputs, name=name: taken[name].add(inputs[0])
@@ -131,17 +131,17 @@ def set_range(quantizer: Quantizer, values: Tensor, search: str) -> None:
     """Set the initial scale of a quantizer of activations from values `(n,)` that reach it."""
     column = values[None].to(quantizer.log_scale.device)
     # With more than 8 bits there are levels for all values, and clipping any costs the most.
-    find, reader = SEARCHES[search if quantizer.bits <= 8 else "minmax"], quantizer.reader
-    if reader == "relu":
+    find, consumer = SEARCHES[search if quantizer.bits <= 8 else "minmax"], quantizer.consumer
+    if consumer == "relu":
         # Clipping below zero does what the ReLU does: no level is to be spent there.
-        column = column.clamp_min(LEAST_READ[reader])
-    elif find is mse and reader == PREDICTION:
+        column = column.clamp_min(LEAST_CONSUMED[consumer])
+    elif find is mse and consumer == PREDICTION:
         find = minmax
-    elif find is mse and reader in VANISHING and quantizer.bits >= FINE:
+    elif find is mse and consumer in VANISHING and quantizer.bits >= FINE:
         # What is clipped below errs to one side, which the next layer adds up and mse does not see.
-        column, find = column.clamp_min(LEAST_READ[reader]), minmax
-    elif find is mse and reader in READERS:
-        find = functools.partial(mse, through=READERS[reader])
+        column, find = column.clamp_min(LEAST_CONSUMED[consumer]), minmax
+    elif find is mse and consumer in CONSUMERS:
+        find = functools.partial(mse, through=CONSUMERS[consumer])
 
     def fit(asymmetric: bool) -> Range:
         if find is lsq and not quantizer.asymmetric:
@@ -172,7 +172,7 @@ def calibrate(
     Raises:
         UserError: if there is no image at all.
     """
-    values = observe(detector, batches, samples=samples, progress=progress)
+    values = run_observers(detector, batches, samples=samples, progress=progress)
     for _, layer in quantized_layers(detector.module):
         set_weight_range(layer, search)
     for name, quantizer in activation_quantizers(detector.module):

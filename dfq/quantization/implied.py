@@ -22,7 +22,7 @@ from ..graph.execution import hooks
 from ..graph.fold_batchnorm import FoldedBatchNorm
 from ..graph.outline import WEIGHTED
 from ..models.base import Detector
-from .output_quantizers import result_quantizers
+from .output_quantizers import output_quantizers
 from .traversal import activation_quantizers, float_mode
 
 STEPS = 13
@@ -109,7 +109,7 @@ def implied_ranges(detector: Detector, deviations: float) -> dict[str, tuple[flo
             extend(before_batchnorm.pop(id(inputs[0])), values)
         return values
 
-    of_outputs = {name for name, _ in result_quantizers(detector.module)}
+    of_outputs = {name for name, _ in output_quantizers(detector.module)}
 
     def see(name: str, inputs: tuple[Tensor, ...]) -> None:
         if not watch.among(inputs):

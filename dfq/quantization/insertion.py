@@ -13,7 +13,7 @@ from ..models.base import Detector
 from .bit_widths import Widths
 from .inspection import FLOAT_KINDS
 from .layers import QuantConv2d, QuantLinear, QuantMatmul
-from .output_quantizers import quantize_results
+from .output_quantizers import insert_output_quantizers
 from .policy import Policy
 from .quantizers import Quantizer
 
@@ -76,5 +76,5 @@ def insert_quantizers(detector: Detector, policy: Policy) -> Detector:
         wrapped.train(layer.training).to(detector.device)
         _replace(detector.module, layer, wrapped)
     if found is not None:
-        quantize_results(detector, found, policy.where, policy.quantizer)
+        insert_output_quantizers(detector, found, policy.where, policy.quantizer)
     return detector

@@ -57,7 +57,7 @@ def _bits(layer: nn.Module) -> tuple[int, int]:
     return FLOAT_BITS, FLOAT_BITS
 
 
-def describe(detector: Detector, image_size: int | None = None) -> list[LayerInfo]:
+def list_layers(detector: Detector, image_size: int | None = None) -> list[LayerInfo]:
     """Every layer of weights and every product of activations that computes predictions, in
     execution order.
 

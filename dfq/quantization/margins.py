@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from ..models.base import Detector
-from .calibration import grid_above, observe, set_range
+from .calibration import grid_above, run_observers, set_range
 from .implied import implied_ranges
 from .quantizers import Quantizer
-from .range_search import LEAST_READ, grid_between
+from .range_search import LEAST_CONSUMED, grid_between
 from .traversal import activation_quantizers
 
 BITS = 7
@@ -71,8 +71,8 @@ def keep_within_statistics(detector: Detector, images: Tensor, *, batch_size: in
         return
     least, most = implied_ranges(detector, LEAST), implied_ranges(detector, MOST)
     pixels = images.to(detector.device).float() / 255
-    plain = observe(detector, pixels.split(batch_size), samples=SAMPLES)
-    strong = observe(
+    plain = run_observers(detector, pixels.split(batch_size), samples=SAMPLES)
+    strong = run_observers(
         detector,
         (with_contrast(batch, CONTRAST) for batch in pixels.split(batch_size)),
         samples=SAMPLES,
@@ -81,7 +81,7 @@ def keep_within_statistics(detector: Detector, images: Tensor, *, batch_size: in
     usual = None
     if factor > 1:
         batches = (with_contrast(batch, factor) for batch in pixels.split(batch_size))
-        usual = observe(detector, batches, samples=SAMPLES)
+        usual = run_observers(detector, batches, samples=SAMPLES)
     for name, quantizer in wide:
         if name not in least:
             continue
@@ -93,7 +93,7 @@ def keep_within_statistics(detector: Detector, images: Tensor, *, batch_size: in
             wider = span(quantizer)
             low, high = torch.minimum(low, wider[0]), torch.maximum(high, wider[1])
         low, high = low.clamp_max(least[name][0]), high.clamp_min(least[name][1])
-        low = low.clamp_min(LEAST_READ.get(quantizer.reader or "", float("-inf")))
+        low = low.clamp_min(LEAST_CONSUMED.get(quantizer.consumer or "", float("-inf")))
         spanning = functools.partial(grid_between, low, high, quantizer.bits)
         quantizer.initialise(*grid_above(quantizer, low, spanning))
 

@@ -120,7 +120,7 @@ def _watch(owner: nn.Module) -> dict[tuple[str, int], Quantizer]:
     return owner._quantized_results
 
 
-def quantize_results(
+def insert_output_quantizers(
     detector: Detector, found: Trace, where: Placement, make: Callable[[int], Quantizer]
 ) -> None:
     """Put quantizers on the outputs of layers and on the operands and results of sums and
@@ -136,7 +136,7 @@ def quantize_results(
 
     def quantizer_of(value: Value) -> Quantizer:
         made = make(WIDE_BITS if value in wide else RESULT_BITS)
-        made.reader = value.reader
+        made.consumer = value.consumer
         return made.train(detector.module.training).to(detector.device)
 
     last = detector.boundary_layers().last
@@ -149,7 +149,7 @@ def quantize_results(
             continue
         if not where.outputs and value not in joined:
             continue
-        reader = PREDICTION if value.layer in last else value.reader
+        consumer = PREDICTION if value.layer in last else value.consumer
         layer = detector.module.get_submodule(value.layer)
         several = kinds.get(value.layer) if value not in joined else None
         if several is not None and isinstance(layer, QUANTIZED_LAYERS):
@@ -158,10 +158,10 @@ def quantize_results(
         elif isinstance(layer, QUANTIZED_LAYERS):
             if layer.output_quantizer is None:
                 layer.output_quantizer = quantizer_of(value)
-                layer.output_quantizer.reader = reader
+                layer.output_quantizer.consumer = consumer
             # All calls of a layer that is shared have to agree.
-            if layer.output_quantizer.reader != reader:
-                layer.output_quantizer.reader = None
+            if layer.output_quantizer.consumer != consumer:
+                layer.output_quantizer.consumer = None
             grids[value] = layer.output_quantizer
     _quantize_functions(detector, found, grids, chosen, quantizer_of)
     if where.one_grid:
@@ -180,7 +180,7 @@ def _split(
 ) -> SplitOutput:
     quantizers = [make() for _ in kinds.sizes]
     for quantizer in quantizers:
-        quantizer.reader = PREDICTION
+        quantizer.consumer = PREDICTION
     return SplitOutput(quantizers, kinds, 1 if isinstance(layer, QuantConv2d) else -1)
 
 
@@ -241,7 +241,7 @@ def _unite(
                         kept, other = other, kept
                     one[other] = kept
                     # Its errors matter to several readers.
-                    kept.reader = None
+                    kept.consumer = None
     for value in grids:
         grids[value] = root(grids[value])
     for child in module.modules():
@@ -327,7 +327,7 @@ def _share_inputs(module: nn.Module, found: Trace, grids: dict[Value, Quantizer]
             layer.input_quantizer = wanted
 
 
-def result_quantizers(module: nn.Module) -> list[tuple[str, Quantizer]]:
+def output_quantizers(module: nn.Module) -> list[tuple[str, Quantizer]]:
     """(name, quantizer) of every layer's output and every function's result that is quantized."""
     found = []
     for name, layer in module.named_modules():
@@ -346,7 +346,7 @@ def result_quantizers(module: nn.Module) -> list[tuple[str, Quantizer]]:
     return found
 
 
-def count_joins(detector: Detector) -> tuple[int, int]:
+def count_adds_and_concats(detector: Detector) -> tuple[int, int]:
     """How many of a detector's sums and concatenations of activations are quantized, and how many
     there are. BatchNorm may be unfolded."""
     layers = dict(detector.module.named_modules())

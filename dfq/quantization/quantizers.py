@@ -162,7 +162,7 @@ class Quantizer(nn.Module):
     Attributes:
         strict: see `fake_quantize`.
         enabled: otherwise everything is let through.
-        reader: name of the one function that reads what it gives (as "silu"), which says how much
+        consumer: name of the one function that reads what it gives (as "silu"), which says how much
             which errors matter: see `ranges`. None: nothing is known of what reads it.
         levels: see `hold`; None where values are rounded as they come.
 
@@ -189,7 +189,7 @@ class Quantizer(nn.Module):
         self.unsigned = unsigned
         self.enabled = True
         self.strict = False
-        self.reader: str | None = None
+        self.consumer: str | None = None
         self.log_scale = nn.Parameter(torch.zeros(channels))
         self.zero_point = nn.Parameter(torch.zeros(channels), requires_grad=asymmetric)
         self.register_buffer("initialised", torch.tensor(False))
@@ -231,7 +231,7 @@ class Quantizer(nn.Module):
         self.initialised.fill_(True)
 
     @torch.no_grad()
-    def hold(self, x: Tensor) -> None:
+    def freeze_integers(self, x: Tensor) -> None:
         """Keep the integers that `x` is rounded to, whatever becomes of the step sizes.
 
         These are then the gains of what is computed with the integers: d x_hat / d s = q, exactly,
@@ -250,7 +250,7 @@ class Quantizer(nn.Module):
     def _rounded(self, x: Tensor) -> Tensor:
         return torch.round(x.float() / self.scale_of(x)).clamp_(*self.limits_of(x))
 
-    def release(self) -> None:
+    def unfreeze(self) -> None:
         """Round what comes in again."""
         self.levels = None
 

@@ -155,7 +155,7 @@ def mse(
     return best_scale, best_zero
 
 
-READERS: dict[str, Callable[[Tensor], Tensor]] = {
+CONSUMERS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "hardswish": F.hardswish,
     "gelu": F.gelu,
@@ -173,8 +173,8 @@ VANISHING = frozenset({"silu", "gelu"})
 VANISHES = -7.0
 """Where these have come to nothing: within 0.007 of zero."""
 
-LEAST_READ = {"relu": 0.0, **dict.fromkeys(VANISHING, VANISHES)}
-"""What is below is as good as this, to such a reader."""
+LEAST_CONSUMED = {"relu": 0.0, **dict.fromkeys(VANISHING, VANISHES)}
+"""What is below is as good as this, to such a consumer."""
 
 PREDICTION = "prediction"
 """Reader of what is a prediction. Its few large values are the objects: nothing is clipped."""

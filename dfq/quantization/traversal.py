@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from .layers import QUANTIZED_LAYERS, QuantConv2d, QuantLinear, QuantMatmul, QuantSiLU
-from .output_quantizers import result_quantizers
+from .output_quantizers import output_quantizers
 from .quantizers import Quantizer
 
 
@@ -32,7 +32,7 @@ def activation_quantizers(module: nn.Module) -> Iterator[tuple[str, Quantizer]]:
     the layer, all others under their own. One that is in several places has the first's name."""
     inputs = [(name, layer.input_quantizer) for name, layer in quantized_layers(module)]
     seen: set[Quantizer] = set()
-    for name, quantizer in (*inputs, *product_quantizers(module), *result_quantizers(module)):
+    for name, quantizer in (*inputs, *product_quantizers(module), *output_quantizers(module)):
         if quantizer not in seen:
             seen.add(quantizer)
             yield name, quantizer

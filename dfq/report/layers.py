@@ -68,7 +68,7 @@ def layer_rows(
 
     Args:
         detector: the network.
-        layers: what `describe` says of it.
+        layers: what `list_layers` says of it.
         policy: that it was made by.
         sensitivity: what `sensitivity.json` holds; None: there is none.
     """

@@ -21,7 +21,7 @@ from ..graph.fold_batchnorm import fold
 from ..models import load_detector
 from ..models.base import Detector
 from ..models.loading import TORCHVISION
-from ..quantization.inspection import LayerInfo, describe
+from ..quantization.inspection import LayerInfo, list_layers
 from ..recipe import Recipe, load_recipe
 from ..runs.inputs import joining
 from ..runs.pipeline import data_identity
@@ -84,7 +84,7 @@ class Material:
         manifest, metrics: of the run, as JSON has them.
         recipe: that the run was made by.
         student: its network.
-        layers: what `describe` says of that.
+        layers: what `list_layers` says of that.
         origin: what the run's log calls its set; None where it says nothing.
         teacher: the float network, folded, on the student's device; None: not found.
         data: the whole set that the run was made on; None: not found.
@@ -140,8 +140,8 @@ def gather(
         raise UserError(f"{folder / 'recipe.yaml'}: damaged ({problem}); restore it") from None
     exports, problems = read_exports(folder)
     found = Material(
-        manifest, metrics, recipe, student, layers or describe(student), _origin(folder), teacher,
-        data, photos, exports=exports, comparison=comparison, missing=problems,
+        manifest, metrics, recipe, student, layers or list_layers(student), _origin(folder),
+        teacher, data, photos, exports=exports, comparison=comparison, missing=problems,
     )  # fmt: skip
     search = _Search(folder, found)
     if (folder / "sensitivity.json").exists():

@@ -15,7 +15,7 @@ from ..data.calibration_set import CalibrationSet
 from ..data.statistics import Objects, Summary, summarize
 from ..data.training_images import LetterboxedImages
 from ..errors import UserError
-from ..quantization.output_quantizers import count_joins
+from ..quantization.output_quantizers import count_adds_and_concats
 from ..quantization.policy import Policy
 from ..runs.comparison import number
 from ..runs.held_out import hold_out
@@ -306,7 +306,7 @@ def _untouched(found: Material, rows: Sequence[LayerRow], policy: Policy) -> dic
     joins = None
     # Of networks that cannot be traced.
     with contextlib.suppress(Exception):
-        joins = count_joins(found.student)
+        joins = count_adds_and_concats(found.student)
     return {
         "share": percent(number(found.metrics, "quantized_share_of_macs")),
         "reasons": [

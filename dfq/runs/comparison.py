@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, shown
-from ..quantization.inspection import FLOAT_BITS, describe, weight_bytes
+from ..quantization.inspection import FLOAT_BITS, list_layers, weight_bytes
 from ..recipe import load_recipe
 from ..runtime.files import user_path
 from .folder import is_run, load_run, read_metrics
@@ -73,7 +73,7 @@ def _row(folder: Path) -> Row:
         raise UserError(f"{shown(folder)}: is no run; give a folder that dfq qat has written")
     # Also refuses what is unfinished or damaged.
     detector = load_run(folder)
-    layers = describe(detector)
+    layers = list_layers(detector)
     metrics = read_metrics(folder)
     measured = metrics.get("evaluation")
     measured = measured if isinstance(measured, dict) else {}

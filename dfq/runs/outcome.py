@@ -24,7 +24,7 @@ def kept_sentence(selected: str, outcome: Outcome | None) -> str:
             f"{start}, because training diverged. It is complete and can be used; a lower "
             "distillation.lr may make training worth its while"
         )
-    begun, ended = outcome.agreement["start"], outcome.agreement[outcome.selected]
+    begun, ended = outcome.divergence["start"], outcome.divergence[outcome.selected]
     far = "no closer to it than it began"
     if ended > 1.05 * begun > 0:
         far = f"{ended / begun:.3g} times as far from it as it began"
@@ -40,7 +40,7 @@ def kept_sentence(selected: str, outcome: Outcome | None) -> str:
 
 def divergence_sentence(outcome: Outcome) -> str:
     """What `teacher_divergence` holds, and what it means."""
-    start, end = outcome.agreement["start"], outcome.agreement[outcome.selected]
+    start, end = outcome.divergence["start"], outcome.divergence[outcome.selected]
     return (
         f"teacher_divergence: {start:.4g} before training, {end:.4g} after it: how far the low-bit "
         "network's predictions are from the float one's on the images it was made on, per image; "

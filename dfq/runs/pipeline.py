@@ -78,13 +78,13 @@ def ptq_then_qat(
     seen = calibration or images
     if recipe.method == "ptq":
         return QuantizationResult(quantized(teacher, policy, section, seen, progress), None, "ptq")
-    resuming = world.share((run.folder / "checkpoint.pt").is_file())
+    resuming = world.broadcast((run.folder / "checkpoint.pt").is_file())
     # A resumed student gets its scales from the checkpoint: calibrating would be for nothing.
     student = quantized(teacher, policy, section, None if resuming else seen, progress)
     run.log("training resumed" if resuming else "training started")
     # Kept to fall back to; a resumed run that has to finds it anew, which takes the time again.
     kept = recipe.method == "qat" and recipe.distillation.keep_worse
-    start = None if resuming or kept else student.twin()
+    start = None if resuming or kept else student.clone()
 
     def calibrated(outcome: Outcome | None, reason: str) -> QuantizationResult:
         # The trainer has laid it out anew, and sums in another order differ in their last bits.
@@ -98,7 +98,7 @@ def ptq_then_qat(
         run.log(str(error))
         if recipe.method != "auto":
             # All of them see it; one tells.
-            with world.leader_first():
+            with world.main_process_first():
                 raise
         return calibrated(None, "training diverged")
     worse = worse_than_start(outcome)
@@ -124,10 +124,10 @@ def _train(
 ) -> Outcome:
     """Train the student, reporting each epoch; arguments and errors are those of `ptq_then_qat`."""
     settings = recipe.distillation
-    judge = None
+    evaluator = None
     if select_on is not None:
         run.log(f"weights are selected by AP on {settings.select_on}: not data-free")
-        judge = judge_on(select_on, recipe)
+        evaluator = evaluator_on(select_on, recipe)
     trainer = Trainer(
         student,
         teacher,
@@ -136,7 +136,7 @@ def _train(
         seed=recipe.seed,
         folder=run.folder,
         world=world,
-        judge=judge,
+        evaluator=evaluator,
     )
     with progress.task("training", settings.epochs, "epochs") as task:
 
@@ -156,7 +156,7 @@ def _train(
 
 def worse_than_start(outcome: Outcome) -> str:
     """Why the calibrated start is better than what training made of it; empty where it is not."""
-    start, end = outcome.agreement["start"], outcome.agreement[outcome.selected]
+    start, end = outcome.divergence["start"], outcome.divergence[outcome.selected]
     # Where real images chose the epoch, closeness to the teacher has a say at the extreme only.
     if end <= start * (FAR if outcome.best is not None else 1):
         return ""
@@ -164,7 +164,7 @@ def worse_than_start(outcome: Outcome) -> str:
     return f"training ended further from the teacher than it began{times}"
 
 
-def judge_on(images: ImageSet, recipe: Recipe) -> Callable[[Detector], float]:
+def evaluator_on(images: ImageSet, recipe: Recipe) -> Callable[[Detector], float]:
     """COCO AP on a labelled real set, as the paper selects its epoch by; 0 where it is undefined.
 
     Args:
@@ -172,7 +172,7 @@ def judge_on(images: ImageSet, recipe: Recipe) -> Callable[[Detector], float]:
         recipe: whose `evaluation` section gives image and batch size.
     """
 
-    def judge(student: Detector) -> float:
+    def evaluator(student: Detector) -> float:
         found = evaluate_detector(
             student,
             images,
@@ -181,7 +181,7 @@ def judge_on(images: ImageSet, recipe: Recipe) -> Callable[[Detector], float]:
         ).AP
         return found if math.isfinite(found) else 0.0
 
-    return judge
+    return evaluator
 
 
 def data_identity(calibration: LabelledImages, source: str | Path | None) -> list[Any]:

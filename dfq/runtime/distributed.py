@@ -75,7 +75,7 @@ class World:
         self._sign_at: float | None = None
 
     @property
-    def leads(self) -> bool:
+    def is_main_process(self) -> bool:
         return self.rank == 0
 
     def barrier(self, meanwhile: Callable[[], None] | None = None) -> None:
@@ -94,7 +94,7 @@ class World:
             store.add(key, 1)
             self._wait(lambda: store.add(key, 0) >= self.size, meanwhile)
 
-    def share(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """The leading process's `value` (picklable), for all.
 
         Raises:
@@ -104,18 +104,18 @@ class World:
             return value
         store, key = self._store, self._next("value")
         with _siblings_may_die():
-            if self.leads:
+            if self.is_main_process:
                 store.set(key, pickle.dumps(value))
                 return value
             self._wait(lambda: store.check([key]))
             return pickle.loads(store.get(key))
 
-    def part(self, count: int) -> slice:
+    def shard(self, count: int) -> slice:
         """This process's part of `count` things in a row: parts differ by one in length at most,
         and are empty where there are more processes than things."""
         return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
-    def add_up(self, tensor: Tensor) -> Tensor:
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Replace `tensor` by its sum over all processes, the same bits in each; returns it.
 
         Args:
@@ -159,7 +159,7 @@ class World:
             pause = min(2 * pause, _POLL_SECONDS)
 
     @contextlib.contextmanager
-    def leader_first(self) -> Iterator[None]:
+    def main_process_first(self) -> Iterator[None]:
         """The leading process runs the block, then the others do: what needs a download or makes a
         folder happens once, and a mistake that would meet all is told once.
 
@@ -168,8 +168,8 @@ class World:
         """
         if self.size == 1:
             yield
-        elif not self.leads:
-            if not self.share(None):
+        elif not self.is_main_process:
+            if not self.broadcast(None):
                 self._acknowledge()
                 raise SystemExit(2)
             yield
@@ -177,10 +177,10 @@ class World:
             try:
                 yield
             except BaseException:
-                self.share(False)
+                self.broadcast(False)
                 self._acknowledge()
                 raise
-            self.share(True)
+            self.broadcast(True)
 
     def _acknowledge(self) -> None:
         """Let the others read that it failed before the leading process, and with it perhaps the
@@ -189,7 +189,7 @@ class World:
         store, until = self._store, time.monotonic() + BEAT_SECONDS
         with contextlib.suppress(RuntimeError):
             read = store.add("read", 1)
-            while self.leads and read < self.size and time.monotonic() < until:
+            while self.is_main_process and read < self.size and time.monotonic() < until:
                 time.sleep(_POLL_SECONDS)
                 read = store.add("read", 0)
 
@@ -201,7 +201,7 @@ class World:
         store, key = self._store, self._next("left")
         with _siblings_may_die():
             store.add(key, 1)
-            if self.leads:
+            if self.is_main_process:
                 self._wait(lambda: store.add(key, 0) >= self.size)
 
     def _next(self, what: str) -> str:
@@ -299,7 +299,7 @@ def _beat(store: dist.Store, rank: int, ended: threading.Event) -> None:
                 return
 
 
-def leads() -> bool:
+def is_main_process() -> bool:
     """Whether this process is alone or the leading one."""
     return number("RANK", 0) == 0
 

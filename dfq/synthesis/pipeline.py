@@ -174,21 +174,21 @@ def synthesize_set(
     with contextlib.ExitStack() as stack:
         threads = torch.get_num_threads()
         stack.enter_context(one_thread(detector.device))
-        with world.leader_first():
+        with world.main_process_first():
             # First of all, for it refuses networks and labels that it cannot work with.
             inversion = Inversion(detector, settings)
-            if not world.leads:
+            if not world.is_main_process:
                 _await_folder(out)
             writer = CalibrationWriter(out, wanted, detector.names, plan.shards)
-            if world.leads and not writer.complete:
+            if world.is_main_process and not writer.complete:
                 stack.enter_context(writer.lock())
-            elif world.leads:
+            elif world.is_main_process:
                 # Found, and not made just now: it may have been changed since.
                 CalibrationSet.open(out).require_intact()
-        missing = world.share(writer.missing())
-        progress = _Progress(writer, plan, missing, shard_done if world.leads else None)
+        missing = world.broadcast(writer.missing())
+        progress = _Progress(writer, plan, missing, shard_done if world.is_main_process else None)
         if missing:
-            if note is not None and world.leads and without_kernels(detector, settings):
+            if note is not None and world.is_main_process and without_kernels(detector, settings):
                 note(f"synthesis: {why_none()}: PyTorch does without them, and takes longer")
             mine = missing[world.rank :: world.size]
             count = 1
@@ -212,8 +212,8 @@ def synthesize_set(
             make(mine, told, written)
             world.barrier(progress)
             progress()
-        with world.leader_first():
-            if not world.leads:
+        with world.main_process_first():
+            if not world.is_main_process:
                 return CalibrationSet.open(out)
             versions = {"dfq": __version__, "torch": torch.__version__}
 

@@ -22,7 +22,7 @@ def check_grids_move(folded: Detector, policy: Policy, images: Tensor) -> None:
         policy: has at least three activations whose grids are refined.
         images: `(n, 3, h, w)` in [0, 1].
     """
-    student = insert_quantizers(folded.twin(), policy)
+    student = insert_quantizers(folded.clone(), policy)
     calibrate(student, [images])
     before = [quantizer.scale.item() for _, quantizer in narrow_activations(student)]
     assert len(before) >= 3

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dfq.models.nn.decomposed import ExposedAttention, ExposedDeconv, expose
+from dfq.models.nn.decomposed import DecomposedAttention, DecomposedDeconv, expose
 
 
 def noise(*shape: int) -> Tensor:
@@ -18,10 +18,10 @@ def noise(*shape: int) -> Tensor:
 @pytest.mark.parametrize(("side", "bias"), [(2, True), (3, False)])
 def test_transposed_convolutions(side: int, bias: bool) -> None:
     layer = nn.ConvTranspose2d(6, 4, side, stride=side, bias=bias)
-    exposed = ExposedDeconv(layer)
+    decomposed = DecomposedDeconv(layer)
     x = noise(2, 6, 5, 7)
-    torch.testing.assert_close(exposed(x), layer(x))
-    assert sum(p.numel() for p in exposed.parameters()) == (
+    torch.testing.assert_close(decomposed(x), layer(x))
+    assert sum(p.numel() for p in decomposed.parameters()) == (
         layer.weight.numel() + (layer.out_channels * side**2 if bias else 0)
     )
 
@@ -30,7 +30,7 @@ def test_transposed_convolutions(side: int, bias: bool) -> None:
 @pytest.mark.parametrize("masks", ["none", "padding", "scores", "heads"])
 def test_attention(first: bool, masks: str) -> None:
     layer = nn.MultiheadAttention(8, 2, batch_first=first).eval()
-    exposed = ExposedAttention(layer).eval()
+    decomposed = DecomposedAttention(layer).eval()
     query, key, value = noise(3, 5, 8), noise(3, 7, 8), noise(3, 7, 8).flip(0)
     padding = torch.zeros(3, 7, dtype=torch.bool)
     padding[1, 4:] = True
@@ -42,7 +42,7 @@ def test_attention(first: bool, masks: str) -> None:
     }[masks]
     inputs = [x if first else x.transpose(0, 1) for x in (query, key, value)]
     expected, _ = layer(*inputs, **options, need_weights=False)
-    found, weights = exposed(query=inputs[0], key=inputs[1], value=inputs[2], **options)
+    found, weights = decomposed(query=inputs[0], key=inputs[1], value=inputs[2], **options)
     assert weights is None
     torch.testing.assert_close(found, expected)
 
@@ -57,18 +57,18 @@ def test_a_network_and_its_checkpoints() -> None:
     network = Network()
     with torch.no_grad():
         network.attend.in_proj_bias.normal_()
-    exposed = copy.deepcopy(network)
-    expose(exposed)
-    assert isinstance(exposed.attend, ExposedAttention)
-    assert isinstance(exposed.parts[0], ExposedDeconv)
-    for tensor in exposed.state_dict().values():
+    decomposed = copy.deepcopy(network)
+    expose(decomposed)
+    assert isinstance(decomposed.attend, DecomposedAttention)
+    assert isinstance(decomposed.parts[0], DecomposedDeconv)
+    for tensor in decomposed.state_dict().values():
         tensor.zero_()
     # Checkpoints have PyTorch's names; what was saved of the rebuilt network has its own.
-    assert not any(exposed.load_state_dict(network.state_dict()))
-    again = copy.deepcopy(exposed)
-    assert not any(again.load_state_dict(exposed.state_dict()))
+    assert not any(decomposed.load_state_dict(network.state_dict()))
+    again = copy.deepcopy(decomposed)
+    assert not any(again.load_state_dict(decomposed.state_dict()))
     x, image = noise(4, 2, 8), noise(1, 8, 3, 3)
-    for found in (exposed, again):
+    for found in (decomposed, again):
         torch.testing.assert_close(found.attend(x, x, x)[0], network.attend(x, x, x)[0])
         torch.testing.assert_close(found.parts(image), network.parts(image))
 

@@ -77,7 +77,7 @@ def test_saved_detector_comes_back(tmp_path: Path, kit: Path, yolov5n: Path, fam
 
 
 def test_half_precision_file(tmp_path: Path, detector: Detector) -> None:
-    twin = detector.twin()
+    twin = detector.clone()
     norm = next(layer for layer in twin.module.modules() if isinstance(layer, nn.BatchNorm2d))
     norm.running_var.fill_(1e6)  # more than float16 can hold
     path = tmp_path / "half.safetensors"

@@ -28,8 +28,8 @@ from dfq.models.mmdet.config import plain, read_config, unplain
 from dfq.models.two_stage import ellipse_masks, pixel_boxes
 from dfq.quantization.calibration import calibrate
 from dfq.quantization.insertion import insert_quantizers
-from dfq.quantization.inspection import describe
-from dfq.quantization.output_quantizers import count_joins, result_quantizers
+from dfq.quantization.inspection import list_layers
+from dfq.quantization.output_quantizers import count_adds_and_concats, output_quantizers
 from dfq.quantization.policy import Policy
 from dfq.quantization.traversal import quantized_layers
 from dfq.runtime.plain import one_line
@@ -134,7 +134,7 @@ def test_losses_are_mmdets_own(
     detector = detectors[name]
     with torch.no_grad():
         ours = detector.task_loss(detector.raw(images), targets, (SIDE, SIDE))
-        twin = detector.twin().module
+        twin = detector.clone().module
         if name in TWO_STAGE:
             # Proposals as in evaluation; training takes more of them.
             twin.train_cfg.rpn_proposal = copy.deepcopy(twin.test_cfg.rpn)
@@ -181,7 +181,7 @@ def test_average_precision_is_mmdets_own(
     from mmdet.evaluation import CocoMetric
     from mmengine.registry import DefaultScope
 
-    detector = detectors[name].twin()
+    detector = detectors[name].clone()
     head = detector.module.roi_head if name in TWO_STAGE else detector.module.bbox_head
     settings = head.test_cfg
     settings.max_per_img = 300  # as many as dfq's evaluation takes
@@ -262,12 +262,12 @@ def _worn(segment: dict[str, Any], generator: torch.Generator) -> dict[str, Any]
 def test_all_sums_are_found(
     name: str, joins: int, detectors: dict[str, Detector], images: Tensor
 ) -> None:
-    student = fold(detectors[name].twin())
-    assert count_joins(student) == (0, joins)
+    student = fold(detectors[name].clone())
+    assert count_adds_and_concats(student) == (0, joins)
     insert_quantizers(student, Policy(8, 8, placement="everywhere"))
-    assert count_joins(student) == (joins, joins)
+    assert count_adds_and_concats(student) == (joins, joins)
     calibrate(student, [images], search="minmax")
-    assert all(bool(quantizer.initialised) for _, quantizer in result_quantizers(student.module))
+    assert all(bool(quantizer.initialised) for _, quantizer in output_quantizers(student.module))
     raw = student.raw(images)
     assert all(level.isfinite().all() for level in student.levels(raw))
 
@@ -277,13 +277,13 @@ def test_every_layer_can_be_folded_and_quantized(
     name: str, detectors: dict[str, Detector], images: Tensor
 ) -> None:
     detector = detectors[name]
-    folded = fold(detector.twin())
+    folded = fold(detector.clone())
     assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.module.modules())
-    student = insert_quantizers(folded.twin(), Policy(weight_bits=8))
+    student = insert_quantizers(folded.clone(), Policy(weight_bits=8))
     calibrate(student, [images], search="minmax")
     wanted = sum(isinstance(m, nn.Conv2d | nn.Linear) for m in detector.module.modules())
     layers = list(quantized_layers(student.module))
-    rows = describe(student, SIDE)
+    rows = list_layers(student, SIDE)
     assert len(layers) == wanted == sum(row.kind != "matmul" for row in rows)
     assert all(row.quantized for row in rows)
     assert all(bool(layer.input_quantizer.initialised) for _, layer in layers)
@@ -303,14 +303,14 @@ def test_every_layer_can_be_folded_and_quantized(
 def test_grids_of_activations_can_be_refined(
     name: str, detectors: dict[str, Detector], images: Tensor
 ) -> None:
-    check_grids_move(fold(detectors[name].twin()), Policy(activation_bits=5), images)
+    check_grids_move(fold(detectors[name].clone()), Policy(activation_bits=5), images)
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_each_layer_can_be_measured(
     name: str, detectors: dict[str, Detector], images: Tensor
 ) -> None:
-    check_sensitivities(fold(detectors[name].twin()), images)
+    check_sensitivities(fold(detectors[name].clone()), images)
 
 
 def test_the_blocks_of_a_swin_are_distilled(detectors: dict[str, Detector]) -> None:
@@ -325,7 +325,7 @@ def test_the_blocks_of_a_swin_are_distilled(detectors: dict[str, Detector]) -> N
 def test_masks_in_the_task_loss(
     name: str, detectors: dict[str, Detector], images: Tensor, targets: Targets
 ) -> None:
-    detector: Any = detectors[name].twin()
+    detector: Any = detectors[name].clone()
     raw = detector.raw(images)
     ellipse = detector.task_loss(raw, targets, (SIDE, SIDE))
     detector.mask_targets = "own"

@@ -30,8 +30,8 @@ from dfq.models.torchvision.rcnn import TorchvisionRCNN
 from dfq.models.two_stage import ellipse_masks, pixel_boxes
 from dfq.quantization.calibration import calibrate
 from dfq.quantization.insertion import insert_quantizers
-from dfq.quantization.inspection import describe
-from dfq.quantization.output_quantizers import count_joins, result_quantizers
+from dfq.quantization.inspection import list_layers
+from dfq.quantization.output_quantizers import count_adds_and_concats, output_quantizers
 from dfq.quantization.policy import Policy
 from dfq.quantization.traversal import quantized_layers
 from dfq.synthesis.inversion import Inversion
@@ -112,7 +112,7 @@ def test_detections_are_torchvisions_own(name: str, images: Tensor) -> None:
 
 @pytest.mark.parametrize("name", [*RCNNS, "retinanet_resnet50_fpn"])
 def test_losses_are_torchvisions_own(name: str, images: Tensor, targets: Targets) -> None:
-    detector = _outspoken(name).twin()
+    detector = _outspoken(name).clone()
     ours = detector.task_loss(detector.raw(images), targets, (SIDE, SIDE))
     labelled = []
     for labels, boxes in pixel_boxes(targets, 2, (SIDE, SIDE), images.device):
@@ -170,7 +170,7 @@ def test_student_and_teacher_are_compared_on_the_teachers_proposals(
     name: str, images: Tensor
 ) -> None:
     teacher = _outspoken(name)
-    student = teacher.twin()
+    student = teacher.clone()
     assert isinstance(student, TorchvisionRCNN)
     with torch.no_grad():
         student.module.rpn.head.cls_logits.weight.mul_(-1)
@@ -200,7 +200,7 @@ def test_student_and_teacher_are_compared_on_the_teachers_proposals(
 @pytest.mark.parametrize("name", RCNNS)
 def test_a_student_can_follow_the_teachers_proposals(name: str, images: Tensor) -> None:
     teacher = _outspoken(name)
-    student = teacher.twin()
+    student = teacher.clone()
     generator = torch.Generator().manual_seed(5)
     for parameter in student.module.parameters():
         parameter.data += 0.05 * parameter.std() * torch.randn(parameter.shape, generator=generator)
@@ -220,7 +220,7 @@ def test_a_student_can_follow_the_teachers_proposals(name: str, images: Tensor) 
 
 
 def test_mask_targets(images: Tensor, targets: Targets) -> None:
-    detector = _outspoken("maskrcnn_resnet50_fpn").twin()
+    detector = _outspoken("maskrcnn_resnet50_fpn").clone()
     assert isinstance(detector, TorchvisionRCNN)
     raw = detector.raw(images)
     ellipse = detector.task_loss(raw, targets, (SIDE, SIDE))
@@ -251,7 +251,7 @@ def test_ellipses_fill_their_boxes() -> None:
 @pytest.mark.parametrize("name", [*RCNNS, "fasterrcnn_resnet50_fpn_v2", "retinanet_resnet50_fpn"])
 def test_every_layer_can_be_folded_and_quantized(name: str, images: Tensor) -> None:
     detector = _outspoken(name)
-    folded = fold(detector.twin())
+    folded = fold(detector.clone())
     assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.module.modules())
     with torch.no_grad():
         pairs = zip(
@@ -281,12 +281,12 @@ def test_every_layer_can_be_folded_and_quantized(name: str, images: Tensor) -> N
     ],
 )
 def test_all_sums_are_found_and_can_be_trained(name: str, joins: int, images: Tensor) -> None:
-    student = fold(_outspoken(name).twin())
-    assert count_joins(student) == (0, joins)
+    student = fold(_outspoken(name).clone())
+    assert count_adds_and_concats(student) == (0, joins)
     insert_quantizers(student, Policy(8, 8, placement="everywhere"))
-    assert count_joins(student) == (joins, joins)
+    assert count_adds_and_concats(student) == (joins, joins)
     calibrate(student, [images], search="minmax")
-    added = dict(result_quantizers(student.module))
+    added = dict(output_quantizers(student.module))
     assert all(bool(quantizer.initialised) for quantizer in added.values())
     student.module.requires_grad_(True)
     raw = student.raw(images)
@@ -299,13 +299,13 @@ def test_all_sums_are_found_and_can_be_trained(name: str, joins: int, images: Te
 
 def test_grids_of_activations_can_be_refined(images: Tensor) -> None:
     narrow = (("rpn.*", 5), ("roi_heads.box_head.*", 5))
-    folded = fold(_outspoken("fasterrcnn_mobilenet_v2").twin())
+    folded = fold(_outspoken("fasterrcnn_mobilenet_v2").clone())
     check_grids_move(folded, Policy(8, 8, overrides=narrow), images)
 
 
 def test_proposals_count_in_the_macs() -> None:
     detector = _outspoken("fasterrcnn_mobilenet_v2")
-    rows = {row.name: row for row in describe(detector, SIDE)}
+    rows = {row.name: row for row in list_layers(detector, SIDE)}
     with torch.no_grad():
         raw = detector.raw(torch.zeros(1, 3, SIDE, SIDE))
     layer = detector.module.roi_heads.box_head.fc7
@@ -358,7 +358,7 @@ def test_checkpoints_with_frozen_batchnorm(tmp_path: Path, images: Tensor) -> No
         found = detector.raw(images)
     for one, other in zip(found.objectness, expected[0], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
-    folded = fold(detector.twin())
+    folded = fold(detector.clone())
     assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.module.modules())
     statistics = Inversion(detector, Synthesis()).statistics
     assert statistics is not None

@@ -178,7 +178,7 @@ def test_both_branches_teach_the_backbone(detector: UltralyticsDetector, images:
 def test_twin_is_independent(detector: UltralyticsDetector, images: Tensor) -> None:
     with torch.no_grad():
         before = detector.raw(images)
-        twin = detector.twin()
+        twin = detector.clone()
         for parameter in twin.module.parameters():
             parameter.mul_(1.1)
         after, other = detector.raw(images), twin.raw(images)
@@ -320,7 +320,7 @@ class _Counting(nn.Conv2d):
 def test_layers_may_be_replaced(detector: UltralyticsDetector, images: Tensor) -> None:
     with torch.no_grad():
         before = detector.raw(images)
-        student = detector.twin()
+        student = detector.clone()
         for parent in list(student.module.modules()):
             for key, child in list(parent.named_children()):
                 if type(child) is nn.Conv2d:
@@ -531,7 +531,7 @@ def test_detectors_are_no_other_task(word: str) -> None:
 
 @pytest.mark.parametrize("nms_free", [True, False])
 def test_spec_rebuilds_the_architecture(tmp_path: Path, nms_free: bool) -> None:
-    detector = _outspoken("yolov10n").twin()
+    detector = _outspoken("yolov10n").clone()
     assert isinstance(detector, UltralyticsDetector)
     detector.nms_free = nms_free
     rebuilt = UltralyticsDetector.from_spec(detector.spec())

@@ -23,7 +23,7 @@ from dfq.models.checkpoint import read_checkpoint
 from dfq.models.yolov5 import network as network
 from dfq.models.yolov5.detector import YOLOv5
 from dfq.models.yolov5.loss import yolov5_loss
-from dfq.qat.losses import FeatureTaps, training_terms
+from dfq.qat.losses import FeatureHooks, training_terms
 from dfq.recipe import load_recipe
 
 ANCHORS = [
@@ -179,7 +179,7 @@ def test_layer_names(tiny: YOLOv5) -> None:
 
 
 def test_twin_is_independent(tiny: YOLOv5) -> None:
-    twin, images = tiny.twin(), torch.rand(1, 3, 64, 64)
+    twin, images = tiny.clone(), torch.rand(1, 3, 64, 64)
     before = tiny.raw(images)[0]
     assert torch.equal(before, twin.raw(images)[0])
     next(twin.module.parameters()).data.add_(1)
@@ -188,7 +188,7 @@ def test_twin_is_independent(tiny: YOLOv5) -> None:
 
 
 def test_anchors_follow_the_device(tiny: YOLOv5) -> None:
-    moved = tiny.twin().to("meta")
+    moved = tiny.clone().to("meta")
     raw = moved.raw(torch.rand(1, 3, 64, 64, device="meta"))
     assert moved.module.detect.anchors.device.type == "meta"
     boxes, scores = moved.outputs(raw, (64, 64)).values()
@@ -392,8 +392,8 @@ def test_the_papers_task_terms_are_scaled_by_its_batches(tiny: YOLOv5) -> None:
     rows[:, 0], rows[:, 1] = torch.arange(32), torch.arange(32) % 3
     settings = recipe.distillation.model_copy(deep=True)
     settings.weights.kl = settings.weights.feature = 0.0
-    teacher = tiny.twin()
-    taps = [FeatureTaps(one.module, []) for one in (tiny, teacher)]
+    teacher = tiny.clone()
+    taps = [FeatureHooks(one.module, []) for one in (tiny, teacher)]
     terms = training_terms(tiny, teacher, images, Targets(rows), settings, *taps)
     raw = tiny.raw(images)
     mean = sum(slow_loss(raw, rows.tolist(), stride_anchors(), (64, 64)).values())

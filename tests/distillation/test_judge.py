@@ -1,4 +1,4 @@
-"""An epoch selected by a judge, as the paper selects it by AP on real images."""
+"""An epoch selected by a evaluator, as the paper selects it by AP on real images."""
 
 from __future__ import annotations
 
@@ -29,32 +29,32 @@ class Scripted:
 
 
 def trainer(
-    folder: Path, judge: Callable[[Detector], float] | None, *, selection: str = "ema"
+    folder: Path, evaluator: Callable[[Detector], float] | None, *, selection: str = "ema"
 ) -> Trainer:
     folder.mkdir(exist_ok=True)
     teacher = fold(tiny_detector())
     return Trainer(
         student_of(teacher), teacher, Blobs(), settings(selection=selection),
-        seed=11, folder=folder, judge=judge,
+        seed=11, folder=folder, evaluator=evaluator,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("selection", ["ema", "last"])
 def test_the_epoch_it_likes_most_is_kept(tmp_path: Path, selection: str) -> None:
-    judge = Scripted(0.1, 0.5, 0.3)
-    judged = trainer(tmp_path / "judged", judge, selection=selection)
+    evaluator = Scripted(0.1, 0.5, 0.3)
+    judged = trainer(tmp_path / "judged", evaluator, selection=selection)
     outcome = judged.train()
     assert (outcome.selected, outcome.best) == ("best", (2, 0.5))
     assert [terms["score"] for terms in outcome.history] == [0.1, 0.5, 0.3]
-    assert set(outcome.agreement) == {"start", "last", "best"}
-    assert_same(state(judged.student), judge.shown[1])
-    assert judged.divergence() == outcome.agreement["best"]
+    assert set(outcome.divergence) == {"start", "last", "best"}
+    assert_same(state(judged.student), evaluator.shown[1])
+    assert judged.divergence() == outcome.divergence["best"]
     # Looking on changes nothing of the training, and sees the weights that would be selected.
     alone = trainer(tmp_path / "alone", None, selection=selection)
     plain = alone.train()
     assert plain.selected == selection
     assert plain.best is None
-    assert_same(state(alone.student), judge.shown[2])
+    assert_same(state(alone.student), evaluator.shown[2])
     losses = [{k: v for k, v in terms.items() if k != "score"} for terms in outcome.history]
     assert losses == plain.history
 

@@ -16,7 +16,7 @@ from dfq.graph.fold_batchnorm import FoldedBatchNorm, fold
 from dfq.models.base import Detector, DistillationPair
 from dfq.models.divergence import flattened_divergence, prediction_divergence
 from dfq.qat.features import absolute_distance, distilled_layers
-from dfq.qat.losses import FeatureTaps, distillation_terms, feature_distance
+from dfq.qat.losses import FeatureHooks, distillation_terms, feature_distance
 from dfq.qat.settings import Distillation
 from dfq.quantization.insertion import insert_quantizers
 from dfq.quantization.policy import Policy
@@ -150,18 +150,18 @@ def test_features_do_not_depend_on_the_order_of_the_names() -> None:
 
 def test_taps_hand_over_and_close() -> None:
     net = nn.Sequential(nn.Linear(2, 3), nn.Sequential(nn.ReLU()), nn.Linear(3, 1))
-    taps = FeatureTaps(net, ["0", "1.0"])
+    feature_hooks = FeatureHooks(net, ["0", "1.0"])
     x = torch.randn(4, 2)
     net(x)
-    features = taps.take()
+    features = feature_hooks.take()
     assert list(features) == ["0", "1.0"]
     assert torch.equal(features["0"], net[0](x))
     assert torch.equal(features["1.0"], net[0](x).relu())
-    taps.take()
-    assert taps.take() == {}
-    taps.close()
+    feature_hooks.take()
+    assert feature_hooks.take() == {}
+    feature_hooks.close()
     net(x)
-    assert taps.take() == {}
+    assert feature_hooks.take() == {}
 
 
 @pytest.mark.parametrize("form", ["family", "flattened"])
@@ -210,11 +210,11 @@ def test_the_absolute_form_is_the_mean_over_all_convolutions_and_batchnorms(
         insert_quantizers(student, Policy())
     names = distilled_layers(student, Distillation(feature_form="absolute"))
     assert len(names) == len(pairs)
-    taps = [FeatureTaps(detector.module, names) for detector in (student, teacher)]
+    feature_hooks = [FeatureHooks(detector.module, names) for detector in (student, teacher)]
     with torch.no_grad(), float_mode(student.module):
         student.raw(images)
         teacher.raw(images)
-    ours, theirs = (tap.take() for tap in taps)
+    ours, theirs = (tap.take() for tap in feature_hooks)
     assert float(absolute_distance(ours, theirs, student.module)) == pytest.approx(want, rel=1e-4)
 
 

@@ -120,7 +120,7 @@ def test_damped_weights_end_nearer_to_their_levels(tmp_path: Path) -> None:
     plain.train()
     outcome = damped.train()
     assert rounding_error(damped) < 0.8 * rounding_error(plain)
-    assert outcome.agreement["last"] < 2 * outcome.agreement["start"]
+    assert outcome.divergence["last"] < 2 * outcome.divergence["start"]
 
 
 def test_an_interrupted_training_freezes_the_same(tmp_path: Path) -> None:

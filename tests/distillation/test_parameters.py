@@ -1,4 +1,4 @@
-"""Integers of rounded weights are held while their step sizes are trained."""
+"""Integers of rounded weights are frozen while their step sizes are trained."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from dfq.qat.frozen_integers import HeldLevels
+from dfq.qat.frozen_integers import FrozenIntegers
 from dfq.quantization.layers import QuantConv2d
 from dfq.quantization.quantizers import Quantizer
 
@@ -26,7 +26,7 @@ def test_held_integers_outlast_any_step_size_and_its_gradient_is_theirs() -> Non
     layer = held_layer()
     quantizer = layer.weight_quantizer
     integers = (layer.weight / quantizer.scale_of(layer.weight)).round().clamp(-4, 3).detach()
-    held = HeldLevels([layer])
+    frozen = FrozenIntegers([layer])
     with torch.no_grad():
         quantizer.log_scale.add_(torch.tensor([0.5, -0.5, 1.0, 0.0]))
     upstream = torch.randn(4, 3, 3, 3)
@@ -38,14 +38,14 @@ def test_held_integers_outlast_any_step_size_and_its_gradient_is_theirs() -> Non
     factor = 1 / math.sqrt(27 * 3)
     expected = (upstream * integers).sum((1, 2, 3)) * scale * factor
     torch.testing.assert_close(quantizer.log_scale.grad, expected)
-    held.release()
+    frozen.unfreeze()
     torch.testing.assert_close(quantizer(layer.weight), weight, rtol=1e-6, atol=1e-6)
     assert quantizer.levels is None
 
 
 def test_states_of_held_layers_are_what_they_are_at_the_time() -> None:
     layer, other = held_layer(), held_layer()
-    held = HeldLevels([layer]), HeldLevels([other])
+    frozen = FrozenIntegers([layer]), FrozenIntegers([other])
     with torch.no_grad():
         layer.weight_quantizer.levels.neg_().clamp_(-4, 3)
         layer.weight_quantizer.log_scale.add_(0.7)
@@ -57,6 +57,6 @@ def test_states_of_held_layers_are_what_they_are_at_the_time() -> None:
         assert not torch.allclose(loaded(x), layer(x))
         loaded.load_state_dict(state)
         torch.testing.assert_close(loaded(x), layer(x))
-    for one in held:
-        one.release()
+    for one in frozen:
+        one.unfreeze()
     torch.testing.assert_close(other(x), layer(x))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dfq.errors import UserError
 from dfq.graph.fold_batchnorm import fold
 from dfq.models.base import Detector, Targets
-from dfq.qat.averaging import Average
+from dfq.qat.averaging import ExponentialMovingAverage
 from dfq.qat.settings import Distillation, DistillationWeights
 from dfq.qat.trainer import Trainer
 from dfq.quantization.calibration import calibrate
@@ -83,8 +83,8 @@ def calibrated_student() -> Detector:
 
 def student_of(teacher: Detector, *, calibrated: bool = True) -> Detector:
     if calibrated:
-        return calibrated_student().twin()
-    return insert_quantizers(teacher.twin(), POLICY)
+        return calibrated_student().clone()
+    return insert_quantizers(teacher.clone(), POLICY)
 
 
 def trainer(
@@ -117,10 +117,10 @@ def test_training_brings_the_student_closer(
     before = state(teacher)
     start = run.divergence()
     outcome = run.train()
-    assert outcome.agreement["start"] == start
-    assert outcome.agreement["last"] < 0.75 * start
-    assert outcome.agreement["ema"] < 0.75 * start
-    assert run.divergence() == outcome.agreement[outcome.selected]
+    assert outcome.divergence["start"] == start
+    assert outcome.divergence["last"] < 0.75 * start
+    assert outcome.divergence["ema"] < 0.75 * start
+    assert run.divergence() == outcome.divergence[outcome.selected]
     assert len(outcome.history) == 8
     assert all(set(terms) == {"kl", "feature", "loss"} for terms in outcome.history)
     first, last = outcome.history[0]["loss"], outcome.history[-1]["loss"]
@@ -131,7 +131,7 @@ def test_training_brings_the_student_closer(
 def test_every_parameter_learns_and_the_teacher_gets_no_gradient(
     teacher: Detector, data: Blobs, tmp_path: Path
 ) -> None:
-    thawed = teacher.twin()
+    thawed = teacher.clone()
     thawed.module.requires_grad_(True)
     weights = DistillationWeights(kl=1, feature=1, task=1)
     run = trainer(thawed, data, tmp_path, epochs=1, selection="last", weights=weights)
@@ -202,7 +202,7 @@ def test_zero_points_move_by_whole_levels_to_where_the_loss_falls(
     teacher: Detector, data: Blobs, tmp_path: Path
 ) -> None:
     """Activations calibrated on values that lie half of the range further down."""
-    student = insert_quantizers(teacher.twin(), Policy(8, 6, first_last_bits="float"))
+    student = insert_quantizers(teacher.clone(), Policy(8, 6, first_last_bits="float"))
     calibrate(student, (data.images.float() / 255).split(8), samples=1024)
     chosen = settings(
         epochs=8, ema=0, zoom=0, flip=0, weight_lr=0.0, lr=1e-9, scale_lr=1e-9, zero_lr=0.02
@@ -215,9 +215,9 @@ def test_zero_points_move_by_whole_levels_to_where_the_loss_falls(
         point.data.add_(32)
     outcome = run.train()
     shifts = [point.item() - zero for point, zero in zip(points, before, strict=True)]
-    lost = outcome.agreement["start"] - right
+    lost = outcome.divergence["start"] - right
     assert lost > right
-    assert outcome.agreement["last"] < outcome.agreement["start"] - 0.6 * lost
+    assert outcome.divergence["last"] < outcome.divergence["start"] - 0.6 * lost
     back = sorted(32 - round(shift) for shift in shifts)
     assert back[len(back) // 2] >= 6
 
@@ -410,7 +410,7 @@ def test_what_the_last_step_breaks_is_not_saved(
 def test_average_is_the_recurrence_written_out() -> None:
     layer = nn.Linear(3, 2)
     layer.bias.requires_grad_(False)
-    average = Average(layer, 0.6)
+    average = ExponentialMovingAverage(layer, 0.6)
     shadow = [float(value) for value in layer.weight.detach().flatten()]
     generator = torch.Generator().manual_seed(0)
     for step in range(12):
@@ -453,7 +453,7 @@ def test_selection(teacher: Detector, data: Blobs, tmp_path: Path) -> None:
 def test_no_average_no_choice(teacher: Detector, data: Blobs, tmp_path: Path) -> None:
     outcome = trainer(teacher, data, tmp_path, epochs=1, ema=0, selection="ema").train()
     assert outcome.selected == "last"
-    assert set(outcome.agreement) == {"start", "last"}
+    assert set(outcome.divergence) == {"start", "last"}
 
 
 # ---- the leash
@@ -496,7 +496,7 @@ def test_a_rate_in_steps_moves_each_channel_by_its_own(
     layers = dict(quantized_layers(run.student.module))
     before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     steps = {name: layer.weight_quantizer.scale.detach() for name, layer in layers.items()}
-    ours, theirs = run.taps()
+    ours, theirs = run.feature_hooks()
     run.step(0, list(range(7)), torch.Generator().manual_seed(0), ours, theirs)
     ours.close()
     theirs.close()
@@ -525,7 +525,7 @@ def test_rounded_weights_keep_their_integers_while_all_else_is_trained(
     scales = {name: layer.weight_quantizer.scale.detach() for name, layer in layers.items()}
     biases = {name: layer.bias.detach().clone() for name, layer in layers.items()}
     outcome = run.train()
-    assert outcome.agreement[outcome.selected] < outcome.agreement["start"]
+    assert outcome.divergence[outcome.selected] < outcome.divergence["start"]
     last = layers.keys() & run.student.boundary_layers().last if train_last else set()
     assert bool(last) is train_last
     for name, layer in layers.items():
@@ -536,7 +536,7 @@ def test_rounded_weights_keep_their_integers_while_all_else_is_trained(
             torch.testing.assert_close(integers(layer), before[name], rtol=0, atol=1e-4)
         assert not torch.equal(layer.bias, biases[name])
         assert not torch.equal(layer.weight_quantizer.scale, scales[name])
-        # Nothing is held any more.
+        # Nothing is frozen any more.
         assert layer.weight_quantizer.levels is None
     moved = [scales[n] / layer.weight_quantizer.scale.detach() for n, layer in layers.items()]
     # So far that rounding anew would have turned the largest ones over.

@@ -118,7 +118,7 @@ def test_results_of_other_settings_do_not_count(scenes: Path) -> None:
 def test_a_perfect_copy_agrees_and_a_damaged_one_does_not(scenes: Path) -> None:
     settings = Settings(("val", "other"), "train", scenes / "out", 2, (0,), ("w8a8",), QUICK)
     measured = Bench(Network.parse("demo", {}), settings)
-    copy = measured.teacher.twin()
+    copy = measured.teacher.clone()
     found = measured.yardstick.measure(copy)
     assert (found["agreement"], *found["by_set"]) == pytest.approx((1, 1, 1))
     with torch.no_grad():

@@ -21,7 +21,7 @@ import dfq
 from dfq.models import load_detector
 from dfq.qat import trainer
 from dfq.quantization.insertion import insert_quantizers
-from dfq.quantization.inspection import describe
+from dfq.quantization.inspection import list_layers
 from dfq.recipe import load_recipe, shipped_recipes
 from dfq.synthesis.adaptive_labels import update_steps
 from dfq.synthesis.loss_weighting import LossWeights
@@ -238,7 +238,7 @@ def test_the_codes_layers_are_what_the_header_says(
     student = insert_quantizers(
         load_detector(source), load_recipe(name, changes).quantization.policy()
     )
-    rows = describe(student, 64)
+    rows = list_layers(student, 64)
     found = {row.name for row in rows if not row.quantized}
     assert found == {row.name for row in rows if re.fullmatch(in_float, row.name)}
     assert 0 < len(found) < len(rows)
@@ -374,7 +374,7 @@ def test_it_trains_its_family_by_its_numbers(
         assert epoch["loss"] == pytest.approx(parts, rel=1e-4)
     rows = dfq.inspect(place / "run").layers
     in_float = {row.name for row in rows if not row.quantized}
-    edge = load_detector(place / "run" / "model.safetensors").boundary_layers()
+    edge = dfq.load_detector(place / "run" / "model.safetensors").boundary_layers()
     products = {row.name for row in rows if row.kind == "matmul"}
     assert in_float == {*edge.first, *edge.last, *products}
     assert {(row.weight_bits, row.activation_bits) for row in rows if row.quantized} == {

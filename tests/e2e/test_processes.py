@@ -217,7 +217,7 @@ HELD = """
 import hashlib
 from dfq.cli import options
 options._GRACE_SECONDS = 0.1
-@options.mendable
+@options.report_user_errors
 def synthesize():
     print("working", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)

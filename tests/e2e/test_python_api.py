@@ -80,7 +80,7 @@ def test_overrides_of_layers_are_one_value() -> None:
 
 
 def test_sensitivity_takes_the_settings_of_the_command(model: Path, made: Path) -> None:
-    found = dfq.mixed_precision(
+    found = dfq.sensitivity(
         model, data=made, budget="w6a8", cost="bytes", images=1,
         overrides={"quantization.mixed.candidates": [4, 8]},
     )  # fmt: skip
@@ -172,7 +172,7 @@ def test_progress_is_shown_when_asked_for(
     for line in ("synthesis: 4/4 images", "training: 2/2 epochs", "evaluation: 4/4 images"):
         assert line in shown.err
     assert shown.out == ""
-    dfq.mixed_precision(
+    dfq.sensitivity(
         model, data=made.root, images=1, progress=True,
         overrides={"quantization.mixed.candidates": [4, 8]},
     )  # fmt: skip

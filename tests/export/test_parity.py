@@ -21,7 +21,7 @@ from dfq.export.opening import open_file
 from dfq.export.passes import QUANTIZE, grid_at
 from dfq.export.program import build
 from dfq.models.base import Detector
-from dfq.quantization.output_quantizers import result_quantizers
+from dfq.quantization.output_quantizers import output_quantizers
 
 AVERAGING = ("average", "adaptive average", "bilinear")
 """Halves between two integers are frequent there, and runtimes round each in its own way."""
@@ -301,7 +301,7 @@ def test_channels_that_vanish_are_computed_all_the_same(
 def test_a_sum_that_litert_cannot_add_is_refused(tmp_path: Path) -> None:
     student = quantized(toy("residual"), "litert", (8, 8))
     exported(student, "litert", tmp_path, (8, 8))
-    (sum_grid,) = (q for name, q in result_quantizers(student.module) if ":add:" in name)
+    (sum_grid,) = (q for name, q in output_quantizers(student.module) if ":add:" in name)
     sum_grid.initialise(torch.tensor([1e-9]))
     (tmp_path / "again").mkdir()
     with pytest.raises(UserError, match=r"LiteRT cannot compute the sum .*trained weights"):

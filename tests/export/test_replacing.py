@@ -30,7 +30,7 @@ WIDTHS = [*((8, name) for name in PLACEMENTS), *((16, name) for name in WIDE)]
 
 
 def student_of(teacher: Detector, policy: Policy) -> Detector:
-    student = insert_quantizers(teacher.twin(), policy)
+    student = insert_quantizers(teacher.clone(), policy)
     calibrate(student, [blobs(6)])
     return student
 

@@ -97,7 +97,7 @@ def test_heads_are_computed_in_integers_as_well(runtime: str, tmp_path: Path) ->
     format = {"onnxruntime": "onnx"}.get(runtime, runtime)
     detector = fold(detector_of("fasterrcnn_mobilenet_v2"))
     policy = Policy(8, 8, 8, placement="qdq", runtime=runtime)
-    student = insert_quantizers(detector.twin(), policy)
+    student = insert_quantizers(detector.clone(), policy)
     calibrate(student, [images(2)], search="minmax")
     program = build(student, runtime, image_size=SIDE)
     heads = build(student, runtime, image_size=SIDE, dynamic=runtime != "litert", part="heads")

@@ -42,7 +42,7 @@ def for_tensorrt(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Detector
     @functools.cache
     def made(name: str, runtime: str = "tensorrt") -> Path:
         detector = fold(load_model("demo") if name == "demo" else load_detector(name))
-        detector = detector.twin()
+        detector = detector.clone()
         detector.image_size = 64
         insert_quantizers(detector, Policy(8, 8, 8, placement="qdq", runtime=runtime))
         calibrate(detector, [torch.rand(2, 3, 64, 64)], search="minmax")
@@ -246,7 +246,7 @@ def network() -> Any:
 
 
 def quantized_for(detector: Detector, runtime: str) -> Detector:
-    student = insert_quantizers(detector.twin(), policy_of((8, 8), runtime))
+    student = insert_quantizers(detector.clone(), policy_of((8, 8), runtime))
     calibrate(student, [coarse(2)])
     return student
 

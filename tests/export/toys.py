@@ -241,7 +241,7 @@ def toy(name: str, last: tuple[str, ...] = ()) -> Toy:
 def quantized(detector: Detector, runtime: str, widths: tuple[int, int], **more: Any) -> Detector:
     """Its quantized twin with quantizers where a runtime wants them."""
     policy = Policy(*widths, "same", placement="qdq", runtime=runtime, **more)
-    student = insert_quantizers(detector.twin(), policy)
+    student = insert_quantizers(detector.clone(), policy)
     calibrate(student, [images(8, seed=7)], search="minmax")
     return student
 

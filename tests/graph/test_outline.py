@@ -48,8 +48,8 @@ def test_macs_are_those_of_the_shapes() -> None:
 def test_what_is_folded_or_quantized_is_not_watched_again(watched: list[int]) -> None:
     demo = load_detector("demo")
     first = outline(demo)
-    teacher = fold(demo.twin())
-    student = insert_quantizers(teacher.twin(), Policy(8, 8))
+    teacher = fold(demo.clone())
+    student = insert_quantizers(teacher.clone(), Policy(8, 8))
     assert outline(teacher) == outline(student) == first
     assert watched == [demo.image_size]
     outline(student, 64)

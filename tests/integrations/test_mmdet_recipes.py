@@ -17,7 +17,7 @@ from dfq.graph.fold_batchnorm import fold
 from dfq.models import load_detector
 from dfq.models.mmdet.config import quiet, read_config
 from dfq.ptq.pipeline import clip_strictly
-from dfq.qat.frozen_integers import held_layers
+from dfq.qat.frozen_integers import frozen_layers
 from dfq.qat.parameter_groups import parameter_groups, require_gradients
 from dfq.quantization.calibration import calibrate
 from dfq.quantization.insertion import insert_quantizers
@@ -176,11 +176,11 @@ def test_a_shipped_recipe_trains_as_it_says_or_is_refused(
     assert model.recipe.distillation.weights == settings.weights
 
     # The very parameters, at the very rates.
-    own = insert_quantizers(fold(load_detector(config)).twin(), recipe.quantization.policy())
+    own = insert_quantizers(fold(load_detector(config)).clone(), recipe.quantization.policy())
     if recipe.quantization.ranges == "lsq":
         clip_strictly(own.module)
     assert quantizers(model.student) == quantizers(own.module)
-    require_gradients(own.module, held_layers(own, settings), zero_points=settings.zero_lr > 0)
+    require_gradients(own.module, frozen_layers(own, settings), zero_points=settings.zero_lr > 0)
     names = {parameter: key for key, parameter in own.module.named_parameters()}
     rates = {
         f"student.{names[parameter]}": group["peak"]

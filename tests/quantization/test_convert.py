@@ -15,7 +15,7 @@ from dfq.graph.fold_batchnorm import fold
 from dfq.models.yolov5.detector import YOLOv5
 from dfq.quantization.calibration import calibrate, set_range
 from dfq.quantization.insertion import insert_quantizers
-from dfq.quantization.inspection import describe
+from dfq.quantization.inspection import list_layers
 from dfq.quantization.layers import QUANTIZED_LAYERS
 from dfq.quantization.margins import keep_within_statistics
 from dfq.quantization.policy import Policy
@@ -30,7 +30,7 @@ def detector() -> YOLOv5:
 
 
 def bits(detector: YOLOv5) -> dict[str, tuple[int, int]]:
-    return {row.name: (row.weight_bits, row.activation_bits) for row in describe(detector)}
+    return {row.name: (row.weight_bits, row.activation_bits) for row in list_layers(detector)}
 
 
 # ---- policy
@@ -111,7 +111,7 @@ def test_a_shared_layer_is_quantized_under_all_its_names() -> None:
 
 
 def quantized(source: YOLOv5, policy: Policy, images: Tensor, **options: object) -> YOLOv5:
-    student = insert_quantizers(source.twin(), policy)
+    student = insert_quantizers(source.clone(), policy)
     calibrate(student, images.split(4), **{"samples": 1024, **options})
     return student  # type: ignore[return-value]
 
@@ -119,7 +119,7 @@ def quantized(source: YOLOv5, policy: Policy, images: Tensor, **options: object)
 @pytest.mark.parametrize("search", sorted(SEARCHES))
 def test_calibration_initialises_everything(detector: YOLOv5, search: str) -> None:
     progress: list[int] = []
-    student = insert_quantizers(detector.twin(), Policy())
+    student = insert_quantizers(detector.clone(), Policy())
     quantizers = [m for m in student.module.modules() if isinstance(m, Quantizer)]
     assert len(quantizers) == 2 * 18
     assert not any(q.initialised for q in quantizers)
@@ -174,7 +174,7 @@ def rounding_noise(source: YOLOv5, student: YOLOv5, images: Tensor) -> Tensor:
         shape = (-1, *([1] * (x.ndim - 1)))
         return (torch.rand(x.shape, generator=generator) - 0.5) * scale.detach().view(shape)
 
-    noisy = source.twin()
+    noisy = source.clone()
     for name, layer in quantized_layers(student.module):
         twin = noisy.module.get_submodule(name)
         twin.weight.data += noise(layer.weight, layer.weight_quantizer.scale)
@@ -236,14 +236,14 @@ def test_float_mode_is_bit_equal_and_ends(detector: YOLOv5) -> None:
 def test_a_fine_grid_in_front_of_a_silu_clips_nothing_that_it_lets_through() -> None:
     values = torch.cat([torch.randn(20_000) - 3, torch.tensor([-40.0, 9.0])])
     before_silu = Quantizer(8, asymmetric=True)
-    before_silu.reader = "silu"
+    before_silu.consumer = "silu"
     set_range(before_silu, values, "mse")
     step, zero = before_silu.scale.item(), before_silu.zero_point.item()
     assert -zero * step == pytest.approx(-7, abs=step)
     assert (255 - zero) * step == pytest.approx(9, abs=step)
     # Of few bits each is worth more than what is clipped: the search decides.
     coarse = Quantizer(4, asymmetric=True)
-    coarse.reader = "silu"
+    coarse.consumer = "silu"
     set_range(coarse, values, "mse")
     wanted, _ = mse(values[None], 4, asymmetric=True, through=torch.nn.functional.silu)
     assert torch.allclose(coarse.scale, wanted)
@@ -260,7 +260,7 @@ def test_symmetric_grids_of_what_is_never_below_zero_have_no_levels_there(
     assert [int(end) for end in unsigned.limits_of(values)] == [0, 255]
     # Of what a ReLU reads nothing below zero counts.
     behind = Quantizer(8, unsigned=True)
-    behind.reader = "relu"
+    behind.consumer = "relu"
     set_range(behind, torch.cat([values, -values]), "minmax")
     assert [int(end) for end in behind.limits_of(values)] == [0, 255]
     for quantizer, given in (

@@ -21,7 +21,7 @@ from dfq.quantization.calibration import calibrate
 from dfq.quantization.implied import implied_ranges
 from dfq.quantization.insertion import insert_quantizers
 from dfq.quantization.layers import SplitOutput
-from dfq.quantization.output_quantizers import result_quantizers
+from dfq.quantization.output_quantizers import output_quantizers
 from dfq.quantization.policy import Policy
 from dfq.quantization.storage import restore_state, stored_state
 from dfq.quantization.traversal import activation_quantizers, float_mode
@@ -53,7 +53,7 @@ def images(count: int) -> Tensor:
 
 
 def student_of(teacher: Detector) -> Detector:
-    student = insert_quantizers(teacher.twin(), LITERT)
+    student = insert_quantizers(teacher.clone(), LITERT)
     calibrate(student, [images(4)])
     return student
 
@@ -79,7 +79,7 @@ def test_each_kind_is_as_fine_as_its_own_values(uneven: Detector) -> None:
 def test_all_of_them_are_known_by_their_names_and_trained(uneven: Detector) -> None:
     student = student_of(uneven)
     modules = dict(student.module.named_modules())
-    found = [(n, q) for n, q in result_quantizers(student.module) if ".output_quantizer." in n]
+    found = [(n, q) for n, q in output_quantizers(student.module) if ".output_quantizer." in n]
     assert len(found) == 4 * len(student.boundary_layers().last)
     assert all(modules[name] is quantizer for name, quantizer in found)
     assert {q for _, q in found} <= {q for _, q in activation_quantizers(student.module)}
@@ -120,14 +120,14 @@ def count_convolutions(detector: Detector) -> list[str]:
 
 def test_no_other_runtime_needs_them(uneven: Detector) -> None:
     for runtime in ("onnxruntime", "openvino", "tensorrt"):
-        student = insert_quantizers(uneven.twin(), Policy(8, 8, placement="qdq", runtime=runtime))
+        student = insert_quantizers(uneven.clone(), Policy(8, 8, placement="qdq", runtime=runtime))
         assert not any(isinstance(m, SplitOutput) for m in student.module.modules())
 
 
 def test_what_batchnorm_implies_is_not_taken_for_what_predictions_reach(uneven: Detector) -> None:
     """No BatchNorm follows the layers that give them."""
-    student = insert_quantizers(uneven.twin(), LITERT)
-    split = {name for name, _ in result_quantizers(student.module) if ".output_quantizer." in name}
+    student = insert_quantizers(uneven.clone(), LITERT)
+    split = {name for name, _ in output_quantizers(student.module) if ".output_quantizer." in name}
     last = tuple(f"{name}." for name in student.boundary_layers().last)
     ours = {name for name in split if name.startswith(last)}
     assert ours
@@ -148,7 +148,7 @@ def test_a_run_in_which_all_kinds_had_one_grid_gives_what_it_gave(uneven: Detect
         state |= {f"{name}.output_quantizer.{key}": value for key, value in shared.items()}
         for quantizer in split:
             quantizer.load_state_dict(shared)
-    again = insert_quantizers(uneven.twin(), LITERT)
+    again = insert_quantizers(uneven.clone(), LITERT)
     restore_state(again.module, state, "here")
     with torch.no_grad():
         for got, want in zip(again.raw(images(2)), student.raw(images(2)), strict=True):

@@ -11,7 +11,7 @@ from dfq.graph.fold_batchnorm import fold
 from dfq.models.base import Boundary
 from dfq.models.yolov5.detector import YOLOv5
 from dfq.quantization.insertion import insert_quantizers
-from dfq.quantization.inspection import LayerInfo, bit_operations, describe, quantized_share
+from dfq.quantization.inspection import LayerInfo, bit_operations, list_layers, quantized_share
 from dfq.quantization.policy import Policy
 
 FIRST = "model.0.conv"
@@ -50,7 +50,7 @@ class SharedDetector(YOLOv5):
 
 
 def test_macs_of_linear_and_shared_layers() -> None:
-    rows = {row.name: row for row in describe(SharedDetector())}
+    rows = {row.name: row for row in list_layers(SharedDetector())}
     assert list(rows) == ["stem", "levels.0.0", "token"]
     assert rows["stem"].macs == 14 * 14 * 4 * 3 * 3 * 3
     # Both calls count: 14 x 14 and 7 x 7 places.
@@ -79,7 +79,7 @@ def test_what_stays_in_float_counts_all_the_same() -> None:
     detector = SharedDetector()
     detector.module = Mixed().eval()
     insert_quantizers(detector, Policy(weight_bits=8))
-    rows = describe(detector, 8)
+    rows = list_layers(detector, 8)
     kinds = {row.name: (row.kind, row.quantized) for row in rows}
     assert kinds == {
         "stem": ("conv", True),
@@ -118,13 +118,13 @@ def test_macs_by_hand() -> None:
             f"{block}.m.0.cv2.conv": places * 8 * 8 * 9,
             f"{block}.cv3.conv": places * 16 * 16,
         }
-    rows = describe(detector)
+    rows = list_layers(detector)
     assert {row.name: row.macs for row in rows} == expected
     assert rows[0].name == FIRST
     assert {rows[-1].name, rows[-2].name} == set(LAST)
     assert rows[0].weight_shape == (8, 3, 3, 3)
     assert rows[0].output_shape == (8, half, half)
-    twice = describe(detector, 2 * SIDE)
+    twice = list_layers(detector, 2 * SIDE)
     assert [row.macs for row in twice] == [4 * row.macs for row in rows]
     assert not any(
         module._forward_hooks or module._forward_pre_hooks for module in detector.module.modules()
@@ -145,9 +145,9 @@ def test_share_and_bit_operations_by_hand() -> None:
 
 def test_share_of_a_detector() -> None:
     detector = fold(tiny_detector())
-    assert quantized_share(describe(detector)) == 0
+    assert quantized_share(list_layers(detector)) == 0
     insert_quantizers(detector, Policy(first_last_bits="float"))
-    rows = {r.name: r for r in describe(detector)}
+    rows = {r.name: r for r in list_layers(detector)}
     edge = sum(rows[name].macs for name in (FIRST, *LAST))
     total = sum(r.macs for r in rows.values())
     assert quantized_share(rows.values()) == pytest.approx(1 - edge / total)

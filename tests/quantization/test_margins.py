@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dfq.graph.fold_batchnorm import fold
 from dfq.models.base import Detector
 from dfq.quantization import margins
-from dfq.quantization.calibration import calibrate, observe
+from dfq.quantization.calibration import calibrate, run_observers
 from dfq.quantization.implied import implied_ranges
 from dfq.quantization.insertion import insert_quantizers
 from dfq.quantization.margins import keep_within_statistics, span, usual_contrast, with_contrast
@@ -104,7 +104,7 @@ def test_what_a_layer_gives_reaches_as_far_as_the_batchnorm_behind_it() -> None:
         step = (found[name][1] - found[name][0]) / 255
         assert found[name][1] >= least[name][1] - step
         # What SiLU makes nothing of takes no levels.
-        assert quantizers[name].reader == "silu"
+        assert quantizers[name].consumer == "silu"
         assert found[name][0] >= -7 - step
 
 
@@ -128,8 +128,8 @@ def test_values_beyond_any_gaussian_are_clipped_where_contrast_does_not_make_the
 def test_early_activations_grow_with_the_contrast() -> None:
     images = blobs(8)
     detector = calibrated(8, images)
-    plain = observe(detector, [images])["model.1.conv"]
-    strong = observe(detector, [with_contrast(images, margins.CONTRAST)])["model.1.conv"]
+    plain = run_observers(detector, [images])["model.1.conv"]
+    strong = run_observers(detector, [with_contrast(images, margins.CONTRAST)])["model.1.conv"]
     assert margins._reach(strong) > margins.GROWTH * margins._reach(plain)
     assert margins._reach(torch.arange(1001.0)) == pytest.approx(1000, abs=1)
 

@@ -19,12 +19,12 @@ from dfq.graph.fold_batchnorm import fold
 from dfq.mixed_precision.sensitivity import measure
 from dfq.models.base import Detector
 from dfq.models.divergence import prediction_divergence
-from dfq.ptq.gptq import reconstruct
+from dfq.ptq.gptq import gptq_quantize
 from dfq.quantization.calibration import calibrate
 from dfq.quantization.insertion import insert_quantizers
-from dfq.quantization.inspection import describe
+from dfq.quantization.inspection import list_layers
 from dfq.quantization.layers import QuantSiLU
-from dfq.quantization.output_quantizers import RESULTS, result_quantizers
+from dfq.quantization.output_quantizers import RESULTS, output_quantizers
 from dfq.quantization.placement import PLACEMENTS, Placement
 from dfq.quantization.policy import Policy
 from dfq.quantization.quantizers import Quantizer
@@ -64,7 +64,7 @@ def everything() -> Toy:
 
 def placed(detector: Detector, runtime: str, seen: Tensor | None = None, **more: Any) -> Detector:
     policy = Policy(8, 8, "same", placement="qdq", runtime=runtime, **more)
-    student = insert_quantizers(detector.twin(), policy)
+    student = insert_quantizers(detector.clone(), policy)
     calibrate(student, [images(4, seed=7) if seen is None else seen], search="minmax")
     return student
 
@@ -169,7 +169,7 @@ def test_an_attribute_changes_where_they_stand(made: Any, attributes: tuple[str,
 def test_an_average_is_on_the_grid_of_what_it_averages(made: Any) -> None:
     for averages in (False, True):
         student = made(toy("average"), averages=averages)
-        found = {name.split(":")[1]: q for name, q in result_quantizers(student.module)}
+        found = {name.split(":")[1]: q for name, q in output_quantizers(student.module)}
         assert set(found) == ({"silu", "avg_pool2d"} if averages else set())
         after = student.module[5].input_quantizer
         assert all(quantizer is after for quantizer in found.values())
@@ -278,10 +278,10 @@ def test_every_attribute_has_a_test_that_sees_it() -> None:
 def test_a_run_folder_gives_it_back_bit_for_bit(runtime: str, tmp_path: Path) -> None:
     teacher = fold(tiny_detector())
     policy = Policy(4, 8, placement="qdq", runtime=runtime)
-    student = insert_quantizers(teacher.twin(), policy)
+    student = insert_quantizers(teacher.clone(), policy)
     calibrate(student, [blobs(4)])
     pixels = (blobs(4) * 255).round().to(torch.uint8)
-    reconstruct(student, teacher, pixels)
+    gptq_quantize(student, teacher, pixels)
     with torch.no_grad():
         wanted = student.raw(blobs(4, seed=2))
         Run(tmp_path / "run", {"seed": 0}).finish(student, policy, {}, {})
@@ -299,10 +299,10 @@ def test_rounding_makes_up_for_its_errors_under_every_placement(runtime: str) ->
     policy = Policy(3, 8, placement="qdq", runtime=runtime)
     with torch.no_grad():
         wanted = stacked(teacher.raw(batch))
-        student = insert_quantizers(teacher.twin(), policy)
+        student = insert_quantizers(teacher.clone(), policy)
         calibrate(student, [batch])
         before = stacked(student.raw(batch))
-        reconstruct(student, teacher, (batch * 255).round().to(torch.uint8))
+        gptq_quantize(student, teacher, (batch * 255).round().to(torch.uint8))
         after = stacked(student.raw(batch))
     assert (after - wanted).norm() < 0.8 * (before - wanted).norm()
 
@@ -313,7 +313,7 @@ def test_sensitivity_is_that_of_a_layer_and_not_of_the_placement(runtime: str) -
     teacher, few = fold(tiny_detector()), [(4, 8), (8, 16)]
     names = ("model.1.conv", "model.8.cv3.conv")
     others = tuple(
-        (info.name, "float") for info in describe(teacher, SIDE) if info.name not in names
+        (info.name, "float") for info in list_layers(teacher, SIDE) if info.name not in names
     )
     policy = Policy(placement="qdq", runtime=runtime, overrides=others)
     rows = measure(teacher, policy, [blobs(4)], few, search="minmax")
@@ -324,7 +324,7 @@ def test_sensitivity_is_that_of_a_layer_and_not_of_the_placement(runtime: str) -
         rest = tuple((other, "float") for other in (*names, *dict(others)) if other != name)
         for widths, value in zip(few, found[name], strict=True):
             alone = insert_quantizers(
-                teacher.twin(),
+                teacher.clone(),
                 Policy(
                     *widths,
                     overrides=rest,

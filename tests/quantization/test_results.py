@@ -19,7 +19,7 @@ from dfq.models.yolov5.detector import YOLOv5
 from dfq.models.yolov5.network import C3, SPPF, Bottleneck, Concat
 from dfq.quantization.calibration import calibrate
 from dfq.quantization.insertion import insert_quantizers
-from dfq.quantization.output_quantizers import RESULTS, count_joins, result_quantizers
+from dfq.quantization.output_quantizers import RESULTS, count_adds_and_concats, output_quantizers
 from dfq.quantization.policy import Policy
 from dfq.quantization.quantizers import Quantizer
 from dfq.quantization.traversal import activation_quantizers, float_mode, quantized_layers
@@ -30,7 +30,7 @@ EVERYWHERE = Policy(8, 8, placement="everywhere")
 
 
 def student_of(teacher: Detector, policy: Policy, images: Tensor, search: str = "minmax") -> Any:
-    student = insert_quantizers(teacher.twin(), policy)
+    student = insert_quantizers(teacher.clone(), policy)
     calibrate(student, [images], search=search)
     return student
 
@@ -86,27 +86,30 @@ def test_all_sums_and_concatenations_are_found(source: str) -> None:
     detector = fold(tiny_detector() if source == "tiny" else load_detector(source))
     expected = by_class(detector.module)
     assert expected == (5 if source == "tiny" else 31)
-    assert count_joins(detector) == (0, expected)
-    assert count_joins(insert_quantizers(detector.twin(), Policy(8, 8))) == (0, expected)
-    student = insert_quantizers(detector.twin(), EVERYWHERE)
-    assert count_joins(student) == (expected, expected)
+    assert count_adds_and_concats(detector) == (0, expected)
+    assert count_adds_and_concats(insert_quantizers(detector.clone(), Policy(8, 8))) == (
+        0,
+        expected,
+    )
+    student = insert_quantizers(detector.clone(), EVERYWHERE)
+    assert count_adds_and_concats(student) == (expected, expected)
 
 
 def test_all_of_a_real_yolov5_are_found(yolov5n: Path) -> None:
     detector = fold(load_detector(yolov5n))
-    student = insert_quantizers(detector.twin(), EVERYWHERE)
+    student = insert_quantizers(detector.clone(), EVERYWHERE)
     # 7 residual sums; 8 blocks, the pyramid pooling, and 4 fusions of the neck concatenate.
-    assert count_joins(student) == (20, 20) == (by_class(detector.module),) * 2
+    assert count_adds_and_concats(student) == (20, 20) == (by_class(detector.module),) * 2
 
 
 def test_layers_in_float_are_not_joined_in_integers() -> None:
     """A sum of what a float layer gives has to be computed in float."""
     policy = Policy(8, 8, placement="everywhere", overrides=(("model.3.m.0.cv2.conv", "float"),))
     student = insert_quantizers(fold(tiny_detector()), policy)
-    names = [name for name, _ in result_quantizers(student.module)]
+    names = [name for name, _ in output_quantizers(student.module)]
     assert not any("model/3/m/0" in name for name in names)
     # Neither is the concatenation whose one part is that sum.
-    assert count_joins(student) == (3, 5)
+    assert count_adds_and_concats(student) == (3, 5)
 
 
 # ---- what is computed
@@ -123,7 +126,7 @@ def test_all_that_is_joined_is_on_a_grid_of_eight_bits() -> None:
         raw = student.raw(images)
     assert joined.calls == 5
     assert max(levels_of(operand) for operand in joined.operands) <= 256
-    results = {q for _, q in result_quantizers(student.module)}
+    results = {q for _, q in output_quantizers(student.module)}
     read = [
         levels_of(x)
         for x, (_, layer) in zip(seen, quantized_layers(student.module), strict=True)
@@ -207,7 +210,7 @@ def test_a_run_folder_gives_it_back_bit_for_bit(tmp_path: Path) -> None:
     teacher, images = fold(tiny_detector()), blobs(4)
     student = student_of(teacher, EVERYWHERE, images)
     wanted = student.raw(images)
-    twin = student.twin()
+    twin = student.clone()
     run = Run(tmp_path / "run", {"seed": 0})
     run.finish(student, EVERYWHERE, {}, {})
     again = load_model(tmp_path / "run")
@@ -216,7 +219,7 @@ def test_a_run_folder_gives_it_back_bit_for_bit(tmp_path: Path) -> None:
     assert list(again.module.state_dict()) == list(student.module.state_dict())
     assert inspect(tmp_path / "run").joins == (5, 5)
     # A twin is on its own.
-    for _, quantizer in result_quantizers(twin.module):
+    for _, quantizer in output_quantizers(twin.module):
         quantizer.log_scale.data += 1
     assert not torch.equal(twin.raw(images)[0], wanted[0])
     assert all(map(torch.equal, student.raw(images), wanted))
@@ -292,7 +295,7 @@ def test_sums_within_sums_are_told_apart() -> None:
     images = blobs(4)
     teacher = WholeDetector()
     student = student_of(teacher, EVERYWHERE, images)
-    names = {name.removeprefix(f"{RESULTS}.") for name, _ in result_quantizers(student.module)}
+    names = {name.removeprefix(f"{RESULTS}.") for name, _ in output_quantizers(student.module)}
     # The first sum of the body is of a constant, and is what the second one takes.
     assert {name for name in names if "output" not in name} == {
         "body:add:0",
@@ -300,7 +303,7 @@ def test_sums_within_sums_are_told_apart() -> None:
         "body:add:1",
         "body:cat:0",
     }
-    assert count_joins(student) == (2, 2)
+    assert count_adds_and_concats(student) == (2, 2)
     got, wanted = student.raw(images)[0], teacher.raw(images)[0]
     assert (got - wanted).abs().max() < 0.05 * wanted.abs().max()
     # Where an activation function wrote into its input, the gradient would miss it.
@@ -316,7 +319,7 @@ def test_a_grid_in_front_of_a_relu_has_no_level_below_zero() -> None:
     for name in ("body.0", "body.2.conv", "body.3.conv"):
         quantizer = layers[name].output_quantizer
         assert quantizer is not None
-        assert quantizer.reader == "relu"
+        assert quantizer.consumer == "relu"
         assert quantizer.zero_point.tolist() == [0]
 
 
@@ -325,7 +328,7 @@ def test_rectified_sums_stay_on_their_grid() -> None:
     student = insert_quantizers(WholeDetector(), EVERYWHERE)
     holder = student.module.get_submodule(RESULTS)
     # A ReLU reads the sum, and what it gives is concatenated without one more quantizer.
-    assert holder["body:add:1"].reader == "relu"
+    assert holder["body:add:1"].consumer == "relu"
     assert not any("relu" in name for name in holder)
 
 

@@ -14,7 +14,7 @@ from dfq.models.base import Detector
 from dfq.models.mmdet.ops import ensure_ops
 from dfq.quantization.calibration import calibrate
 from dfq.quantization.insertion import insert_quantizers
-from dfq.quantization.inspection import describe
+from dfq.quantization.inspection import list_layers
 from dfq.quantization.layers import QuantMatmul
 from dfq.quantization.policy import Policy
 from dfq.quantization.quantizers import Quantizer
@@ -37,7 +37,7 @@ def test_exposed_attention_is_mmdets(masked: bool) -> None:
     ensure_ops()
     from mmdet.models.backbones.swin import WindowMSA
 
-    from dfq.models.mmdet.attention import ExposedWindowMSA, expose_products
+    from dfq.models.mmdet.attention import DecomposedWindowMSA, expose_products
 
     torch.manual_seed(0)
     theirs = WindowMSA(embed_dims=12, num_heads=3, window_size=(4, 3)).eval()
@@ -48,7 +48,7 @@ def test_exposed_attention_is_mmdets(masked: bool) -> None:
     expected = theirs(tokens, mask)
     (gradient,) = torch.autograd.grad(expected.square().sum(), tokens)
     expose_products(theirs)
-    assert type(theirs) is ExposedWindowMSA
+    assert type(theirs) is DecomposedWindowMSA
     assert state.keys() == theirs.state_dict().keys()
     found = theirs(tokens, mask)
     torch.testing.assert_close(found, expected)
@@ -73,11 +73,11 @@ def test_a_product_is_quantized_on_both_sides() -> None:
 
 
 def test_products_are_listed_calibrated_and_quantized(swin: Detector, images: Tensor) -> None:
-    student = insert_quantizers(swin.twin(), Policy(weight_bits=8, activation_bits=8))
+    student = insert_quantizers(swin.clone(), Policy(weight_bits=8, activation_bits=8))
     calibrate(student, [images], search="minmax")
     quantizers = dict(activation_quantizers(student.module))
     assert all(bool(quantizer.initialised) for quantizer in quantizers.values())
-    rows = {row.name: row for row in describe(student, SIDE)}
+    rows = {row.name: row for row in list_layers(student, SIDE)}
     products = [row for row in rows.values() if row.kind == "matmul"]
     assert len(products) == 2 * len(swin.attention_layers())
     assert {(row.weight_bits, row.activation_bits) for row in products} == {(8, 8)}
@@ -95,18 +95,18 @@ def test_products_are_listed_calibrated_and_quantized(swin: Detector, images: Te
 
 def test_products_can_be_left_in_float(swin: Detector) -> None:
     policy = Policy(overrides=(("*.scores", "float"), ("*.mix", 6)))
-    rows = describe(insert_quantizers(swin.twin(), policy), SIDE)
+    rows = list_layers(insert_quantizers(swin.clone(), policy), SIDE)
     bits = {row.name.rpartition(".")[2]: row.activation_bits for row in rows}
     assert (bits["scores"], bits["mix"]) == (32, 6)
 
 
 def test_the_backbone_alone(swin: Detector) -> None:
-    student = insert_quantizers(swin.twin(), Policy(scope="backbone"))
-    for row in describe(student, SIDE):
+    student = insert_quantizers(swin.clone(), Policy(scope="backbone"))
+    for row in list_layers(student, SIDE):
         assert row.quantized == row.name.startswith("backbone."), row.name
     assert Policy.from_dict(Policy(scope="backbone").to_dict()).scope == "backbone"
     torchvision = load_detector("torchvision/fasterrcnn_mobilenet_v3_large_320_fpn")
-    rows = describe(insert_quantizers(torchvision, Policy(scope="backbone")), SIDE)
+    rows = list_layers(insert_quantizers(torchvision, Policy(scope="backbone")), SIDE)
     assert {row.quantized for row in rows if row.name.startswith("backbone.fpn")} == {False}
     assert {row.quantized for row in rows if row.name.startswith("backbone.body")} == {True}
     with pytest.raises(UserError, match="no backbone apart") as error:

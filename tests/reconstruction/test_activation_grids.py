@@ -34,7 +34,7 @@ def images(count: int, seed: int) -> Tensor:
 def calibrated(teacher: Detector, **policy: Any) -> Detector:
     """A student whose activations alone are quantized."""
     chosen = Policy(**{"weight_bits": 8, "activation_bits": 5, "first_last_bits": 8, **policy})
-    student = insert_quantizers(teacher.twin(), chosen)
+    student = insert_quantizers(teacher.clone(), chosen)
     calibrate(student, [images(12, 1).float() / 255])
     for _, layer in quantized_layers(student.module):
         layer.weight_quantizer.enabled = False
@@ -51,7 +51,7 @@ def grids(student: Detector) -> dict[str, tuple[float, float]]:
 @pytest.mark.parametrize("activations", ["asymmetric", "symmetric"])
 @pytest.mark.parametrize("bits", [5, 6])
 def test_predictions_come_closer(activations: str, bits: int) -> None:
-    teacher = fold(tiny_detector().twin())
+    teacher = fold(tiny_detector().clone())
     student = calibrated(teacher, activations=activations, activation_bits=bits)
     for _, quantizer in activation_quantizers(student.module):
         quantizer.enabled = quantizer.bits == bits
@@ -77,7 +77,7 @@ def test_predictions_come_closer(activations: str, bits: int) -> None:
 def test_what_is_finished_is_not_computed_again_and_changes_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    teacher = fold(tiny_detector().twin())
+    teacher = fold(tiny_detector().clone())
     found = []
     for blocks in (teacher.blocks(), []):
         student = calibrated(teacher)
@@ -89,7 +89,7 @@ def test_what_is_finished_is_not_computed_again_and_changes_nothing(
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_four_and_eight_bits_stay_as_they_are(bits: int) -> None:
-    teacher = fold(tiny_detector().twin())
+    teacher = fold(tiny_detector().clone())
     student = calibrated(teacher, activation_bits=bits)
     before = grids(student)
     refine_grids(student, teacher, images(4, 1))

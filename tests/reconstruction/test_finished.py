@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dfq.graph.fold_batchnorm import fold
 from dfq.ptq.block_cache import BlockOutputCache
-from dfq.ptq.gptq import reconstruct
+from dfq.ptq.gptq import gptq_quantize
 from dfq.quantization.calibration import calibrate
 from dfq.quantization.insertion import insert_quantizers
 from dfq.quantization.policy import Policy
@@ -112,10 +112,10 @@ def test_rounding_does_not_depend_on_it(
     images = (blobs(6) * 255).to(torch.uint8)
 
     def rounded() -> dict[str, Tensor]:
-        teacher = fold(tiny_detector().twin())
-        student = insert_quantizers(teacher.twin(), Policy(4, 8, placement=placement))
+        teacher = fold(tiny_detector().clone())
+        student = insert_quantizers(teacher.clone(), Policy(4, 8, placement=placement))
         calibrate(student, [images.float() / 255])
-        reconstruct(student, teacher, images, batch_size=2)
+        gptq_quantize(student, teacher, images, batch_size=2)
         return student.module.state_dict()
 
     with_memory = rounded()

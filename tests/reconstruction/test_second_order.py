@@ -14,7 +14,7 @@ from dfq.errors import UserError
 from dfq.graph.fold_batchnorm import fold
 from dfq.models.base import Detector
 from dfq.ptq import gptq as second_order
-from dfq.ptq.gptq import aim, best_grid, reconstruct, round_compensated
+from dfq.ptq.gptq import best_grid, gptq_quantize, gptq_round, target_weights
 from dfq.ptq.input_moments import Moments
 from dfq.qat.losses import distillation_terms
 from dfq.quantization.calibration import calibrate
@@ -36,7 +36,7 @@ def test_uncorrelated_inputs_leave_nothing_to_make_up_for() -> None:
     weight = torch.randn(1, 5, 12)
     scale = torch.full((1, 5), 0.3)
     power = torch.rand(12) + 0.5
-    found = round_compensated(weight, torch.diag(power)[None], scale, -8, 7, damping=0.0)
+    found = gptq_round(weight, torch.diag(power)[None], scale, -8, 7, damping=0.0)
     torch.testing.assert_close(found, (weight / 0.3).round().clamp(-8, 7) * 0.3)
 
 
@@ -48,7 +48,7 @@ def test_it_beats_nearest_rounding_where_inputs_go_together(inputs: int) -> None
         x = correlated(2000, inputs, seed)
         weight = torch.randn(1, 6, inputs)
         scale = weight.abs().amax(2) / 7
-        found = round_compensated(weight, (x.T @ x / 2000)[None], scale, -8, 7, damping=0.01)
+        found = gptq_round(weight, (x.T @ x / 2000)[None], scale, -8, 7, damping=0.01)
         steps = found / scale.unsqueeze(2)
         torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-4)
         assert steps.min() >= -8 - 1e-4
@@ -63,14 +63,14 @@ def test_blocks_of_columns_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     x, weight = correlated(500, 40).double(), torch.randn(2, 3, 40).double()
     second = torch.stack([x.T @ x / 500, torch.eye(40).double()])
     scale = torch.full((2, 3), 0.2).double()
-    whole = round_compensated(weight, second, scale, -8, 7, damping=0.01)
+    whole = gptq_round(weight, second, scale, -8, 7, damping=0.01)
     monkeypatch.setattr("dfq.ptq.gptq.BLOCK", 7)
-    torch.testing.assert_close(round_compensated(weight, second, scale, -8, 7, damping=0.01), whole)
+    torch.testing.assert_close(gptq_round(weight, second, scale, -8, 7, damping=0.01), whole)
 
 
 def test_a_singular_matrix_is_damped_until_it_is_not() -> None:
     x = torch.ones(10, 6)
-    found = round_compensated(
+    found = gptq_round(
         torch.full((1, 1, 6), 0.3), (x.T @ x)[None], torch.ones(1, 1), -8, 7, damping=0.0
     )
     # Together 1.8: rounded one by one it would be nothing.
@@ -78,14 +78,14 @@ def test_a_singular_matrix_is_damped_until_it_is_not() -> None:
 
 
 def test_inputs_that_never_are_do_no_harm() -> None:
-    found = round_compensated(
+    found = gptq_round(
         torch.full((1, 2, 4), 0.7), torch.zeros(1, 4, 4), torch.ones(1, 2), -8, 7, damping=0.01
     )
     assert (found == 1).all()
 
 
 def double(moments: Moments) -> Moments:
-    tensors = (moments.second, moments.cross, moments.mean, moments.float_mean)
+    tensors = (moments.hessian, moments.cross, moments.mean, moments.float_mean)
     return Moments(*(tensor.double() for tensor in tensors), moments.places)
 
 
@@ -97,10 +97,10 @@ def test_the_aim_is_the_least_squares_solution() -> None:
         (x.T @ x / 300)[None], (y.T @ x / 300)[None], x.mean(0)[None], y.mean(0)[None], 300
     )
     expected = torch.linalg.lstsq(x.double(), (y @ weight[0].T).double()).solution.T
-    found = aim(weight.double(), double(moments), 0.0)
+    found = target_weights(weight.double(), double(moments), 0.0)
     torch.testing.assert_close(found[0], expected, rtol=1e-3, atol=1e-4)
     # A strong pull keeps the weights where they were.
-    torch.testing.assert_close(aim(weight, moments, 1e5), weight, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(target_weights(weight, moments, 1e5), weight, rtol=1e-3, atol=1e-3)
 
 
 def divergence(student: Detector, teacher: Detector, images: Tensor) -> float:
@@ -114,16 +114,16 @@ def divergence(student: Detector, teacher: Detector, images: Tensor) -> float:
 
 @pytest.mark.parametrize("weights", ["per_channel", "per_tensor"])
 def test_a_reconstructed_network_is_closer_to_its_teacher(weights: str) -> None:
-    teacher = fold(tiny_detector().twin())
+    teacher = fold(tiny_detector().clone())
     student = insert_quantizers(
-        teacher.twin(),
+        teacher.clone(),
         Policy(weight_bits=4, activation_bits=8, first_last_bits="same", weights=weights),
     )
     images, unseen = ((blobs(count, seed=seed) * 255).byte() for count, seed in ((12, 1), (8, 2)))
     calibrate(student, [images.float() / 255])
     before = divergence(student, teacher, unseen)
     told: list[tuple[int, int]] = []
-    reconstruct(student, teacher, images, batch_size=5, progress=lambda *done: told.append(done))
+    gptq_quantize(student, teacher, images, batch_size=5, progress=lambda *done: told.append(done))
     assert divergence(student, teacher, unseen) < 0.5 * before
     layers = list(quantized_layers(student.module))
     assert told[-1] == (len(layers), len(layers))
@@ -161,7 +161,7 @@ def test_grids_are_tried_side_by_side_as_one_by_one(monkeypatch: pytest.MonkeyPa
     weight, second = skewed()
     found = []
     for at_once in (1, 500, 1 << 24):
-        monkeypatch.setattr("dfq.ptq.gptq.TOGETHER", at_once)
+        monkeypatch.setattr("dfq.ptq.gptq.MAX_WEIGHTS_PER_CHUNK", at_once)
         quantizer = Quantizer(3, channels=8, asymmetric=True)
         quantizer.initialise(*minmax(weight[0], 3, asymmetric=True))
         rounded = best_grid(quantizer, weight, second, damping=0.01)
@@ -172,14 +172,14 @@ def test_grids_are_tried_side_by_side_as_one_by_one(monkeypatch: pytest.MonkeyPa
 
 
 def test_without_images_it_says_so() -> None:
-    teacher = fold(tiny_detector().twin())
+    teacher = fold(tiny_detector().clone())
     with pytest.raises(UserError, match="no images"):
-        reconstruct(teacher.twin(), teacher, torch.zeros(0, 3, 64, 64, dtype=torch.uint8))
+        gptq_quantize(teacher.clone(), teacher, torch.zeros(0, 3, 64, 64, dtype=torch.uint8))
 
 
 def test_the_student_is_led_by_its_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = fold(tiny_detector())
-    student = insert_quantizers(teacher.twin(), Policy())
+    student = insert_quantizers(teacher.clone(), Policy())
     calibrate(student, [blobs(4)], search="minmax")
     entered: list[tuple[Detector, list[int]]] = []
 
@@ -189,7 +189,7 @@ def test_the_student_is_led_by_its_teacher(monkeypatch: pytest.MonkeyPatch) -> N
         yield
 
     monkeypatch.setattr(Detector, "following", following)
-    reconstruct(student, teacher, (blobs(4) * 255).to(torch.uint8), batch_size=3)
+    gptq_quantize(student, teacher, (blobs(4) * 255).to(torch.uint8), batch_size=3)
     assert entered == [(teacher, [3, 1])]
 
 
@@ -199,13 +199,13 @@ def test_layers_that_are_too_wide_are_left_to_the_nearest_level(
     """Second moments of the 62,720 inputs that a Faster R-CNN on MobileNetV2 has would take more
     memory than there is."""
     teacher = fold(tiny_detector())
-    plain = insert_quantizers(teacher.twin(), Policy(weight_bits=4))
+    plain = insert_quantizers(teacher.clone(), Policy(weight_bits=4))
     images = (blobs(4) * 255).to(torch.uint8)
     calibrate(plain, [images.float() / 255])
     limit = 100
     monkeypatch.setattr(second_order, "WIDEST", limit)
-    student = plain.twin()
-    reconstruct(student, teacher, images)
+    student = plain.clone()
+    gptq_quantize(student, teacher, images)
     before = dict(quantized_layers(plain.module))
     wide = 0
     for name, layer in quantized_layers(student.module):
@@ -222,13 +222,13 @@ def test_what_fine_activations_add_is_not_made_up_for(bits: int, same: bool) -> 
     teacher = fold(tiny_detector())
 
     def rounded(enabled: bool) -> tuple[dict[str, Tensor], Detector]:
-        student = insert_quantizers(teacher.twin(), Policy(4, bits, first_last_bits="same"))
+        student = insert_quantizers(teacher.clone(), Policy(4, bits, first_last_bits="same"))
         calibrate(student, [images.float() / 255])
         for _, quantizer in activation_quantizers(student.module):
             # Coarse, so that it makes a difference.
             quantizer.initialise(3 * quantizer.scale.detach(), quantizer.zero_point.detach())
             quantizer.enabled = enabled
-        reconstruct(student, teacher, images)
+        gptq_quantize(student, teacher, images)
         return {name: layer.weight for name, layer in quantized_layers(student.module)}, student
 
     (with_them, student), (without, _) = rounded(True), rounded(False)

@@ -21,7 +21,7 @@ from dfq.graph.fold_batchnorm import fold
 from dfq.models.base import Detector
 from dfq.quantization.calibration import calibrate
 from dfq.quantization.insertion import insert_quantizers
-from dfq.quantization.inspection import describe
+from dfq.quantization.inspection import list_layers
 from dfq.quantization.policy import Policy
 from dfq.recipe import Recipe
 from dfq.report import page as pages_of_runs
@@ -105,7 +105,7 @@ def networks() -> tuple[Detector, Detector, Policy]:
     teacher = fold(tiny_detector())
     teacher.names[:] = [LONG, "<script>alert(1)</script>", "猫" * 40]
     policy = Policy(overrides=(("model.0.*", "float"), ("*9.m.0", 8)))
-    student = insert_quantizers(teacher.twin(), policy)
+    student = insert_quantizers(teacher.clone(), policy)
     calibrate(student, [blobs(4)])
     return teacher, student, policy
 
@@ -144,11 +144,11 @@ def full_page(**more: Any) -> str:
         metrics=metrics,
         recipe=Recipe(model=f"/{LONG}/{LONG}.pt"),
         student=student,
-        layers=describe(student),
+        layers=list_layers(student),
         origin=f"/{LONG}",
         sensitivity={"layers": [
             {"name": row.name, "divergence": {"w4a8": 0.5, "w8a8": 0.1}}
-            for row in describe(student)
+            for row in list_layers(student)
         ]},
         exports=[parse({**WHOLE, "file": f"{LONG}.onnx", "faults": [LONG] * 2}, f"{LONG}.json")],
         comparison=Comparison(
@@ -179,7 +179,7 @@ def bare_page() -> str:
     """A page with next to nothing on it."""
     _, student, policy = networks()
     found = Material(
-        {"policy": policy.to_dict()}, {"selected": "ptq"}, Recipe(), student, describe(student)
+        {"policy": policy.to_dict()}, {"selected": "ptq"}, Recipe(), student, list_layers(student)
     )
     return render(sections(found)).decode()
 

@@ -12,10 +12,10 @@ from dfq.graph.fold_batchnorm import fold
 from dfq.mixed_precision.sensitivity import LayerSensitivity, measure
 from dfq.models.base import Detector
 from dfq.models.divergence import prediction_divergence
-from dfq.ptq.gptq import reconstruct
+from dfq.ptq.gptq import gptq_quantize
 from dfq.quantization.calibration import calibrate
 from dfq.quantization.insertion import insert_quantizers
-from dfq.quantization.inspection import describe
+from dfq.quantization.inspection import list_layers
 from dfq.quantization.policy import Policy
 
 CANDIDATES = [(2, 8), (4, 8), (8, 8), (4, 4)]
@@ -37,7 +37,7 @@ def rows(teacher: Detector) -> dict[str, LayerSensitivity]:
 def test_the_layers_and_what_they_may_have(
     teacher: Detector, rows: dict[str, LayerSensitivity]
 ) -> None:
-    infos = describe(teacher)
+    infos = list_layers(teacher)
     assert list(rows) == [info.name for info in infos]
     edge = teacher.boundary_layers()
     for info in infos:
@@ -60,13 +60,13 @@ def test_the_layers_and_what_they_may_have(
 def test_divergence_is_that_of_the_layer_alone(
     teacher: Detector, rows: dict[str, LayerSensitivity], name: str
 ) -> None:
-    everything = tuple((info.name, "float") for info in describe(teacher) if info.name != name)
+    everything = tuple((info.name, "float") for info in list_layers(teacher) if info.name != name)
     for widths, value in zip(rows[name].widths, rows[name].divergence, strict=True):
         policy = replace(
             POLICY,
             weight_bits=widths[0], activation_bits=widths[1], overrides=everything,
         )  # fmt: skip
-        alone = insert_quantizers(teacher.twin(), policy)
+        alone = insert_quantizers(teacher.clone(), policy)
         calibrate(alone, blobs(6).split(4), search="minmax")
         with torch.no_grad():
             pairs = alone.distillation_pairs(alone.raw(blobs(6)), teacher.raw(blobs(6)))
@@ -80,16 +80,16 @@ def test_rounding_makes_up_within_the_layer(
 ) -> None:
     images = (blobs(6) * 255).round().to(torch.uint8)
     batch, options = images.float() / 255, [(4, 8), (4, 5), (6, 8)]
-    others = tuple((info.name, "float") for info in describe(teacher) if info.name != name)
+    others = tuple((info.name, "float") for info in list_layers(teacher) if info.name != name)
     policy = replace(POLICY, overrides=others)
     found = measure(teacher, policy, [batch], options, search="minmax", rounding="gptq")
     (row,) = (row for row in found if row.name == name)
     for widths, value in zip(row.widths, row.divergence, strict=True):
         alone = insert_quantizers(
-            teacher.twin(), replace(policy, weight_bits=widths[0], activation_bits=widths[1])
+            teacher.clone(), replace(policy, weight_bits=widths[0], activation_bits=widths[1])
         )
         calibrate(alone, [batch], search="minmax")
-        reconstruct(alone, teacher, images)
+        gptq_quantize(alone, teacher, images)
         with torch.no_grad():
             pairs = alone.distillation_pairs(alone.raw(batch), teacher.raw(batch))
             expected = float(prediction_divergence(pairs, 6))

@@ -170,7 +170,7 @@ def test_the_papers_entropy_is_summed_over_the_blocks(swin: Detector, balance: s
 
 
 def test_it_stands_beside_batchnorm(swin: Detector) -> None:
-    both = swin.twin()
+    both = swin.clone()
     conv = both.module.neck.lateral_convs[0].conv
     both.module.neck.lateral_convs[0].conv = nn.Sequential(
         conv, nn.BatchNorm2d(conv.out_channels).eval()

@@ -42,7 +42,7 @@ def test_parts_and_folding_change_nothing(detector: Detector) -> None:
     whole = quality(detector, images, batch_size=10)
     for other in (
         quality(detector, images, batch_size=3),
-        quality(fold(detector.twin()), images),
+        quality(fold(detector.clone()), images),
     ):
         assert [layer.name for layer in other.layers] == [layer.name for layer in whole.layers]
         for ours, theirs in zip(other.layers, whole.layers, strict=True):
@@ -84,7 +84,7 @@ def test_it_is_kept_in_a_manifest(detector: Detector) -> None:
 
 
 def test_no_batchnorm_no_figures(detector: Detector) -> None:
-    bare = detector.twin()
+    bare = detector.clone()
     for module in list(bare.module.modules()):
         for name, child in module.named_children():
             if isinstance(child, torch.nn.BatchNorm2d):

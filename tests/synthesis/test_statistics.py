@@ -116,7 +116,7 @@ def test_a_detector_s_layers_in_running_order() -> None:
 def test_a_folded_network_gives_the_same_distances_and_gradients() -> None:
     detector, images = tiny_detector(), torch.rand(2, 3, 64, 64)
     results = []
-    for network in (detector, fold(detector.twin())):
+    for network in (detector, fold(detector.clone())):
         pixels = images.clone().requires_grad_()
         with BatchNormStatistics(network.module) as statistics:
             network.raw(pixels)
@@ -246,7 +246,7 @@ def test_what_is_overwritten_is_kept_apart() -> None:
 def test_activations_take_the_statistics_of_what_goes_into_them() -> None:
     # 64 px and eight images: large enough for convolutions that keep the channels innermost.
     detector, images = tiny_detector(), torch.rand(8, 3, 64, 64)
-    folded = fold(detector.twin())
+    folded = fold(detector.clone())
     folded.module.to(memory_format=torch.channels_last)
     results = []
     for run in (None, lambda: folded.raw(images)):

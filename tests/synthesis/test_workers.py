@@ -219,7 +219,7 @@ def test_what_workers_make_and_report(detector: Detector, tmp_path: Path, forked
 
 
 def test_a_detector_that_cannot_be_sent(detector: Detector, tmp_path: Path) -> None:
-    odd = detector.twin()
+    odd = detector.clone()
     made: list[int] = []
     # A closure cannot be pickled.
     odd.module.register_forward_pre_hook(lambda *_: made.append(1))

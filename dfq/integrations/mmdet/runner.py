@@ -32,8 +32,8 @@ from ...models import Targets, load_detector
 from ...models.mmdet.config import require_mmdet
 from ...ptq.pipeline import calibrate_and_round, clip_strictly, images_to_prepare
 from ...qat.features import distilled_layers
-from ...qat.frozen_integers import HeldLevels, held_layers
-from ...qat.losses import FeatureTaps, training_terms
+from ...qat.frozen_integers import FrozenIntegers, frozen_layers
+from ...qat.losses import FeatureHooks, training_terms
 from ...qat.parameter_groups import Leash, rate_at, require_gradients
 from ...quantization.insertion import insert_quantizers
 from ...recipe import load_recipe
@@ -155,14 +155,14 @@ class DFQDistiller(BaseModel):
             raise UserError(f"{config}: is no detector of mmdet; train it with dfq qat")
         # Not modules: they are neither saved nor trained nor moved with this one.
         self._teacher = fold(detector)
-        self._student = insert_quantizers(detector.twin(), self.recipe.quantization.policy())
+        self._student = insert_quantizers(detector.clone(), self.recipe.quantization.policy())
         self._student.mask_targets = self.recipe.distillation.masks
         self.student = self._student.module
-        self._held: HeldLevels | None = None
+        self._frozen: FrozenIntegers | None = None
         if self.recipe.quantization.ranges == "lsq":
             clip_strictly(self.student)
         settings = self.recipe.distillation
-        require_gradients(self.student, held_layers(self._student, settings))
+        require_gradients(self.student, frozen_layers(self._student, settings))
         self._names = distilled_layers(self._student, settings)
 
     def init_weights(self) -> None:
@@ -191,8 +191,8 @@ class DFQDistiller(BaseModel):
 
         They are buffers: to be made before anything copies the model or counts its buffers.
         """
-        if self._held is None:
-            self._held = HeldLevels(held_layers(self._student, self.recipe.distillation))
+        if self._frozen is None:
+            self._frozen = FrozenIntegers(frozen_layers(self._student, self.recipe.distillation))
 
     def forward(
         self, inputs: Tensor, data_samples: list[Any] | None = None, mode: str = "tensor"
@@ -209,13 +209,13 @@ class DFQDistiller(BaseModel):
         if self._teacher.device != inputs.device:
             self._teacher.to(inputs.device)
         settings, targets = self.recipe.distillation, Targets.empty()
-        self.hold()
+        self.freeze_integers()
         if settings.weights.task > 0:
             targets = _targets(data_samples or [], (inputs.shape[2], inputs.shape[3]))
-        # Evaluation runs the student as well: the taps are there for this pass only.
+        # Evaluation runs the student as well: the feature_hooks are there for this pass only.
         with (
-            closing(FeatureTaps(self.student, self._names)) as ours,
-            closing(FeatureTaps(self._teacher.module, self._names)) as theirs,
+            closing(FeatureHooks(self.student, self._names)) as ours,
+            closing(FeatureHooks(self._teacher.module, self._names)) as theirs,
         ):
             terms = training_terms(
                 self._student,
@@ -283,7 +283,7 @@ class DFQCalibrationHook(Hook):
             model.prepare(_first_images(runner, model))
             for value in model.student.state_dict().values():
                 broadcast(value)
-        model.hold()
+        model.freeze_integers()
         settings = model.recipe.distillation
         self.leash = Leash(model.student, 0 if settings.weight_lr == 0 else settings.drift)
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..nn.matmul import Matmul
 
 
-class ExposedWindowMSA(WindowMSA):
+class DecomposedWindowMSA(WindowMSA):
     """Computes what `WindowMSA` does. `scores` multiplies queries and keys, `mix` the softmax and
     the values; both are modules without parameters, so that checkpoints fit as before."""
 
@@ -35,8 +35,8 @@ class ExposedWindowMSA(WindowMSA):
 
 
 def expose_products(module: nn.Module) -> None:
-    """Make every window attention of a network an `ExposedWindowMSA`, in place."""
+    """Make every window attention of a network an `DecomposedWindowMSA`, in place."""
     for layer in module.modules():
         if type(layer) is WindowMSA:
-            layer.__class__ = ExposedWindowMSA
+            layer.__class__ = DecomposedWindowMSA
             layer.scores, layer.mix = Matmul(), Matmul()

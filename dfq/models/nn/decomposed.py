@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .matmul import Matmul
 
 
-class ExposedDeconv(nn.Module):
+class DecomposedDeconv(nn.Module):
     """A transposed convolution whose patches do not overlap, as Mask R-CNN enlarges its masks with:
     a 1 x 1 convolution that gives all pixels of a patch as channels, and a shuffle.
 
@@ -62,7 +62,7 @@ class ExposedDeconv(nn.Module):
         return self.shuffle(self.conv(x))
 
 
-class ExposedAttention(nn.Module):
+class DecomposedAttention(nn.Module):
     """`nn.MultiheadAttention` with its projections as linear layers and its products as layers of
     their own. Gives None in place of the attention weights, which detectors do not read.
 
@@ -141,8 +141,8 @@ def _masked(scores: Tensor, mask: Tensor) -> Tensor:
 
 
 _REPLACEMENTS: tuple[tuple[Any, Any], ...] = (
-    (nn.ConvTranspose2d, ExposedDeconv),
-    (nn.MultiheadAttention, ExposedAttention),
+    (nn.ConvTranspose2d, DecomposedDeconv),
+    (nn.MultiheadAttention, DecomposedAttention),
 )
 
 
