@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: env test lint demo clean
+.PHONY: env test lint demo clean recipes
 
 env: $(STAMP)
 
@@ -123,3 +123,8 @@ bench-runtimes: env
 	  --set synthetic-0=$(CALIBRATION)/synthetic-0 --set photos-64=$(KIT)/coco-train \
 	  --first photos-64=64 --set noise=$(CALIBRATION)/noise --set photos-178=$(KIT)/coco-train \
 	  --out $(BENCH)/runtimes $(RUNTIMES)
+
+# recipes/default.yaml, from the docstrings of the settings.
+recipes: env
+	$(BIN)/python -c "import dfq.recipe_text as t; print(t.default_text(), end='')" > recipes/default.yaml.new
+	mv recipes/default.yaml.new recipes/default.yaml

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from .errors import UserError
+from .errors import UserError, shown
 from .qat.settings import Distillation
 from .quantization.settings import Quantization
-from .recipe_overrides import Overrides, flat, override
+from .recipe_overrides import Overrides, flat, merged, override
+from .recipe_removed import warn_of_removed, without_removed
 from .runtime.files import user_path
-from .runtime.limits import LARGEST_SIDE, MOST_IMAGES
+from .runtime.limits import LARGEST_SIDE
 from .runtime.plain import brief, parse_yaml, read_small
 from .runtime.settings import Section
 from .runtime.suggest import suggestion
@@ -25,19 +26,22 @@ class Evaluation(Section):
     """A measurement once training is over; it never steers the training."""
 
     data: str | None = None
+    """A labelled set that float and low-bit network are measured on in the end; None: none."""
     image_size: int | None = Field(None, ge=32, le=LARGEST_SIDE)
-    batch_size: int = Field(16, ge=1, le=MOST_IMAGES)
+    """Side in pixels; None: the model's."""
 
 
 class Recipe(Section):
     """One experiment."""
 
     model: str | None = None
-    """Checkpoint, yaml or name of the detector; `--model` wins."""
+    """Checkpoint, yaml or published name of the float detector; `--model` wins."""
     method: Literal["qat", "ptq", "auto"] = "auto"
-    """`auto` trains, and falls back to the calibrated start where training made it worse or its
-    loss stopped being finite; `qat` fails where it did."""
+    """`ptq` finds grids and rounds weights, and trains nothing; `qat` trains after it; `auto`
+    trains, and falls back to what PTQ gave where training made it worse or its loss stopped being
+    finite, at which `qat` fails."""
     seed: int = Field(0, ge=0, lt=2**31)
+    """Fixes the result, synthesis and training alike."""
     synthesis: Synthesis = Synthesis()
     quantization: Quantization = Quantization()
     distillation: Distillation = Distillation()
@@ -53,12 +57,15 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _labels_for_task(self) -> Recipe:
-        if self.synthesis.labels == "none" and self.distillation.weights.task > 0:
+        if self.method == "ptq":
+            # Nothing is trained.
+            return self
+        weights = self.distillation.weights
+        if self.synthesis.labels == "none" and weights.task > 0:
             raise ValueError(
                 "distillation.weights.task needs labels, and synthesis.labels is 'none'"
             )
-        weights = self.distillation.weights
-        if self.method != "ptq" and not (weights.kl > 0 or weights.feature > 0 or weights.task > 0):
+        if not (weights.kl or weights.feature or weights.task):
             raise ValueError("distillation.weights: all are 0; set one above 0, or method: ptq")
         return self
 
@@ -111,26 +118,89 @@ def load_recipe(name: str | Path | None, overrides: Overrides = (), **values: An
     """Read, override and validate a recipe.
 
     Args:
-        name: file or shipped name; None starts from the defaults.
+        name: file or shipped name, whose `extends: NAME` is followed; None starts from the
+            defaults.
         overrides: values that replace the file's.
         values: the same with `__` for the dot, from command-line options; None means not given.
 
     Raises:
         UserError: one line for each thing that is wrong, with the key's path.
     """
-    data: Any = {}
-    origin = "recipe"
-    if name is not None:
-        path = find_recipe(name)
-        origin = str(path.name)
-        data = parse_yaml(read_small(path), str(path))
-        data = {} if data is None else data
-        if not isinstance(data, dict):
-            raise UserError(
-                f"{path}: a recipe is a mapping of sections, not a {type(data).__name__}"
-            )
+    if name is None:
+        data: dict[str, Any] = {}
+        override(data, overrides, values, Recipe)
+        return _validated(data, "recipe")
+    chain = _with_extended(find_recipe(name))
+    data = merged([sections for _, sections in chain], Recipe)
     override(data, overrides, values, Recipe)
-    return _validated(data, origin)
+    return _validated(data, chain[0][0], chain)
+
+
+def recorded_recipe(path: Path) -> Recipe:
+    """The recipe of a run, from its `recipe.yaml`: keys that there were when it was made and are no
+    more are read over.
+
+    Raises:
+        UserError: as for `load_recipe`.
+    """
+    data = _read(path)
+    without_removed(data)
+    section = data.get("distillation")
+    # Once a rate in quantization steps.
+    if isinstance(section, dict) and isinstance(section.get("weight_lr"), int | float):
+        section["weight_lr"] = None if section["weight_lr"] > 0 else section["weight_lr"]
+    return _validated(data, path.name)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    data = parse_yaml(read_small(path), str(path))
+    data = {} if data is None else data
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: a recipe is a mapping of sections, not a {type(data).__name__}")
+    return data
+
+
+def _with_extended(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The names and sections of a recipe's file and of those that it extends, itself first.
+
+    Raises:
+        UserError: a file cannot be read or found, or extends itself.
+    """
+    chain: list[tuple[str, dict[str, Any]]] = []
+    seen: list[Path] = []
+    while True:
+        seen.append(path.resolve())
+        data = _read(path)
+        base = data.pop("extends", None)
+        chain.append((path.name, data))
+        if base is None:
+            return chain
+        following = _extended(base, path)
+        if following.resolve() in seen:
+            way = " extends ".join(file.name for file in (*seen, following))
+            raise UserError(f"{path}: extends goes in a circle: {way}")
+        path = following
+
+
+def _extended(name: Any, path: Path) -> Path:
+    """The file that `extends: NAME` in the recipe `path` means: one beside it, else a shipped
+    recipe."""
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{path}: extends: should be the name of a recipe, got {brief(name)}")
+    named, shipped = user_path(name, f"{path}: extends:"), shipped_recipes()
+    beside = path.parent / named
+    if beside.is_file():
+        return beside
+    key = named.name.removesuffix(".yaml").removesuffix(".yml")
+    if str(named.parent) == "." and key in shipped:
+        return shipped[key]
+    with_suffix = beside.parent / f"{beside.name}.yaml"
+    if with_suffix.is_file():
+        return with_suffix
+    raise UserError(
+        f"{path}: extends: '{shown(name)}': no such file beside it, and none is shipped under that "
+        f"name (shipped: {', '.join(shipped)}){suggestion(key, shipped)}"
+    )
 
 
 def as_noise(
@@ -153,16 +223,41 @@ def as_noise(
     return "gaussian", 0, labels or (None if "synthesis.labels" in given else "none")
 
 
-def _validated(data: dict[str, Any], origin: str) -> Recipe:
+def _validated(
+    data: dict[str, Any], origin: str, chain: Sequence[tuple[str, dict[str, Any]]] = ()
+) -> Recipe:
+    """A recipe of `data`, which `origin` says, or of several files one of those in `chain`."""
+    warn_of_removed(data, origin)
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        lines = [f"{origin}: {_explain(problem)}" for problem in error.errors()]
+        lines = [
+            f"{_origin(problem, chain, origin)}: {_explain(problem)}" for problem in error.errors()
+        ]
         raise UserError(*dict.fromkeys(lines)) from None
+
+
+def _origin(problem: Any, chain: Sequence[tuple[str, dict[str, Any]]], otherwise: str) -> str:
+    """Which of several files says what is wrong."""
+    place = problem["loc"]
+    having = []
+    for name, data in chain:
+        found: Any = data
+        for part in place:
+            found = found.get(part, _NOT_THERE) if isinstance(found, dict) else _NOT_THERE
+        if place and found is not _NOT_THERE:
+            having.append((found != problem["input"], name))
+    # What none of them says has been changed since.
+    return min(having, key=lambda pair: pair[0])[1] if having else otherwise
+
+
+_NOT_THERE = object()
 
 
 def _explain(problem: Any) -> str:
     where = " ".join(".".join(str(part) for part in problem["loc"]).split())[:200]
+    if where == "extends":
+        return "extends: stands in a recipe's file; name the recipe with --recipe"
     if problem["type"] == "extra_forbidden":
         return f"{where}: unknown key{_meant(where)}"
     message = problem["msg"].removeprefix("Value error, ")

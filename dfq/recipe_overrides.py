@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -39,6 +40,33 @@ def override(
     for key, given in values.items():
         if given is not None:
             _assign(data, key.replace("__", "."), given)
+
+
+def merged(layers: Sequence[dict[str, Any]], kind: type[Section]) -> dict[str, Any]:
+    """Sections of several recipes in one: where more than one has a value, the first has its way.
+
+    Args:
+        layers: each recipe's sections, the strongest first; they are left as they are.
+        kind: the recipe's model.
+    """
+    data: dict[str, Any] = {}
+    for layer in reversed(layers):
+        _put(data, copy.deepcopy(layer), kind, "")
+    return data
+
+
+def _put(below: dict[str, Any], above: dict[str, Any], kind: type[Section], where: str) -> None:
+    for name, value in above.items():
+        key = f"{where}{name}"
+        if not _is_section(key, kind) or below.get(name) is None:
+            below[name] = value
+        elif value is None or not isinstance(below[name], dict):
+            # An empty section says nothing; what is none is told of when all is checked.
+            continue
+        elif isinstance(value, dict):
+            _put(below[name], value, kind, f"{key}.")
+        else:
+            below[name] = value
 
 
 def flat(

@@ -11,10 +11,13 @@ from typing import Any
 import click
 import pytest
 import yaml
+from click.testing import CliRunner
 
 from dfq.cli.main import cli
 from dfq.errors import UserError
-from dfq.recipe import Recipe, find_recipe, load_recipe, shipped_recipes
+from dfq.recipe import Recipe, find_recipe, load_recipe, recorded_recipe, shipped_recipes
+from dfq.recipe_removed import REMOVED
+from dfq.recipe_text import default_text
 
 SHIPPED = sorted(shipped_recipes())
 
@@ -28,6 +31,12 @@ def knobs(values: dict[str, Any], above: str = "") -> Iterator[str]:
             yield above + key
 
 
+def value_at(values: dict[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        values = values[part]
+    return values
+
+
 def commands(path: Path) -> list[list[str]]:
     lines = path.read_text().splitlines()
     return [shlex.split(line.lstrip("# ")) for line in lines if re.match(r"#\s+dfq ", line)]
@@ -39,14 +48,16 @@ def test_the_usual_recipes_are_shipped() -> None:
 
 @pytest.mark.parametrize("name", SHIPPED)
 class TestShipped:
-    def test_it_is_valid_and_complete(self, name: str) -> None:
-        path = shipped_recipes()[name]
-        recipe = load_recipe(name)
-        written = yaml.safe_load(path.read_text())
-        assert set(knobs(written)) == set(knobs(Recipe().model_dump()))
-        assert recipe.model_dump(mode="json") == Recipe.model_validate(written).model_dump(
-            mode="json"
-        )
+    def test_it_is_a_diff_on_the_defaults(self, name: str) -> None:
+        written = yaml.safe_load(shipped_recipes()[name].read_text())
+        if name != "default":
+            assert written.pop("extends") == "default"
+        assert set(knobs(load_recipe(name).model_dump())) == set(knobs(Recipe().model_dump()))
+        # Every value that it has is one that it changes, but for the widths that name it.
+        plain = Recipe().model_dump(mode="json")
+        named = {"quantization.weight_bits", "quantization.activation_bits"}
+        for key in [] if name == "default" else sorted(set(knobs(written)) - named):
+            assert value_at(written, key) != value_at(plain, key), key
 
     def test_bits_are_those_of_its_name(self, name: str) -> None:
         match = re.fullmatch(r"w(\d)a(\d)", name)
@@ -72,16 +83,183 @@ class TestShipped:
             assert parameters["recipe"] == name
             load_recipe(parameters["recipe"], parameters["overrides"])
 
-    def test_every_knob_has_a_comment(self, name: str) -> None:
-        lines = shipped_recipes()[name].read_text().splitlines()
-        bare = [
-            line
-            for above, line in zip(["", *lines], lines, strict=False)
-            if re.match(r"\s*[A-Za-z_]+:\s*[^\s#]", line)
-            and " #" not in line
-            and not above.lstrip().startswith("#")
-        ]
-        assert bare == []
+
+def test_the_shipped_recipes_are_short() -> None:
+    texts = [path.read_text() for name, path in shipped_recipes().items() if name != "default"]
+    assert sum(text.count("\n") for text in texts) < 300
+
+
+def test_default_yaml_is_what_is_generated() -> None:
+    assert shipped_recipes()["default"].read_text() == default_text(), "run `make recipes`"
+    assert load_recipe("default") == Recipe()
+
+
+def test_what_each_recipe_is_for() -> None:
+    # The paper's and the LSQ baseline have tests of their own.
+    changed = {
+        "demo": {
+            "model": "demo", "synthesis.images": 96, "synthesis.image_size": 160,
+            "synthesis.iterations": 240, "synthesis.multires": 0.4,
+            "quantization.rounding_images": 64, "distillation.epochs": 8,
+        },
+        "mixed-w4a8": {"quantization.mixed.budget": "w4a8", "quantization.mixed.cost": "bytes"},
+        "mixed-w4a4": {
+            "quantization.activation_bits": 4, "quantization.mixed.budget": "w4a4",
+            "quantization.mixed.candidates": (
+                ["w3a3", "w3a4", "w4a3", "w4a4", "w4a5", "w5a4", "w5a5", "w4a6", "w6a6", "w8a8"]
+            ),
+        },
+    }  # fmt: skip
+    for name, values in changed.items():
+        assert load_recipe(name) == load_recipe(None, values), name
+
+
+@pytest.mark.parametrize("name", ["default", "lsq-real", "paper-mask-rcnn-swin"])
+def test_shown_every_knob_has_a_comment_and_says_where_it_differs(
+    name: str, tmp_path: Path
+) -> None:
+    result = CliRunner().invoke(cli, ["recipe", "show", name])
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    keys = [
+        (above, line)
+        for above, line in zip(["", *lines], lines, strict=False)
+        if re.match(r"\s*\w+: ", line)
+    ]
+    assert len(keys) == len(list(knobs(Recipe().model_dump())))
+    assert [line for above, line in keys if not above.lstrip().startswith("# ")] == []
+    differing = {line.split(":")[0].strip() for _, line in keys if "# default: " in line}
+    written = yaml.safe_load(shipped_recipes()[name].read_text())
+    written.pop("extends", None)
+    changed = set() if name == "default" else set(knobs(written))
+    assert differing == {key.rpartition(".")[2] for key in changed}
+    # What is shown is a recipe again.
+    (tmp_path / "shown.yaml").write_text(result.stdout)
+    assert load_recipe(tmp_path / "shown.yaml") == load_recipe(name)
+
+
+def test_listed_are_names_widths_and_purposes() -> None:
+    result = CliRunner().invoke(cli, ["recipe", "list"])
+    assert result.exit_code == 0, result.output
+    rows = {line.split()[0]: line for line in result.stdout.splitlines()}
+    assert sorted(rows) == SHIPPED
+    assert re.fullmatch(r"w6a6 +W6A6 +6-bit weights and activations, .*[a-z]", rows["w6a6"])
+    assert re.match(r"mixed-w4a8 +mixed, as W4A8 +As many bytes", rows["mixed-w4a8"])
+
+
+# ---- recipes that extend others
+
+
+def write(folder: Path, **texts: str) -> None:
+    for name, text in texts.items():
+        (folder / f"{name}.yaml").write_text(text)
+
+
+def test_extending_takes_what_is_not_said(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        base="extends: w4a4\nseed: 7\nsynthesis: {images: 9, weights: {bn: 2, tv: 1}}\n"
+        "quantization: {overrides: {a: 8, b: 6}}\n",
+        mine="extends: base.yaml\nseed: 8\nsynthesis: {weights: {bn: 3}}\ndistillation:\n"
+        "quantization: {overrides: {c: 4}}\n",
+        named="extends: base\n",
+    )
+    found = load_recipe(tmp_path / "mine.yaml", ["synthesis.images=10"])
+    assert (found.seed, found.synthesis.images, found.quantization.activation_bits) == (8, 10, 4)
+    assert (found.synthesis.weights.bn, found.synthesis.weights.tv) == (3, 1)
+    # A mapping of layers is one value.
+    assert found.quantization.overrides == {"c": 4}
+    assert load_recipe(tmp_path / "named.yaml").seed == 7
+    assert list(load_recipe(tmp_path / "named.yaml").quantization.overrides) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (
+            {"a": "extends: a.yaml\n"},
+            r"a\.yaml: extends goes in a circle: a\.yaml extends a",
+        ),
+        (
+            {"a": "extends: b.yaml\n", "b": "extends: a.yaml\n"},
+            r"b\.yaml: extends goes in a circle: a\.yaml extends b\.yaml extends a\.yaml$",
+        ),
+        ({"a": "extends: w4a9\n"}, r"a\.yaml: extends: 'w4a9': no such file.*did you mean w4a8"),
+        ({"a": "extends: x/w4a8\n"}, r"a\.yaml: extends: 'x/w4a8': no such file beside it"),
+        (
+            {"a": "extends: [w4a8]\n"},
+            r"a\.yaml: extends: should be the name of a recipe, got a list",
+        ),
+        ({"a": "extends: ''\n"}, r"a\.yaml: extends: should be the name of a recipe"),
+        ({"a": 'extends: "w\\0"\n'}, r"a\.yaml: extends: 'w\\x00': no such file"),
+        ({"a": "extends: b.yaml\n", "b": "- 1\n"}, r"b\.yaml: a recipe is a mapping"),
+        # Where a value is wrong, the file that has it is named.
+        ({"a": "extends: b.yaml\nseed: 1\n", "b": "synthesis: {images: 0}\n"}, r"^b\.yaml: syn"),
+        (
+            {"a": "extends: b.yaml\nsynthesis: {images: 3}\n", "b": "synthesis: 5\n"},
+            r"^b\.yaml: synthesis: ",
+        ),
+    ],
+)
+def test_what_cannot_be_extended(tmp_path: Path, texts: dict[str, str], message: str) -> None:
+    write(tmp_path, **texts)
+    with pytest.raises(UserError, match=message) as refused:
+        load_recipe(tmp_path / "a.yaml")
+    assert "\n" not in str(refused.value)
+
+
+def test_extends_is_for_files() -> None:
+    with pytest.raises(UserError, match=r"^w4a8\.yaml: extends: stands in a recipe's file"):
+        load_recipe("w4a8", ["extends=w4a4"])
+
+
+# ---- keys of earlier versions
+
+
+OLD = {
+    "distillation.drift": 0.5, "distillation.dampen": 0.0, "distillation.freeze": 0.0,
+    "distillation.masks": "ellipse", "evaluation.batch_size": 16,
+}  # fmt: skip
+
+
+def test_removed_keys_are_told_of_in_one_line_and_ignored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, old="seed: 3\ndistillation: {drift: 0.25, epochs: 2}\n")
+    found = load_recipe(tmp_path / "old.yaml", ["evaluation.batch_size=4"])
+    assert (found.seed, found.distillation.epochs) == (3, 2)
+    assert found == load_recipe(None, ["seed=3", "distillation.epochs=2"])
+    (line,) = capsys.readouterr().err.splitlines()[:1]
+    assert re.match(r"warning: old\.yaml: .*distillation\.drift \(.+evaluation\.batch_size", line)
+    assert set(REMOVED) >= set(OLD)
+    load_recipe("w4a8")
+    assert capsys.readouterr().err == ""
+    with pytest.raises(UserError, match=r"distillation\.drifts: unknown key"):
+        load_recipe(None, ["distillation.drifts=1"])
+
+
+def test_rates_in_quantization_steps_are_refused() -> None:
+    with pytest.raises(UserError, match=r"distillation\.weight_lr: .*0 .* or null .*got 0\.02"):
+        load_recipe(None, ["distillation.weight_lr=0.02"])
+
+
+def test_what_a_run_of_an_earlier_version_says_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = Recipe(seed=5).model_dump(mode="json")
+    values["distillation"] |= {"drift": 0.5, "masks": "own", "weight_lr": 0.01}
+    values["evaluation"]["batch_size"] = 4
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    found = recorded_recipe(tmp_path / "recipe.yaml")
+    assert (found.seed, found.distillation.weight_lr) == (5, None)
+    assert capsys.readouterr().err == ""
+
+
+def test_training_nothing_needs_no_weights_and_no_labels() -> None:
+    nothing = [f"distillation.weights.{name}=0" for name in ("kl", "feature", "task")]
+    assert load_recipe(None, [*nothing, "method=ptq"]).method == "ptq"
+    unlabelled = ["synthesis.labels=none", "distillation.weights.task=1", "method=ptq"]
+    assert load_recipe(None, unlabelled).synthesis.labels == "none"
 
 
 def test_without_a_recipe_the_defaults_count() -> None:
@@ -216,7 +394,7 @@ def test_each_mistake_has_its_line(tmp_path: Path) -> None:
         ),
         (
             [f"distillation.weights.{name}=0" for name in ("kl", "feature", "task")],
-            r"distillation\.weights: all three are 0",
+            r"distillation\.weights: all are 0; set one above 0, or method: ptq",
         ),
     ],
 )

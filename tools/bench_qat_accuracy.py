@@ -54,7 +54,6 @@ LSQ = [
     "distillation.weights.task=1",
     "distillation.weights.kl=0",
     "distillation.weights.feature=0",
-    "distillation.drift=0",
     "distillation.ema=0",
 ]
 
@@ -111,13 +110,8 @@ ABLATIONS = {
     "least-squares": Method(
         "ranges by least squares alone", "synthetic", ("quantization.refine_images=0",)
     ),
-    # A rate that moves no weight, but has them rounded anew at every step.
-    "straight-through": Method("integers not held", "synthetic", ("distillation.weight_lr=1e-9",)),
     "nearest": Method("nearest rounding", "synthetic", ("quantization.rounding=nearest",)),
     "weights": Method("nearest rounding, trained weights", "synthetic", TRAINED),
-    "no-drift-bound": Method(
-        "the same, free to drift", "synthetic", (*TRAINED, "distillation.drift=0")
-    ),
     "task-agnostic": Method("task-agnostic images", "synthetic", (), ("synthesis.labels=none",)),
     "single-box": Method("single-box labels", "synthetic", (), ("synthesis.labels=single",)),
 }

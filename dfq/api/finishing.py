@@ -72,9 +72,8 @@ def finish(
     said = [kept_sentence(selected, outcome)]
     if outcome is not None:
         said.append(divergence_sentence(outcome))
-    batch_size = settings.evaluation.batch_size
     pixels = looked.data.load(looked.indices)
-    close: dict[str, Kept] = {"synthetic": on_squares(student, teacher, pixels, batch_size)}
+    close: dict[str, Kept] = {"synthetic": on_squares(student, teacher, pixels)}
     said.append(sentence(close["synthetic"], looked.where))
     metrics["closeness"] = {
         "synthetic": {**close["synthetic"].to_dict(), "held_out": looked.held_out}
@@ -86,7 +85,6 @@ def finish(
             photos,
             progress=progress,
             image_size=settings.evaluation.image_size,
-            batch_size=batch_size,
         )
         metrics["closeness"]["photos"] = {"data": str(photos.source), **on_photos.to_dict()}
         text = sentence(on_photos, f"the {len(photos)} photos it was made without")

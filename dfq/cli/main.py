@@ -33,6 +33,7 @@ from .options import (
     write_json_output,
 )
 from .predict import predict
+from .recipe import recipe
 from .report import report
 from .sensitivity import sensitivity
 from .verify import verify
@@ -361,6 +362,7 @@ cli.add_command(deploy)
 cli.add_command(export)
 cli.add_command(mmdet_config)
 cli.add_command(predict)
+cli.add_command(recipe)
 cli.add_command(report)
 cli.add_command(sensitivity)
 cli.add_command(verify)

@@ -25,6 +25,9 @@ from .coco import bootstrap_ap, plain, predict, score
 REFERENCE_SCORE = 0.3
 """Detections of the float network that are not above it are no objects."""
 
+BATCH_SIZE = 16
+"""Images at a time, where nobody says."""
+
 SAME_BOX = 0.5
 """Boxes of one category that overlap by so much (intersection over union) are of one object."""
 
@@ -178,7 +181,7 @@ def agreement(
     *,
     progress: Progress,
     image_size: int | None = None,
-    batch_size: int = 16,
+    batch_size: int = BATCH_SIZE,
     interval: bool = False,
 ) -> Agreement:
     """Measure a network against the float one's detections on images; their labels do not count.
@@ -285,17 +288,16 @@ def _certain(found: Detections, above: float = REFERENCE_SCORE) -> Tensor:
     return (found.scores > above) & torch.from_numpy(usable(found.boxes.numpy()))
 
 
-def on_squares(model: Detector, reference: Detector, pixels: Tensor, batch_size: int) -> Kept:
+def on_squares(model: Detector, reference: Detector, pixels: Tensor) -> Kept:
     """`kept_of` on images as the networks take them.
 
     Args:
         model, reference: on one device, in eval mode.
         pixels: uint8 `(n, 3, h, w)`.
-        batch_size: images at a time.
     """
     wanted: list[Detections] = []
     given: list[Detections] = []
-    for batch in pixels.split(batch_size):
+    for batch in pixels.split(BATCH_SIZE):
         images = batch.to(model.device).float() / 255
         for detector, rows in ((reference, wanted), (model, given)):
             rows += [_on_cpu(one) for one in detector.detect(images)]

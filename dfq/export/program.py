@@ -73,15 +73,14 @@ def input_shape(exported: ExportedProgram) -> tuple[int | None, ...]:
     return tuple(side if isinstance(side, int) else None for side in node.meta["val"].shape)
 
 
-def as_program(detector: Detector, runtime: str, *, in_place: bool = False) -> Detector:
+def as_program(detector: Detector, runtime: str) -> Detector:
     """A detector whose quantized layers are written as quantize and dequantize operations.
 
     Args:
         detector: float or quantized, BatchNorm folded.
         runtime: a key of `PLACEMENTS`, or "torch".
-        in_place: change `detector` itself.
     """
-    detector = detector if in_place else detector.clone()
+    detector = detector.clone()
     where = PLACEMENTS.get(runtime)
     signed = where is not None and where.signed
     floating = runtime == "litert"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from ..data.pixels import LabelledImages
@@ -66,10 +66,6 @@ class Sensitivity:
             for row in self.layers
             if row.free
         )
-
-    def policy(self, policy: Policy) -> Policy:
-        """`policy` with the chosen bits."""
-        return replace(policy, overrides=(*policy.overrides, *self.overrides.items()))
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -70,7 +70,6 @@ def refine_grids(
     teacher: Detector,
     images: Tensor,
     *,
-    contrast: float = CONTRAST,
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
@@ -82,11 +81,10 @@ def refine_grids(
             and zero points of its quantizers of activations are changed in place.
         teacher: the float detector it is a twin of, folded.
         images: uint8 `(n, 3, h, w)`, RGB.
-        contrast: see `half_with_contrast`.
         batch_size: images of one forward pass.
         progress: called with quantizers done and quantizers in all.
     """
-    pixels = half_with_contrast(images.to(student.device).float() / 255, contrast)
+    pixels = half_with_contrast(images.to(student.device).float() / 255, CONTRAST)
     batches = list(pixels.split(batch_size))
     narrow = dict(narrow_activations(student))
     if not narrow:

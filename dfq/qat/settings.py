@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator
 
 from ..runtime.limits import LARGEST_WEIGHT, MOST_IMAGES, MOST_STEPS
 from ..runtime.settings import Section
@@ -20,23 +20,19 @@ class DistillationWeights(Section):
     task: float = Field(0.0, ge=0, le=LARGEST_WEIGHT)
     """The family's own training loss on the synthetic labels."""
 
-    @model_validator(mode="after")
-    def _something(self) -> DistillationWeights:
-        if not (self.kl or self.feature or self.task):
-            raise ValueError("all three are 0: there is nothing to train on")
-        return self
-
 
 class Distillation(Section):
     """Stage II: how the low-bit network is trained."""
 
     epochs: int = Field(6, ge=1, le=MOST_STEPS)
+    """Passes over the set."""
     batch_size: int = Field(16, ge=1, le=MOST_IMAGES)
+    """Images a step."""
     lr: float = Field(3e-4, gt=0)
     """Adam, biases and whatever is not quantized; cosine to zero."""
     weight_lr: float | None = Field(0.0, ge=0)
-    """Adam, quantized weights, in quantization steps of their channel; 0 keeps the integers they
-    were rounded to, and trains step sizes and biases alone; None: `lr`, in units."""
+    """Adam, quantized weights: 0 keeps the integers they were rounded to, and trains step sizes and
+    biases alone; None: `lr`."""
     train_last: bool = True
     """With a `weight_lr` of 0, weights of 8 bits in layers that give the predictions are trained
     all the same, at `lr`."""
@@ -45,37 +41,30 @@ class Distillation(Section):
     zero_lr: float = Field(0.0, ge=0, le=1)
     """Adam, zero points of activations, in widths of their grid; cosine to zero. 0: they stay where
     calibration put them, which keeps as much."""
-    drift: float = Field(0.5, ge=0, le=LARGEST_WEIGHT)
-    """Trained weights stay within so many quantization steps of their start; 0: no bound."""
-    dampen: float = Field(0.0, ge=0, le=LARGEST_WEIGHT)
-    """Pull of weights towards the level they are rounded to, rising over the training: against
-    oscillation at 4 bits and below."""
-    freeze: float = Field(0.0, ge=0, lt=1)
-    """Weights that jump back and forth in more than this share of the steps are frozen; 0: none."""
     warmup: float = Field(0.03, ge=0, lt=1)
     """Share of the steps over which the rates rise from zero."""
     weights: DistillationWeights = DistillationWeights()
-    masks: Literal["ellipse", "own", "none"] = "ellipse"
-    """As `synthesis.masks`, for the task loss of the training."""
     kl_form: Literal["family", "flattened"] = "family"
-    """Over what is a distribution in the family, or the paper's softmax over a whole level."""
+    """family: over what is a distribution in the family's head; flattened: the paper's softmax over
+    a whole level."""
     feature_form: Literal["relative", "absolute"] = "relative"
-    """Squared distances of the outputs of blocks, each relative to the teacher's variance; or the
-    paper's, of all convolutions and BatchNorms, in units."""
+    """relative: squared distances of the outputs of blocks, each relative to the teacher's
+    variance; absolute: the paper's, of all convolutions and BatchNorms, in units."""
     temperature: float = Field(1.0, gt=0, le=LARGEST_WEIGHT)
-    """Of the KL; the paper's flattened form uses 4."""
+    """Softens the divergence; the paper's flattened form uses 4."""
     clip: float = Field(10.0, gt=0, le=LARGEST_WEIGHT)
     """Largest norm of the gradient."""
     ema: float = Field(0.998, ge=0, lt=1)
     """Decay of the averaged weights; 0 switches them off."""
     selection: Literal["ema", "last", "agreement"] = "ema"
-    """Which weights are kept; `agreement` takes those closest to the teacher on the set."""
+    """Which weights are kept; agreement: those closest to the teacher on the set."""
     select_on: str | None = None
     """A labelled real set: the epoch with the highest AP on it is kept, as the paper does. The run
     is then not data-free, and says so."""
     keep_worse: bool = False
     """With `method: qat`, what was trained is kept even where the calibrated start is better."""
     flip: float = Field(0.5, ge=0, le=1)
+    """Probability that an image is mirrored, labels too."""
     zoom: float = Field(0.0, ge=0, lt=1)
     """Images are enlarged or shrunk at random by up to this share, labels too."""
     mosaic: float = Field(0.0, ge=0, le=1)
@@ -87,3 +76,13 @@ class Distillation(Section):
     float32. Auto: bfloat16 where the device computes in it natively."""
     checkpoint_minutes: float = Field(1.0, ge=0, le=LARGEST_WEIGHT)
     """A checkpoint is written at the first epoch's end after so many minutes."""
+
+    @field_validator("weight_lr")
+    @classmethod
+    def _zero_or_none(cls, value: float | None) -> float | None:
+        if value:
+            raise ValueError(
+                "rates in quantization steps were removed; should be 0 (integers stay as rounded) "
+                "or null (weights are trained at distillation.lr)"
+            )
+        return value

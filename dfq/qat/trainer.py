@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -26,8 +26,13 @@ from .collectives import add_up_gradients, batch_variances
 from .features import distilled_layers
 from .frozen_integers import FrozenIntegers, frozen_layers
 from .losses import FeatureHooks, training_terms
-from .oscillation import Oscillation
-from .parameter_groups import Leash, WeightSteps, parameter_groups, rate_at, require_gradients
+from .parameter_groups import (
+    keep_zero_points_on_grids,
+    parameter_groups,
+    rate_at,
+    require_gradients,
+    trained_zero_points,
+)
 from .settings import Distillation
 
 Report = Callable[[int, int, dict[str, float]], None]
@@ -71,6 +76,7 @@ class Trainer:
         seed: fixes order and augmentation.
         folder: where `checkpoint.pt` lives while training runs; all processes see it.
         world: the processes that train together, each of which makes the same trainer; None: alone.
+        masks: what the mask term of the task loss compares with; `Detector.mask_targets`.
         evaluator: scores the student after each epoch, the higher the better; the epoch it likes
             most is kept, whatever `settings.selection` says of the last. Asked in the main process
             alone. None: weights are selected without it.
@@ -86,10 +92,11 @@ class Trainer:
         seed: int,
         folder: Path,
         world: World | None = None,
+        masks: Literal["ellipse", "own", "none"] = "ellipse",
         evaluator: Callable[[Detector], float] | None = None,
     ) -> None:
         self.student, self.teacher, self.data = student, teacher, data
-        student.mask_targets = settings.masks
+        student.mask_targets = masks
         self.world = world or World()
         # Convolutions on a CPU and tensor cores both want the channels last.
         for detector in (student, teacher):
@@ -110,9 +117,7 @@ class Trainer:
             parameter_groups(student.module, settings), fused=True, betas=(0.9, 0.999)
         )
         self.average = ExponentialMovingAverage(student.module, settings.ema)
-        self.leash = Leash(student.module, 0 if settings.weight_lr == 0 else settings.drift)
-        self.weight_steps = WeightSteps(student.module, bool(settings.weight_lr))
-        self.oscillation = Oscillation(student.module, settings.dampen, settings.freeze)
+        self.zero_points = trained_zero_points(student.module)
         self.evaluator = evaluator
         self.best = BestCheckpoint(self.average.parameters)
         self._names = distilled_layers(student, settings)
@@ -157,10 +162,7 @@ class Trainer:
             "start": start,
             "student": self.student.module.state_dict(),
             "shadow": self.average.shadow,
-            "leash": self.leash.state(),
-            "weight_steps": self.weight_steps.state(),
             "best": self.best.state(),
-            "oscillation": self.oscillation.state(),
             "optimizer": self.optimizer.state_dict(),
         }
 
@@ -184,11 +186,8 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             for average, saved in zip(self.average.shadow, state["shadow"], strict=True):
                 average.copy_(saved)
-            self.leash.restore(state["leash"])
-            self.weight_steps.restore(state["weight_steps"])
             # Checkpoints of earlier versions have none.
             self.best.restore(state.get("best"))
-            self.oscillation.restore(state.get("oscillation", []))
             return state["epoch"], state["history"], state["start"]
         except Exception as error:
             raise UserError(
@@ -202,9 +201,7 @@ class Trainer:
         differ in their last bits, and would do so for good."""
         if self.world.size == 1:
             return
-        tensors = [*self.average.parameters, *self.average.shadow, *self.leash.state()]
-        tensors += self.weight_steps.state()
-        tensors += self.frozen.levels()
+        tensors = [*self.average.parameters, *self.average.shadow, *self.frozen.levels()]
         for tensor in tensors:
             same = tensor.detach().contiguous()
             tensor.copy_(
@@ -223,8 +220,6 @@ class Trainer:
         first, history, start = self._resume()
         self._agree()
         if start is None:
-            # The levels it counts from are those of the weights agreed on.
-            self.oscillation = Oscillation(self.student.module, settings.dampen, settings.freeze)
             start = self.divergence()
             self._save(self._state(0, history, start))
         ours, theirs = self.feature_hooks()
@@ -298,16 +293,11 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * self._rate(step)
         values = self._gradient(chosen, generator, ours, theirs)
-        progress = step / (self.settings.epochs * self.steps)
-        self.oscillation.pull(progress)
         nn.utils.clip_grad_norm_(
             self.average.parameters, self.settings.clip, error_if_nonfinite=False
         )
-        self.weight_steps.remember()
         self.optimizer.step()
-        self.weight_steps.rescale()
-        self.leash.pull()
-        self.oscillation.hold(progress)
+        keep_zero_points_on_grids(self.zero_points)
         self.average.update(step)
         return values
 

@@ -37,11 +37,15 @@ def minmax(values: Tensor, bits: int, *, asymmetric: bool) -> Range:
     return grid_between(low, high, bits, asymmetric)
 
 
-def percentile(values: Tensor, bits: int, *, asymmetric: bool, keep: float = 0.9999) -> Range:
-    """The grid that spans the middle `keep` share of the values."""
+KEPT_SHARE = 0.9999
+"""Of the values, that `percentile` spans."""
+
+
+def percentile(values: Tensor, bits: int, *, asymmetric: bool) -> Range:
+    """The grid that spans the middle `KEPT_SHARE` of the values."""
     ordered = values.sort(dim=1).values
     last = values.shape[1] - 1
-    cut = round((1 - keep) / 2 * last)
+    cut = round((1 - KEPT_SHARE) / 2 * last)
     return grid_between(ordered[:, cut], ordered[:, last - cut], bits, asymmetric)
 
 

@@ -50,17 +50,20 @@ class Quantization(Section):
     """What is quantized, and to how many bits."""
 
     weight_bits: int = Field(4, ge=2, le=8)
+    """Of the weights, 2 to 8."""
     activation_bits: int = Field(8, ge=2, le=16)
+    """Of the activations, 2 to 16."""
     first_last_bits: Literal["float", "same", 8] = 8
     """Of the layers that see the image and those that give the predictions."""
     weights: Literal["per_channel", "per_tensor"] = "per_channel"
+    """A scale for each output channel of a layer's weights, or one for all of them."""
     weight_grid: Literal["asymmetric", "symmetric"] = "asymmetric"
-    """Whether grids of weights below 8 bits may reach further to one side of zero."""
+    """asymmetric: grids of weights below 8 bits may reach further to one side of zero."""
     activations: Literal["asymmetric", "symmetric"] = "asymmetric"
-    """With a zero point, or without: then what is never below zero has unsigned integers, where the
-    runtime does."""
+    """asymmetric: with a zero point; symmetric: without, and what is never below zero has unsigned
+    integers, where the runtime does."""
     ranges: Literal["mse", "minmax", "percentile", "lsq"] = "mse"
-    """How the initial scales are found. lsq: as in LSQ, with asymmetric activations as in LSQ+; and
+    """How the initial scales are found; lsq: as in LSQ, with asymmetric activations as in LSQ+; and
     values beyond the ends of a grid have no gradient, as there."""
     calibration_images: int = Field(64, ge=1, le=MOST_IMAGES)
     """Images of the set the initial scales are found on."""
@@ -68,20 +71,21 @@ class Quantization(Section):
     """Images of the set on which the grids that `mse` found for activations of 5 to 7 bits are
     moved to where the predictions stay closest; 0: they stay where they are."""
     rounding: Literal["gptq", "nearest"] = "gptq"
-    """How weights get onto their grids, before any training: each making up for the errors of those
-    before it, or each to the nearest level."""
+    """How weights get onto their grids, before any training; gptq: each makes up for the errors of
+    those before it; nearest: each to the nearest level."""
     rounding_images: int = Field(512, ge=1, le=MOST_IMAGES)
-    """Images of the set that the former looks at."""
+    """Images of the set that gptq looks at."""
     scope: Literal["all", "backbone"] = "all"
     """Layers that are quantized at all; with backbone, neck and heads stay in float."""
     placement: Literal["inputs", "everywhere", "qdq"] = "inputs"
-    """Where activations are quantized: on the inputs of layers; also on their outputs (but for the
-    predictions) and on all that is added or concatenated; or where `runtime` needs it to compute in
-    integers."""
+    """Where activations are quantized. inputs: on the inputs of layers (OpenVINO needs no more);
+    everywhere: also on their outputs (but for the predictions) and on all that is added or
+    concatenated; qdq: where `runtime` needs it to compute in integers."""
     runtime: Runtime = "onnxruntime"
     """Which runtime `placement: qdq` is for."""
     overrides: dict[str, int | str] = Field({})
-    """Layer name or wildcard -> "float", a bit width, or "w4a8"; the first match wins."""
+    """Layer name or wildcard -> float, a bit width, or w4a8; the first match wins. For example
+    {"model.23.*": 8}."""
     mixed: Mixed = Mixed()
 
     @field_validator("overrides")

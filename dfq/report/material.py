@@ -22,7 +22,7 @@ from ..models import load_detector
 from ..models.base import Detector
 from ..models.loading import TORCHVISION
 from ..quantization.inspection import LayerInfo, list_layers
-from ..recipe import Recipe, load_recipe
+from ..recipe import Recipe, recorded_recipe
 from ..runs.inputs import joining
 from ..runs.pipeline import data_identity
 from ..runs.set_cache import origin_of
@@ -134,7 +134,7 @@ def gather(
         UserError: where the run's recipe is broken.
     """
     try:
-        recipe = load_recipe(folder / "recipe.yaml")
+        recipe = recorded_recipe(folder / "recipe.yaml")
     except UserError as error:
         problem = str(error).removeprefix(f"{folder / 'recipe.yaml'}: ")
         raise UserError(f"{folder / 'recipe.yaml'}: damaged ({problem}); restore it") from None

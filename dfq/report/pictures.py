@@ -216,7 +216,6 @@ def pairs_on_squares(
     after: Detector,
     data: LabelledImages,
     indices: Sequence[int],
-    batch_size: int,
 ) -> list[Pair]:
     """What two networks detect in some images of a set, as they see them.
 
@@ -224,25 +223,19 @@ def pairs_on_squares(
         before, after: the float network and the low-bit one, on one device.
         data: the set.
         indices: which images may be shown.
-        batch_size: images at a time.
     """
     pixels = data.load(list(indices)[:LOOKED_AT])
-    found: list[list[Detections]] = [[], []]
-    for batch in pixels.split(batch_size):
-        for detector, rows in zip((before, after), found, strict=True):
-            rows += detector.detect(batch.to(detector.device).float() / 255)
+    found = [one.detect(pixels.to(one.device).float() / 255) for one in (before, after)]
     images = [image.permute(1, 2, 0).numpy() for image in pixels]
     return _pairs(images, found[0], found[1], before.names)
 
 
 def pairs_on_photos(
-    before: Detector, after: Detector, photos: ImageSet, image_size: int | None, batch_size: int
+    before: Detector, after: Detector, photos: ImageSet, image_size: int | None
 ) -> list[Pair]:
     """The same of photos; `image_size`: the long side in pixels that both see, None: their own."""
     some = photos.head(LOOKED_AT)
-    found = [
-        predict(one, some, image_size=image_size, batch_size=batch_size) for one in (before, after)
-    ]
+    found = [predict(one, some, image_size=image_size) for one in (before, after)]
     images = [some.load_image(index) for index in range(len(some))]
     return _pairs(images, found[0], found[1], before.names)
 

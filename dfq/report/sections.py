@@ -90,12 +90,12 @@ class _Looked:
         found = self.found
         if found.teacher is None:
             return []
-        groups, batch_size = [], found.recipe.evaluation.batch_size
+        groups: list[dict[str, Any]] = []
         if found.data is not None:
             _, looked = hold_out(found.data)
             pairs = self.tried(
                 "detections on images of the set", pairs_on_squares,
-                found.teacher, found.student, looked.data, looked.indices, batch_size,
+                found.teacher, found.student, looked.data, looked.indices,
             )  # fmt: skip
             title = f"On {looked.where}" if looked.held_out else "On images it was made on"
             groups.append({"title": title, "pairs": pairs, "real": _is_real(found)})
@@ -103,7 +103,7 @@ class _Looked:
             size = found.recipe.evaluation.image_size
             pairs = self.tried(
                 "detections on photos", pairs_on_photos,
-                found.teacher, found.student, found.photos, size, batch_size,
+                found.teacher, found.student, found.photos, size,
             )  # fmt: skip
             title = f"On {len(found.photos)} photos it was made without"
             groups.append({"title": title, "pairs": pairs, "real": True})

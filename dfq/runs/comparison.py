@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import UserError, shown
 from ..quantization.inspection import FLOAT_BITS, list_layers, weight_bytes
-from ..recipe import load_recipe
+from ..recipe import recorded_recipe
 from ..runtime.files import user_path
 from .folder import is_run, load_run, read_metrics
 
@@ -104,7 +104,7 @@ def _row(folder: Path) -> Row:
 def _recipe(folder: Path) -> dict[str, Any]:
     # As the run has it: with every value.
     try:
-        return load_recipe(folder / "recipe.yaml").model_dump()
+        return recorded_recipe(folder / "recipe.yaml").model_dump()
     except UserError as error:
         # Of several runs, the one; and what is wrong first.
         problem = error.args[0].removeprefix(f"{folder / 'recipe.yaml'}: ")

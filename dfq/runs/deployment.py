@@ -23,6 +23,7 @@ from ..models.checkpoint import sha256_of
 from ..runtime.files import plain_name, read_json, write_json
 from ..runtime.lock import locked
 from ..runtime.plain import brief
+from .folder import in_todays_keys
 
 KIND = "dfq deployment"
 FORMAT = 1
@@ -171,7 +172,7 @@ def identity_of(folder: Path) -> dict[str, Any] | None:
     found = content.get("identity")
     if not isinstance(found, dict):
         raise UserError(f"{path}: damaged (it does not say what it is of); restore or delete it")
-    return found
+    return in_todays_keys(found)
 
 
 def folder_for(parent: Path, stem: str, identity: dict[str, Any]) -> Path:

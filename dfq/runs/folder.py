@@ -16,6 +16,7 @@ files as an unbroken one.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import time
@@ -38,6 +39,7 @@ from ..quantization.insertion import insert_quantizers
 from ..quantization.policy import Policy
 from ..quantization.storage import WEIGHTS_PER_BYTE, restore_state, stored_state
 from ..recipe import Recipe
+from ..recipe_removed import removed_that_matter, without_removed
 from ..runtime.files import append_line, read_json, write_atomic, write_json
 from ..runtime.lock import locked
 from ..runtime.plain import ODD, brief, one_line
@@ -92,11 +94,17 @@ class Run:
         found = identity_of(self.folder)
         if found is None:
             raise UserError(f"{self.folder}: not empty and no run; choose another --out")
-        found = _with_new_keys(found)
+        found = in_todays_keys(found)
         if found != self.identity:
             keys = sorted(
                 key for key in {*found, *self.identity} if found.get(key) != self.identity.get(key)
             )
+            gone = removed_that_matter(found.get("recipe"))
+            if gone:
+                raise AnotherRunError(
+                    f"{self.folder}: holds a run with {', '.join(gone)}, which this version does "
+                    "not have; use the version that began it, or choose another --out"
+                )
             raise AnotherRunError(
                 f"{self.folder}: holds a run with another {', '.join(keys)}; choose another --out"
             )
@@ -194,11 +202,14 @@ def identity_of(folder: Path) -> dict[str, Any] | None:
     return found
 
 
-def _with_new_keys(identity: dict[str, Any]) -> dict[str, Any]:
+def in_todays_keys(identity: dict[str, Any]) -> dict[str, Any]:
     """An identity as this version would write it: keys that the recipe did not have yet when the
-    run was made have their defaults, which leave everything as it was."""
+    run was made have their defaults, which leave everything as it was; those that it has no more
+    are left out where they changed nothing."""
     try:
-        recipe = Recipe.model_validate(identity["recipe"])
+        values = copy.deepcopy(identity["recipe"])
+        without_removed(values, neutral=True)
+        recipe = Recipe.model_validate(values)
     except (KeyError, ValidationError):
         return identity
     return {**identity, "recipe": identity_of_recipe(recipe)}
@@ -216,7 +227,7 @@ def next_folder(parent: Path, stem: str, identity: dict[str, Any]) -> Path:
         if _is_bare(folder):
             return folder
         found = identity_of(folder)
-        ours = found is not None and _with_new_keys(found) == identity
+        ours = found is not None and in_todays_keys(found) == identity
         if ours and not _is_finished(folder):
             return folder
         number += 1

@@ -136,6 +136,7 @@ def _train(
         seed=recipe.seed,
         folder=run.folder,
         world=world,
+        masks=recipe.synthesis.masks,
         evaluator=evaluator,
     )
     with progress.task("training", settings.epochs, "epochs") as task:
@@ -169,7 +170,7 @@ def evaluator_on(images: ImageSet, recipe: Recipe) -> Callable[[Detector], float
 
     Args:
         images: the set.
-        recipe: whose `evaluation` section gives image and batch size.
+        recipe: whose `evaluation` section gives the image size.
     """
 
     def evaluator(student: Detector) -> float:
@@ -177,7 +178,6 @@ def evaluator_on(images: ImageSet, recipe: Recipe) -> Callable[[Detector], float
             student,
             images,
             image_size=recipe.evaluation.image_size,
-            batch_size=recipe.evaluation.batch_size,
         ).AP
         return found if math.isfinite(found) else 0.0
 
@@ -204,7 +204,6 @@ def measure(
                 detector,
                 data,
                 image_size=recipe.evaluation.image_size,
-                batch_size=recipe.evaluation.batch_size,
                 progress=task.update,
             ).to_dict()
         # Times would make two runs of one seed differ.

@@ -11,7 +11,13 @@ class Section(BaseModel):
     """Unknown keys, numbers that are not finite and truth values in the place of others are
     mistakes, also when set later."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
+    # Docstrings of fields are the comments of `dfq recipe show`.
+    model_config = ConfigDict(
+        extra="forbid",
+        validate_assignment=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
 
     @field_validator("*", mode="before")
     @classmethod

@@ -44,18 +44,21 @@ class LabelStage(Section):
     """The low-resolution stage in which the adaptive sampler finds boxes and categories."""
 
     image_size: int = Field(160, ge=32, le=LARGEST_SIDE)
+    """Side in pixels."""
     iterations: int = Field(80, ge=1, le=MOST_STEPS)
+    """Steps of this stage."""
     start: float = Field(0.5, ge=0, le=1)
     """Share of the iterations after which labels are first updated."""
     stop: float = Field(0.95, ge=0, le=1)
     """Share of the iterations after which labels stay fixed."""
     updates: int = Field(4, ge=1, le=MOST_STEPS)
+    """How often labels are updated in between."""
     score_threshold: float = Field(0.2, gt=0, lt=1)
     """Detections below this score do not count."""
     sampler: Literal["scattered", "paper"] = "scattered"
-    """Labels begin as many objects of all sizes, whose categories follow what the detector faintly
-    sees at the first update; or as one of 20 to 80 % of the side, and updates drop what they do not
-    find (the paper's)."""
+    """scattered: labels begin as many objects of all sizes, whose categories follow what the
+    detector faintly sees at the first update; paper: as one of 20 to 80 % of the side, and updates
+    drop what they do not find."""
     objects: int = Field(32, ge=1, le=MOST_OBJECTS)
     """Most objects an image begins with, where they are scattered."""
     smallest_area: float = Field(0.0016, gt=0, lt=0.8)
@@ -95,6 +98,7 @@ class Synthesis(Section):
     """Stage I: how images and labels are made."""
 
     images: int = Field(512, ge=1, le=MOST_IMAGES)
+    """How many images are made."""
     image_size: int | None = Field(None, ge=32, le=LARGEST_SIDE)
     """Side in pixels; None: the size the detector was trained for."""
     iterations: int = Field(200, ge=0, le=MOST_STEPS)
@@ -105,6 +109,7 @@ class Synthesis(Section):
     """Images that go through the network at once, for less memory in more passes; the statistics
     stay those of the whole batch. None: all."""
     learning_rate: float = Field(0.05, gt=0, le=LARGEST_RATE)
+    """Adam's rate on the pixels, cosine to zero; halved once the images are enlarged."""
     labels: str = "adaptive"
     """adaptive, single, multi, tile, none; real:SET, which takes the labels of a real set; or
     multi:SET, tile:SET, whose objects are as frequent and as large as the set's."""
@@ -126,16 +131,16 @@ class Synthesis(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the convolutions; auto: bfloat16 where the device computes in it natively."""
     balance: Literal["gradient", "loss"] = "gradient"
-    """Weights are shares of the gradient, which hold for every network, batch and image size; or
-    factors of the losses (the paper's), to be found anew for each."""
+    """gradient: weights are shares of the gradient, which hold for every network, batch and image
+    size; loss: they are factors of the losses (the paper's), to be found anew for each."""
     bn_form: Literal["gaussian", "relative", "absolute"] = "gaussian"
-    """How far a BatchNorm's input is from the training data's: by the divergence of Gaussians with
-    the channels' means and variances, of which the worst layers count most; by the sum over the
-    layers of distances of both in units of each channel's spread; or by these distances as they
-    are (the paper's)."""
+    """How far a BatchNorm's input is from the training data's. gaussian: the divergence of
+    Gaussians with the channels' means and variances, of which the worst layers count most;
+    relative: the sum over the layers of distances of both in units of each channel's spread;
+    absolute: these distances as they are (the paper's)."""
     masks: Literal["ellipse", "own", "none"] = "ellipse"
-    """What the mask loss of a label compares with, in networks with masks: the ellipse in its box,
-    the network's own mask, or none: boxes only."""
+    """What the mask loss of a label compares with, in networks with masks, in synthesis and
+    training. ellipse: the one in its box; own: the network's own mask; none: boxes only."""
     weights: SynthesisWeights = SynthesisWeights()
     label_stage: LabelStage = LabelStage()
     techniques: Techniques = Techniques()

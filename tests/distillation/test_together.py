@@ -92,7 +92,7 @@ def test_the_same_weights_as_alone(tmp_path: Path, size: int) -> None:
 def test_one_step_gives_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:
     """Clipping comes after the sum: with a bound this low it decides the step."""
     changes: dict[str, Any] = {
-        "epochs": 1, "batch_size": 18, "clip": 1e-3, "ema": 0, "drift": 0, "zoom": 0.0,
+        "epochs": 1, "batch_size": 18, "clip": 1e-3, "ema": 0, "zoom": 0.0,
     }  # fmt: skip
     gradients = []
     for size in (1, 3):

@@ -11,7 +11,7 @@ import yaml
 from click.testing import CliRunner, Result
 
 from dfq.cli.main import cli
-from dfq.recipe import shipped_recipes
+from dfq.recipe import load_recipe
 
 RECIPE = """
 synthesis:
@@ -39,7 +39,7 @@ SIZES: dict[str, Any] = {
 
 def as_shipped(name: str) -> str:
     """A shipped recipe as YAML, as it is but for the size of the work."""
-    values = yaml.safe_load(shipped_recipes()[name].read_text())
+    values = load_recipe(name).model_dump(mode="json")
 
     def resize(section: dict[str, Any], sizes: dict[str, Any]) -> None:
         for key, value in sizes.items():

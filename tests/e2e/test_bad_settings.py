@@ -112,7 +112,7 @@ def test_settings_that_ask_for_too_much(
     [
         *("epochs=" + HUGE, "batch_size=" + HUGE, "lr=.inf", "weight_lr=-1", "scale_lr=true"),
         *("zero_lr=-1", "feature_form=paper"),
-        *("temperature=1e30", "clip=1e30", "weights.kl=1e30", "epochs=true", "drift=1e30"),
+        *("temperature=1e30", "clip=1e30", "weights.kl=1e30", "epochs=true"),
     ],
 )
 def test_settings_of_training_that_ask_for_too_much(place: Path, model: Path, setting: str) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 SPOILT = (
     "--set", "distillation.lr=0.5", "--set", "distillation.clip=1e9",
     "--set", "distillation.ema=0", "--set", "distillation.weight_lr=null",
-    "--set", "distillation.drift=0", "--set", "distillation.epochs=6",
+    "--set", "distillation.epochs=6",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The paper's recipes: their numbers are the paper's, their headers say what works, and each trains
+"""The paper's recipes: their numbers are the paper's, their notes say what works, and each trains
 a small network of its family by exactly these numbers."""
 
 from __future__ import annotations
@@ -166,8 +166,10 @@ def value_of(recipe: Any, key: str) -> Any:
     return recipe
 
 
-def header(name: str) -> str:
-    return shipped_recipes()[name].read_text().split("\n\n")[0]
+def notes(name: str) -> str:
+    """What docs/paper-recipes.md says of a recipe."""
+    text = (Path(__file__).parents[2] / "docs" / "paper-recipes.md").read_text()
+    return text.partition(f"## `{name}`")[2].partition("\n## ")[0]
 
 
 def overrides_of(words: list[str]) -> list[str]:
@@ -194,25 +196,25 @@ def test_labels_are_updated_when_the_papers_are(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_its_header_names_every_width_and_set_of_the_paper(name: str) -> None:
-    lines = [shlex.split(line.lstrip("# ")) for line in re.findall(r"#\s+dfq .*", header(name))]
+def test_its_notes_name_every_width_and_set_of_the_paper(name: str) -> None:
+    lines = [shlex.split(line) for line in re.findall(r"^dfq .*", notes(name), re.MULTILINE)]
     recipes = [load_recipe(name, overrides_of(words)).quantization for words in lines]
     assert {(one.weight_bits, one.activation_bits) for one in recipes} == WIDTHS
     measured = [load_recipe(name, overrides_of(words)).evaluation.data for words in lines]
     assert "VOCdevkit/VOC2012" in measured
     if name == "paper-mask-rcnn-swin":
-        assert {"swin-t", "swin-s"} <= set(re.findall(r"swin-[ts]", header(name)))
+        assert {"swin-t", "swin-s"} <= set(re.findall(r"swin-[ts]", notes(name)))
 
 
 def said_beside_commands(name: str) -> list[str]:
-    """The `--set` texts of a header's prose."""
-    text = " ".join(line.lstrip("# ") for line in header(name).splitlines() if "dfq " not in line)
-    said = re.findall(r'--set (?:"(.+?)"|([^\s);,"]+))', text)
+    """The `--set` texts of the prose."""
+    text = " ".join(line for line in notes(name).splitlines() if not line.startswith("dfq "))
+    said = re.findall(r'--set (?:"(.+?)"|([^\s);,"`]+))', text)
     return [quoted or bare for quoted, bare in said]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_its_header_says_to_set_changes_something(name: str) -> None:
+def test_what_its_notes_say_to_set_changes_something(name: str) -> None:
     changes = said_beside_commands(name)
     assert "distillation.select_on=SET" in changes
     for change in changes:
@@ -229,7 +231,7 @@ def test_what_its_header_says_to_set_changes_something(name: str) -> None:
         ("paper-mask-rcnn-swin", "mask-rcnn-swin", r"(neck|r.._head)\..*|.*\.(scores|mix)"),
     ],
 )
-def test_the_codes_layers_are_what_the_header_says(
+def test_the_codes_layers_are_what_the_notes_say(
     name: str, kind: str, in_float: str, tmp_path: Path
 ) -> None:
     keys = ("quantization.overrides", "quantization.scope", "quantization.first_last_bits")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def test_a_budget_may_buy_activations_of_sixteen_bits(
     wide = {name for name, widths in chosen.items() if widths == (8, 16)}
     assert wide
     assert wide < set(chosen)
-    policy = found.policy(base)
+    policy = replace(base, overrides=tuple(found.overrides.items()))
     student = student_of(teacher, policy)
     layers = dict(quantized_layers(student.module))
     assert {name for name, layer in layers.items() if layer.input_quantizer.bits == 16} == wide

@@ -30,10 +30,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "method": ("ptq",),
     "evaluation.data": ("real",),
     "quantization.mixed.budget": ("w4a8",),
-    "distillation.weight_lr": (0.1,),
     "distillation.zero_lr": (0.01,),
-    "distillation.dampen": (0.1,),
-    "distillation.freeze": (0.1,),
     "distillation.zoom": (0.1,),
     "distillation.mosaic": (0.5,),
     "distillation.colour": (0.1,),
@@ -44,7 +41,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 
 WITHIN: dict[str, tuple[Any, ...]] = {
     "method": ("qat", "auto"),
-    "distillation.weight_lr": (0.0, None),
     "distillation.selection": ("ema", "last"),
 }
 """Of these keys, the values that it does have; of the other ones, what switches them off."""
@@ -64,14 +60,14 @@ SHARED = {
         "rounding_images", "scope", "placement", "runtime", "overrides",
     )),
     *(f"distillation.{name}" for name in (
-        "drift", "warmup", "masks", "kl_form", "feature_form", "temperature", "precision",
+        "weight_lr", "warmup", "kl_form", "feature_form", "temperature", "precision",
     )),
 }  # fmt: skip
 """Read by what both trainings call: `Quantization.policy`, `calibrate_and_round`, `training_terms`,
-`Leash`, `rate_at`."""
+`rate_at`, `frozen_layers`."""
 
 APART = {
-    "model", "distillation.checkpoint_minutes", "evaluation.image_size", "evaluation.batch_size",
+    "model", "distillation.checkpoint_minutes", "evaluation.image_size",
     "quantization.mixed.cost", "quantization.mixed.candidates", "quantization.mixed.images",
 }  # fmt: skip
 """Say nothing about training, or nothing without what is refused."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from dfq.graph.fold_batchnorm import fold
 from dfq.models.base import Detector
 from dfq.models.divergence import total_divergence
+from dfq.ptq import activation_refinement
 from dfq.ptq.activation_refinement import (
     candidates,
     half_with_contrast,
@@ -50,7 +51,9 @@ def grids(student: Detector) -> dict[str, tuple[float, float]]:
 
 @pytest.mark.parametrize("activations", ["asymmetric", "symmetric"])
 @pytest.mark.parametrize("bits", [5, 6])
-def test_predictions_come_closer(activations: str, bits: int) -> None:
+def test_predictions_come_closer(
+    activations: str, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     teacher = fold(tiny_detector().clone())
     student = calibrated(teacher, activations=activations, activation_bits=bits)
     for _, quantizer in activation_quantizers(student.module):
@@ -59,7 +62,8 @@ def test_predictions_come_closer(activations: str, bits: int) -> None:
     before, start = total_divergence(student, teacher, [seen]), grids(student)
     told: list[tuple[int, int]] = []
     # These drawn images have all the contrast there can be.
-    refine_grids(student, teacher, seen, contrast=1.0, progress=lambda *done: told.append(done))
+    monkeypatch.setattr(activation_refinement, "CONTRAST", 1.0)
+    refine_grids(student, teacher, seen, progress=lambda *done: told.append(done))
     after = total_divergence(student, teacher, [seen])
     if after == before:
         assert grids(student) == start, "not closer: all as it was"

@@ -107,19 +107,12 @@ def compares(recipe: Recipe) -> str | None:
 def require_supported(recipe: Recipe) -> None:
     """Raise a `UserError` for what takes dfq's own training."""
     section, settings = recipe.quantization, recipe.distillation
-    if settings.weight_lr:
-        raise UserError(
-            "distillation.weight_lr: in mmdet's Runner 0 (weights stay as rounded) or null (they "
-            "are trained at distillation.lr); use dfq qat for rates in quantization steps"
-        )
     unknown = {
         f"method: {recipe.method}": recipe.method != "qat",
         "distillation.keep_worse: false": not settings.keep_worse,
         "evaluation.data": recipe.evaluation.data is not None,
         "quantization.mixed.budget": section.mixed.budget is not None,
         "distillation.zero_lr": settings.zero_lr > 0,
-        "distillation.dampen": settings.dampen > 0,
-        "distillation.freeze": settings.freeze > 0,
         "distillation.zoom": settings.zoom > 0,
         "distillation.mosaic": settings.mosaic > 0,
         "distillation.colour": settings.colour > 0,

@@ -34,7 +34,7 @@ from ...ptq.pipeline import calibrate_and_round, clip_strictly, images_to_prepar
 from ...qat.features import distilled_layers
 from ...qat.frozen_integers import FrozenIntegers, frozen_layers
 from ...qat.losses import FeatureHooks, training_terms
-from ...qat.parameter_groups import Leash, rate_at, require_gradients
+from ...qat.parameter_groups import rate_at, require_gradients
 from ...quantization.insertion import insert_quantizers
 from ...recipe import load_recipe
 from ...runtime.launch import number
@@ -127,7 +127,8 @@ class DFQDistiller(BaseModel):
     Args:
         config: the detector's own config, or the name of one that comes with mmdet.
         checkpoint: its float weights; None: random ones.
-        recipe: name or file of a recipe, of which `quantization` and `distillation` count.
+        recipe: name or file of a recipe, of which `quantization`, `distillation` and
+            `synthesis.masks` count.
         overrides: `section.key=value` texts that change the recipe.
 
     Raises:
@@ -156,7 +157,7 @@ class DFQDistiller(BaseModel):
         # Not modules: they are neither saved nor trained nor moved with this one.
         self._teacher = fold(detector)
         self._student = insert_quantizers(detector.clone(), self.recipe.quantization.policy())
-        self._student.mask_targets = self.recipe.distillation.masks
+        self._student.mask_targets = self.recipe.synthesis.masks
         self.student = self._student.module
         self._frozen: FrozenIntegers | None = None
         if self.recipe.quantization.ranges == "lsq":
@@ -253,7 +254,7 @@ def _targets(samples: list[Any], shape: tuple[int, int]) -> Targets:
 
 @HOOKS.register_module()
 class DFQCalibrationHook(Hook):
-    """Prepares a `DFQDistiller` before training and bounds its weights during it.
+    """Prepares a `DFQDistiller` before training.
 
     Scales are found, and weights rounded, on the first images of the training set, as many as the
     recipe says; every process then has the first one's. A run that is resumed takes them from its
@@ -262,9 +263,6 @@ class DFQCalibrationHook(Hook):
 
     # Before hooks that copy the model, as the one for averaged weights does.
     priority = "VERY_HIGH"
-
-    def __init__(self) -> None:
-        self.leash: Leash | None = None
 
     def before_train_iter(self, runner: Any, *_: Any, **__: Any) -> None:
         """Rates as dfq's own training has them, where the config brings no schedule: rising over
@@ -284,16 +282,8 @@ class DFQCalibrationHook(Hook):
             for value in model.student.state_dict().values():
                 broadcast(value)
         model.freeze_integers()
-        settings = model.recipe.distillation
-        self.leash = Leash(model.student, 0 if settings.weight_lr == 0 else settings.drift)
-
-    def after_train_iter(self, runner: Any, *_: Any, **__: Any) -> None:
-        assert self.leash is not None
-        self.leash.pull()
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        if self.leash is not None:
-            checkpoint["dfq_leash"] = self.leash.state()
         # torch reads nothing but numbers and tensors of its own accord, and mmengine's buffers of
         # what was logged bring their functions along: no run could be resumed from them.
         hub = checkpoint["message_hub"]
@@ -305,10 +295,12 @@ class DFQCalibrationHook(Hook):
         }
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint.get("dfq_leash")
-        if self.leash is not None and saved is not None:
-            device = next(_distiller(runner).student.parameters()).device
-            self.leash.restore([bound.to(device) for bound in saved])
+        # Bounds of the weights, in checkpoints of earlier versions; empty where they were none.
+        if runner._resume and checkpoint.get("dfq_leash"):
+            raise UserError(
+                f"{runner.work_dir}: was begun with distillation.drift, which this version does "
+                "not have; go on with the version that began it, or train into another folder"
+            )
 
 
 def _distiller(runner: Any) -> DFQDistiller:

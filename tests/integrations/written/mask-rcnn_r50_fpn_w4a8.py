@@ -1,13 +1,13 @@
-# Quantization-aware training of mask-rcnn_swin-t-p4-w7_fpn_1x_coco
-# (6-bit weights and 6-bit activations), by mmdet's own Runner.
+# Quantization-aware training of mask-rcnn_r50_fpn_1x_coco
+# (4-bit weights and 8-bit activations), by mmdet's own Runner.
 #
-#   python tools/train.py recipes/mmdet/mask-rcnn_swin-t_fpn_w6a6.py
+#   python tools/train.py mask-rcnn_r50_fpn_w4a8.py
 #
 # Written by `dfq mmdet-config`; the data are a calibration set:
 #
-#   dfq synthesize --recipe w6a6 --model mask-rcnn_swin-t-p4-w7_fpn_1x_coco \
+#   dfq synthesize --recipe w4a8 --model mask-rcnn_r50_fpn_1x_coco \
 #     --checkpoint weights.pth --out data/calibration-set
-_base_ = ["mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py"]
+_base_ = ["mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py"]
 
 custom_imports = dict(imports=["dfq.integrations.mmdet"], allow_failed_imports=False)
 
@@ -15,10 +15,10 @@ model = dict(
     _delete_=True,
     type="DFQDistiller",
     # The detector's own config, and its float weights.
-    config="mask-rcnn_swin-t-p4-w7_fpn_1x_coco",
+    config="mask-rcnn_r50_fpn_1x_coco",
     checkpoint="weights.pth",
     # Whose quantization and distillation sections count.
-    recipe="w6a6",
+    recipe="w4a8",
     overrides=["method=qat", "distillation.keep_worse=true"],
 )
 

@@ -1,0 +1,107 @@
+"""Keys that recipes had once: accepted with a warning for one release, and read over in records.
+
+`REMOVED` is the whole list. A key that goes is added there, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .runtime.distributed import is_main_process
+
+
+@dataclass(frozen=True)
+class Removed:
+    """A key that there is no more.
+
+    Attributes:
+        why: what is so instead, in a few words.
+        neutral: given its value and the whole recipe, whether the result is what it would be
+            without the key.
+    """
+
+    why: str
+    neutral: Callable[[Any, Mapping[str, Any]], bool]
+
+
+def _value(recipe: Any, key: str, default: Any) -> Any:
+    for part in key.split("."):
+        if not isinstance(recipe, Mapping) or part not in recipe:
+            return default
+        recipe = recipe[part]
+    return recipe
+
+
+def _off(value: Any, recipe: Mapping[str, Any]) -> bool:
+    return not value
+
+
+REMOVED: dict[str, Removed] = {
+    "distillation.drift": Removed(
+        "trained weights have no bound",
+        lambda value, recipe: not value or _value(recipe, "distillation.weight_lr", 0) == 0,
+    ),
+    "distillation.dampen": Removed("integers that stay as rounded do not oscillate", _off),
+    "distillation.freeze": Removed("integers that stay as rounded do not oscillate", _off),
+    "distillation.masks": Removed(
+        "training follows synthesis.masks",
+        lambda value, recipe: (
+            value == _value(recipe, "synthesis.masks", "ellipse")
+            or not _value(recipe, "distillation.weights.task", 0)
+        ),
+    ),
+    "evaluation.batch_size": Removed("it is 16 images", lambda value, recipe: True),
+}
+"""By key, with dots."""
+
+
+def _places(data: Any) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """The removed keys that are in a recipe's sections: key, section and name in it."""
+    for key in REMOVED:
+        *above, name = key.split(".")
+        section = _value(data, ".".join(above), None)
+        if isinstance(section, dict) and name in section:
+            yield key, section, name
+
+
+def without_removed(data: dict[str, Any], *, neutral: bool = False) -> list[str]:
+    """Take the keys out of a recipe's sections that there are no more.
+
+    Args:
+        data: the sections, changed in place.
+        neutral: only those that changed nothing.
+
+    Returns:
+        The keys that were taken out.
+    """
+    found = [
+        (key, section, name)
+        for key, section, name in _places(data)
+        if not neutral or REMOVED[key].neutral(section[name], data)
+    ]
+    for _, section, name in found:
+        del section[name]
+    return [key for key, _, _ in found]
+
+
+def removed_that_matter(data: Any) -> list[str]:
+    """The keys of a record that there are no more and whose values changed the result."""
+    return [
+        key for key, section, name in _places(data) if not REMOVED[key].neutral(section[name], data)
+    ]
+
+
+def warn_of_removed(data: dict[str, Any], origin: str) -> None:
+    """Take them out of a recipe that is to be used, and say so in one line on standard error.
+
+    Args:
+        data: the sections, changed in place.
+        origin: what the line begins with.
+    """
+    found = without_removed(data)
+    if found and is_main_process():
+        keys = ", ".join(f"{key} ({REMOVED[key].why})" for key in found)
+        print(f"warning: {origin}: ignored, as removed: {keys}", file=sys.stderr)
