@@ -257,3 +257,12 @@ def tell_quality(made: CalibrationSet) -> dict[str, Any] | None:
     for line in quality.warnings():
         click.echo(f"warning: {line}", err=True)
     return quality.to_dict()
+
+
+def tensorboard_option(command: F) -> F:
+    return click.option(
+        "--tensorboard",
+        type=PATH,
+        show_default="none are written",
+        help="Folder for the curves of the loss.",
+    )(command)

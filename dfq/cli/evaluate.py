@@ -1,0 +1,69 @@
+"""`dfq eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .options import (
+    FILE,
+    checkpoint_option,
+    common_options,
+    output_file,
+    report_user_errors,
+    write_json_output,
+)
+
+
+@click.command("eval")
+@click.option("--model", required=True, help="A detector, a run folder or an exported file.")
+@checkpoint_option
+@click.option("--data", required=True, help="A labelled SET; with --against, any photos.")
+@click.option(
+    "--against",
+    metavar="FLOAT",
+    show_default="the labels of --data",
+    help="Measure against what this float detector detects, and not against labels.",
+)
+@click.option("--image-size", type=int, show_default="the model's", help="Side in pixels.")
+@click.option(
+    "--interval",
+    is_flag=True,
+    help="Also say between which values AP would be on other draws of images (95 %, bootstrap).",
+)
+@click.option("--json", "json_file", type=FILE, help="Write the result here.")
+@common_options
+@report_user_errors
+def evaluate(
+    model: str,
+    data: str,
+    against: str | None,
+    image_size: int | None,
+    interval: bool,
+    json_file: str | Path | None,
+    device: str,
+    trust: bool,
+) -> None:
+    """Measure COCO AP, against labels or against another network."""
+    from ..api.evaluate import evaluate as verb
+    from ..evaluation.agreement import Agreement
+    from ..runtime.progress import Live
+    from .tables import print_agreement, print_metrics
+
+    json_file = output_file(json_file, inputs=(model, data, against))
+    found = verb(
+        model,
+        data,
+        against=against,
+        image_size=image_size,
+        interval=interval,
+        device=device,
+        trust=trust,
+        progress=Live(),
+    )
+    write_json_output(json_file, found.to_dict())
+    if isinstance(found, Agreement):
+        print_agreement(found)
+    else:
+        print_metrics(found.to_dict())

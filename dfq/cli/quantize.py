@@ -1,0 +1,161 @@
+"""`dfq quantize`, and `dfq qat`, which insists on training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import shown
+from .options import (
+    PATH,
+    F,
+    checkpoint_option,
+    common_options,
+    output_folder,
+    report_user_errors,
+    settings_of,
+    settings_options,
+    tensorboard_option,
+)
+
+
+def _options(command: F) -> F:
+    """What both names of the command take."""
+    for option in reversed(
+        (
+            click.option("--recipe", required=True, help="File or shipped recipe (w4a8)."),
+            click.option(
+                "--model",
+                show_default="the recipe's, else what the newest set was made from",
+                help="The float detector.",
+            ),
+            checkpoint_option,
+            click.option(
+                "--data",
+                show_default="the synthetic one, made if need be",
+                help="A SET to train on; labels are needed for a task loss only.",
+            ),
+            click.option(
+                "--image-size",
+                type=int,
+                show_default="the model's",
+                help="Side in pixels of the images to train on.",
+            ),
+            click.option(
+                "--out",
+                type=PATH,
+                show_default="runs/RECIPE-MODEL-N",
+                help="Run folder.",
+            ),
+            click.option(
+                "--select-on",
+                show_default="none",
+                help="A labelled real SET: keep the epoch with the best AP on it, as the "
+                "paper does.",
+            ),
+            click.option(
+                "--photos",
+                metavar="DIR",
+                show_default="none",
+                help="Real photos, no labels needed: half of them (64 at most) join calibration "
+                "and rounding, and on the others is said in the end how close the network is.",
+            ),
+            tensorboard_option,
+            settings_options,
+            common_options,
+        )
+    ):
+        command = option(command)
+    return command
+
+
+@click.command()
+@_options
+@report_user_errors
+def quantize(**given: Any) -> None:
+    """Make the low-bit detector: calibrate and round it on its synthetic images, train it, keep
+    what is closer to the float one.
+
+    On several GPUs or nodes: torchrun --nproc-per-node=GPUS -m dfq quantize ...
+    """
+    _quantize(**given)
+
+
+@click.command(short_help="dfq quantize that insists on training.")
+@_options
+@report_user_errors
+def qat(overrides: tuple[str, ...], **given: Any) -> None:
+    """dfq quantize that insists on training: a recipe whose method is auto has method qat, which
+    fails where training diverges.
+
+    On several GPUs or nodes: torchrun --nproc-per-node=GPUS -m dfq qat ...
+    """
+    _quantize(overrides=overrides, trains=True, **given)
+
+
+def _quantize(
+    recipe: str,
+    model: str | None,
+    data: str | None,
+    image_size: int | None,
+    out: Path | None,
+    select_on: str | None,
+    photos: str | None,
+    tensorboard: Path | None,
+    seed: int | None,
+    overrides: tuple[str, ...],
+    device: str,
+    trust: bool,
+    trains: bool = False,
+) -> None:
+    from ..api.quantize import quantize as verb
+    from ..recipe import find_recipe
+    from ..runs.comparison import number
+    from ..runs.folder import read_metrics
+    from ..runtime.distributed import is_main_process
+    from ..runtime.progress import Live
+
+    settings = settings_of(
+        recipe,
+        overrides,
+        seed=seed,
+        model=model,
+        distillation__select_on=select_on,
+        synthesis__image_size=image_size,
+    )
+    if trains and settings.method == "auto":
+        settings = settings.model_copy(update={"method": "qat"})
+    folder = verb(
+        settings,
+        model=model,
+        data=data,
+        image_size=image_size,
+        out=output_folder(out),
+        name=find_recipe(recipe).stem,
+        photos=photos,
+        device=device,
+        trust=trust,
+        progress=Live(),
+        tensorboard=output_folder(tensorboard, "tensorboard"),
+    )
+    if not is_main_process():
+        return
+    metrics = read_metrics(folder)
+    share = metrics["quantized_share_of_macs"]
+    # Runs of earlier versions say no more than what was selected.
+    said = metrics.get("said")
+    for line in said if isinstance(said, list) else [metrics["selected"]]:
+        click.echo(shown(line, limit=2000))
+    click.echo(f"{share:.1%} of the MACs quantized")
+    measured = metrics.get("evaluation")
+    for name, value in measured.items() if isinstance(measured, dict) else ():
+        if isinstance(value, dict):
+            figures = {key: number(value, key) for key in ("AP", "AP50")}
+            if value.get("masks"):
+                figures["mask AP"] = number(value["masks"], "AP")
+            # There is none where there was nothing to find.
+            cells = (f"{k} {'none' if v is None else format(v, '.3f')}" for k, v in figures.items())
+            click.echo(f"{shown(name)}: {'  '.join(cells)}")
+    click.echo(str(folder))
