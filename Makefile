@@ -126,5 +126,5 @@ bench-runtimes: env
 
 # recipes/default.yaml, from the docstrings of the settings.
 recipes: env
-	$(BIN)/python -c "import dfq.recipe_text as t; print(t.default_text(), end='')" > recipes/default.yaml.new
+	$(BIN)/python -c "import dfq.recipe.text as t; print(t.default_text(), end='')" > recipes/default.yaml.new
 	mv recipes/default.yaml.new recipes/default.yaml

@@ -12,7 +12,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from . import _moved
 from ._version import __version__ as __version__
+
+_moved.install()
 
 if TYPE_CHECKING:
     from .api.cost import cost as cost

@@ -13,7 +13,7 @@ ROOT = Path(dfq.__file__).parent
 
 # From below. Rooms of one line stand side by side and do not know of each other.
 LAYERS = (
-    ("errors", "_version"),
+    ("errors", "_version", "_moved"),
     ("runtime",),
     ("kernels",),
     ("models",),
@@ -22,9 +22,7 @@ LAYERS = (
     ("demo",),
     ("quantization", "synthesis", "evaluation"),
     ("ptq", "qat", "export"),
-    ("recipe_overrides", "recipe_removed"),
     ("recipe",),
-    ("recipe_text",),
     ("mixed_precision",),
     ("runs",),
     ("report", "integrations"),

@@ -209,7 +209,7 @@ def test_one_thread_on_a_cpu_alone() -> None:
 
 def test_parts_make_up_the_whole() -> None:
     for size, count in ((1, 5), (2, 5), (3, 7), (4, 4), (5, 3), (3, 0)):
-        parts = [list(range(count))[World(rank, size).part(count)] for rank in range(size)]
+        parts = [list(range(count))[World(rank, size).shard(count)] for rank in range(size)]
         assert [i for part in parts for i in part] == list(range(count))
         lengths = {len(part) for part in parts}
         assert max(lengths) - min(lengths) <= 1

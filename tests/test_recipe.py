@@ -16,8 +16,8 @@ from click.testing import CliRunner
 from dfq.cli.main import cli
 from dfq.errors import UserError
 from dfq.recipe import Recipe, find_recipe, load_recipe, recorded_recipe, shipped_recipes
-from dfq.recipe_removed import REMOVED
-from dfq.recipe_text import default_text
+from dfq.recipe.removed import REMOVED
+from dfq.recipe.text import default_text
 
 SHIPPED = sorted(shipped_recipes())
 

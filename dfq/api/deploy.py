@@ -14,7 +14,7 @@ from ..models.base import Detector
 from ..quantization.insertion import insert_quantizers
 from ..quantization.inspection import list_layers
 from ..recipe import Recipe, changed_recipe, load_recipe
-from ..recipe_overrides import Overrides
+from ..recipe.overrides import Overrides
 from ..runs.deployment import Deployment, DeploymentFolder, folder_for
 from ..runs.folder import identity_of_recipe
 from ..runs.inputs import photographs, training_data

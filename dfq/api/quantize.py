@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..mixed_precision.policy import choose_bits
 from ..recipe import Recipe, changed_recipe
-from ..recipe_overrides import Overrides
+from ..recipe.overrides import Overrides
 from ..runs.held_out import hold_out
 from ..runs.inputs import WithPhotographs
 from ..runs.pipeline import ptq_then_qat

@@ -9,7 +9,7 @@ from ..graph.fold_batchnorm import fold
 from ..mixed_precision.search import Sensitivity, check_budget_can_be_kept, find_bits
 from ..models.base import Detector
 from ..recipe import Recipe, changed_recipe
-from ..recipe_overrides import Overrides
+from ..recipe.overrides import Overrides
 from ..runtime.surroundings import Report
 from .evaluate import evaluate as evaluate
 from .job import Job

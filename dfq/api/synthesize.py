@@ -7,7 +7,7 @@ from pathlib import Path
 from ..data.calibration_set import CalibrationSet
 from ..models.base import Detector
 from ..recipe import Recipe, as_noise, changed_recipe
-from ..recipe_overrides import Overrides
+from ..recipe.overrides import Overrides
 from ..runs.set_cache import cached_folder
 from ..runtime.surroundings import Report
 from ..synthesis.pipeline import synthesize_set

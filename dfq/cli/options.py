@@ -189,7 +189,7 @@ def settings_of(recipe: str | None, overrides: Sequence[str], **values: Any) -> 
         UserError: an option says something else than a `--set`, or the recipe is none.
     """
     from ..recipe import load_recipe
-    from ..recipe_overrides import parse_override
+    from ..recipe.overrides import parse_override
 
     stated = dict(map(parse_override, overrides))
     for key, value in values.items():

@@ -16,7 +16,7 @@ def recipe() -> None:
 @report_user_errors
 def list_recipes() -> None:
     """List the shipped recipes: name, bit widths, purpose."""
-    from ..recipe_text import described_recipes
+    from ..recipe.text import described_recipes
 
     rows = described_recipes()
     wide = max(len(row.name) for row in rows), max(len(row.widths) for row in rows)
@@ -35,7 +35,7 @@ def show(name: str, overrides: tuple[str, ...]) -> None:
     """
     from ..errors import shown
     from ..recipe import find_recipe, load_recipe
-    from ..recipe_text import commented, purpose_of
+    from ..recipe.text import commented, purpose_of
     from ..runtime.plain import read_small
 
     found = load_recipe(name, overrides)

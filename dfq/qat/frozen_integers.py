@@ -72,7 +72,7 @@ class FrozenIntegers:
 
 
 def _hold(layer: QuantConv2d | QuantLinear) -> None:
-    layer.weight_quantizer.hold(layer.weight)
+    layer.weight_quantizer.freeze_integers(layer.weight)
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ from ..quantization.insertion import insert_quantizers
 from ..quantization.policy import Policy
 from ..quantization.storage import WEIGHTS_PER_BYTE, restore_state, stored_state
 from ..recipe import Recipe
-from ..recipe_removed import removed_that_matter, without_removed
+from ..recipe.removed import removed_that_matter, without_removed
 from ..runtime.files import append_line, read_json, write_atomic, write_json
 from ..runtime.lock import locked
 from ..runtime.plain import ODD, brief, one_line

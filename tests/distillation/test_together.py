@@ -86,7 +86,7 @@ def test_the_same_weights_as_alone(tmp_path: Path, size: int) -> None:
         for ours, theirs in zip(outcome.history, alone.history, strict=True):
             assert ours == pytest.approx(theirs, rel=0.03)
     # The first batch is seen before any step: but for the order of sums, it is the same loss.
-    assert found[0][0].agreement["start"] == pytest.approx(alone.agreement["start"], rel=1e-5)
+    assert found[0][0].divergence["start"] == pytest.approx(alone.divergence["start"], rel=1e-5)
 
 
 def test_one_step_gives_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:

@@ -439,7 +439,7 @@ def test_selection(teacher: Detector, data: Blobs, tmp_path: Path) -> None:
         run = trainer(teacher, data, folder, epochs=1, ema=0.9, selection=selection)
         outcomes[selection] = run.train()
         students[selection] = state(run.student)
-        assert run.divergence() == outcomes[selection].agreement[outcomes[selection].selected]
+        assert run.divergence() == outcomes[selection].divergence[outcomes[selection].selected]
     assert outcomes["last"].agreement == outcomes["ema"].agreement
     assert [outcomes[name].selected for name in ("last", "ema")] == ["last", "ema"]
     agreement = outcomes["agreement"].agreement

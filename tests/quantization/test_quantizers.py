@@ -298,7 +298,7 @@ def test_held_levels_are_those_it_would_round_to(asymmetric: bool) -> None:
     quantizer.initialise(torch.tensor([0.1, 0.3, 0.2, 0.4]), zero)
     x = torch.linspace(-4, 4, 90).expand(4, 90)
     rounded = quantizer(x).detach()
-    quantizer.hold(x)
+    quantizer.freeze_integers(x)
     assert quantizer.levels is not None
     torch.testing.assert_close(quantizer(x).detach(), rounded)
     least, largest = quantizer.limits_of(x)

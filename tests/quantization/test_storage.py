@@ -147,7 +147,7 @@ def test_integers_that_are_held_are_the_ones_stored() -> None:
     policy = Policy(4, 8)
     detector = quantized(policy)
     _, layer = next(iter(quantized_layers(detector.module)))
-    layer.weight_quantizer.hold(layer.weight)
+    layer.weight_quantizer.freeze_integers(layer.weight)
     with torch.no_grad():
         layer.weight_quantizer.log_scale.add_(0.3)
     held = layer.weight_quantizer.levels
@@ -157,7 +157,7 @@ def test_integers_that_are_held_are_the_ones_stored() -> None:
     assert torch.equal(again.weight_quantizer.integers(again.weight), held)
     assert torch.equal(stacked(other.raw(blobs(2))), stacked(detector.raw(blobs(2))))
     # Held again, they are the same.
-    again.weight_quantizer.hold(again.weight)
+    again.weight_quantizer.freeze_integers(again.weight)
     assert torch.equal(again.weight_quantizer.levels, held)
 
 

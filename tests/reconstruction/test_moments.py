@@ -63,12 +63,12 @@ def test_moments_of_all_places_are_the_plain_averages() -> None:
     found = sums.moments()
     x = torch.cat([x for x, _ in batches])
     y = torch.cat([y for _, y in batches])
-    torch.testing.assert_close(found.second[0], x.T @ x / 27)
+    torch.testing.assert_close(found.hessian[0], x.T @ x / 27)
     torch.testing.assert_close(found.cross[0], y.T @ x / 27)
     torch.testing.assert_close(found.mean[0], x.mean(0))
     torch.testing.assert_close(found.float_mean[0], y.mean(0))
     centred = found.centred()
-    torch.testing.assert_close(centred.second[0], torch.cov(x.T, correction=0))
+    torch.testing.assert_close(centred.hessian[0], torch.cov(x.T, correction=0))
     assert centred.mean.abs().max() == 0
 
 
@@ -78,7 +78,7 @@ def test_inputs_that_are_no_pairs_are_not_compared(other: Tensor) -> None:
     sums = MomentSums(layer, 50, 1, Generator().manual_seed(0))
     sums.add(torch.randn(50, 4), other)
     found = sums.moments()
-    torch.testing.assert_close(found.cross, found.second)
+    torch.testing.assert_close(found.cross, found.hessian)
     torch.testing.assert_close(found.float_mean, found.mean)
 
 

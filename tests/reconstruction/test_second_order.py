@@ -86,7 +86,7 @@ def test_inputs_that_never_are_do_no_harm() -> None:
 
 def double(moments: Moments) -> Moments:
     tensors = (moments.hessian, moments.cross, moments.mean, moments.float_mean)
-    return Moments(*(tensor.double() for tensor in tensors), moments.places)
+    return Moments(*(tensor.double() for tensor in tensors), moments.samples)
 
 
 def test_the_aim_is_the_least_squares_solution() -> None:

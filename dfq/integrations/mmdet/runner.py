@@ -186,7 +186,7 @@ class DFQDistiller(BaseModel):
             self._student, self._teacher, images, self.recipe.quantization, Silent()
         )
 
-    def hold(self) -> None:
+    def freeze_integers(self) -> None:
         """Keep the integers of the weights that the recipe does not train, as they are now; those
         of a checkpoint that is loaded later take their place.
 

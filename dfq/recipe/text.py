@@ -12,8 +12,8 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic.fields import FieldInfo
 
-from .recipe import Recipe, load_recipe, shipped_recipes
-from .runtime.settings import Section
+from ..runtime.settings import Section
+from . import Recipe, load_recipe, shipped_recipes
 
 WIDTH = 100
 

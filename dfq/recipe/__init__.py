@@ -9,17 +9,17 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from .errors import UserError, shown
-from .qat.settings import Distillation
-from .quantization.settings import Quantization
-from .recipe_overrides import Overrides, flat, merged, override
-from .recipe_removed import warn_of_removed, without_removed
-from .runtime.files import user_path
-from .runtime.limits import LARGEST_SIDE
-from .runtime.plain import brief, parse_yaml, read_small
-from .runtime.settings import Section
-from .runtime.suggest import suggestion
-from .synthesis.settings import Synthesis
+from ..errors import UserError, shown
+from ..qat.settings import Distillation
+from ..quantization.settings import Quantization
+from ..runtime.files import user_path
+from ..runtime.limits import LARGEST_SIDE
+from ..runtime.plain import brief, parse_yaml, read_small
+from ..runtime.settings import Section
+from ..runtime.suggest import suggestion
+from ..synthesis.settings import Synthesis
+from .overrides import Overrides, flat, merged, override
+from .removed import warn_of_removed, without_removed
 
 
 class Evaluation(Section):
@@ -76,7 +76,7 @@ class Recipe(Section):
 
 def shipped_recipes() -> dict[str, Path]:
     """Recipes that come with the package, by name without suffix."""
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parents[1]
     # An installed package holds them inside; a checkout beside it.
     for folder in (here / "recipes", here.parent / "recipes"):
         found = {p.stem: p for p in sorted(folder.glob("*.yaml"))}

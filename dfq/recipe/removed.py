@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .runtime.distributed import is_main_process
+from ..runtime.distributed import is_main_process
 
 
 @dataclass(frozen=True)

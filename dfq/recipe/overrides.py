@@ -6,9 +6,9 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from .errors import UserError, shown
-from .runtime.plain import brief, parse_yaml
-from .runtime.settings import Section
+from ..errors import UserError, shown
+from ..runtime.plain import brief, parse_yaml
+from ..runtime.settings import Section
 
 Overrides = Mapping[str, Any] | Sequence[str]
 """Values that replace a recipe's: `section.key=value` texts, whose values are read as YAML; or a
