@@ -41,7 +41,7 @@ FINE_TUNED += yolov5n-dark yolov5n-grey yolov5n-pale yolov5n-bluish
 .PHONY: bench-zero-shot bench-demo bench-synthesis bench-synthesis-ablation bench-synthesis-curve
 .PHONY: bench-qat bench-qat-step bench-rounding bench-networks
 .PHONY: bench-mmdet bench-mmdet-full bench-mmdet-runner bench-calibration-sets
-.PHONY: bench-runtimes
+.PHONY: bench-runtimes bench-gpu
 
 bench-zero-shot: env
 	$(BIN)/python tools/bench_zero_shot.py --model $(KIT)/weights/yolov5n-coco/yolov5n.pt \
@@ -53,6 +53,10 @@ bench-demo: env
 bench-synthesis: env
 	$(BIN)/python tools/bench_synthesis.py --model $(KIT)/weights/yolov5n-coco/yolov5n.pt
 	$(BIN)/python tools/bench_synthesis.py --model yolo11n.yaml
+
+# Under eight minutes on a GPU.
+bench-gpu: env
+	$(BIN)/python benchmarks/speed/gpu.py --kit $(KIT) --out $(BENCH)/speed
 
 # An hour on one core; what is there already is not made again.
 bench-synthesis-ablation: env

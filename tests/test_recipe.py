@@ -448,8 +448,24 @@ def test_shipped_recipes_hold_the_defaults(name: str) -> None:
     assert shipped == load_recipe(None).model_dump(exclude={"quantization"})
 
 
-@pytest.mark.parametrize("technique", ["swing=true", "per_image=0.5"])
-def test_what_needs_a_whole_batch_refuses_its_parts(technique: str) -> None:
-    name = technique.partition("=")[0]
-    with pytest.raises(UserError, match=rf"techniques\.{name} and micro_batch cannot go together"):
-        load_recipe(None, [f"synthesis.techniques.{technique}", "synthesis.micro_batch=4"])
+def test_what_needs_a_whole_batch_refuses_its_parts() -> None:
+    with pytest.raises(UserError, match=r"techniques\.swing and micro_batch cannot go together"):
+        load_recipe(None, ["synthesis.techniques.swing=true", "synthesis.micro_batch=4"])
+
+
+def test_keys_that_were_removed_are_told_of_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "old.yaml"
+    file.write_text(
+        "synthesis:\n  label_stage: {reuse: true, updates: 3}\n"
+        "  techniques: {zoom: 0.3, swing: true}\n"
+    )
+    recipe = load_recipe(file)
+    assert recipe.synthesis.label_stage.updates == 3
+    assert recipe.synthesis.techniques.swing
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: old.yaml: ")
+    assert "synthesis.label_stage.reuse, synthesis.techniques.zoom ignored" in line
+    load_recipe("w4a8")
+    assert capsys.readouterr().err == ""

@@ -45,21 +45,11 @@ YARDSTICK = [
     "distillation.selection=ema",
 ]
 
-TECHNIQUE = "synthesis.techniques."
-
 # Name: title and settings. Those that leave labels alone take them from the baseline's.
 VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "baseline": ("the default", ()),
     "noise": ("Gaussian noise", ("synthesis.iterations=0", "synthesis.init=gaussian")),
-    "low-pass": ("gradient blurred, 1 px", (f"{TECHNIQUE}low_pass=1",)),
-    "soft-labels": ("soft labels, 0.2", (f"{TECHNIQUE}soft_labels=0.2",)),
-    "swing": ("swing convolutions", (f"{TECHNIQUE}swing=true",)),
-    "zoom": ("random zoom, 0.3", (f"{TECHNIQUE}zoom=0.3",)),
-    "slack": ("slack, 0.4", (f"{TECHNIQUE}slack=0.4",)),
-    "deep": ("emphasis on deep layers, +1", (f"{TECHNIQUE}emphasis=1",)),
-    "early": ("emphasis on early layers, -1", (f"{TECHNIQUE}emphasis=-1",)),
-    "per-image": ("statistics half by image", (f"{TECHNIQUE}per_image=0.5",)),
-    "diverse": ("images pushed apart, 0.2", (f"{TECHNIQUE}per_image=-0.2",)),
+    "swing": ("swing convolutions", ("synthesis.techniques.swing=true",)),
     "distances": ("distances instead of divergences", ("synthesis.bn_form=relative",)),
     "pixels": ("no coarser grids", ("synthesis.scales=0",)),
     "no-settling": ("no settling", ("synthesis.settle=0",)),
@@ -84,13 +74,12 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
             "synthesis.label_stage.updates=12",
         ),
     ),
-    "reuse": ("start from the label stage's images", ("synthesis.label_stage.reuse=true",)),
     "batch-4": ("batches of 4", ("synthesis.batch_size=4",)),
     "batch-8": ("batches of 8", ("synthesis.batch_size=8",)),
     "batch-16": ("batches of 16", ("synthesis.batch_size=16",)),
 }
 
-OWN_LABELS = {"paper-sampler", "reuse"}
+OWN_LABELS = {"paper-sampler"}
 """Variants of the label stage itself, which cannot take the baseline's labels."""
 
 

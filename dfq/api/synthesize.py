@@ -31,6 +31,7 @@ def synthesize(
     trust: bool = False,
     progress: Report = None,
     workers: int | None = None,
+    shards_at_once: int | None = None,
     tensorboard: str | Path | None = None,
 ) -> CalibrationSet:
     """Make the calibration set of a detector, or find the one that is already there.
@@ -49,8 +50,10 @@ def synthesize(
         device: "auto", "cpu", "cuda:0", ...
         trust: run what is in the checkpoint.
         progress: told how far it is; True: shown on standard error.
-        workers: processes on this machine's CPU cores; None: as many as are worth starting. The set
-            is the same whatever it is.
+        workers: processes on this machine; None: on a CPU as many as are worth starting, on a GPU
+            one. The set is the same whatever it is.
+        shards_at_once: batches that a process optimises side by side, each as it would be alone;
+            None: on a GPU as many as are quickest, on a CPU one.
         tensorboard: a folder for the curves of the loss; None: none are written.
 
     Raises:
@@ -93,5 +96,6 @@ def synthesize(
                 left=task.left,
                 note=job.progress.note,
                 workers=workers,
+                at_once=shards_at_once,
                 world=job.world,
             )

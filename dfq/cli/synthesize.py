@@ -52,8 +52,14 @@ from .options import (
 @click.option(
     "--workers",
     type=click.IntRange(min=1, max=MOST_WORKERS),
-    show_default="as many as are worth starting",
-    help="Processes on this machine's CPU cores.",
+    show_default="on a CPU as many as are worth starting, on a GPU one",
+    help="Processes on this machine.",
+)
+@click.option(
+    "--shards-at-once",
+    type=click.IntRange(min=1, max=MOST_WORKERS),
+    show_default="on a GPU as many as are quickest, on a CPU one",
+    help="Batches that a process optimises side by side.",
 )
 @tensorboard_option
 @settings_options
@@ -70,6 +76,7 @@ def synthesize(
     init: str | None,
     recipe: str | None,
     workers: int | None,
+    shards_at_once: int | None,
     tensorboard: Path | None,
     seed: int | None,
     overrides: tuple[str, ...],
@@ -105,6 +112,7 @@ def synthesize(
         trust=trust,
         progress=Live(),
         workers=workers,
+        shards_at_once=shards_at_once,
         tensorboard=output_folder(tensorboard, "tensorboard"),
     )
     if not is_main_process():

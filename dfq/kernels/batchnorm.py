@@ -1,10 +1,16 @@
-"""BatchNorm statistics fused with the activation they are taken before, for CPUs.
+"""BatchNorm statistics fused with the activation they are taken before.
 
-A SiLU reads and writes what its BatchNorm gave anyway; with `batchnorm.c`, the mean and variance on
-the way forwards, and their gradient on the way back, are taken in the same passes.
+A SiLU reads and writes what its BatchNorm gave anyway; with `batchnorm.c` on a CPU, and `fused` on
+a GPU, the mean and variance on the way forwards, and their gradient on the way back, are taken in
+the same passes.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from types import ModuleType
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +36,104 @@ def _call(name: str, x: Tensor, *others: Tensor) -> None:
     call(name, x.dtype, (x, *others), x.numel() // channels, channels)
 
 
+def adds_up(device: torch.device) -> bool:
+    """Whether `all_reduce_sum` is quicker than `grouped_moments` there."""
+    return _fused(device) is not None
+
+
+@functools.cache
+def _fused(device: torch.device) -> ModuleType | None:
+    """The kernels for a GPU, where they can be had."""
+    if device.type != "cuda":
+        return None
+    try:
+        from . import fused
+    except ImportError:
+        return None
+    return fused if fused.why_not(device) is None else None
+
+
+def all_reduce_sum(
+    x: Tensor, expected: Tensor, total: Tensor, squares: Tensor, silu: bool
+) -> Tensor:
+    """Sums over each channel of how far `x` is from what is expected, and of the squares of that,
+    and `x` or its SiLU.
+
+    Args:
+        x: `(groups * n, c, ...)`.
+        expected: float32 `(c,)`.
+        total, squares: float32 `(groups, c)`: where it is added.
+        silu: whether to give silu(x), or x itself.
+    """
+    kernels = _fused(x.device)
+    if kernels is not None and kernels.fits(x):
+        return cast(Tensor, kernels.sums(x, expected, total, squares, silu))
+    groups = len(total)
+    found = torch.zeros(2, *total.shape, dtype=total.dtype, device=total.device)
+    where = [(found[0, group], found[1, group]) for group in range(groups)]
+    out = grouped_moments(x, expected, where, silu)
+    count, away = x.numel() // x.shape[1] // groups, found[0] - expected
+    total += away * count
+    squares += (found[1] + away.square()) * count
+    return out
+
+
+def grouped_moments(
+    x: Tensor, expected: Tensor, where: Sequence[tuple[Tensor, Tensor]], silu: bool
+) -> Tensor:
+    """`moments` of groups of images, one after the other.
+
+    Args:
+        x: `(groups * n, c, ...)`.
+        expected: as for `moments`.
+        where: by group, where mean and variance are written.
+        silu: as for `moments`.
+    """
+    if len(where) == 1:
+        return moments(x, expected, *where[0], silu)
+    if _fits(x) and silu:
+        out = torch.empty_like(x)
+        for part, given, found in zip(
+            x.chunk(len(where)), out.chunk(len(where)), where, strict=True
+        ):
+            _call("silu_and_moments", part, given, expected, *found)
+        return out
+    for part, found in zip(x.chunk(len(where)), where, strict=True):
+        moments(part, expected, *found, silu=False)
+    return F.silu(x) if silu else x
+
+
+def grouped_moments_backward(
+    x: Tensor, grad: Tensor, slope: Tensor, offset: Tensor, silu: bool
+) -> Tensor:
+    """`moments_backward` of groups of images.
+
+    Args:
+        x, grad, silu: as there.
+        slope, offset: `(c,)` of one group, else `(groups, c)`.
+    """
+    kernels = _fused(x.device)
+    if kernels is not None and kernels.fits(x):
+        rows = slope.view(-1, slope.shape[-1]) if slope.ndim == 1 else slope
+        more = offset.view(-1, offset.shape[-1]) if offset.ndim == 1 else offset
+        return cast(Tensor, kernels.backward(x, grad, rows, more, silu))
+    if slope.ndim == 1:
+        return moments_backward(x, grad, slope, offset, silu)
+    groups = len(slope)
+    if _fits(x) and grad.dtype == x.dtype:
+        out, name = torch.empty_like(x), "silu_backward" if silu else "add_linear"
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        for index, parts in enumerate(
+            zip(x.chunk(groups), grad.chunk(groups), out.chunk(groups), strict=True)
+        ):
+            _call(name, *parts, slope[index], offset[index])
+        return out
+    through = torch.ops.aten.silu_backward(grad, x) if silu else grad.clone()
+    for index, (part, whole) in enumerate(zip(x.chunk(groups), through.chunk(groups), strict=True)):
+        whole += _linear(part, slope[index], offset[index])
+    return through
+
+
 def moments(x: Tensor, expected: Tensor, mean: Tensor, var: Tensor, silu: bool) -> Tensor:
     """Mean and biased variance of each channel of `x`, over all else, and `x` or its SiLU.
 
@@ -47,6 +151,12 @@ def moments(x: Tensor, expected: Tensor, mean: Tensor, var: Tensor, silu: bool) 
         _call("silu_and_moments", x, out, expected, mean, var)
         return out
     # The kernel BatchNorm itself uses: one pass, in float32 whatever the dtype of x.
+    count = x.numel() // x.shape[1]
+    if x.is_cuda and count > 1:
+        # As running statistics that have no past: written where they are wanted, without copies.
+        torch.ops.aten.batch_norm_update_stats(x, mean, var, 1.0)
+        var *= (count - 1) / count
+        return F.silu(x) if silu else x
     unused = torch.zeros_like(mean)
     found = torch.ops.aten.batch_norm_update_stats(x, unused, unused.clone(), 0.0)
     mean.copy_(found[0])
@@ -68,11 +178,21 @@ def moments_backward(x: Tensor, grad: Tensor, slope: Tensor, offset: Tensor, sil
         grad = grad.contiguous(memory_format=torch.channels_last)
         _call("silu_backward" if silu else "add_linear", x, grad, out, slope, offset)
         return out
-    # slope * x + offset by the kernel of a BatchNorm in eval mode: it takes half-precision x with
-    # float32 factors, and a broadcast addcmul is up to ten times slower on a CPU.
-    zero, one = torch.zeros_like(slope), torch.ones_like(slope)
-    linear = torch.batch_norm(x, slope, offset, zero, one, False, 0.0, 0.0, False)
+    linear = _linear(x, slope, offset)
     return linear.add_(torch.ops.aten.silu_backward(grad, x) if silu else grad)
+
+
+def _linear(x: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
+    """slope * x + offset by the kernel of a BatchNorm in eval mode: it takes half-precision x with
+    float32 factors, and a broadcast addcmul is up to ten times slower on a CPU."""
+    zero, one = _zero_one(len(slope), slope.dtype, x.device)
+    return torch.batch_norm(x, slope, offset, zero, one, False, 0.0, 0.0, False)
+
+
+@functools.lru_cache(maxsize=256)
+def _zero_one(count: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    zero = torch.zeros(count, dtype=dtype, device=device)
+    return zero, torch.ones_like(zero)
 
 
 def gaussian_divergence(offset: Tensor, var: Tensor, expected: Tensor) -> Tensor:

@@ -10,13 +10,16 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from .described import Boundary as Boundary
+from .described import DistillationPair as DistillationPair
+from .described import Kinds as Kinds
 from .detecting import Detecting as Detecting
 from .detecting import Part, check_side
 
@@ -104,63 +107,6 @@ class Detections:
         return self.boxes.shape[0]
 
 
-@dataclass(frozen=True)
-class DistillationPair:
-    """One output of student and teacher, and what kind of distribution it is.
-
-    Attributes:
-        name: what it is, for logs ("class", "box", "objectness").
-        student, teacher: tensors of one shape.
-        kind: `bernoulli`: independent logits, one sigmoid each; `categorical`: logits of a softmax
-            over dimension `dim`; `value`: plain numbers, compared by squared distance.
-        dim: the dimension a categorical distribution runs over.
-        weight: broadcastable to `student` (for `categorical`: with `dim` of size 1), or None: how
-            much each place matters, e.g. the teacher's objectness for boxes.
-    """
-
-    name: str
-    student: Tensor
-    teacher: Tensor
-    kind: Literal["bernoulli", "categorical", "value"]
-    dim: int = -1
-    weight: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Kinds:
-    """How a layer's output channels are divided among kinds of prediction.
-
-    Attributes:
-        repeats: how often the kinds follow each other, once for each anchor.
-        sizes: channels of each kind, in their order.
-    """
-
-    repeats: int
-    sizes: tuple[int, ...]
-
-    def channels(self, kind: int) -> list[int]:
-        """Those that hold one kind."""
-        every, first = sum(self.sizes), sum(self.sizes[:kind])
-        return [
-            start + first + channel
-            for start in range(0, self.repeats * every, every)
-            for channel in range(self.sizes[kind])
-        ]
-
-
-@dataclass(frozen=True)
-class Boundary:
-    """Qualified module names of the layers a policy treats apart.
-
-    Attributes:
-        first: layers that see the image.
-        last: layers whose outputs are the raw predictions.
-    """
-
-    first: tuple[str, ...] = field(default=())
-    last: tuple[str, ...] = field(default=())
-
-
 class Detector(ABC):
     """A trained detector of any family behind one protocol.
 
@@ -181,12 +127,14 @@ class Detector(ABC):
             for float32 ones where its convolutions compute in half precision anyway.
         half_loss: whether `task_loss` takes half-precision predictions as they are and computes in
             float32 what it reads of them; else they have to be float32.
+        static_loss: whether there are `shard_losses`.
     """
 
     mask_targets: Literal["ellipse", "own", "none"] = "ellipse"
     backbone: str | None = None
     random_weights: bool = False
     half_images: ClassVar[bool] = False
+    static_loss: ClassVar[bool] = False
     half_loss: ClassVar[bool] = False
     family: ClassVar[str]
     module: nn.Module
@@ -278,6 +226,26 @@ class Detector(ABC):
             Named scalar terms, each a mean over the batch (not multiplied by the batch size), with
             the family's own gains applied; their sum is the loss.
         """
+
+    def shard_losses(
+        self, raw: Any, targets: Targets, image_shape: tuple[int, int], shards: int
+    ) -> Tensor:
+        """The sum of the terms of `task_loss` for each of several batches of one size, where no
+        shape depends on values and nothing waits for the device.
+
+        Args:
+            raw: what `raw` returned for all of them, one after the other; every tensor in it is by
+                image.
+            targets: as many rows for each batch, those of a batch after those of the one before.
+                Where the image is negative, a row stands for nothing, and for image `-1 - image`
+                where one has to be named.
+            image_shape: height and width of the batches, pixels.
+            shards: how many batches.
+
+        Returns:
+            Float32 `(shards,)`.
+        """
+        raise NotImplementedError(f"{self.family} has no loss of static shapes")
 
     @abstractmethod
     def decode(

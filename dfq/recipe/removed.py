@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..runtime.distributed import is_main_process
+from ..synthesis.settings import FORMER
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ REMOVED: dict[str, Removed] = {
         ),
     ),
     "evaluation.batch_size": Removed("it is 16 images", lambda value, recipe: True),
+    **{f"synthesis.{key}": Removed("it made no network better", _off) for key in FORMER},
 }
 """By key, with dots."""
 

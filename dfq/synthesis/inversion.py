@@ -3,64 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-from ..errors import UserError
 from ..graph.fold_batchnorm import fold
 from ..models.base import Detections, Detector, Targets
 from ..runtime.precision import computing_in, float32, resolve_precision
 from .adaptive_labels import AdaptiveSampler
-from .augmentation import random_erasing, resized, shown
+from .augmentation import resized
+from .iteration import own_stream
 from .labels import label_start, teacher_scores
-from .loss_weighting import COMBINATIONS
+from .loop import LAST_STAGE, Loop, Report
 from .losses.batchnorm import BatchNormStatistics, has_statistics
 from .losses.patch_entropy import PatchSimilarity
-from .multiscale import MultiscaleAdam
 from .settings import Synthesis
+from .side_by_side import Batch, Stage, generator_for, joined, several, split
 from .start import Start, matched_start
-from .techniques import Techniques
+from .swing import swinging
 
 EARLY, EARLY_WEIGHT = 4, 2.0
 """So many layers after the first count so many times more than later ones: they see most of what
 later ones lack, and images gain contrast there that the first layer does not ask for."""
-
-Report = Callable[[str, int, int, dict[str, float]], None]
-"""Called now and then with stage, iteration, iterations of the stage, and loss terms."""
-
-
-LAST_STAGE = "full"
-"""Of the images at their full size."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A finished batch: uint8 `(n, 3, s, s)` RGB, labels `(n_i, 5)` and the teacher's scores."""
-
-    images: Tensor
-    labels: list[Tensor]
-    scores: list[Tensor]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A part of what a batch goes through: iterations on images of `side` pixels."""
-
-    name: str
-    iterations: int
-    side: int
-
-
-def generator_for(seed: int, shard: int, stage: str) -> Generator:
-    """A generator that depends on these three alone, so any process can make any shard."""
-    stages = {"labels": 1, "images": 2, "augment": 3}
-    mixed = (seed * 1_000_003 + shard) * 8 + stages[stage]
-    return Generator().manual_seed(mixed)
 
 
 class Inversion:
@@ -89,18 +55,17 @@ class Inversion:
         if self.uses_bn and not (attention and not has_statistics(self.detector.module)):
             self.statistics = BatchNormStatistics(self.detector.module, self._glance)
         self.precision = resolve_precision(settings.precision, detector.device, "synthesis")
-        # The first convolution would take no more bits; a zoom would.
-        exact = settings.techniques.zoom > 0 or not detector.half_images
-        half = self.precision == "bfloat16" and not exact
+        # The first convolution would take no more bits.
+        half = self.precision == "bfloat16" and detector.half_images
         self.seen_in = torch.bfloat16 if half else torch.float32
         self.image_size = settings.image_size or detector.image_size
         self.start_labels = label_start(settings, detector.names)
-        self.techniques = Techniques(
-            settings.techniques,
-            self.detector,
-            self.statistics,
-            form=settings.bn_form,
-        )
+        self.shards = 1
+        # What each layer counts, in the order they run.
+        self._counts: Tensor | None = None
+        # What is of fixed shapes can be recorded, and waits for nothing.
+        self.static = self.can_take_several and detector.device.type == "cuda"
+        self.record, self.not_recorded = not settings.techniques.swing, ""
         self.start = Start(settings.init)
         matched = settings.bn_form == "gaussian" and settings.iterations > 0
         if self.statistics is not None and matched:
@@ -116,14 +81,37 @@ class Inversion:
         side = self.detector.stride * 2
         self._look(torch.zeros(1, 3, side, side))
 
+    @property
+    def can_take_several(self) -> bool:
+        """Whether several shards can be made side by side."""
+        return (
+            self.detector.static_loss
+            and self.similarity is None
+            and self.settings.micro_batch is None
+        )
+
+    def give_up_recording(self, why: str) -> None:
+        """Iterations cannot be recorded on this device."""
+        self.record, self.not_recorded = False, why
+
     @contextlib.contextmanager
-    def _watching(self, generator: Generator) -> Iterator[None]:
+    def _watching(self, *generators: Generator) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self.techniques.watching(generator))
+            if self.settings.techniques.swing:
+                stack.enter_context(swinging(self.detector.module, generators))
             for watcher in (self.statistics, self.similarity):
                 if watcher is not None:
                     stack.enter_context(watcher)
+            stack.callback(self._side_by_side, self.shards)
+            self._side_by_side(len(generators))
             yield
+
+    def _side_by_side(self, shards: int) -> int:
+        """So many shards go through the network from now on; how many did before."""
+        before, self.shards = self.shards, shards
+        if self.statistics is not None and self.statistics.groups != shards:
+            self.statistics.groups = shards
+        return before
 
     def _run(self, images: Tensor, targets: Targets) -> Tensor | None:
         """One forward pass, and the task's loss on it, where it counts."""
@@ -132,15 +120,22 @@ class Inversion:
             raw = self.detector.raw(images)
         if self.settings.weights.task == 0 or self.settings.labels == "none":
             return None
-        size = images.shape[2]
+        size = images.shape[2], images.shape[2]
         given = raw if self.detector.half_loss else float32(raw)
-        return torch.stack(
-            list(self.detector.task_loss(given, targets, (size, size)).values())
-        ).sum()
+        if self.static:
+            each = self.detector.shard_losses(given, targets, size, self.shards)
+            return each[0] if self.shards == 1 else each
+        if self.shards == 1:
+            return torch.stack(list(self.detector.task_loss(given, targets, size).values())).sum()
+        count, losses = len(images) // self.shards, []
+        for shard, part in enumerate(split(given, self.shards)):
+            labels = targets.rows(shard * count, (shard + 1) * count)
+            losses.append(sum(self.detector.task_loss(part, labels, size).values()))
+        return torch.stack(losses)
 
     def _losses(self, images: Tensor, targets: Targets) -> dict[str, Tensor]:
-        """The terms that come from the network, scalars: "bn", "first_bn", "entropy" and
-        "task"."""
+        """The terms that come from the network: "bn", "first_bn", "entropy" and "task"; scalars, or
+        `(shards,)` where there are several."""
         # First, as a network may run layers for the labels that it does not run for the images.
         task = self._run(images, targets)
         terms: dict[str, Tensor] = {}
@@ -156,14 +151,17 @@ class Inversion:
     def _bn_terms(self, statistics: BatchNormStatistics) -> dict[str, Tensor]:
         form, weights = self.settings.bn_form, self.settings.weights
         if form == "gaussian":
-            divergences = self.techniques.distances(statistics.divergences())
-            counts = torch.ones_like(divergences) if weights.bn > 0 else divergences * 0
-            counts[1 : 1 + EARLY] *= EARLY_WEIGHT
-            counts[0] += weights.first_bn
+            divergences = statistics.divergences()
+            if self._counts is None or len(self._counts) != divergences.shape[-1]:
+                counts = torch.ones_like(divergences.reshape(-1, divergences.shape[-1])[0])
+                counts = counts.detach() if weights.bn > 0 else counts.detach() * 0
+                counts[1 : 1 + EARLY] *= EARLY_WEIGHT
+                counts[0] += weights.first_bn
+                self._counts = counts
             # The worst layers count most, so that none is given up for the many.
-            return {"bn": torch.linalg.vector_norm(counts.detach() * divergences)}
-        distances = self.techniques.distances(statistics.distances(relative=form == "relative"))
-        return {"bn": distances.sum(), "first_bn": distances[0]}
+            return {"bn": torch.linalg.vector_norm(self._counts * divergences, dim=-1)}
+        distances = statistics.distances(relative=form == "relative")
+        return {"bn": distances.sum(-1), "first_bn": distances[..., 0]}
 
     def _parts(self, view: Tensor, targets: Targets) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         """See `balance.Parts`: the micro-batches of a batch, or the batch itself.
@@ -205,11 +203,13 @@ class Inversion:
             images: RGB.
             thresholds: of `Detector.decode`.
         """
+        before = self._side_by_side(1)
         found = []
         for part in images.split(self.settings.micro_batch or len(images)):
             found += self.detector.detect(part, **thresholds)
             if self.statistics is not None:
                 self.statistics.forget()
+        self._side_by_side(before)
         return found
 
     def optimise(
@@ -218,129 +218,96 @@ class Inversion:
         labels: Sequence[Tensor],
         iterations: int,
         learning_rate: float,
-        generator: Generator,
+        generator: Generator | Sequence[Generator],
         *,
         stage: str,
         after: Callable[[int, Tensor], list[Tensor] | None] | None = None,
-        report: Report | None = None,
+        report: Report | Sequence[Report] | None = None,
     ) -> Tensor:
         """Adam with cosine decay on several scales, pixels clamped to [0, 1] after each step.
 
+        Several shards are optimised side by side, each as it would be alone.
+
         Args:
-            images: the start `(n, 3, s, s)` in [0, 1].
+            images: the start `(shards * n, 3, s, s)` in [0, 1], one shard after the other.
             labels: per image, fixed unless `after` returns new ones.
             iterations, learning_rate: of this call; the rate falls to zero over it.
-            generator: draws flips, erased rectangles and what the techniques leave to chance.
+            generator: draws flips, erased rectangles and how convolutions swing; one for each
+                shard.
             stage: its name, for `report`; `LAST_STAGE` ends with settling, see
                 `Synthesis.settle`.
             after: called after each iteration with its number and the images.
+            report: one for each shard.
 
         Raises:
             UserError: where the loss stops being finite.
         """
-        device = self.detector.device
-        # In planes, in which neighbours and mirror images are quickest to find.
-        pixels = images.to(device).clone(memory_format=torch.contiguous_format).requires_grad_()
-        optimizer = MultiscaleAdam(pixels, self.settings.scales)
-        targets = Targets.from_per_image(labels).to(device)
-        count, size = images.shape[0], images.shape[2]
-        settings = self.settings
-        combine = COMBINATIONS[settings.balance](settings.weights)
-        every = max(1, iterations // 20)
-        peak = learning_rate * self.start.pace
-        settles = stage == LAST_STAGE and self.statistics is not None
-        begin = iterations - round(settings.settle * iterations) if settles else iterations
-        with self._watching(generator):
-            for step in range(iterations):
-                rate = peak * 0.5 * (1 + math.cos(math.pi * step / iterations))
-                if step == begin:
-                    combine.settle()
-                flipped, erased, seen = None, None, targets
-                if settings.flip > 0:
-                    flipped = torch.rand(count, generator=generator) < settings.flip
-                    flipped = flipped.to(device, non_blocking=True)
-                    seen = targets.flip_horizontal(flipped)
-                if settings.erase > 0 and step < begin:
-                    erased = random_erasing(count, size, settings.erase, generator)
-                    erased = erased.to(device, non_blocking=True)
-                view = shown(pixels, flipped, erased, self.seen_in)
-                view, seen = self.techniques.view(view, seen, generator)
-                gradient, terms = combine(self._parts(view, seen), step)
-                (gradient,) = torch.autograd.grad(view, pixels, gradient)
-                gradient, terms["tv"] = combine.smoothed(gradient, pixels)
-                if settings.weights.l2 > 0:
-                    gradient, terms["l2"] = combine.darkened(gradient, pixels)
-                gradient = self.techniques.gradient(gradient)
-                optimizer.step(gradient, rate)
-                # The second one as well: from it on, it is known how long one takes.
-                if step % every == 0 or step in (1, iterations - 1):
-                    values = {name: float(term) for name, term in terms.items()}
-                    if not math.isfinite(sum(values.values())):
-                        raise UserError(
-                            f"synthesis: the loss is not finite at iteration {step} of stage "
-                            f"'{stage}' ({values}); lower synthesis.learning_rate"
-                        )
-                    if report is not None:
-                        report(stage, step + 1, iterations, values)
-                if after is not None:
-                    changed = after(step, pixels.detach())
-                    if changed is not None:
-                        targets = Targets.from_per_image(changed).to(device)
-        return pixels.detach()
+        generators = several(generator)
+        reports = None if report is None else several(report)
+        with own_stream(self.detector.device), self._watching(*generators):
+            loop = Loop(self, images, labels, iterations, learning_rate, generators, stage)
+            return loop.run(after, reports)
 
     def label_stage(
-        self, count: int, generator: Generator, augment: Generator, report: Report | None = None
-    ) -> tuple[list[Tensor], Tensor | None]:
-        """Labels for `count` images; for adaptive ones by optimising at low resolution and letting
-        the detector correct them along the way.
-
-        Returns:
-            The labels, and the images of this stage, None where there was none.
-        """
+        self,
+        count: int,
+        generator: Generator | Sequence[Generator],
+        augment: Generator | Sequence[Generator],
+        report: Report | Sequence[Report] | None = None,
+    ) -> list[Tensor]:
+        """Labels for `count` images of each shard, one shard after the other; adaptive ones by
+        optimising at low resolution and letting the detector correct them along the way."""
         settings, stage = self.settings, self.settings.label_stage
-        labels = self.start_labels(generator, count, self.detector.num_classes)
+        generators = several(generator)
+        labels = [self.start_labels(g, count, self.detector.num_classes) for g in generators]
         if settings.labels != "adaptive":
-            return labels, None
-        noise = self.start.noise(count, stage.image_size, generator)
-        sampler = AdaptiveSampler(self.detect, stage, labels, generator)
-        images = self.optimise(
-            noise,
-            labels,
+            return joined(labels)
+        noise = [self.start.noise(count, stage.image_size, g) for g in generators]
+        samplers = [
+            AdaptiveSampler(self.detect, stage, each, g)
+            for each, g in zip(labels, generators, strict=True)
+        ]
+
+        def after(step: int, images: Tensor) -> list[Tensor] | None:
+            parts = zip(samplers, images.chunk(len(samplers)), strict=True)
+            changed = [sampler(step, part) for sampler, part in parts]
+            return None if changed[0] is None else joined([rows or [] for rows in changed])
+
+        self.optimise(
+            torch.cat(noise),
+            joined(labels),
             stage.iterations,
             settings.learning_rate,
             augment,
             stage="labels",
-            after=sampler,
+            after=after,
             report=report,
         )
-        return sampler.labels, images
+        return joined([sampler.labels for sampler in samplers])
 
     def image_stage(
         self,
         labels: Sequence[Tensor],
-        generator: Generator,
-        augment: Generator,
-        report: Report | None = None,
-        start: Tensor | None = None,
+        generator: Generator | Sequence[Generator],
+        augment: Generator | Sequence[Generator],
+        report: Report | Sequence[Report] | None = None,
     ) -> Tensor:
-        """Images `(n, 3, s, s)` in [0, 1] for fixed labels, at full size or, with `multires`, at
-        half the size first.
+        """Images `(shards * n, 3, s, s)` in [0, 1] for fixed labels, at full size or, with
+        `multires`, at half the size first.
 
         Args:
-            labels: per image.
-            generator: draws the noise that the images start from.
-            augment: draws what changes from one iteration to the next.
-            report: progress.
-            start: images `(n, 3, k, k)` in [0, 1] to start from instead, of any size.
+            labels: per image, of one shard after the other.
+            generator: draws the noise that the images start from; one for each shard.
+            augment: draws what changes from one iteration to the next; one for each shard.
+            report: progress; one for each shard.
         """
-        settings = self.settings
+        settings, generators = self.settings, several(generator)
         size, rate = self.image_size, settings.learning_rate
         coarse, small = self._half()
+        count = len(labels) // len(generators)
 
         def begin(side: int) -> Tensor:
-            if start is None:
-                return self.start.noise(len(labels), side, generator)
-            return resized(start, side)
+            return torch.cat([self.start.noise(count, side, g) for g in generators])
 
         if coarse == 0:
             images = begin(size)
@@ -384,13 +351,25 @@ class Inversion:
 
     def batch(self, count: int, seed: int, shard: int, report: Report | None = None) -> Batch:
         """Make shard `shard` of `count` images: both stages, 8-bit images, the teacher's scores."""
-        augment = generator_for(seed, shard, "augment")
-        chosen = generator_for(seed, shard, "labels")
-        labels, early = self.label_stage(count, chosen, augment, report)
-        start = early if self.settings.label_stage.reuse else None
-        noise = generator_for(seed, shard, "images")
-        images = self.image_stage(labels, noise, augment, report, start)
-        stored = (images * 255).round_().clamp_(0, 255).to(torch.uint8)
-        found = self.detect(stored.float() / 255, score_threshold=0.01, iou_threshold=0.6)
-        scores = teacher_scores(labels, found, self.image_size)
-        return Batch(stored.cpu(), list(labels), scores)
+        (batch,) = self.batches(count, seed, [shard], None if report is None else [report])
+        return batch
+
+    def batches(
+        self, count: int, seed: int, shards: Sequence[int], reports: Sequence[Report] | None = None
+    ) -> list[Batch]:
+        """Make shards of `count` images each side by side; each comes out as it would alone."""
+
+        def generators(stage: str) -> list[Generator]:
+            return [generator_for(seed, shard, stage) for shard in shards]
+
+        augment = generators("augment")
+        labels = self.label_stage(count, generators("labels"), augment, reports)
+        images = self.image_stage(labels, generators("images"), augment, reports)
+        made = []
+        for index, part in enumerate(images.split(count)):
+            rows = labels[index * count : (index + 1) * count]
+            stored = (part * 255).round_().clamp_(0, 255).to(torch.uint8)
+            found = self.detect(stored.float() / 255, score_threshold=0.01, iou_threshold=0.6)
+            scores = teacher_scores(rows, found, self.image_size)
+            made.append(Batch(stored.cpu(), list(rows), scores))
+        return made

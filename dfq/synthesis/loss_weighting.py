@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .losses.priors import image_norm, squared_variation, total_variation
+from .losses.priors import batch_norms, image_norm, squared_variation, total_variation
 from .settings import SynthesisWeights
 
 MEASURE_EVERY = 20
@@ -32,7 +32,8 @@ Parts = Iterable[tuple[dict[str, Tensor], Tensor]]
 
 Terms are "bn" (of all layers) and "first_bn" (absent where "bn" has it in), both of the whole
 batch whatever the part, and "entropy" and "task", the part's share of them; what is not used is
-absent."""
+absent. Of several batches side by side, shards, what is seen holds the images one shard after the
+other, and a term is `(shards,)`: each shard gets the gradient that it would get alone."""
 
 _OF_THE_BATCH = ("bn", "first_bn")
 
@@ -46,7 +47,7 @@ class Combination(Protocol):
 
         Args:
             parts: a part is done with before the next one is asked for.
-            step: the iteration.
+            step: the iteration; see `MEASURE_EVERY`.
         """
 
     def settle(self) -> None:
@@ -80,8 +81,8 @@ class LossWeights:
     """The paper's sum: weights times losses, total variation a norm over the whole batch, image
     norm the mean over the images."""
 
-    def __init__(self, weights: SynthesisWeights) -> None:
-        self.weights = weights
+    def __init__(self, weights: SynthesisWeights, shards: int = 1) -> None:
+        self.weights, self.shards = weights, shards
 
     def settle(self) -> None:
         self.weights = settled(self.weights)
@@ -97,31 +98,44 @@ class LossWeights:
         return torch.cat(gradients), logged
 
     def smoothed(self, gradient: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        return _with_prior(total_variation, self.weights.tv, gradient, pixels)
+        return self._with(total_variation, self.weights.tv, gradient, pixels)
 
     def darkened(self, gradient: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        return _with_prior(image_norm, self.weights.l2, gradient, pixels)
+        return self._with(image_norm, self.weights.l2, gradient, pixels)
+
+    def _with(
+        self,
+        prior: Callable[[Tensor, int], Tensor],
+        weight: float,
+        gradient: Tensor,
+        pixels: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """The gradient with that of a weighted prior on the images added, and the prior."""
+        if weight == 0:
+            return gradient, _nothing(gradient, self.shards)
+        with torch.enable_grad():
+            leaf = pixels.detach().requires_grad_()
+            value = prior(leaf, self.shards)
+            (own,) = torch.autograd.grad(value.sum(), leaf)
+        return gradient.add_(own, alpha=weight), value.detach()
 
 
-def _with_prior(
-    prior: Callable[[Tensor], Tensor], weight: float, gradient: Tensor, pixels: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The gradient with that of a weighted prior on the images added, and the prior."""
-    if weight == 0:
-        return gradient, gradient.new_zeros(())
-    with torch.enable_grad():
-        leaf = pixels.detach().requires_grad_()
-        value = prior(leaf)
-        (own,) = torch.autograd.grad(value, leaf)
-    return gradient.add_(own, alpha=weight), value.detach()
+def by_image(values: Tensor, images: int) -> Tensor:
+    """Values `(shards,)` as one for each image, `(images,)`, one shard after the other."""
+    return values[:, None].expand(-1, images // len(values)).reshape(-1)
+
+
+def _nothing(like: Tensor, shards: int) -> Tensor:
+    return like.new_zeros(() if shards == 1 else (shards,))
 
 
 class GradientShares:
     """Brings the gradients of BatchNorm and task terms to unit norm times their weights; total
     variation and image norm then get, image by image, their weights' shares of their sum."""
 
-    def __init__(self, weights: SynthesisWeights) -> None:
-        self.weights = weights
+    def __init__(self, weights: SynthesisWeights, shards: int = 1) -> None:
+        self.weights, self.shards = weights, shards
+        # Of each shard; changed in place, for what was recorded of an iteration to see it.
         self.norms: dict[str, Tensor] = {}
         self._alone = True
 
@@ -147,6 +161,12 @@ class GradientShares:
         norm = self.norms.get(name)
         return share if norm is None else share / norm.clamp_min(1e-12)
 
+    def _scaled(self, name: str, share: float, gradient: Tensor) -> Tensor:
+        factor = self._factor(name, share)
+        if self.shards > 1 and isinstance(factor, Tensor):
+            factor = by_image(factor, len(gradient))[:, None, None, None]
+        return factor * gradient
+
     def __call__(self, parts: Parts, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         gradients, logged = [], dict[str, Tensor]()
         # Apart now and then, to measure them, and added up afterwards: a backward pass more.
@@ -159,7 +179,7 @@ class GradientShares:
             if step % MEASURE_EVERY == 0 and len(groups) > 1:
                 for name, (share, term) in groups.items():
                     more = name != list(groups)[-1]
-                    (one,) = torch.autograd.grad(term, view, retain_graph=more)
+                    (one,) = torch.autograd.grad(term.sum(), view, retain_graph=more)
                     apart.setdefault(name, []).append(one)
                     shares[name] = share
             else:
@@ -169,25 +189,29 @@ class GradientShares:
             # Of half-precision images they are of that type: too coarse for sums over all pixels.
             whole = {name: torch.cat(ones).float() for name, ones in apart.items()}
             for name, one in whole.items():
-                norm, seen = torch.linalg.vector_norm(one), self.norms.get(name)
-                self.norms[name] = norm if seen is None else torch.lerp(norm, seen, _DECAY)
-            total = [self._factor(name, shares[name]) * one for name, one in whole.items()]
+                norm, seen = batch_norms(one, self.shards), self.norms.get(name)
+                if seen is None:
+                    self.norms[name] = norm
+                else:
+                    seen.copy_(torch.lerp(norm, seen, _DECAY))
+            total = [self._scaled(name, shares[name], one) for name, one in whole.items()]
             return torch.stack(total).sum(0).to(view.dtype), logged
         return torch.cat(gradients), logged
 
     def smoothed(self, gradient: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
         if self.weights.tv == 0:
-            return gradient, gradient.new_zeros(())
-        roughness, smooth, norms = squared_variation(pixels.detach())
+            return gradient, _nothing(gradient, self.shards)
+        roughness, smooth, norms = squared_variation(pixels.detach(), self.shards)
         return self._shared(gradient, self.weights.tv, smooth, norms), roughness.sqrt()
 
     def darkened(self, gradient: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
         if self.weights.l2 == 0:
-            return gradient, gradient.new_zeros(())
+            return gradient, _nothing(gradient, self.shards)
         # The norm's gradient has the direction of the image itself.
         images = pixels.detach()
         norms = torch.linalg.vector_norm(images, dim=(1, 2, 3))
-        return self._shared(gradient, self.weights.l2, images, norms), norms.mean()
+        darkness = norms.mean() if self.shards == 1 else norms.view(self.shards, -1).mean(1)
+        return self._shared(gradient, self.weights.l2, images, norms), darkness
 
     def _shared(self, gradient: Tensor, share: float, direction: Tensor, norms: Tensor) -> Tensor:
         """The gradient with a share of its own norm, image by image, in another direction added:
@@ -200,13 +224,13 @@ class GradientShares:
 
 
 def _gradient(terms: list[Tensor], view: Tensor) -> Tensor:
-    """Of the sum of scalars, with respect to `view`; zero where there are none."""
+    """Of the sum of terms, with respect to `view`; zero where there are none."""
     if not terms:
         return torch.zeros_like(view)
     return torch.autograd.grad(torch.stack(terms).sum(), view)[0]
 
 
-COMBINATIONS: dict[str, Callable[[SynthesisWeights], Combination]] = {
+COMBINATIONS: dict[str, Callable[..., Combination]] = {
     "gradient": GradientShares,
     "loss": LossWeights,
 }

@@ -45,8 +45,13 @@ class MultiscaleAdam:
         while len(self.grids) < scales and height % 2 == 0 and width % 2 == 0:
             height, width = height // 2, width // 2
             self.grids.append(images.new_zeros(*images.shape[:2], height, width))
+        # Of an iteration that is recorded, even the number of the step is on the device.
         self._optimizer = torch.optim.Adam(
-            [images, *self.grids], lr=0.0, betas=(0.9, 0.999), fused=True
+            [images, *self.grids],
+            lr=0.0,
+            betas=(0.9, 0.999),
+            fused=True,
+            capturable=images.is_cuda,
         )
         opponent = images.new_tensor(OPPONENT)
         self._opponent = opponent / opponent.norm(dim=1, keepdim=True)
@@ -55,7 +60,7 @@ class MultiscaleAdam:
         self._back = (self._opponent * reach[:, None]).T.contiguous()
 
     @torch.no_grad()
-    def step(self, gradient: Tensor, rate: float) -> None:
+    def step(self, gradient: Tensor, rate: float | Tensor) -> None:
         """One step of `rate` on each scale down `gradient`, `(n, 3, h, w)`; then back to [0, 1]."""
         self._optimizer.param_groups[0]["lr"] = rate
         # The fused optimizer pairs numbers by their place in memory, whatever the strides.

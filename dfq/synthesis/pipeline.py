@@ -28,8 +28,9 @@ from .inversion import Inversion
 from .labels import label_source_identity
 from .pace import Pace
 from .quality import set_quality
-from .settings import Synthesis
+from .settings import Synthesis, as_recorded
 from .shards import Plan, ShardMaker, ShardReport, make_shards
+from .together import shards_at_once
 from .worker_pool import Workers, worker_count
 
 # Raised when a change of the code changes the images: older sets are then not mistaken for new.
@@ -47,7 +48,7 @@ FOLDER_SECONDS = 30.0
 
 def determinants(detector: Detector, settings: Synthesis, seed: int) -> dict[str, Any]:
     """All that decides what is in a set, JSON-able; equal determinants mean an equal set."""
-    values = settings.model_dump(mode="json")
+    values = as_recorded(settings)
     values["image_size"] = settings.image_size or detector.image_size
     values["precision"] = resolve_precision(settings.precision, detector.device, "synthesis")
     # What does not apply does not count.
@@ -136,6 +137,7 @@ def synthesize_set(
     left: Callable[[float], None] | None = None,
     note: Callable[[str], None] | None = None,
     workers: int | None = None,
+    at_once: int | None = None,
     world: World | None = None,
 ) -> CalibrationSet:
     """Make the calibration set of `detector` in folder `out`, or finish one that was interrupted.
@@ -156,8 +158,10 @@ def synthesize_set(
         left: called with the seconds that this process and its workers will still take, from the
             first iterations on.
         note: called with a line to be told, in the leading process only.
-        workers: processes to start on the cores of this machine; None: as many as are worth it, see
+        workers: processes to start on this machine; None: as many as are worth it, see
             `workers.worker_count`.
+        at_once: shards to make side by side in each; None: as many as are worth it, see
+            `together.shards_at_once`.
         world: the processes that were started together, each of which calls this; None: alone.
 
     Raises:
@@ -194,7 +198,11 @@ def synthesize_set(
             count = 1
             if world.size == 1:
                 count = worker_count(workers, threads, inversion.detector, settings, plan, missing)
-            pace = Pace(inversion.stages(), plan, mine, count)
+            tell = note if world.is_main_process else None
+            together = shards_at_once(at_once, inversion, plan, mine, tell) if count == 1 else 1
+            if count > 1 and at_once is not None:
+                together = shards_at_once(at_once, inversion, plan, mine)
+            pace = Pace(inversion.stages(), plan, mine, count * together)
 
             def told(shard: int, stage: str, step: int, *more: Any) -> None:
                 if report is not None:
@@ -208,7 +216,7 @@ def synthesize_set(
                 pace.written(shard)
                 progress()
 
-            make = _maker(inversion, detector, settings, plan, writer, count)
+            make = _maker(inversion, detector, settings, plan, writer, count, together)
             make(mine, told, written)
             world.barrier(progress)
             progress()
@@ -269,13 +277,14 @@ def _maker(
     plan: Plan,
     writer: CalibrationWriter,
     count: int,
+    together: int,
 ) -> ShardMaker:
     if count > 1:
         # A detector that cannot be sent to another process is not worth failing for.
         with contextlib.suppress(pickle.PicklingError, TypeError, AttributeError):
-            return Workers(detector, settings, plan, writer, count)
+            return Workers(detector, settings, plan, writer, count, together)
     return lambda missing, report, written: make_shards(
-        inversion, writer, plan, missing, report, written
+        inversion, writer, plan, missing, report, written, together
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -63,8 +63,6 @@ class LabelStage(Section):
     """Most objects an image begins with, where they are scattered."""
     smallest_area: float = Field(0.0016, gt=0, lt=0.8)
     """Share of the image below which no object begins, and no detection is added."""
-    reuse: bool = False
-    """Whether the image stage goes on from the images of this stage instead of from noise."""
 
     @model_validator(mode="after")
     def _in_order(self) -> LabelStage:
@@ -76,22 +74,8 @@ class LabelStage(Section):
 class Techniques(Section):
     """Variants of the optimisation; all off unless set."""
 
-    low_pass: float = Field(0.0, ge=0, le=8)
-    """Standard deviation, pixels, of a blur of the gradient; 0: none."""
-    zoom: float = Field(0.0, ge=0, lt=1)
-    """Views are enlarged or shrunk at random by up to this share, labels too."""
     swing: bool = False
     """Strided convolutions see their input shifted at random by less than their stride."""
-    soft_labels: float = Field(0.0, ge=0, lt=1)
-    """Smoothing of the categories in the task loss."""
-    slack: float = Field(0.0, ge=0, le=LARGEST_WEIGHT)
-    """BatchNorm distances below this margin do not count."""
-    emphasis: float = Field(0.0, ge=-4, le=4)
-    """Above 0 the BatchNorm distances of deep layers count more, below 0 those of early ones: the
-    exponent of a layer's depth in (0, 1]."""
-    per_image: float = Field(0.0, ge=-1, le=1)
-    """Share of the BatchNorm term that each image has to meet alone; below 0, images are pushed
-    apart in their statistics."""
 
 
 class Synthesis(Section):
@@ -158,8 +142,29 @@ class Synthesis(Section):
 
     @model_validator(mode="after")
     def _whole_batches(self) -> Synthesis:
-        for name in ("swing", "per_image"):
-            if self.micro_batch is not None and getattr(self.techniques, name):
-                # One moves the images differently in each pass, the other is no sum over parts.
-                raise ValueError(f"techniques.{name} and micro_batch cannot go together")
+        if self.micro_batch is not None and self.techniques.swing:
+            # It moves the images differently in each pass.
+            raise ValueError("techniques.swing and micro_batch cannot go together")
         return self
+
+
+FORMER: dict[str, Any] = {
+    "label_stage.reuse": False,
+    "techniques.low_pass": 0.0,
+    "techniques.zoom": 0.0,
+    "techniques.soft_labels": 0.0,
+    "techniques.slack": 0.0,
+    "techniques.emphasis": 0.0,
+    "techniques.per_image": 0.0,
+}
+"""Keys that this section had once, with the value with which each changed nothing."""
+
+
+def as_recorded(settings: Synthesis) -> dict[str, Any]:
+    """Settings as sets record them: with the keys that sets of earlier versions have, so that a set
+    made before is known for what it is."""
+    values = settings.model_dump(mode="json")
+    for key, nothing in FORMER.items():
+        section, _, name = key.partition(".")
+        values[section][name] = nothing
+    return values

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -55,8 +56,8 @@ class Committer:
     Leaving the context waits for what was submitted, also where an exception leaves it.
     """
 
-    def __init__(self, writer: CalibrationWriter, plan: Plan) -> None:
-        self.writer, self.plan = writer, plan
+    def __init__(self, writer: CalibrationWriter, plan: Plan, queue: int = QUEUE) -> None:
+        self.writer, self.plan, self.queue = writer, plan, queue
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="commit")
         self._pending: deque[tuple[int, Future[None]]] = deque()
 
@@ -67,8 +68,8 @@ class Committer:
         self._pool.shutdown(wait=True)
 
     def submit(self, index: int, batch: Batch) -> None:
-        """Have a shard written; waits while `QUEUE` others do."""
-        if len(self._pending) >= QUEUE:
+        """Have a shard written; waits while as many others do as may."""
+        if len(self._pending) >= self.queue:
             self._pending[0][1].exception()
         first = self.plan.first(index)
         future = self._pool.submit(
@@ -90,6 +91,22 @@ class Committer:
         return done
 
 
+def groups(indices: Iterable[int], plan: Plan, at_once: int) -> Iterator[list[int]]:
+    """Shards of one size, at most so many together, in their order; one more is asked for only
+    once it is needed."""
+    group: list[int] = []
+    for index in indices:
+        if group and plan.count(index) != plan.count(group[0]):
+            yield group
+            group = []
+        group.append(index)
+        if len(group) == at_once:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
 def make_shards(
     inversion: Inversion,
     writer: CalibrationWriter,
@@ -97,27 +114,34 @@ def make_shards(
     indices: Iterable[int],
     report: ShardReport,
     written: Callable[[int], None],
+    at_once: int = 1,
 ) -> None:
-    """Make the shards `indices` in this process, in that order; both callbacks are called from the
-    calling thread.
+    """Make the shards `indices` in this process, in that order, `at_once` of one size side by side;
+    both callbacks are called from the calling thread.
 
     Raises:
         UserError: where the loss stops being finite.
         OSError: where a shard cannot be written.
     """
-    with freed_memory_kept(), Committer(writer, plan) as committer:
-        for index in indices:
+    with freed_memory_kept(), Committer(writer, plan, max(QUEUE, at_once)) as committer:
 
-            def progress(
-                stage: str, step: int, steps: int, values: dict[str, float], shard: int = index
-            ) -> None:
-                for safe in committer.written():
-                    written(safe)
-                report(shard, stage, step, steps, values)
-
-            batch = inversion.batch(plan.count(index), plan.seed, index, progress)
+        def progress(
+            shard: int, stage: str, step: int, steps: int, values: dict[str, float]
+        ) -> None:
             for safe in committer.written():
                 written(safe)
-            committer.submit(index, batch)
+            report(shard, stage, step, steps, values)
+
+        for group in groups(indices, plan, at_once):
+            reports = [functools.partial(progress, index) for index in group]
+            count = plan.count(group[0])
+            if len(group) == 1:
+                batches = [inversion.batch(count, plan.seed, group[0], reports[0])]
+            else:
+                batches = inversion.batches(count, plan.seed, group, reports)
+            for safe in committer.written():
+                written(safe)
+            for index, batch in zip(group, batches, strict=True):
+                committer.submit(index, batch)
         for safe in committer.written(wait=True):
             written(safe)

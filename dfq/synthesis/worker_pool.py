@@ -1,7 +1,8 @@
-"""Worker processes on the cores of one machine, which the calling process deals shards to.
+"""Worker processes on one machine, which the calling process deals shards to.
 
-Shards are independent, so processes of one thread each scale better than threads within one
-operation, and every shard comes out the same whoever makes it.
+Shards are independent, so on a CPU processes of one thread each scale better than threads within
+one operation, and every shard comes out the same whoever makes it. On a GPU several processes share
+it.
 """
 
 from __future__ import annotations
@@ -51,19 +52,15 @@ def worker_count(
         detector: folded, as the optimisation uses it.
 
     Raises:
-        UserError: for several on a GPU.
+        UserError: for none.
     """
     if asked is not None and asked < 1:
         raise UserError(f"workers: {asked} is no number of processes; 1 or more")
-    if detector.device.type != "cpu":
-        if asked is not None and asked > 1:
-            raise UserError(
-                f"workers: {asked} processes are for CPU cores; for several GPUs start dfq with "
-                "torchrun --nproc-per-node=GPUS -m dfq synthesize ..."
-            )
-        return 1
     if asked is not None:
         return max(1, min(asked, len(missing)))
+    if detector.device.type != "cpu":
+        # One keeps a GPU busy, with as many shards side by side as that takes.
+        return 1
     stage = settings.label_stage
     side = settings.image_size or detector.image_size
     each = settings.iterations * side**2
@@ -121,11 +118,12 @@ class Workers:
     """Makes shards with `count` processes; a `ShardMaker`.
 
     Args:
-        detector: on the CPU.
+        detector: on the device that each of them computes on.
         settings: the `synthesis` section of a recipe.
         plan: of the set.
         writer: of the set, whose folder exists.
         count: of processes.
+        at_once: shards that each of them makes side by side.
     """
 
     def __init__(
@@ -135,11 +133,16 @@ class Workers:
         plan: Plan,
         writer: CalibrationWriter,
         count: int,
+        at_once: int = 1,
     ) -> None:
         self.count = count
+        device = str(detector.device)
+        if device != "cpu":
+            # What goes through the pipe has to be readable before there is a GPU.
+            detector = detector.clone().to("cpu")
         # Not torch's pickling for processes: it takes shared memory, which containers are short of.
         self.job = pickle.dumps(
-            (detector, settings, plan, writer.root.absolute(), writer.determinants)
+            (detector, device, settings, plan, writer.root.absolute(), writer.determinants, at_once)
         )
 
     def __call__(

@@ -55,7 +55,8 @@ def _work(connection: Connection, job: bytes) -> None:
     from .shards import make_shards
     from .worker_pool import send
 
-    detector, settings, plan, root, determinants = pickle.loads(job)
+    detector, device, settings, plan, root, determinants, at_once = pickle.loads(job)
+    detector.to(device)
     if without_kernels(detector, settings) != ("kernels" in determinants):
         # Compiled once a process: the disk may have filled up meanwhile.
         here = why_none() or "there is a C compiler"
@@ -80,6 +81,7 @@ def _work(connection: Connection, job: bytes) -> None:
             dealt(),
             lambda *values: send(connection, "report", *values),
             lambda index: send(connection, "written", index),
+            at_once,
         )
 
 

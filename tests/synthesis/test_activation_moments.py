@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -81,3 +85,48 @@ def test_activations_of_large_values(dtype: torch.dtype) -> None:
     rtol = 2**-8 if dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(out.double(), activated.detach(), rtol=rtol, atol=1e-6)
     torch.testing.assert_close(back.double(), through, rtol=rtol, atol=1e-6)
+
+
+INTERPRETED = """
+import torch
+from tiny_detector import tiny_detector
+
+from dfq.quantization.convert import fold
+from dfq.kernels import fused, moments
+from dfq.synthesis.statistics import BatchNormStatistics
+
+detector = fold(tiny_detector())
+detector.module.requires_grad_(False)
+detector.module.to(memory_format=torch.channels_last)
+images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+assert fused.why_not(torch.device("cpu")) is None
+found = []
+for kernels in (None, fused):
+    moments._fused = lambda device, kernels=kernels: kernels
+    for groups in (1, 2):
+        statistics = BatchNormStatistics(detector.module, lambda: detector.raw(images[:1]))
+        statistics.groups = groups
+        leaf = images.clone(memory_format=torch.channels_last).requires_grad_()
+        with statistics:
+            raw = detector.levels(detector.raw(leaf))
+            divergences = statistics.divergences()
+        assert divergences.numel() == groups * len(statistics.layers)
+        loss = divergences.sum() + sum(level.mean() for level in raw)
+        found.append((divergences, torch.autograd.grad(loss, leaf)[0]))
+for plain, ours in zip(found[:2], found[2:]):
+    torch.testing.assert_close(ours[0], plain[0], rtol=1e-3, atol=1e-5)
+    assert float((ours[1] - plain[1]).norm() / plain[1].norm()) < 1e-3
+print("alike")
+"""
+
+
+def test_kernels_for_a_gpu_give_the_same() -> None:
+    # What interprets them on a CPU has to be asked for before they are defined.
+    pytest.importorskip("triton", reason="kernels for a GPU need Triton")
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.endswith("alike\n"), done.stderr[-2000:]

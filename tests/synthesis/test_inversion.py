@@ -276,7 +276,7 @@ def test_adaptive_labels_come_from_detections(
     inversion = Inversion(detector, settings(label_stage=stage))
     monkeypatch.setattr(inversion.detector, "detect", detect)
     generators = generator_for(0, 0, "labels"), generator_for(0, 0, "augment")
-    labels, _ = inversion.label_stage(2, *generators)
+    labels = inversion.label_stage(2, *generators)
     assert len(calls) == 3
     assert all(c["score_threshold"] == 0.35 for c in calls)
     for rows in labels:
@@ -471,7 +471,7 @@ def test_the_divergence_counts_the_worst_layers_and_the_first(
 def test_images_settle_in_the_last_iterations(
     detector: Detector, settle: float, erasing: int, balance: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dfq.synthesis import inversion as module
+    from dfq.synthesis import draws as module
 
     drawn: list[int] = []
 

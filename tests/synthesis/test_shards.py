@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from forks import PATIENCE
 
 from dfq.data.calibration_writer import CalibrationWriter
 from dfq.synthesis.inversion import Batch
-from dfq.synthesis.shards import QUEUE, Committer, Plan, make_shards
+from dfq.synthesis.shards import QUEUE, Committer, Plan, groups, make_shards
 
 
 def batch(count: int = 1) -> Batch:
@@ -129,3 +130,19 @@ def test_make_shards(tmp_path: Path) -> None:
     assert reports == [(index, "full", 1, 2, {"tv": 0.5}) for index in (2, 0)]
     names = sorted(path.name for path in (tmp_path / "images").iterdir())
     assert names == [f"{number:08d}.png" for number in (0, 1, 2, 3, 8, 9)]
+
+
+def test_shards_of_one_size_go_together() -> None:
+    # The third is smaller.
+    asked: list[int] = []
+
+    def indices() -> Iterator[int]:
+        for index in (0, 1, 2, 0, 1, 0):
+            asked.append(index)
+            yield index
+
+    found = groups(indices(), PLAN, 2)
+    assert next(found) == [0, 1]
+    # No more were asked for, which another process could have made.
+    assert asked == [0, 1]
+    assert list(found) == [[2], [0, 1], [0]]

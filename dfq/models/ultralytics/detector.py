@@ -28,8 +28,9 @@ from ..metadata import require_names, source_of, stated
 from ..rebuilt import Changes, apply_changes
 from .head import RawPredictions, best_pairs, predict
 from .layout import IMAGE, as_tuple, boundary, features_and_blocks, gather, kept_outputs, wiring
-from .loss import Rule, branch_loss, rules_of
+from .loss import Points, Rule, branch_loss, rules_of
 from .resolve import build, checked_yaml, other_task, read_yaml
+from .static_loss import branch_losses
 from .weights import category_names, fingerprint_of, has_legacy_head, load_strictly, training_size
 
 
@@ -39,6 +40,7 @@ class UltralyticsDetector(Detector):
     family = "ultralytics"
     half_images = True
     half_loss = True
+    static_loss = True
 
     def __init__(
         self,
@@ -60,6 +62,8 @@ class UltralyticsDetector(Detector):
         self._yaml = yaml
         self._activations = activations or {}
         self._nms_free = False
+        # Of the last images: their grids and device, anchor points, sides.
+        self._points: tuple[Any, Points, Tensor] | None = None
         require_names(self.names, int(self._head.nc), source)
         # Read off once: a layer that a quantizer puts in another's place has no wiring of its own.
         self._inputs = wiring(module.model)
@@ -199,6 +203,21 @@ class UltralyticsDetector(Detector):
         ]
         box, category, distance = torch.stack(parts).sum(0)
         return {"box": box, "class": category, "dfl": distance}
+
+    def shard_losses(
+        self, raw: RawPredictions, targets: Targets, image_shape: tuple[int, int], shards: int
+    ) -> Tensor:
+        shapes, device = raw.one2many.shapes, targets.data.device
+        if self._points is None or self._points[0] != (shapes, device):
+            points = Points(*make_anchors(raw.one2many.grids(), self._head.stride, 0.5))
+            size = torch.tensor([*image_shape[::-1]] * 2, dtype=torch.float32)
+            self._points = (shapes, device), points, size.to(device)
+        _, points, size = self._points
+        losses = [
+            weight * branch_losses(branch, targets.data, points, size, rule, shards)
+            for (_, branch), (weight, rule) in zip(raw.branches(), self._rules, strict=True)
+        ]
+        return torch.stack(losses).sum(0)
 
     @torch.no_grad()
     def decode(

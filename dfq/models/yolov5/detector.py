@@ -18,6 +18,7 @@ from ..metadata import require_names, source_of, stated
 from .blocks import BN_EPS
 from .loss import boxes_of, yolov5_loss
 from .network import YOLOv5Network, activation_text
+from .static_loss import shard_losses
 from .weights import (
     activation_of,
     are_strides,
@@ -42,6 +43,7 @@ class YOLOv5(Detector):
     family = "yolov5"
     half_images = True
     half_loss = True
+    static_loss = True
     module: YOLOv5Network
 
     def __init__(
@@ -202,6 +204,11 @@ class YOLOv5(Detector):
     ) -> dict[str, Tensor]:
         """See `yolov5_loss`: "box", "objectness" and "class"."""
         return yolov5_loss(raw, targets.data, self.module.detect.anchors, image_shape)
+
+    def shard_losses(
+        self, raw: list[Tensor], targets: Targets, image_shape: tuple[int, int], shards: int
+    ) -> Tensor:
+        return shard_losses(raw, targets.data, self.module.detect.anchors, image_shape, shards)
 
     def decode(
         self,

@@ -109,6 +109,11 @@ class _Read(torch.autograd.Function):
         return grad, *(None for _ in place)
 
 
+def balance_of(levels: int) -> list[float]:
+    """Weights of the levels' objectness, finest first."""
+    return [4.0, 1.0, 0.4] if levels == 3 else [4.0, 1.0, 0.25, 0.06, 0.02][:levels]
+
+
 def yolov5_loss(
     raw: list[Tensor], targets: Tensor, anchors: Tensor, image_shape: tuple[int, int]
 ) -> dict[str, Tensor]:
@@ -131,8 +136,7 @@ def yolov5_loss(
     # operations on few values.
     rows, seen, priors, wanted_boxes, categories, places = [], [], [], [], [], []
     share, weight, offset = [], [], 0
-    balance = [4.0, 1.0, 0.4] if len(raw) == 3 else [4.0, 1.0, 0.25, 0.06, 0.02]
-    for logits, sizes, level_weight in zip(raw, anchors, balance, strict=False):
+    for logits, sizes, level_weight in zip(raw, anchors, balance_of(len(raw)), strict=False):
         _, count, height, width, outputs = logits.shape
         found = assign(targets, sizes, height, width)
         picked, objectness = _Read.apply(logits, found.image, found.anchor, found.row, found.column)

@@ -19,56 +19,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...errors import UserError
 from ...graph.fold_batchnorm import FoldedBatchNorm
-from ...kernels.batchnorm import gaussian_divergence, moments, moments_backward
+from ...kernels.batchnorm import (
+    all_reduce_sum,
+    gaussian_divergence,
+    grouped_moments,
+    grouped_moments_backward,
+)
+from ..moment_sums import Pass
 from .expected import Expected
-
-
-class _Pass:
-    """The moments of one forward pass, of all channels of all runs end to end.
-
-    Attributes:
-        mean, var: float32 `(channels of all,)`; zero for a run that was not made.
-        counts: by run, over how many values they were taken.
-        slope, offset: the gradient of the input x by way of its moments is slope * x + offset;
-            known once the gradient of the moments is.
-    """
-
-    slope: Tensor
-    offset: Tensor
-
-    def __init__(self, known: Expected) -> None:
-        self.run = known.run
-        self.mean, self.var = torch.zeros_like(known.mean), torch.zeros_like(known.var)
-        self.counts = [0] * known.count
-
-    def extend(self, known: Expected) -> None:
-        """Make room for runs that were not known of when the pass began."""
-        missing = known.count - len(self.counts)
-        if missing == 0:
-            return
-        more = known.mean.new_zeros(len(known.mean) - len(self.mean))
-        self.mean, self.var = torch.cat([self.mean, more]), torch.cat([self.var, more])
-        self.counts += [0] * missing
-        self.run = known.run
-
-    def _count(self) -> Tensor:
-        counts = torch.tensor(self.counts, dtype=self.mean.dtype, device=self.mean.device)
-        return counts[self.run]
-
-    def add(self, other: _Pass) -> None:
-        """Count `other` as a further part of the same batch (Chan et al., 1979)."""
-        ours, theirs = self._count(), other._count()
-        share = theirs / (ours + theirs).clamp_min(1)
-        away = other.mean - self.mean
-        self.var = torch.lerp(self.var, other.var, share) + share * (1 - share) * away.square()
-        self.mean = self.mean + share * away
-        self.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
-
-    def differentiate(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        """Slope and offset, from the gradients of the moments."""
-        count = self._count().clamp_min(1)
-        slope = 2 * var / count
-        return slope, mean / count - slope * self.mean
 
 
 class _Watch(torch.autograd.Function):
@@ -79,13 +37,18 @@ class _Watch(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, passed: _Pass, channels: slice, expected: Tensor, silu: bool
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, passed: Pass, run: int, silu: bool) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x)
-        ctx.passed, ctx.channels, ctx.silu = passed, channels, silu
-        out = moments(x, expected, passed.mean[channels], passed.var[channels], silu)
+        ctx.passed, ctx.run, ctx.silu = passed, run, silu
+        known = passed.known
+        part = known.channels[run]
+        if passed.summed:
+            total, squares = (v.view(known.groups, -1)[:, part] for v in (passed.mean, passed.var))
+            out = all_reduce_sum(x, known.mean[part], total, squares, silu)
+        else:
+            where = [passed.channels(run, group) for group in range(known.groups)]
+            out = grouped_moments(x, known.mean[part], where, silu)
         return (out if silu else x.view_as(x)), x.new_empty(0)
 
     @staticmethod
@@ -93,18 +56,18 @@ class _Watch(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         if token is None:
             through = torch.ops.aten.silu_backward(grad, x) if ctx.silu else grad
-            return through, None, None, None, None
-        passed, channels = ctx.passed, ctx.channels
+            return through, None, None, None
+        channels = ctx.passed.known.channels[ctx.run]
         given = torch.zeros_like(x) if grad is None else grad
-        slope, offset = passed.slope[channels], passed.offset[channels]
-        return moments_backward(x, given, slope, offset, ctx.silu), None, None, None, None
+        slope, offset = ctx.passed.slope[..., channels], ctx.passed.offset[..., channels]
+        return grouped_moments_backward(x, given, slope, offset, ctx.silu), None, None, None
 
 
 class _Join(torch.autograd.Function):
     """The moments of `whole` as tensors with a gradient, which goes to the layers of `passed`."""
 
     @staticmethod
-    def forward(ctx: Any, passed: _Pass, whole: _Pass, *tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, passed: Pass, whole: Pass, *tokens: Tensor) -> tuple[Tensor, Tensor]:
         ctx.passed, ctx.whole = passed, whole
         ctx.token, ctx.count = tokens[0].detach(), len(tokens)
         return whole.mean.clone(), whole.var.clone()
@@ -154,21 +117,21 @@ class BatchNormStatistics:
                 "they were fused away; use an unfused checkpoint, or --set synthesis.weights.bn=0 "
                 "--set synthesis.weights.first_bn=0"
             )
-        self._module = module
+        self._module, self._groups = module, 1
         self._indices = {layer: index for index, layer in enumerate(self.layers.values())}
         # By run, its layer: the first one of each, then further ones as they were seen.
         self._runs = list(self.layers)
         self._further: dict[tuple[int, int], int] = {}
         self._silus = [child for child in module.modules() if type(child) is nn.SiLU]
-        self._known: dict[bool, Expected] = {}
-        self._pass: _Pass | None = None
+        self._known: dict[tuple[bool, int], Expected] = {}
+        self._pass: Pass | None = None
         # How often each layer ran in the last pass.
         self._times = [0] * len(self._indices)
         # Of the last pass, by run in their order: empty tensors that tie it to the graph.
         # Not in the pass itself: the layers' nodes hold that, and would hold themselves through
         # it, a circle that no garbage collector sees, with every activation in it.
         self._tokens: dict[int, Tensor] = {}
-        self._whole: _Pass | None = None
+        self._whole: Pass | None = None
         # What a layer gave whose SiLU comes next, and its index.
         self._due: tuple[Tensor, int] | None = None
         self._handles: list[Any] = []
@@ -223,6 +186,18 @@ class BatchNormStatistics:
         self.forget()
         self._whole = None
 
+    @property
+    def groups(self) -> int:
+        """Into so many of equal size the images of a pass fall, one after the other, and each has
+        statistics of its own: what is told of a pass then has a first dimension more, of groups.
+        Parts of a batch are put together of one group alone."""
+        return self._groups
+
+    @groups.setter
+    def groups(self, value: int) -> None:
+        self.forget()
+        self._groups = value
+
     def forget(self) -> None:
         """Leave out the last forward pass, whatever was run since one was asked for.
 
@@ -247,16 +222,15 @@ class BatchNormStatistics:
 
     def _watch(self, x: Tensor, index: int, silu: bool) -> Tensor:
         if self._pass is None:
-            self._pass, self._tokens = _Pass(self._expected(relative=False)), {}
+            self._pass, self._tokens = Pass(self._expected(relative=False)), {}
             self._times = [0] * len(self._indices)
         passed, run = self._pass, self._run(index, self._pass)
-        known = self._expected(relative=False)
-        channels = known.channels[run]
-        out, token = _Watch.apply(x, passed, channels, known.mean[channels], silu)
-        passed.counts[run], self._tokens[run] = x.numel() // x.shape[1], token
+        out, token = _Watch.apply(x, passed, run, silu)
+        passed.counts[run] = x.numel() // x.shape[1] // self._groups
+        self._tokens[run] = token
         return out
 
-    def _run(self, index: int, passed: _Pass) -> int:
+    def _run(self, index: int, passed: Pass) -> int:
         """Index of the run that a layer begins."""
         before = self._times[index]
         self._times[index] += 1
@@ -270,10 +244,11 @@ class BatchNormStatistics:
         return self._further[index, before]
 
     def _expected(self, relative: bool) -> Expected:
-        if relative not in self._known:
+        key = relative, self._groups
+        if key not in self._known:
             layers = (self.layers[name] for name in self._runs)
-            self._known[relative] = Expected(layers, relative)
-        return self._known[relative]
+            self._known[key] = Expected(layers, relative, self._groups)
+        return self._known[key]
 
     def gather(self) -> None:
         """Count the last forward pass as one more part of a batch.
@@ -313,10 +288,11 @@ class BatchNormStatistics:
         """Forget the parts: `distances` again tells of the last forward pass."""
         self._whole = None
 
-    def _take(self) -> _Pass:
+    def _take(self) -> Pass:
         passed, self._pass = self._pass, None
         if passed is None:
             raise RuntimeError("no forward pass to tell of")
+        passed.finish()
         return passed
 
     def first_layer(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -355,7 +331,7 @@ class BatchNormStatistics:
         mean, var, known, ran = self._moments(relative=True)
         alive = known.to_mean > 0
         each = torch.where(alive, gaussian_divergence(mean - known.mean, var, known.var), 0.0)
-        return (known.sums(each) / known.sums(alive.to(each.dtype)).clamp_min(1))[ran]
+        return known.chosen(known.sums(each) / known.alive, ran)
 
     def distances(self, *, relative: bool = False) -> Tensor:
         """Of the last forward pass: ||mu - mu_l||_2 + ||var - var_l||_2 of each layer, each time it
@@ -369,4 +345,4 @@ class BatchNormStatistics:
         mean, var, known, ran = self._moments(relative)
         to_mean = known.norms((mean - known.mean) * known.to_mean)
         to_var = known.norms((var - known.var) * known.to_var)
-        return (to_mean + to_var)[ran]
+        return known.chosen(to_mean + to_var, ran)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable
@@ -51,6 +52,8 @@ class Expected:
     Args:
         layers: one for each run: a layer that runs twice in a pass is there twice.
         relative: see `BatchNormStatistics.distances`.
+        groups: of images, with moments of their own: values of channels are `(channels of all,)`
+            for one group, `(groups, channels of all)` for more.
 
     Attributes:
         mean, var: expected of the layers' inputs, `(channels of all,)`.
@@ -60,7 +63,9 @@ class Expected:
         channels: by run, where its channels are.
     """
 
-    def __init__(self, layers: Iterable[_BatchNorm | FoldedBatchNorm], relative: bool) -> None:
+    def __init__(
+        self, layers: Iterable[_BatchNorm | FoldedBatchNorm], relative: bool, groups: int = 1
+    ) -> None:
         means, variances, to_means, to_vars, owners = [], [], [], [], []
         for index, layer in enumerate(layers):
             mean, var, to_mean, to_var = expected_statistics(layer, relative=relative)
@@ -71,15 +76,52 @@ class Expected:
             owners.append(torch.full_like(mean, index, dtype=torch.long))
         self.mean, self.var = torch.cat(means), torch.cat(variances)
         self.to_mean, self.to_var = torch.cat(to_means), torch.cat(to_vars)
-        self.run, self.count = torch.cat(owners), len(owners)
+        self.run, self.count, self.groups = torch.cat(owners), len(owners), groups
+        first = torch.arange(groups, device=self.run.device) * self.count
+        self._owner = (self.run + first[:, None]).flatten()
         ends = list(itertools.accumulate(len(mean) for mean in means))
         self.channels = [slice(end - len(mean), end) for end, mean in zip(ends, means, strict=True)]
 
+        self._counted: dict[tuple[int, ...], Tensor] = {}
+        self._chosen: dict[tuple[int, ...], Tensor] = {}
+
+    def zeros(self) -> Tensor:
+        """One value for each channel of each group."""
+        shape = self.mean.shape if self.groups == 1 else (self.groups, len(self.mean))
+        return self.mean.new_zeros(shape)
+
+    def counted(self, counts: tuple[int, ...]) -> Tensor:
+        """What there is one of for each run as one for each channel: `(channels of all,)`."""
+        if counts not in self._counted:
+            values = torch.tensor(counts, dtype=self.mean.dtype, device=self.mean.device)
+            self._counted = {counts: values[self.run]}
+        return self._counted[counts]
+
+    @functools.cached_property
+    def alive(self) -> Tensor:
+        """By run, how many of its channels say something, 1 at least."""
+        sums = torch.zeros_like(self.mean[: self.count])
+        living = (self.to_mean > 0).to(self.mean.dtype)
+        return sums.index_add(0, self.run, living).clamp_min(1)
+
+    def chosen(self, values: Tensor, runs: list[int]) -> Tensor:
+        """Values `(..., runs)` in another order, or of some runs."""
+        if runs == list(range(self.count)):
+            return values
+        key = tuple(runs)
+        if key not in self._chosen:
+            self._chosen = {key: torch.tensor(runs, device=values.device)}
+        return values.index_select(-1, self._chosen[key])
+
     def sums(self, values: Tensor) -> Tensor:
-        """Over the channels of each run: `(runs,)` of `(channels of all,)`."""
-        return values.new_zeros(self.count).index_add(0, self.run, values)
+        """Over the channels of each run: `(runs,)` of `(channels of all,)`, by group where there
+        are several."""
+        if values.ndim == 1:
+            return values.new_zeros(self.count).index_add(0, self.run, values)
+        zeros = values.new_zeros(self.groups * self.count)
+        return zeros.index_add(0, self._owner, values.flatten()).view(self.groups, self.count)
 
     def norms(self, values: Tensor) -> Tensor:
-        """L2 norms over the channels of each run: `(runs,)` of `(channels of all,)`."""
+        """L2 norms over the channels of each run, shaped as `sums`."""
         # Away from zero, where the root has no gradient.
         return self.sums(values.square()).clamp_min(1e-30).sqrt()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,14 +11,22 @@ from torch import Tensor
 from ...kernels.loader import call, usable
 
 
-def total_variation(images: Tensor) -> Tensor:
+def batch_norms(values: Tensor, shards: int) -> Tensor:
+    """L2 norms of `(shards * n, c, h, w)` over each shard: a scalar for one, else `(shards,)`."""
+    if shards == 1:
+        return torch.linalg.vector_norm(values)
+    return torch.linalg.vector_norm(values.unflatten(0, (shards, -1)), dim=(1, 2, 3, 4))
+
+
+def total_variation(images: Tensor, shards: int = 1) -> Tensor:
     """L2 norms of the neighbour differences in four directions, over the whole batch, summed.
 
     Args:
-        images: `(n, 3, h, w)`.
+        images: `(shards * n, 3, h, w)`, one batch after the other.
 
     Returns:
-        A scalar; it grows with the square root of the number of pixels in the batch.
+        A scalar for one batch, else `(shards,)`; it grows with the square root of the number of
+        pixels in the batch.
     """
     x = images
     differences = (
@@ -25,22 +35,24 @@ def total_variation(images: Tensor) -> Tensor:
         x[..., 1:, 1:] - x[..., :-1, :-1],
         x[..., 1:, :-1] - x[..., :-1, 1:],
     )
-    return torch.stack([torch.linalg.vector_norm(d) for d in differences]).sum()
+    return torch.stack([batch_norms(d, shards) for d in differences]).sum(0)
 
 
-def image_norm(images: Tensor) -> Tensor:
+def image_norm(images: Tensor, shards: int = 1) -> Tensor:
     """L2 norm over the values of an image, the mean over the images.
 
     Args:
-        images: `(n, 3, h, w)`.
+        images: `(shards * n, 3, h, w)`, one batch after the other.
 
     Returns:
-        A scalar; it grows with the square root of the number of pixels in an image.
+        A scalar for one batch, else `(shards,)`; it grows with the square root of the number of
+        pixels in an image.
     """
-    return torch.linalg.vector_norm(images, dim=(1, 2, 3)).mean()
+    norms = torch.linalg.vector_norm(images, dim=(1, 2, 3))
+    return norms.mean() if shards == 1 else norms.unflatten(0, (shards, -1)).mean(1)
 
 
-def squared_variation(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def squared_variation(images: Tensor, shards: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """Mean squared neighbour difference, and the direction in which it grows.
 
     The gradient of the sum of squared differences to the eight neighbours is a Laplacian, which
@@ -49,12 +61,12 @@ def squared_variation(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     directions against each other.
 
     Args:
-        images: float32 `(n, 3, h, w)`.
+        images: float32 `(n, 3, h, w)`, of `shards` batches one after the other.
 
     Returns:
-        A scalar, the sum over the four directions of squared differences, over the number of
-        pixels; the gradient `(n, 3, h, w)` of half the sum of squared differences; and that
-        gradient's norm in each image, `(n,)`.
+        A scalar for one batch, else `(shards,)`: the sum over the four directions of squared
+        differences, over the number of pixels; the gradient `(n, 3, h, w)` of half the sum of
+        squared differences; and that gradient's norm in each image, `(n,)`.
     """
     if images.dtype == torch.float32 and images.is_contiguous() and usable(images):
         gradient = torch.empty_like(images)
@@ -63,13 +75,15 @@ def squared_variation(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         line = images.new_empty(width + 2)
         sizes = (count, channels * height, height, width)
         call("variation", images.dtype, (images, gradient, sums, line), *sizes)
-        norms, inner = sums[:, 0].sqrt().float(), sums[:, 1].sum().float()
+        norms, inner = sums[:, 0].sqrt().float(), sums[:, 1].view(shards, -1).sum(1).float()
     else:
         gradient = _laplacian(images)
         norms = torch.linalg.vector_norm(gradient, dim=(1, 2, 3))
-        inner = torch.dot(images.reshape(-1), gradient.reshape(-1))
+        each = zip(images.chunk(shards), gradient.chunk(shards), strict=True)
+        inner = torch.stack([torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in each])
     # For a quadratic form, the value is half the inner product with the gradient.
-    return inner / images.numel(), gradient, norms
+    value = inner / (images.numel() // shards)
+    return (value[0] if shards == 1 else value), gradient, norms
 
 
 def _laplacian(images: Tensor) -> Tensor:
@@ -78,12 +92,19 @@ def _laplacian(images: Tensor) -> Tensor:
     rows += padded[:, :, 2:]
     around = rows[..., :-2] + rows[..., 1:-1]
     around += rows[..., 2:]
-    height, width = images.shape[2:]
-    down = torch.full((height, 1), 3.0, device=images.device)
-    across = torch.full((1, width), 3.0, device=images.device)
-    # Fewer neighbours at the border; a side of one pixel has none.
+    return torch.addcmul(
+        around, images, _neighbours(*images.shape[2:], images.device), value=-1
+    ).neg_()
+
+
+@functools.lru_cache(maxsize=16)
+def _neighbours(height: int, width: int, device: torch.device) -> Tensor:
+    """Of each pixel, itself among them: `(h, w)`."""
+    down = torch.full((height, 1), 3.0, device=device)
+    across = torch.full((1, width), 3.0, device=device)
+    # Fewer at the border; a side of one pixel has none.
     down[0] -= 1
     down[-1] -= 1
     across[:, 0] -= 1
     across[:, -1] -= 1
-    return torch.addcmul(around, images, down * across, value=-1).neg_()
+    return down * across
