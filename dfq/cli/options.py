@@ -1,4 +1,4 @@
-"""What every command has in common: what a user can mend becomes one line and exit code 2."""
+"""Options and checks that commands share; user errors become one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _fail(message: str) -> None:
 
 
 def report_user_errors(command: F) -> F:
-    """Turn what the user can mend into one line and exit code 2; leave bugs their traceback."""
+    """Prints user errors as one line and exits with code 2; bugs raise."""
 
     resumed = command.__name__ in _RESUMED
     stopped = "stopped" + ("; the same command goes on from here" if resumed else "")

@@ -245,7 +245,7 @@ class _Layer:
         for number in range(batches):
             for x in inputs_of(self.original, calls, partial(network.run, number)):
                 for bits, some in sums.items():
-                    # As in `reconstruct`.
+                    # As in `gptq_quantize`.
                     self.layer.input_quantizer = off if bits >= FINE else self.inputs[bits]
                     some.add(x, x)
         self.layer.input_quantizer = off

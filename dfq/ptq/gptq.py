@@ -1,9 +1,9 @@
-"""Rounding that makes up for itself: GPTQ with the float network's own outputs as the aim.
+"""GPTQ with asymmetric calibration (GPTAQ): each layer is rounded to match the float layer's output.
 
 Rounded to the nearest level, each weight errs on its own, and errors add up over a layer and over
 the network. Here a layer's weights are rounded one input after another, and what the rounding of
 one has done to the output is made up for by those that are still to come (Frantar et al., GPTQ,
-2022, after Hassibi and Stork's Optimal Brain Surgeon). The layer's aim is what the *float* network
+2022, after Hassibi and Stork's Optimal Brain Surgeon). The target is what the *float* network
 gives, from the inputs the *quantized* one provides (as GPTAQ, Li et al. 2025), so that a layer also
 corrects what those before it got wrong:
 

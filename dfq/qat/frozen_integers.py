@@ -35,7 +35,7 @@ def frozen_layers(student: Detector, settings: Distillation) -> list[QuantConv2d
 
 
 class FrozenIntegers:
-    """Keeps the integers of quantized weights while their step sizes are trained; `Quantizer.hold`.
+    """Freezes the integer codes of quantized weights while their scales are trained.
 
     What the layers' state dicts say of the weights is what they are at the time, and a state that
     is loaded brings its own integers.

@@ -232,7 +232,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def freeze_integers(self, x: Tensor) -> None:
-        """Keep the integers that `x` is rounded to, whatever becomes of the step sizes.
+        """Freezes the integer codes of `x`; the scale stays trainable.
 
         These are then the gains of what is computed with the integers: d x_hat / d s = q, exactly,
         where rounding anew would have q - x / s, which is nothing for values on the grid, and would

@@ -40,7 +40,7 @@ def activation_quantizers(module: nn.Module) -> Iterator[tuple[str, Quantizer]]:
 
 @contextmanager
 def float_mode(module: nn.Module) -> Iterator[None]:
-    """Within this context the quantizers let everything through."""
+    """Disables fake quantization within the context."""
     quantizers = [m for m in module.modules() if isinstance(m, (Quantizer, QuantSiLU))]
     before = [q.enabled for q in quantizers]
     for quantizer in quantizers:

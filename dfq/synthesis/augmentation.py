@@ -46,7 +46,7 @@ def random_erasing(count: int, size: int, probability: float, generator: Generat
     return edges.mul_(size).sub_(0.5).ceil_().int()
 
 
-def shown(
+def augmented_view(
     pixels: Tensor,
     flipped: Tensor | None,
     erased: Tensor | None,

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ..models.base import Targets
-from .augmentation import shown
-from .loss_weighting import Combination
+from .augmentation import augmented_view
+from .loss_weighting import LossWeighting
 from .multiscale import MultiscaleAdam
 
 Parts = Callable[[Tensor, Targets], Iterator[tuple[dict[str, Tensor], Tensor]]]
@@ -59,7 +59,7 @@ class Iteration:
         self,
         pixels: Tensor,
         optimizer: MultiscaleAdam,
-        combine: Combination,
+        combine: LossWeighting,
         parts: Parts,
         seen_in: torch.dtype,
         *,
@@ -73,12 +73,12 @@ class Iteration:
 
         Args:
             inputs: of this iteration.
-            step: its number, of which counts whether it is one that measures; see `Combination`.
+            step: its number, of which counts whether it is one that measures; see `LossWeighting`.
         """
         seen = inputs.targets
         if inputs.flipped is not None:
             seen = seen.flip_horizontal(inputs.flipped)
-        view = shown(self.pixels, inputs.flipped, inputs.erased, self.seen_in)
+        view = augmented_view(self.pixels, inputs.flipped, inputs.erased, self.seen_in)
         gradient, terms = self.combine(self.parts(view, seen), step)
         (gradient,) = torch.autograd.grad(view, self.pixels, gradient)
         gradient, terms["tv"] = self.combine.smoothed(gradient, self.pixels)

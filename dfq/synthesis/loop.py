@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..models.base import Targets
 from .draws import Draws, filled_up, moved, room_for
 from .iteration import Inputs, Iteration, Recorded, Terms, recorder
-from .loss_weighting import COMBINATIONS, MEASURE_EVERY
+from .loss_weighting import MEASURE_EVERY, WEIGHTINGS
 from .multiscale import MultiscaleAdam
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Loop:
         # In planes, in which neighbours and mirror images are quickest to find.
         pixels = images.to(device).clone(memory_format=torch.contiguous_format).requires_grad_()
         self.pixels = pixels
-        self.combine = COMBINATIONS[settings.balance](settings.weights, self.shards)
+        self.combine = WEIGHTINGS[settings.balance](settings.weights, self.shards)
         self.iteration = Iteration(
             pixels,
             MultiscaleAdam(pixels, settings.scales),

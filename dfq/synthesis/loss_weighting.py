@@ -2,8 +2,8 @@
 
 A YOLOv5 and a YOLO11 of one size differ a hundredfold in the gradients of their losses, and a deep
 network has more BatchNorm distances to sum than a shallow one: weights on the losses, as in
-the paper, have to be found anew for each of them. `GradientShares` reads a weight as a share of the
-gradient instead, which holds for every network, batch and image size; `LossWeights` is the paper's.
+the paper, have to be found anew for each of them. `GradientNormWeighting` reads a weight as a share of the
+gradient instead, which holds for every network, batch and image size; `FixedWeighting` is the paper's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .losses.priors import batch_norms, image_norm, squared_variation, total_variation
+from .losses.total_variation import batch_norms, image_norm, squared_variation, total_variation
 from .settings import SynthesisWeights
 
 MEASURE_EVERY = 20
@@ -38,7 +38,7 @@ other, and a term is `(shards,)`: each shard gets the gradient that it would get
 _OF_THE_BATCH = ("bn", "first_bn")
 
 
-class Combination(Protocol):
+class LossWeighting(Protocol):
     """Turns the terms of an iteration into the gradient the optimizer sees."""
 
     def __call__(self, parts: Parts, step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -73,11 +73,11 @@ def _note(logged: dict[str, Tensor], terms: dict[str, Tensor]) -> None:
 
 
 def settled(weights: SynthesisWeights) -> SynthesisWeights:
-    """See `Combination.settle`."""
+    """See `LossWeighting.settle`."""
     return weights.model_copy(update={"task": SETTLED_TASK * weights.task, "tv": 0.0, "l2": 0.0})
 
 
-class LossWeights:
+class FixedWeighting:
     """The paper's sum: weights times losses, total variation a norm over the whole batch, image
     norm the mean over the images."""
 
@@ -129,7 +129,7 @@ def _nothing(like: Tensor, shards: int) -> Tensor:
     return like.new_zeros(() if shards == 1 else (shards,))
 
 
-class GradientShares:
+class GradientNormWeighting:
     """Brings the gradients of BatchNorm and task terms to unit norm times their weights; total
     variation and image norm then get, image by image, their weights' shares of their sum."""
 
@@ -230,7 +230,7 @@ def _gradient(terms: list[Tensor], view: Tensor) -> Tensor:
     return torch.autograd.grad(torch.stack(terms).sum(), view)[0]
 
 
-COMBINATIONS: dict[str, Callable[..., Combination]] = {
-    "gradient": GradientShares,
-    "loss": LossWeights,
+WEIGHTINGS: dict[str, Callable[..., LossWeighting]] = {
+    "gradient": GradientNormWeighting,
+    "loss": FixedWeighting,
 }

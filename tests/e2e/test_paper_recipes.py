@@ -24,9 +24,9 @@ from dfq.quantization.insertion import insert_quantizers
 from dfq.quantization.inspection import list_layers
 from dfq.recipe import load_recipe, shipped_recipes
 from dfq.synthesis.adaptive_labels import update_steps
-from dfq.synthesis.loss_weighting import LossWeights
+from dfq.synthesis.loss_weighting import FixedWeighting
 from dfq.synthesis.losses.patch_entropy import PatchSimilarity
-from dfq.synthesis.losses.priors import total_variation
+from dfq.synthesis.losses.total_variation import total_variation
 
 NAMES = sorted(name for name in shipped_recipes() if name.startswith("paper-"))
 
@@ -287,9 +287,13 @@ def synthesized(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest)
         if key.startswith("synthesis.weights.")
     }
     seen: set[str] = set()
-    combine, smooth, spread = LossWeights.__call__, LossWeights.smoothed, PatchSimilarity.entropy
+    combine, smooth, spread = (
+        FixedWeighting.__call__,
+        FixedWeighting.smoothed,
+        PatchSimilarity.entropy,
+    )
 
-    def checked(self: LossWeights, parts: Iterator[Any], step: int) -> Any:
+    def checked(self: FixedWeighting, parts: Iterator[Any], step: int) -> Any:
         parts = list(parts)
         expected = []
         for terms, view in parts:
@@ -302,7 +306,7 @@ def synthesized(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest)
         torch.testing.assert_close(gradient, torch.cat(expected), rtol=1e-3, atol=1e-5)
         return gradient, logged
 
-    def smoothed(self: LossWeights, gradient: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def smoothed(self: FixedWeighting, gradient: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
         leaf = pixels.detach().requires_grad_()
         with torch.enable_grad():
             (own,) = torch.autograd.grad(total_variation(leaf), leaf)
@@ -318,8 +322,8 @@ def synthesized(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest)
         torch.testing.assert_close(found, each.sum())
         return found
 
-    monkeypatch.setattr(LossWeights, "__call__", checked)
-    monkeypatch.setattr(LossWeights, "smoothed", smoothed)
+    monkeypatch.setattr(FixedWeighting, "__call__", checked)
+    monkeypatch.setattr(FixedWeighting, "smoothed", smoothed)
     monkeypatch.setattr(PatchSimilarity, "entropy", entropy)
     return seen
 

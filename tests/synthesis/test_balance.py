@@ -9,8 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dfq.synthesis.loss_weighting import MEASURE_EVERY, Combination, GradientShares, LossWeights
-from dfq.synthesis.losses.priors import squared_variation, total_variation
+from dfq.synthesis.loss_weighting import (
+    MEASURE_EVERY,
+    FixedWeighting,
+    GradientNormWeighting,
+    LossWeighting,
+)
+from dfq.synthesis.losses.total_variation import squared_variation, total_variation
 from dfq.synthesis.settings import SynthesisWeights
 
 SHAPE = (2, 3, 6, 6)
@@ -28,7 +33,7 @@ def problem(**directions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def gradient_of(
-    combination: Combination, terms: dict[str, Tensor], pixels: Tensor, step: int = 0
+    combination: LossWeighting, terms: dict[str, Tensor], pixels: Tensor, step: int = 0
 ) -> tuple[Tensor, Tensor]:
     """With total variation, and its value."""
     gradient, logged = combination([(terms, pixels)], step)
@@ -46,7 +51,7 @@ def only(index: int, size: float) -> Tensor:
 def test_loss_weights_are_the_plain_sum() -> None:
     pixels, terms = problem(bn=only(0, 1), first_bn=only(1, 1), task=only(2, 1))
     chosen = weights(bn=2, first_bn=3, task=5, tv=0.5)
-    gradient, logged = gradient_of(LossWeights(chosen), terms, pixels)
+    gradient, logged = gradient_of(FixedWeighting(chosen), terms, pixels)
     smoothness = total_variation(pixels)
     expected = only(0, 2) + only(1, 3) + only(2, 5)
     expected = expected + 0.5 * torch.autograd.grad(smoothness, pixels)[0]
@@ -58,14 +63,18 @@ def test_loss_weights_are_the_plain_sum() -> None:
 def test_shares_do_not_depend_on_the_size_of_a_loss(scale: float) -> None:
     # BatchNorm and the task pull at different pixels, so that their parts can be told apart.
     pixels, terms = problem(bn=only(0, 7), first_bn=only(0, 1), task=only(5, scale))
-    gradient, _ = gradient_of(GradientShares(weights(bn=2, first_bn=3, task=0.5)), terms, pixels)
+    gradient, _ = gradient_of(
+        GradientNormWeighting(weights(bn=2, first_bn=3, task=0.5)), terms, pixels
+    )
     # Unit norm over the batch times the weight; the batch has two images.
     torch.testing.assert_close(gradient, only(0, 2 / math.sqrt(2)) + only(5, 0.5 / math.sqrt(2)))
 
 
 def test_the_first_layer_counts_within_the_batchnorm_part() -> None:
     pixels, terms = problem(bn=only(0, 4), first_bn=only(1, 1), task=only(5, 1))
-    gradient, _ = gradient_of(GradientShares(weights(bn=1, first_bn=3, task=1)), terms, pixels)
+    gradient, _ = gradient_of(
+        GradientNormWeighting(weights(bn=1, first_bn=3, task=1)), terms, pixels
+    )
     # 4 and 3 of a vector of norm 5, an image.
     expected = only(0, 4 / 5) + only(1, 3 / 5) + only(5, 1)
     torch.testing.assert_close(gradient, expected / math.sqrt(2))
@@ -73,7 +82,7 @@ def test_the_first_layer_counts_within_the_batchnorm_part() -> None:
 
 def test_without_bn_the_first_layer_stands_alone() -> None:
     pixels, terms = problem(bn=only(0, 4), first_bn=only(1, 1), task=only(5, 1))
-    gradient, _ = gradient_of(GradientShares(weights(first_bn=3, task=1)), terms, pixels)
+    gradient, _ = gradient_of(GradientNormWeighting(weights(first_bn=3, task=1)), terms, pixels)
     torch.testing.assert_close(gradient, (only(1, 1) + only(5, 1)) / math.sqrt(2))
 
 
@@ -81,9 +90,9 @@ def test_total_variation_gets_its_share_of_each_image() -> None:
     directions = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
     directions[1] *= 100
     pixels, terms = problem(task=directions)
-    plain, _ = gradient_of(GradientShares(weights(task=1)), terms, pixels)
+    plain, _ = gradient_of(GradientNormWeighting(weights(task=1)), terms, pixels)
     pixels, terms = problem(task=directions)
-    smooth, _ = gradient_of(GradientShares(weights(task=1, tv=0.2)), terms, pixels)
+    smooth, _ = gradient_of(GradientNormWeighting(weights(task=1, tv=0.2)), terms, pixels)
     part = smooth - plain
     for image in range(2):
         assert float(part[image].norm() / plain[image].norm()) == pytest.approx(0.2, rel=1e-4)
@@ -95,7 +104,7 @@ def test_total_variation_gets_its_share_of_each_image() -> None:
 def test_the_image_norm_is_that_of_equation_4() -> None:
     # The gradient of a norm is the image over it; the mean is over the two images.
     pixels, terms = problem(task=only(2, 1))
-    combination = LossWeights(weights(task=5, l2=0.3))
+    combination = FixedWeighting(weights(task=5, l2=0.3))
     gradient, _ = combination([(terms, pixels)], 0)
     gradient, value = combination.darkened(gradient, pixels)
     images = pixels.detach().double().numpy()
@@ -109,7 +118,7 @@ def test_the_image_norm_gets_its_share_of_each_image() -> None:
     directions = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
     directions[1] *= 100
     pixels, terms = problem(task=directions)
-    combination = GradientShares(weights(task=1, l2=0.2))
+    combination = GradientNormWeighting(weights(task=1, l2=0.2))
     plain, _ = combination([(terms, pixels)], 0)
     dark, _ = combination.darkened(plain.clone(), pixels)
     for one, before, image in zip(dark - plain, plain, pixels.detach(), strict=True):
@@ -121,13 +130,13 @@ def test_the_image_norm_gets_its_share_of_each_image() -> None:
 
 def test_alone_total_variation_is_a_gradient_too() -> None:
     pixels, _ = problem()
-    gradient, _ = gradient_of(GradientShares(weights(tv=1)), {}, pixels)
+    gradient, _ = gradient_of(GradientNormWeighting(weights(tv=1)), {}, pixels)
     _, expected, _ = squared_variation(pixels.detach())
     torch.testing.assert_close(gradient, expected)
 
 
 def test_norms_are_measured_now_and_then() -> None:
-    shares = GradientShares(weights(bn=1, task=1))
+    shares = GradientNormWeighting(weights(bn=1, task=1))
     sizes = []
     for step in range(MEASURE_EVERY + 1):
         # The task's gradient is tenfold after the first step.

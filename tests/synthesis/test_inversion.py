@@ -15,9 +15,9 @@ from dfq.models import load_detector
 from dfq.models.base import Detector, Targets
 from dfq.synthesis.augmentation import initial_images, random_erasing
 from dfq.synthesis.inversion import Inversion, generator_for
-from dfq.synthesis.loss_weighting import COMBINATIONS, settled
+from dfq.synthesis.loss_weighting import WEIGHTINGS, settled
 from dfq.synthesis.losses.batchnorm import BatchNormStatistics
-from dfq.synthesis.losses.priors import total_variation
+from dfq.synthesis.losses.total_variation import total_variation
 from dfq.synthesis.quality import Quality, set_quality
 from dfq.synthesis.settings import LabelStage, Synthesis, SynthesisWeights
 
@@ -438,7 +438,7 @@ def test_micro_batches_give_the_gradient_of_the_batch(
     for size in (None, 6, 4, 1):
         chosen = settings(micro_batch=size, precision="float32", balance=balance, labels=labels)
         inversion = Inversion(teacher, chosen)
-        combine = COMBINATIONS[balance](chosen.weights)
+        combine = WEIGHTINGS[balance](chosen.weights)
         with inversion._watching(Generator()):
             # In the first step norms are measured, in the second they are made use of.
             found.append([combine(inversion._parts(images, targets), step) for step in (0, 1)])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dfq.kernels import loader as compiled
-from dfq.synthesis.losses.priors import squared_variation, total_variation
+from dfq.synthesis.losses.total_variation import squared_variation, total_variation
 
 
 def neighbour_differences(images: Tensor) -> list[Tensor]:

@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 from dfq.kernels import loader as compiled
-from dfq.synthesis.augmentation import initial_images, random_erasing, shown
+from dfq.synthesis.augmentation import augmented_view, initial_images, random_erasing
 
 
 @pytest.fixture(params=["compiled", "torch"])
@@ -94,7 +94,7 @@ def test_what_is_shown_and_its_gradient(flip: bool, erase: bool, dtype: torch.dt
     plain = plain.to(dtype)
     weight = torch.randn(plain.shape, generator=generator).to(dtype)
     (expected,) = torch.autograd.grad(plain, pixels, weight)
-    view = shown(pixels, flipped, erased, dtype)
+    view = augmented_view(pixels, flipped, erased, dtype)
     assert view.dtype == dtype
     assert torch.equal(view, plain)
     for layout in (torch.contiguous_format, torch.channels_last):
@@ -110,7 +110,7 @@ def test_images_of_other_channels_and_layouts() -> None:
         pixels = torch.rand(2, channels, 5, 6).contiguous(memory_format=layout).requires_grad_()
         flipped = torch.tensor([False, True])
         erased = torch.tensor([[1, 3, 0, 2]] * 2, dtype=torch.int32)
-        view = shown(pixels, flipped, erased)
+        view = augmented_view(pixels, flipped, erased)
         expected = torch.stack([pixels[0], pixels[1].flip(2)]).detach()
         expected[:, :, 1:3, 0:2] = 0
         assert torch.equal(view, expected)
