@@ -26,6 +26,11 @@ def cost(
 
     Raises:
         UserError: for anything the user can mend.
+
+    Example:
+        >>> full, low = dfq.cost("demo"), dfq.cost("run")
+        >>> full.total.disk_bytes / low.total.disk_bytes
+        4.0
     """
     if not isinstance(model, Detector):
         if is_exported(model):

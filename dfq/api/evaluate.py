@@ -72,6 +72,10 @@ def evaluate(
 
     Raises:
         UserError: for anything the user can mend.
+
+    Example:
+        >>> dfq.evaluate("demo", "set", image_size=64).images
+        8
     """
     images = open_set(data)
     target = pick_device(device)

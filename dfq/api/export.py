@@ -71,7 +71,8 @@ def export(
         UserError: for anything the user can mend; nothing is written then.
 
     Example:
-        >>> dfq.export("runs/w8a8-yolo11s-1", "yolo11s-int8.onnx")
+        >>> dfq.export("run", "demo.onnx", image_size=64, data="set").name
+        'demo.onnx'
     """
     told = reporter(progress)
     path = user_path(out, "--out", file=True)

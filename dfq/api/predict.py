@@ -56,11 +56,7 @@ def predict(
 ) -> Predictions:
     """What a detector finds in images, with boxes in their own pixels.
 
-    >>> found = dfq.predict("runs/w4a8-yolo11s-1", "my/photos", out="pictures")
-    >>> for one in found:
-    ...     print(one.file, one.categories, one.scores, one.boxes)
-    >>> detections = found[0].to_supervision()      # trackers, zones, annotators of supervision
-    >>> supervision.BoxAnnotator().annotate(cv2.imread(found[0].file), detections)
+    `to_supervision` of each gives what the trackers, zones and annotators of supervision take.
 
     Args:
         model: a detector, or what names one, a run folder, or an exported file.
@@ -81,6 +77,11 @@ def predict(
     Raises:
         UserError: for anything the user can mend: no image can be read, or something that this did
             not write is in the way in `out`.
+
+    Example:
+        >>> found = dfq.predict("run", "set/images", threshold=0.9)
+        >>> len(found)
+        8
     """
     if not (isinstance(threshold, int | float) and 0 <= threshold <= 1):
         raise UserError(f"{argument('threshold', threshold)}: is no score; give one from 0 to 1")

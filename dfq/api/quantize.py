@@ -58,6 +58,12 @@ def quantize(
 
     Raises:
         UserError: for anything the user can mend.
+
+    Example:
+        >>> ptq = {"method": "ptq"}
+        >>> run = dfq.quantize("w8a8", model="demo", data="set", out="run", overrides=ptq)
+        >>> sorted(path.name for path in run.glob("m*"))
+        ['manifest.json', 'metrics.json', 'model.safetensors']
     """
     settings = changed_recipe(
         recipe,

@@ -39,6 +39,10 @@ def report(
 
     Raises:
         UserError: for anything the user can mend.
+
+    Example:
+        >>> dfq.report("run").name
+        'report.html'
     """
     folder = user_path(run)
     if not is_run(folder):

@@ -42,6 +42,12 @@ def sensitivity(
 
     Raises:
         UserError: for anything the user can mend.
+
+    Example:
+        >>> widths = {"quantization.mixed.candidates": [4, 8]}
+        >>> found = dfq.sensitivity("demo", data="set", images=1, overrides=widths)
+        >>> len(found.layers) == len(dfq.inspect("demo").layers)
+        True
     """
     settings = changed_recipe(
         recipe,

@@ -58,6 +58,12 @@ def synthesize(
 
     Raises:
         UserError: for anything the user can mend.
+
+    Example:
+        >>> quick = {"images": 8, "image_size": 64, "iterations": 2, "labels": "single"}
+        >>> made = dfq.synthesize("demo", out="set", **quick)
+        >>> len(made), made.load([0]).shape
+        (8, torch.Size([1, 3, 64, 64]))
     """
     init, iterations, labels = as_noise(init, iterations, labels, overrides)
     settings = changed_recipe(

@@ -89,8 +89,8 @@ def verify(
         UserError: for anything the user can mend; the file and the model do not belong together.
 
     Example:
-        >>> dfq.verify("yolo11s-int8.onnx", "runs/w8a8-yolo11s-1").faults
-        []
+        >>> dfq.verify("demo.onnx", "run", data="set").file
+        'demo.onnx'
     """
     told = reporter(progress)
     opened = _open(user_path(file), threads, trust)

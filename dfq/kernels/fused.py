@@ -1,8 +1,8 @@
 """BatchNorm statistics fused with the activation they are taken before, for GPUs.
 
-What `batchnorm.c` does on a CPU, in Triton, which comes with PyTorch for CUDA: the sums for mean and
-variance on the way forwards, and their gradient on the way back, in the passes over an activation
-that are made anyway. Imported where there is such a GPU alone.
+What `batchnorm.c` does on a CPU, in Triton, which comes with PyTorch for CUDA: the sums for mean
+and variance on the way forwards, and their gradient on the way back, in the passes over an
+activation that are made anyway. Imported where there is such a GPU alone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""GPTQ with asymmetric calibration (GPTAQ): each layer is rounded to match the float layer's output.
+"""GPTQ with asymmetric calibration (GPTAQ): each layer is rounded to match the float one's output.
 
 Rounded to the nearest level, each weight errs on its own, and errors add up over a layer and over
 the network. Here a layer's weights are rounded one input after another, and what the rounding of

@@ -125,6 +125,10 @@ def load_recipe(name: str | Path | None, overrides: Overrides = (), **values: An
 
     Raises:
         UserError: one line for each thing that is wrong, with the key's path.
+
+    Example:
+        >>> dfq.load_recipe("w4a8", ["quantization.weight_bits=3"]).quantization.weight_bits
+        3
     """
     if name is None:
         data: dict[str, Any] = {}

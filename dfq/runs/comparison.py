@@ -62,6 +62,10 @@ def compare(runs: Sequence[str | Path]) -> list[Row]:
 
     Raises:
         UserError: one is no run, is unfinished or damaged.
+
+    Example:
+        >>> [row.run for row in dfq.compare(["run"])]
+        ['run']
     """
     if not runs:
         raise UserError("which runs? name at least one run folder")

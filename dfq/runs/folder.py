@@ -334,6 +334,10 @@ def load_run(folder: str | Path, *, device: str = "cpu") -> Detector:
 
     Raises:
         UserError: where the run is unfinished, or its files are not what they were.
+
+    Example:
+        >>> dfq.load_run("run").image_size
+        160
     """
     folder = Path(folder)
     manifest = check_run(folder)

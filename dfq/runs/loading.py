@@ -29,6 +29,10 @@ def load_detector(source: str | Path, *, trust: bool = False, device: str = "cpu
 
     Raises:
         UserError: nothing by that name, no detector in it, no network, or no such device.
+
+    Example:
+        >>> dfq.load_detector("demo").names[:2]
+        ['ball', 'ring']
     """
     path = user_path(source)
     stored = path.suffix.lower() == ".safetensors" and path.is_file()

@@ -2,8 +2,9 @@
 
 A YOLOv5 and a YOLO11 of one size differ a hundredfold in the gradients of their losses, and a deep
 network has more BatchNorm distances to sum than a shallow one: weights on the losses, as in
-the paper, have to be found anew for each of them. `GradientNormWeighting` reads a weight as a share of the
-gradient instead, which holds for every network, batch and image size; `FixedWeighting` is the paper's.
+the paper, have to be found anew for each of them. `GradientNormWeighting` reads a weight as a share
+of the gradient instead, which holds for every network, batch and image size; `FixedWeighting` is
+the paper's.
 """
 
 from __future__ import annotations
