@@ -22,7 +22,8 @@ MOST = 2**31 - 1
 _TILE, _BLOCK = 2048, 1024
 
 
-@triton.jit
+# Compiled anew only for what says how values are aligned.
+@triton.jit(do_not_specialize=["rows", "stride"])
 def _forward_kernel(
     x, out, expected, sums, squares, rows, channels, stride,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, LOOPS: tl.constexpr, SILU: tl.constexpr,
@@ -49,7 +50,7 @@ def _forward_kernel(
     tl.atomic_add(squares + group * stride + channel, square, mask=within)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["numel", "of_group", "channels", "stride"])
 def _backward_kernel(
     x, grad, out, slope, offset, numel, of_group, channels, stride,
     BLOCK: tl.constexpr, SILU: tl.constexpr,

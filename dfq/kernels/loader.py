@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -96,6 +97,18 @@ def why_none() -> str | None:
 def usable(x: Tensor) -> bool:
     """Whether the functions can be had, and take values of this type on this device."""
     return x.device.type == "cpu" and x.dtype in TYPES and x.numel() > 0 and _library() is not None
+
+
+@functools.cache
+def fused_pixels(device: torch.device) -> ModuleType | None:
+    """The kernels for images on a GPU, where they can be had."""
+    if device.type != "cuda":
+        return None
+    try:
+        from . import fused_pixels as found
+    except ImportError:
+        return None
+    return found if found.why_not(device) is None else None
 
 
 def call(name: str, dtype: torch.dtype, tensors: Sequence[Tensor], *sizes: int) -> None:

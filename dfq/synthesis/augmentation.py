@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from ..kernels.loader import call, usable
+from ..kernels.loader import call, fused_pixels, usable
+from ..kernels.plain import blanked, mirrored
 
 
 def initial_images(count: int, size: int, kind: str, generator: Generator) -> Tensor:
@@ -73,8 +74,11 @@ class _Shown(torch.autograd.Function):
         ctx: Any, pixels: Tensor, flipped: Tensor | None, erased: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
         ctx.save_for_backward(flipped, erased)
+        kernels = fused_pixels(pixels.device)
+        if kernels is not None and _takes(pixels):
+            return cast(Tensor, kernels.view(pixels, *_drawn(pixels, flipped, erased), dtype))
         if not (pixels.is_contiguous() and _compiled(pixels)):
-            return _blanked(_mirrored(pixels, flipped), erased).to(dtype)
+            return blanked(mirrored(pixels, flipped), erased).to(dtype)
         view = torch.empty_like(pixels, dtype=dtype, memory_format=torch.channels_last)
         drawn, line = _drawn(pixels, flipped, erased), pixels.new_empty(3 * pixels.shape[3])
         call("view", dtype, (pixels, view, *drawn, line), *_extent(pixels))
@@ -84,14 +88,22 @@ class _Shown(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         flipped, erased = ctx.saved_tensors
+        kernels = fused_pixels(grad.device)
+        if kernels is not None and _takes(grad):
+            made = cast(Tensor, kernels.view_backward(grad, *_drawn(grad, flipped, erased)))
+            return made, None, None, None
         if not _compiled(grad):
             grad = grad.to(torch.float32, memory_format=torch.contiguous_format)
-            return _mirrored(_blanked(grad, erased), flipped), None, None, None
+            return mirrored(blanked(grad, erased), flipped), None, None, None
         grad = grad.contiguous(memory_format=torch.channels_last)
         out = torch.empty_like(grad, dtype=torch.float32, memory_format=torch.contiguous_format)
         drawn = _drawn(grad, flipped, erased)
         call("view_backward", grad.dtype, (grad, out, *drawn), *_extent(grad))
         return out, None, None, None
+
+
+def _takes(images: Tensor) -> bool:
+    return images.ndim == 4 and images.shape[1] == 3 and images[0].numel() < 2**31
 
 
 def _compiled(images: Tensor) -> bool:
@@ -104,28 +116,13 @@ def _extent(images: Tensor) -> tuple[int, int, int]:
 
 
 def _drawn(images: Tensor, flipped: Tensor | None, erased: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What was drawn as the compiled functions take it."""
+    """What was drawn as the compiled functions take it, and the kernels."""
     count = len(images)
-    flipped = torch.zeros(count, dtype=torch.bool) if flipped is None else flipped
-    erased = torch.zeros(count, 4, dtype=torch.int32) if erased is None else erased
-    return flipped.contiguous(), erased.contiguous()
-
-
-def _mirrored(images: Tensor, flipped: Tensor | None) -> Tensor:
     if flipped is None:
-        return images.view_as(images)
-    return torch.where(flipped[:, None, None, None], images.flip(3), images)
-
-
-def _blanked(images: Tensor, erased: Tensor | None) -> Tensor:
+        flipped = torch.zeros(count, dtype=torch.bool, device=images.device)
     if erased is None:
-        return images
-    first_row, last_row, first_column, last_column = erased.T[..., None]
-    rows = torch.arange(images.shape[2], device=images.device)
-    columns = torch.arange(images.shape[3], device=images.device)
-    down = (first_row <= rows) & (rows < last_row)
-    across = (first_column <= columns) & (columns < last_column)
-    return images.masked_fill((down[:, :, None] & across[:, None])[:, None], 0)
+        erased = torch.zeros(count, 4, dtype=torch.int32, device=images.device)
+    return flipped.contiguous(), erased.contiguous()
 
 
 def resized(images: Tensor, size: int) -> Tensor:

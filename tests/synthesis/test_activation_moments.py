@@ -91,15 +91,17 @@ INTERPRETED = """
 import torch
 from tiny_detector import tiny_detector
 
-from dfq.quantization.convert import fold
-from dfq.kernels import fused, moments
-from dfq.synthesis.statistics import BatchNormStatistics
+from dfq.graph.fold_batchnorm import fold
+from dfq.kernels import batchnorm as moments
+from dfq.kernels import fused, fused_pixels
+from dfq.synthesis.losses.batchnorm import BatchNormStatistics
 
 detector = fold(tiny_detector())
 detector.module.requires_grad_(False)
 detector.module.to(memory_format=torch.channels_last)
 images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-assert fused.why_not(torch.device("cpu")) is None
+for kernels in (fused, fused_pixels):
+    assert kernels.why_not(torch.device("cpu")) is None
 found = []
 for kernels in (None, fused):
     moments._fused = lambda device, kernels=kernels: kernels

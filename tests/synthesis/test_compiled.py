@@ -142,7 +142,7 @@ def test_a_worker_that_cannot_compile_makes_nothing(
     known = determinants(detector, settings(), 0)
     known.pop("kernels", None)
     monkeypatch.setattr(compiled, "_library", lambda: None)
-    job = pickle.dumps((detector, settings(), Plan(0, 2, 2), tmp_path / "set", known))
+    job = pickle.dumps((detector, "cpu", settings(), Plan(0, 2, 2), tmp_path / "set", known, 1))
     with pytest.raises(UserError, match="the images would differ"):
         worker._work(None, job)  # type: ignore[arg-type]
     assert not (tmp_path / "set").exists()

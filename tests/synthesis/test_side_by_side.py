@@ -16,6 +16,7 @@ from torchvision.ops import complete_box_iou_loss
 
 from dfq.demo import demo_weights
 from dfq.errors import UserError
+from dfq.kernels.loader import why_none
 from dfq.models import load_detector
 from dfq.models.base import Detector, Targets
 from dfq.models.yolov5.static_loss import box_loss
@@ -278,6 +279,56 @@ def test_an_iteration_waits_for_nothing(
     labels = scattered(Generator(), COUNT * shards, 3, most=9, smallest_area=0.01)
     inversion.optimise(images, labels, 5, 0.01, generators, stage="full")
     assert steps == [0, 1, 2, 3, 4]
+
+
+class Counting(TorchDispatchMode):
+    """Counts operations that compute something."""
+
+    FREE = (
+        *("view", "_unsafe_view", "slice", "select", "transpose", "t", "permute", "expand"),
+        *("unsqueeze", "squeeze", "detach", "alias", "as_strided", "split", "split_with_sizes"),
+        *("unbind", "unfold", "empty", "new_empty", "empty_like", "empty_strided"),
+        *("new_empty_strided", "_record_function_enter_new", "_record_function_exit"),
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.count += func._schema.name.rpartition("::")[2] not in self.FREE
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_an_iteration_has_few_operations_more_than_the_bare_pass(
+    static: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if why_none() is not None:
+        pytest.skip(f"without compiled functions there are more ({why_none()})")
+    inversion = Inversion(load_detector("yolo11n.yaml"), settings(iterations=4))
+    inversion.static = static
+    plain, counts = Iteration.__call__, []
+
+    def watched(self: Iteration, inputs: Any, step: int) -> Any:
+        with Counting() as found:
+            terms = plain(self, inputs, step)
+        counts.append(found.count)
+        return terms
+
+    monkeypatch.setattr(Iteration, "__call__", watched)
+    images = torch.rand(COUNT, 3, SIZE, SIZE)
+    labels = scattered(Generator(), COUNT, 3, most=9, smallest_area=0.01)
+    inversion.optimise(images, labels, 4, 0.01, Generator(), stage="full")
+    pixels = images.contiguous(memory_format=torch.channels_last).requires_grad_()
+    with Counting() as bare:
+        levels = inversion.detector.levels(inversion.detector.raw(pixels))
+        torch.autograd.grad(levels, pixels, [torch.ones_like(level) for level in levels])
+    # Most of what comes on top is the task's loss and its gradient, whatever the network.
+    assert counts[2] - bare.count < 450
+    assert counts[2] < 2 * bare.count
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

@@ -19,50 +19,40 @@ from .loss import Points, Rule, _boxes, _focal, _inside, _overlaps
 
 
 class _Rows(torch.autograd.Function):
-    """What a branch predicts at places of which some may be given twice: `(k, c)` of `(n, c, A)`,
-    in float32."""
+    """What a branch predicts at places of which some may be given twice: `(k, c)` of `(all, c)`, in
+    float32."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, image: Tensor, point: Tensor) -> Tensor:
-        ctx.save_for_backward(values, image, point)
-        return values.mT[image, point].float()
+    def forward(ctx: Any, values: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(values, place)
+        return values.index_select(0, place).float()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        values, image, point = ctx.saved_tensors
-        whole = torch.zeros_like(values.mT)
-        whole.index_put_((image, point), grad.to(whole.dtype), accumulate=True)
-        return whole.mT, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        values, place = ctx.saved_tensors
+        return torch.zeros_like(values).index_add_(0, place, grad.to(values.dtype)), None
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """As that of `ultralytics_loss`, summed by shard: `(shards,)`; places may be given twice, with
-    scores that add up."""
+    """As that of `ultralytics_loss`, of logits `(all, classes)`, summed by shard: `(shards,)`;
+    values, numbered one after the other, may be named twice, with scores that add up."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        image: Tensor,
-        category: Tensor,
-        point: Tensor,
-        wanted: Tensor,
-        shards: int,
-    ) -> Tensor:
-        ctx.save_for_backward(logits, image, category, point, wanted)
-        positive = logits[image, category, point].float() * wanted
-        each = F.softplus(logits.float()).unflatten(0, (shards, -1)).sum(dim=(1, 2, 3))
+    def forward(ctx: Any, logits: Tensor, value: Tensor, wanted: Tensor, shards: int) -> Tensor:
+        ctx.save_for_backward(logits, value, wanted)
+        positive = logits.view(-1).index_select(0, value).float() * wanted
+        each = F.softplus(logits.float()).view(shards, -1).sum(1)
         return each - positive.view(shards, -1).sum(1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        logits, image, category, point, wanted = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        logits, value, wanted = ctx.saved_tensors
         slope = logits.float().sigmoid()
-        slope.index_put_((image, category, point), -wanted, accumulate=True)
-        each = grad[:, None].expand(-1, len(logits) // len(grad)).reshape(-1, 1, 1)
-        return (slope * each).to(logits.dtype), None, None, None, None, None
+        slope.view(-1).index_add_(0, value, -wanted)
+        slope = slope.view(len(grad), -1) * grad[:, None]
+        return slope.view_as(logits).to(logits.dtype), None, None, None
 
 
 def _best(values: Tensor, count: int) -> Tensor:
@@ -165,8 +155,12 @@ def branch_losses(
     wanted = scores[index, point] * real
     total = wanted.view(shards, -1).sum(1).clamp_min(1)
 
-    entropy = _CrossEntropy.apply(branch.scores, image, category[index], point, wanted, shards)
-    logits = _Rows.apply(branch.boxes, image, point)
+    # As they lie in memory, place after place.
+    values, rows = (part.mT.flatten(0, 1) for part in (branch.scores, branch.boxes))
+    place = image * len(points.centres) + point
+    value = place * values.shape[1] + category[index]
+    entropy = _CrossEntropy.apply(values.contiguous(), value, wanted, shards)
+    logits = _Rows.apply(rows, place)
     centres, scale = points.centres[point], points.strides[point]
     met = boxes[index] / scale
     box = (1 - _overlaps(_boxes(logits, centres), met)) * wanted

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,6 @@ from .loss import (
     CLASS_GAIN,
     OBJECTNESS_GAIN,
     _corners,
-    _Read,
     balance_of,
     boxes_of,
 )
@@ -43,6 +43,24 @@ def _cell_weights(
 ) -> Tensor:
     each = [torch.full((n,), w / n) for n, w in zip(cells, weights, strict=True)]
     return torch.cat(each).to(device)
+
+
+class _Read(torch.autograd.Function):
+    """Of predictions `(all, 5 + classes)`, those at `k` places, of which some may be given twice,
+    and every objectness; in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(flat, place)
+        return flat.index_select(0, place).float(), flat[:, 4].float()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, picked: Tensor, objectness: Tensor) -> tuple[Tensor, None]:
+        flat, place = ctx.saved_tensors
+        grad = torch.zeros_like(flat)
+        grad[:, 4] = objectness
+        return grad.index_add_(0, place, picked.to(grad.dtype)), None
 
 
 def box_loss(predicted: Tensor, wanted: Tensor) -> Tensor:
@@ -119,11 +137,9 @@ def shard_losses(
             [centres[:, None] - corner, extent[:, None].expand(-1, len(shifts), -1)], dim=2
         )
         anchor = torch.arange(count, device=logits.device)[:, None]
-        index = torch.broadcast_tensors(image, anchor, row[:, None], column[:, None])
-        index = [part.flatten() for part in index]
-        picked, objectness = _Read.apply(logits, *index)
         place = ((image * count + anchor) * height + row[:, None]) * width + column[:, None]
-        # Of the level among all, to that of the shard, to that of all levels of the shard.
+        picked, objectness = _Read.apply(logits.reshape(-1, outputs), place.flatten())
+        # Of the level among all, to that of all levels of the shard.
         places.append((place + shard * (every - cells) + offset).flatten())
         rows.append(picked)
         seen.append(objectness.reshape(shards, cells))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ...kernels.loader import call, usable
+from ...kernels.loader import call, fused_pixels, usable
+from ...kernels.plain import plain_variation
 
 
 def batch_norms(values: Tensor, shards: int) -> Tensor:
@@ -68,6 +66,7 @@ def squared_variation(images: Tensor, shards: int = 1) -> tuple[Tensor, Tensor, 
         differences, over the number of pixels; the gradient `(n, 3, h, w)` of half the sum of
         squared differences; and that gradient's norm in each image, `(n,)`.
     """
+    kernels = fused_pixels(images.device)
     if images.dtype == torch.float32 and images.is_contiguous() and usable(images):
         gradient = torch.empty_like(images)
         count, channels, height, width = images.shape
@@ -76,35 +75,14 @@ def squared_variation(images: Tensor, shards: int = 1) -> tuple[Tensor, Tensor, 
         sizes = (count, channels * height, height, width)
         call("variation", images.dtype, (images, gradient, sums, line), *sizes)
         norms, inner = sums[:, 0].sqrt().float(), sums[:, 1].view(shards, -1).sum(1).float()
+    elif kernels is not None and images.dtype == torch.float32 and images.is_contiguous():
+        gradient, both = kernels.variation(images)
+        norms, inner = both[:, 0].sqrt(), both[:, 1].view(shards, -1).sum(1)
     else:
-        gradient = _laplacian(images)
+        gradient = plain_variation(images)
         norms = torch.linalg.vector_norm(gradient, dim=(1, 2, 3))
         each = zip(images.chunk(shards), gradient.chunk(shards), strict=True)
         inner = torch.stack([torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in each])
     # For a quadratic form, the value is half the inner product with the gradient.
     value = inner / (images.numel() // shards)
     return (value[0] if shards == 1 else value), gradient, norms
-
-
-def _laplacian(images: Tensor) -> Tensor:
-    padded = F.pad(images, (1, 1, 1, 1))
-    rows = padded[:, :, :-2] + padded[:, :, 1:-1]
-    rows += padded[:, :, 2:]
-    around = rows[..., :-2] + rows[..., 1:-1]
-    around += rows[..., 2:]
-    return torch.addcmul(
-        around, images, _neighbours(*images.shape[2:], images.device), value=-1
-    ).neg_()
-
-
-@functools.lru_cache(maxsize=16)
-def _neighbours(height: int, width: int, device: torch.device) -> Tensor:
-    """Of each pixel, itself among them: `(h, w)`."""
-    down = torch.full((height, 1), 3.0, device=device)
-    across = torch.full((1, width), 3.0, device=device)
-    # Fewer at the border; a side of one pixel has none.
-    down[0] -= 1
-    down[-1] -= 1
-    across[:, 0] -= 1
-    across[:, -1] -= 1
-    return down * across
