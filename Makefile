@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: env test lint demo clean recipes
+.PHONY: env test test-fast lint demo clean recipes
 
 env: $(STAMP)
 
@@ -18,6 +18,10 @@ $(STAMP): pyproject.toml constraints.txt
 # A process for each core, up to four; a file's tests stay together, for what they share.
 test: env
 	YOLO_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+# The unit tests: what to run while working.
+test-fast: env
+	YOLO_OFFLINE=1 $(BIN)/python -m pytest -m unit -n auto --maxprocesses 4 --dist loadfile
 
 lint: env
 	$(BIN)/ruff check .

@@ -24,6 +24,27 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 
 
+TESTS = Path(__file__).resolve().parent
+
+WHOLE_COMMANDS = ("e2e", "cases")
+"""Folders of tests that run whole commands, or on whole inputs of users."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give every test its tier: by its folder, and by what it asks for."""
+    for item in items:
+        place = item.path.relative_to(TESTS).parts
+        marks = set()
+        if "kit" in getattr(item, "fixturenames", ()):
+            marks.add("kit")
+        if "mmdet" in item.nodeid or "mask-rcnn" in item.nodeid or place[0] == "integrations":
+            marks.add("mmdet")
+        if place[0] in WHOLE_COMMANDS:
+            marks.add("e2e")
+        for mark in marks or {"unit"}:
+            item.add_marker(mark)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     """Every test draws the same numbers in every run, and so do the fixtures it is first to ask

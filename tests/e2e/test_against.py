@@ -192,9 +192,9 @@ def test_squares_are_looked_at_as_they_are(low: Path, photos: Path) -> None:
         [torch.from_numpy(pictures.load_image(i)).permute(2, 0, 1) for i in range(len(pictures))]
     )
     network, reference = dfq.load_run(low), dfq.load_detector("demo")
-    same = on_squares(reference, reference, pixels, batch_size=4)
+    same = on_squares(reference, reference, pixels)
     assert same.objects == same.kept == same.kept_above > 6
-    other = on_squares(network, reference, pixels, batch_size=4)
+    other = on_squares(network, reference, pixels)
     assert other.objects == same.objects
     # The photos are squares of the size that the networks take: nothing is made of them first.
     found = dfq.evaluate(network, photos, against=reference, image_size=160)
