@@ -25,7 +25,7 @@ from torch import Generator, Tensor, nn
 
 from ..errors import UserError
 from ..graph.execution import last_layer_of_block
-from ..models.base import Detector
+from ..models.base import Model
 from ..quantization.layers import QuantConv2d, QuantLinear, QuantSiLU
 from ..quantization.quantizers import Quantizer
 from ..quantization.range_search import FINE, grid_between
@@ -294,8 +294,8 @@ def is_too_wide(layer: QuantConv2d | QuantLinear) -> bool:
 
 @torch.no_grad()
 def gptq_quantize(
-    student: Detector,
-    teacher: Detector,
+    student: Model,
+    teacher: Model,
     images: Tensor,
     *,
     damping: float = DAMPING,
@@ -327,7 +327,7 @@ def gptq_quantize(
     ended = last_layer_of_block(order, blocks)
     with (
         without_fine_activations(student.module),
-        student.following(teacher, batches),
+        student.shared_proposals(teacher, batches),
         BlockOutputCache.of(student, batches, blocks) as ours,
         BlockOutputCache.of(teacher, batches, blocks) as theirs,
     ):

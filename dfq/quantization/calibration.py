@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..graph.execution import hooks
-from ..models.base import Detector
+from ..models.base import Model
 from .factors import bound_factors
 from .layers import QuantConv2d, QuantLinear
 from .quantizers import Quantizer, grid
@@ -54,7 +54,7 @@ class Observer:
 
 @torch.no_grad()
 def run_observers(
-    detector: Detector,
+    detector: Model,
     batches: Iterable[Tensor],
     *,
     samples: int = 16384,
@@ -153,7 +153,7 @@ def set_range(quantizer: Quantizer, values: Tensor, search: str) -> None:
 
 @torch.no_grad()
 def calibrate(
-    detector: Detector,
+    detector: Model,
     batches: Iterable[Tensor],
     *,
     search: str = "mse",

@@ -210,7 +210,7 @@ def test_a_student_can_follow_the_teachers_proposals(name: str, images: Tensor) 
         assert any(
             x.shape != y.shape or not torch.equal(x, y) for x, y in zip(expected, own, strict=True)
         )
-        with student.following(teacher, [images]):
+        with student.shared_proposals(teacher, [images]):
             led = student.raw(images).second
             assert all(map(torch.equal, led.proposals, expected))
             # Its own features and weights classify them.
