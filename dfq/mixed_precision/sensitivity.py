@@ -121,8 +121,8 @@ def measure(
         policy: which layers are free, and how scales are laid out.
         batches: images `(n, 3, h, w)` in [0, 1].
         candidates: widths to try.
-        search: how ranges are found, a key of `ranges.SEARCHES`.
-        rounding: "gptq" (see `second_order`) or "nearest".
+        search: how ranges are found, a key of `range_search.SEARCHES`.
+        rounding: "gptq" (see `gptq`) or "nearest".
         calibration: images that ranges are found on, and what rounding makes up for; None: the
             `batches`.
         progress: called with measurements done and measurements in all.

@@ -79,7 +79,7 @@ def refine_grids(
     Args:
         student: quantizers inserted and calibrated, weights still those of the teacher; the scales
             and zero points of its quantizers of activations are changed in place.
-        teacher: the float detector it is a twin of, folded.
+        teacher: the float detector it is a copy of, folded.
         images: uint8 `(n, 3, h, w)`, RGB.
         batch_size: images of one forward pass.
         progress: called with quantizers done and quantizers in all.

@@ -309,7 +309,7 @@ def gptq_quantize(
     Args:
         student: quantizers inserted and calibrated, weights still those of the teacher; changed in
             place: its weights lie on their grids afterwards, and its biases are corrected.
-        teacher: the float detector it is a twin of, folded.
+        teacher: the float detector it is a copy of, folded.
         images: uint8 `(n, 3, h, w)`, RGB.
         damping, ridge: see `gptq_round` and `target_weights`.
         batch_size: images of one forward pass.

@@ -76,7 +76,7 @@ def quantized(
     data: Pixels | None,
     progress: Progress,
 ) -> AnyModel:
-    """A twin of the folded `teacher` with quantizers; unless `data` is None calibrated on it, and
+    """A copy of the folded `teacher` with quantizers; unless `data` is None calibrated on it, and
     its weights rounded as `section` says."""
     student = insert_quantizers(teacher.clone(), policy)
     if section.ranges == "lsq":

@@ -96,7 +96,7 @@ def run_observers(
 
 @torch.no_grad()
 def set_weight_range(layer: QuantConv2d | QuantLinear, search: str) -> None:
-    """Set the initial scales of a layer's weights; `search` is a key of `ranges.SEARCHES`."""
+    """Set the initial scales of a layer's weights; `search` is a key of `range_search.SEARCHES`."""
     weights, find = layer.weight_quantizer, SEARCHES[search]
     if find is lsq and layer.input_quantizer.asymmetric:
         # Zero points of activations make it LSQ+.
@@ -165,7 +165,7 @@ def calibrate(
     Args:
         detector: with quantizers inserted; they let everything through while this runs.
         batches: images `(n, 3, h, w)` in [0, 1].
-        search: a key of `ranges.SEARCHES`; min-max sees every value, the others a sample.
+        search: a key of `range_search.SEARCHES`; min-max sees every value, the others a sample.
         samples: values of an activation the search works on.
         progress: called with the number of images after each batch.
 
