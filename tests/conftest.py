@@ -26,6 +26,9 @@ torch.set_num_threads(1)
 
 TESTS = Path(__file__).resolve().parent
 
+WHOLE_COMMANDS = ("e2e", "cases")
+"""Folders of tests that run whole commands, or on whole inputs of users."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give every test its tier: by its folder, and by what it asks for."""
@@ -34,9 +37,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         marks = set()
         if "kit" in getattr(item, "fixturenames", ()):
             marks.add("kit")
-        if "mmdet" in item.nodeid or "mask-rcnn" in item.nodeid or "integrations" in place:
+        if "mmdet" in item.nodeid or "mask-rcnn" in item.nodeid or place[0] == "integrations":
             marks.add("mmdet")
-        if place[0] == "e2e":
+        if place[0] in WHOLE_COMMANDS:
             marks.add("e2e")
         for mark in marks or {"unit"}:
             item.add_marker(mark)

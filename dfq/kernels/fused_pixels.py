@@ -78,7 +78,7 @@ def _variation_kernel(
 
 
 def view(pixels: Tensor, flipped: Tensor, erased: Tensor, dtype: torch.dtype) -> Tensor:
-    """See `augmentation.augmented_view`; channels innermost.
+    """See `views.shown`; channels innermost.
 
     Args:
         pixels: float32 `(n, 3, h, w)`.

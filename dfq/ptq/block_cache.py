@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..graph.execution import StopForward, calls_in_order, hooks
-from ..models.base import Model
+from ..models.base import Detector
 
 ROOM = 2 * 1024**3
 """Bytes that the outputs of one network may take."""
@@ -53,7 +53,7 @@ class BlockOutputCache:
     @classmethod
     def of(
         cls,
-        detector: Model,
+        detector: Detector,
         batches: Sequence[Tensor],
         names: Iterable[str],
         *,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import ablate_synthesis
 from click.testing import CliRunner
-from support.cli_parts import real_set, stamps
+from test_cli import real_set, stamps
 
 
 def test_a_table_and_nothing_made_twice(place: Path, model: Path) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from support.cli_parts import real_set
-from support.harness import SIZES, as_shipped, command
-from support.small_mmdet import enliven, write_config
-from support.torchvision_cli_parts import write_scenes
+from harness import SIZES, as_shipped, command
+from small_mmdet import enliven, write_config
+from test_cli import real_set
+from test_torchvision_cli import write_scenes
 
 from dfq.demo.scenes import write_coco
 from dfq.models import load_detector, save_detector

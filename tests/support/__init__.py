@@ -1,1 +1,0 @@
-"""What several tests take: small networks, files, commands, rules."""
