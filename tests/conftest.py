@@ -26,20 +26,17 @@ torch.set_num_threads(1)
 
 TESTS = Path(__file__).resolve().parent
 
-WHOLE_COMMANDS = ("e2e", "cases")
-"""Folders of tests that run whole commands, or on whole inputs of users."""
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give every test its tier: by its folder, and by what it asks for."""
+    """Give every test its tier: by its folder, by what it asks for, or as its file says."""
     for item in items:
         place = item.path.relative_to(TESTS).parts
         marks = set()
         if "kit" in getattr(item, "fixturenames", ()):
             marks.add("kit")
-        if "mmdet" in item.nodeid or "mask-rcnn" in item.nodeid or place[0] == "integrations":
+        if "mmdet" in item.nodeid or "mask-rcnn" in item.nodeid or "integrations" in place:
             marks.add("mmdet")
-        if place[0] in WHOLE_COMMANDS:
+        if place[0] == "e2e" or item.get_closest_marker("e2e"):
             marks.add("e2e")
         for mark in marks or {"unit"}:
             item.add_marker(mark)

@@ -40,8 +40,8 @@ def mmdet_config(
     BASE is the detector's own config, a file. Its validation set is kept if it is there.
     """
     from ..data.calibration_set import CalibrationSet
-    from ..integrations.mmdet.config_writer import TRAINED, compares
-    from ..integrations.mmdet.config_writer import mmdet_config as text_of
+    from ..integrations.mmdet_config import TRAINED, compares
+    from ..integrations.mmdet_config import mmdet_config as text_of
     from ..models.mmdet.config import missing_validation, read_config
     from ..recipe import find_recipe, load_recipe
 

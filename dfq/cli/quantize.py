@@ -71,7 +71,7 @@ def _options(command: F) -> F:
     return command
 
 
-@click.command()
+@click.command(short_help="Make the low-bit detector: calibrate, round, train.")
 @_options
 @report_user_errors
 def quantize(**given: Any) -> None:
@@ -88,7 +88,7 @@ def quantize(**given: Any) -> None:
 @report_user_errors
 def qat(overrides: tuple[str, ...], **given: Any) -> None:
     """dfq quantize that insists on training: a recipe whose method is auto has method qat, which
-    fails where training diverges.
+    fails where training diverges, unless --set says another method.
 
     On several GPUs or nodes: torchrun --nproc-per-node=GPUS -m dfq qat ...
     """
@@ -125,7 +125,8 @@ def _quantize(
         distillation__select_on=select_on,
         synthesis__image_size=image_size,
     )
-    if trains and settings.method == "auto":
+    chosen = any(text.partition("=")[0].strip() == "method" for text in overrides)
+    if trains and not chosen and settings.method == "auto":
         settings = settings.model_copy(update={"method": "qat"})
     folder = verb(
         settings,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, shown
-from ..models.base import Detector, Targets
+from ..models.base import Model, Targets
 from ..runtime.files import user_path
 from .calibration_set import CalibrationSet
 from .image_set import ImageSet, image_size
@@ -29,7 +29,7 @@ class LetterboxedImages:
             its boxes is usable.
     """
 
-    def __init__(self, images: ImageSet, detector: Detector, size: int) -> None:
+    def __init__(self, images: ImageSet, detector: Model, size: int) -> None:
         self.images, self.size, self.stride = images, size, detector.stride
         images.require_boxes()
         # An unlabelled set has no names to match.
@@ -54,7 +54,7 @@ class LetterboxedImages:
 
 
 def open_training_data(
-    source: str | Path, detector: Detector, size: int | None
+    source: str | Path, detector: Model, size: int | None
 ) -> CalibrationSet | LetterboxedImages:
     """A calibration set of this very detector, or any real set letterboxed to `size`.
 

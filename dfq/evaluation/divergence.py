@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from ..data.pixels import Pixels
-from ..models.base import Detector
+from ..models.base import Model
 from ..models.divergence import total_divergence
 
 
-def mean_divergence(student: Detector, teacher: Detector, data: Pixels) -> float:
+def mean_divergence(student: Model, teacher: Model, data: Pixels) -> float:
     """How far the predictions of two networks are apart, per image: the training's own divergence
     (`total_divergence`) over each distribution of the head. On real images it tells low-bit
     networks apart that AP, on a few hundred images, cannot.

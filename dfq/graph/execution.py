@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..models.base import Detector
+from ..models.base import Model
 
 
 class StopForward(Exception):
@@ -43,7 +43,7 @@ def hooks(handles: Iterable[RemovableHandle]) -> Iterator[None]:
             handle.remove()
 
 
-def blank_images(model: Detector, side: int) -> Tensor:
+def blank_images(model: Model, side: int) -> Tensor:
     """One black image, float32 `(1, 3, side, side)`, on the model's device: for passes whose values
     do not matter."""
     return torch.zeros(1, 3, side, side, device=model.device)

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from ..models.base import Detector
+from ..models.base import AnyModel
 from .execution import blank_images, hooks
 
 
@@ -138,7 +138,7 @@ def fold_batchnorm(module: nn.Module, run: Callable[[], object]) -> list[str]:
     return folded
 
 
-def fold(detector: Detector) -> Detector:
+def fold(detector: AnyModel) -> AnyModel:
     """Fold the BatchNorm layers of `detector` in place; returns it."""
     image = blank_images(detector, detector.stride * 2)
     fold_batchnorm(detector.module, lambda: detector.raw(image))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.base import Boundary, Detector
+from ..models.base import Boundary, Model
 from ..models.nn.matmul import Matmul
 from .execution import blank_images, hooks
 
@@ -64,7 +64,7 @@ class NetworkOutline:
         return frozenset({*self.boundary.first, *self.boundary.last})
 
 
-def outline(model: Detector, image_size: int | None = None) -> NetworkOutline:
+def outline(model: Model, image_size: int | None = None) -> NetworkOutline:
     """The outline of a network, watched once: a network that is quantized, folded or copied has the
     layers it had, and need not be watched again.
 
@@ -78,14 +78,14 @@ def outline(model: Detector, image_size: int | None = None) -> NetworkOutline:
     return known[size]
 
 
-def outline_of_any_size(model: Detector) -> NetworkOutline:
+def outline_of_any_size(model: Model) -> NetworkOutline:
     """An outline for where shapes and costs do not matter: one that is known, else that of a small
     image, which takes little time."""
     known = _known(model)
     return next(iter(known.values())) if known else outline(model, model.stride * 2)
 
 
-def _known(model: Detector) -> dict[int, NetworkOutline]:
+def _known(model: Model) -> dict[int, NetworkOutline]:
     """The outlines of a network by image size; none where its layers have changed since."""
     layers = tuple(
         (name, tuple(weight.shape))
@@ -98,7 +98,7 @@ def _known(model: Detector) -> dict[int, NetworkOutline]:
     return outlines.setdefault(layers, {})
 
 
-def _watch(model: Detector, size: int) -> NetworkOutline:
+def _watch(model: Model, size: int) -> NetworkOutline:
     """The outline, by one forward pass with hooks."""
     rows: dict[str, LayerOutline] = {}
 

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from ..models.base import Detector
+from ..models.base import Model
 from .execution import blank_images, hooks
 from .outline import WEIGHTED
 
@@ -277,7 +277,7 @@ def _keeps(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
 
 
 def trace(
-    detector: Detector,
+    detector: Model,
     quantized: Container[str],
     *,
     through: Callable[[nn.Module], bool] = lambda _: False,

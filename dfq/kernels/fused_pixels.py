@@ -78,7 +78,7 @@ def _variation_kernel(
 
 
 def view(pixels: Tensor, flipped: Tensor, erased: Tensor, dtype: torch.dtype) -> Tensor:
-    """See `views.shown`; channels innermost.
+    """See `augmentation.augmented_view`; channels innermost.
 
     Args:
         pixels: float32 `(n, 3, h, w)`.

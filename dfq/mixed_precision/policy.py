@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from ..data.pixels import LabelledImages
 from ..errors import UserError
-from ..models.base import Detector
+from ..models.base import Model
 from ..quantization.policy import Policy
 from ..quantization.settings import Quantization
 from ..runtime.distributed import World
@@ -21,7 +21,7 @@ from .search import find_bits
 
 
 def choose_bits(
-    teacher: Detector,
+    teacher: Model,
     section: Quantization,
     data: LabelledImages,
     folder: Path,

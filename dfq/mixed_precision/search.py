@@ -7,7 +7,7 @@ from typing import Any
 
 from ..data.pixels import LabelledImages
 from ..errors import UserError
-from ..models.base import Detector
+from ..models.base import Model
 from ..quantization.bit_widths import Widths, format_widths
 from ..quantization.policy import Policy
 from ..quantization.settings import Quantization
@@ -79,7 +79,7 @@ class Sensitivity:
         }
 
 
-def check_budget_can_be_kept(teacher: Detector, policy: Policy, settings: Quantization) -> None:
+def check_budget_can_be_kept(teacher: Model, policy: Policy, settings: Quantization) -> None:
     """Refuse a budget before anything is measured.
 
     Args:
@@ -97,7 +97,7 @@ def check_budget_can_be_kept(teacher: Detector, policy: Policy, settings: Quanti
 
 
 def find_bits(
-    teacher: Detector,
+    teacher: Model,
     policy: Policy,
     settings: Quantization,
     data: LabelledImages,

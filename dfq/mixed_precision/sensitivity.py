@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 
 from ..graph.execution import last_layer_of_block
 from ..graph.outline import outline
-from ..models.base import Detector
+from ..models.base import Model
 from ..models.divergence import summed_divergence
 from ..ptq.block_cache import BlockOutputCache
 from ..ptq.gptq import SAMPLES, gptq_quantize_layer, is_too_wide
@@ -68,7 +68,7 @@ class LayerSensitivity:
 
 
 def choices(
-    detector: Detector, policy: Policy, candidates: Sequence[Widths]
+    detector: Model, policy: Policy, candidates: Sequence[Widths]
 ) -> list[tuple[LayerInfo, tuple[Widths, ...]]]:
     """Every layer and the widths it may have under `policy`; see `LayerSensitivity.widths`."""
     edge = outline(detector).edge
@@ -88,7 +88,7 @@ def choices(
 
 
 def unmeasured(
-    detector: Detector, policy: Policy, candidates: Sequence[Widths]
+    detector: Model, policy: Policy, candidates: Sequence[Widths]
 ) -> list[LayerSensitivity]:
     """Every layer with what it costs and what it may have; divergences are 0."""
     return [
@@ -101,7 +101,7 @@ def unmeasured(
 
 @torch.no_grad()
 def measure(
-    teacher: Detector,
+    teacher: Model,
     policy: Policy,
     batches: Iterable[Tensor],
     candidates: Sequence[Widths],
@@ -121,8 +121,8 @@ def measure(
         policy: which layers are free, and how scales are laid out.
         batches: images `(n, 3, h, w)` in [0, 1].
         candidates: widths to try.
-        search: how ranges are found, a key of `ranges.SEARCHES`.
-        rounding: "gptq" (see `second_order`) or "nearest".
+        search: how ranges are found, a key of `range_search.SEARCHES`.
+        rounding: "gptq" (see `gptq`) or "nearest".
         calibration: images that ranges are found on, and what rounding makes up for; None: the
             `batches`.
         progress: called with measurements done and measurements in all.
@@ -200,8 +200,8 @@ class _Layer:
 
     def __init__(
         self,
-        student: Detector,
-        teacher: Detector,
+        student: Model,
+        teacher: Model,
         name: str,
         values: Tensor,
         widths: Sequence[Widths],

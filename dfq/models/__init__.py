@@ -2,7 +2,7 @@
 
 import os
 
-from .base import Boundary, Detections, Detector, DistillationPair, Targets
+from .base import Boundary, Detections, Detector, DistillationPair, Model, Targets
 from .loading import load_detector
 from .registry import from_spec
 from .storage import save_detector
@@ -12,6 +12,7 @@ __all__ = [
     "Detections",
     "Detector",
     "DistillationPair",
+    "Model",
     "Targets",
     "from_spec",
     "load_detector",

@@ -1,7 +1,8 @@
-"""The door every detector family comes through: `Detector`, `Targets`, `Detections`.
+"""The two doors every family comes through: `Model` and `Detector`.
 
-Nothing outside `dfq.models` knows a family's name. The method (synthesis, distillation,
-reconstruction) needs only what is declared here; a new family is one new adapter.
+Nothing outside `dfq.models` knows a family's name. Synthesis, quantization, PTQ and QAT need only
+what `Model` declares: predictions and how far they are apart, the task's loss, layers and blocks.
+What makes boxes of predictions is declared by `Detector`. A new family is one new adapter.
 """
 
 from __future__ import annotations
@@ -10,105 +11,23 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from .described import Boundary as Boundary
-from .described import DistillationPair as DistillationPair
-from .described import Kinds as Kinds
 from .detecting import Detecting as Detecting
 from .detecting import Part, check_side
+from .structures import Boundary as Boundary
+from .structures import Detections as Detections
+from .structures import DistillationPair as DistillationPair
+from .structures import Kinds as Kinds
+from .structures import Targets as Targets
 
 
-@dataclass(frozen=True)
-class Targets:
-    """Labels of a batch as one flat tensor.
-
-    Attributes:
-        data: float32 `(n, 6)`: image index in the batch, category index, and the box as
-            centre x, centre y, width, height, normalised to [0, 1] by the image's sides.
-    """
-
-    data: Tensor
-
-    def __post_init__(self) -> None:
-        if self.data.ndim != 2 or self.data.shape[1] != 6:
-            raise ValueError(f"targets must have shape (n, 6), got {tuple(self.data.shape)}")
-
-    def __len__(self) -> int:
-        return self.data.shape[0]
-
-    @classmethod
-    def empty(cls, device: torch.device | str = "cpu") -> Targets:
-        return cls(torch.zeros(0, 6, device=device))
-
-    @classmethod
-    def from_per_image(cls, labels: Sequence[Tensor]) -> Targets:
-        """Batch per-image labels `(n_i, 5)` (category, cx, cy, w, h) into one flat tensor."""
-        rows = [
-            torch.cat([label.new_full((len(label), 1), float(index)), label], dim=1)
-            for index, label in enumerate(labels)
-        ]
-        return cls(torch.cat(rows)) if rows else cls.empty()
-
-    def per_image(self, batch: int) -> list[Tensor]:
-        """The inverse of `from_per_image`: `batch` tensors `(n_i, 5)`."""
-        return [self.data[self.data[:, 0] == index, 1:] for index in range(batch)]
-
-    def rows(self, start: int, stop: int) -> Targets:
-        """Those of the images start .. stop - 1, numbered from 0."""
-        image = self.data[:, 0]
-        data = self.data[(image >= start) & (image < stop)]
-        return Targets(torch.cat([data[:, :1] - start, data[:, 1:]], dim=1))
-
-    def to(self, device: torch.device | str) -> Targets:
-        return Targets(self.data.to(device))
-
-    def flip_horizontal(self, flipped: Tensor) -> Targets:
-        """Mirror the boxes of the images where the boolean tensor `flipped` `(batch,)` is true."""
-        data = self.data.clone()
-        mask = flipped[data[:, 0].long()]
-        data[:, 2] = torch.where(mask, 1.0 - data[:, 2], data[:, 2])
-        return Targets(data)
-
-
-@dataclass(frozen=True)
-class Detections:
-    """What a detector found in one image.
-
-    Attributes:
-        boxes: float32 `(n, 4)`, x1 y1 x2 y2 in pixels of the image given to `detect`.
-        scores: float32 `(n,)` in [0, 1], descending.
-        labels: int64 `(n,)`, category indices into `Detector.names`.
-        masks: float32 `(k, m, m)` in [0, 1], or None: of the first k detections, how likely each
-            cell of an even grid over the box belongs to the object.
-    """
-
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
-    masks: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        n = self.boxes.shape[0]
-        if self.masks is not None and (self.masks.ndim != 3 or len(self.masks) > n):
-            raise ValueError(f"{n} detections with masks of shape {tuple(self.masks.shape)}")
-        if self.boxes.shape != (n, 4) or self.scores.shape != (n,) or self.labels.shape != (n,):
-            raise ValueError(
-                f"detections disagree: boxes {tuple(self.boxes.shape)}, scores "
-                f"{tuple(self.scores.shape)}, labels {tuple(self.labels.shape)}"
-            )
-
-    def __len__(self) -> int:
-        return self.boxes.shape[0]
-
-
-class Detector(ABC):
-    """A trained detector of any family behind one protocol.
+class Model(ABC):
+    """A trained network of any family behind one protocol.
 
     Attributes:
         module: the network itself, in eval mode, parameters frozen unless a trainer thaws them.
@@ -117,12 +36,12 @@ class Detector(ABC):
         stride: the largest stride; image sides must be multiples of it.
         fingerprint: sha256 (hex) of the file it came from, or of its weights where there is none.
         source: what the user named, for messages and manifests.
-        mask_targets: what the mask term of the task loss, in networks that have one, compares with:
-            the ellipse inscribed in a label's box, the mask the network itself predicts for it, or
-            nothing (boxes only).
         backbone: qualified name of the module that is the backbone, without neck and heads; None
             where the network has no such part.
         random_weights: whether the weights are random because none were named.
+        mask_targets: what the mask term of the task loss, in networks that have one, compares with:
+            the ellipse inscribed in a label's box, the mask the network itself predicts for it, or
+            nothing (boxes only).
         half_images: whether `raw` takes half-precision images too, and gives the same for them as
             for float32 ones where its convolutions compute in half precision anyway.
         half_loss: whether `task_loss` takes half-precision predictions as they are and computes in
@@ -149,30 +68,20 @@ class Detector(ABC):
         return len(self.names)
 
     @property
-    def fixed_batch(self) -> int | None:
-        """Images that a call takes, no more and no fewer; None, as here: any number."""
-        return None
-
-    @property
-    def has_masks(self) -> bool:
-        """Whether the network predicts instance masks."""
-        return False
-
-    @property
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
 
-    def to(self, device: torch.device | str) -> Detector:
+    def to(self, device: torch.device | str) -> Self:
         """Move the network in place; returns self."""
         self.module.to(device)
         return self
 
-    def clone(self) -> Detector:
+    def clone(self) -> Self:
         """An independent copy: same family, same weights, its own module (to become a student)."""
         return copy.deepcopy(self)
 
     @contextmanager
-    def following(self, leader: Detector, batches: Sequence[Tensor]) -> Iterator[None]:
+    def shared_proposals(self, leader: Model, batches: Sequence[Tensor]) -> Iterator[None]:
         """Within this context, what this network computes at places of its own choice it computes,
         for these very batches, at the places that `leader` chooses: so that what goes on inside
         the two can be compared place by place. A network that chooses none has nothing to do."""
@@ -248,6 +157,65 @@ class Detector(ABC):
         raise NotImplementedError(f"{self.family} has no loss of static shapes")
 
     @abstractmethod
+    def distillation_pairs(self, student_raw: Any, teacher_raw: Any) -> list[DistillationPair]:
+        """What KL is taken over in this family: see `DistillationPair`."""
+
+    def prediction_kinds(self) -> dict[str, Kinds]:
+        """The layers that give predictions of several kinds, whose values have nothing to do with
+        each other, and which of their output channels hold which. Those of the others are of one
+        kind."""
+        return {}
+
+    @abstractmethod
+    def feature_layers(self) -> list[str]:
+        """Qualified names of the modules whose outputs feature distillation aligns.
+
+        Each gives one tensor `(n, c, h, w)` or `(n, tokens, c)`.
+        """
+
+    def attention_layers(self) -> list[str]:
+        """Qualified names of the modules that attend between patches and give their outputs as
+        `(windows, tokens, channels)`; synthesis spreads out their similarities. None by default."""
+        return []
+
+    @abstractmethod
+    def blocks(self) -> list[str]:
+        """Qualified names of the blocks that reconstruction walks, in execution order."""
+
+    @abstractmethod
+    def boundary_layers(self) -> Boundary:
+        """First and last conv/linear layers, kept in float or 8 bit by policy."""
+
+    @abstractmethod
+    def spec(self) -> dict[str, Any]:
+        """A JSON-serialisable description from which `dfq.models.from_spec` rebuilds the
+        architecture (random weights) without the original checkpoint. Holds at least `family`,
+        `names`, `image_size`, `stride`, `fingerprint`, `source`."""
+
+    @classmethod
+    @abstractmethod
+    def from_spec(cls, spec: dict[str, Any]) -> Model:
+        """Rebuild what `spec` describes, with random weights, unfused, in eval mode."""
+
+
+AnyModel = TypeVar("AnyModel", bound=Model)
+"""Of functions that give back the kind of model that they are given."""
+
+
+class Detector(Model):
+    """A model that finds objects: its predictions become boxes, categories and scores."""
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """Images that a call takes, no more and no fewer; None, as here: any number."""
+        return None
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether the network predicts instance masks."""
+        return False
+
+    @abstractmethod
     def decode(
         self,
         raw: Any,
@@ -319,44 +287,3 @@ class Detector(ABC):
             raw = self.raw(images)
             found = self.decode(raw, (images.shape[2], images.shape[3]), **thresholds)
             return self.segment(raw, found) if masks else found
-
-    @abstractmethod
-    def distillation_pairs(self, student_raw: Any, teacher_raw: Any) -> list[DistillationPair]:
-        """What KL is taken over in this family: see `DistillationPair`."""
-
-    def prediction_kinds(self) -> dict[str, Kinds]:
-        """The layers that give predictions of several kinds, whose values have nothing to do with
-        each other, and which of their output channels hold which. Those of the others are of one
-        kind."""
-        return {}
-
-    @abstractmethod
-    def feature_layers(self) -> list[str]:
-        """Qualified names of the modules whose outputs feature distillation aligns.
-
-        Each gives one tensor `(n, c, h, w)` or `(n, tokens, c)`.
-        """
-
-    def attention_layers(self) -> list[str]:
-        """Qualified names of the modules that attend between patches and give their outputs as
-        `(windows, tokens, channels)`; synthesis spreads out their similarities. None by default."""
-        return []
-
-    @abstractmethod
-    def blocks(self) -> list[str]:
-        """Qualified names of the blocks that reconstruction walks, in execution order."""
-
-    @abstractmethod
-    def boundary_layers(self) -> Boundary:
-        """First and last conv/linear layers, kept in float or 8 bit by policy."""
-
-    @abstractmethod
-    def spec(self) -> dict[str, Any]:
-        """A JSON-serialisable description from which `dfq.models.from_spec` rebuilds the
-        architecture (random weights) without the original checkpoint. Holds at least `family`,
-        `names`, `image_size`, `stride`, `fingerprint`, `source`."""
-
-    @classmethod
-    @abstractmethod
-    def from_spec(cls, spec: dict[str, Any]) -> Detector:
-        """Rebuild what `spec` describes, with random weights, unfused, in eval mode."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Detector, DistillationPair
+from .base import DistillationPair, Model
 
 
 def _bernoulli_kl(pair: DistillationPair, temperature: float) -> Tensor:
@@ -53,7 +53,7 @@ def prediction_divergence(
     """Family-aware KL: over each distribution the head really has, summed, per image.
 
     Args:
-        pairs: from `Detector.distillation_pairs`.
+        pairs: from `Model.distillation_pairs`.
         batch: number of images.
         temperature: softens both sides; the gradient's size is kept by T^2.
     """
@@ -74,14 +74,14 @@ def flattened_divergence(
     return torch.stack(terms).sum()
 
 
-def summed_divergence(student: Detector, student_raw: Any, teacher_raw: Any) -> Tensor:
+def summed_divergence(student: Model, student_raw: Any, teacher_raw: Any) -> Tensor:
     """Sum over the images of how far the predictions are apart, whatever form is trained on: the
     family-aware divergence at temperature 1."""
     return prediction_divergence(student.distillation_pairs(student_raw, teacher_raw), 1)
 
 
 @torch.no_grad()
-def total_divergence(student: Detector, teacher: Detector, batches: Iterable[Tensor]) -> Tensor:
+def total_divergence(student: Model, teacher: Model, batches: Iterable[Tensor]) -> Tensor:
     """`summed_divergence` of two networks on images.
 
     Args:

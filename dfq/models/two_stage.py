@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from .base import Detections, Detector, DistillationPair, Part, Targets
+from .base import Detections, Detector, DistillationPair, Model, Part, Targets
 
 DISTILLED_PROPOSALS = 256
 """Of an image, best first, that the second stages of student and teacher are compared on."""
@@ -189,9 +189,10 @@ class TwoStageDetector(Detector):
         return raw._replace(second=self._second_stage(raw, given or self._proposals_of(raw)))
 
     @contextmanager
-    def following(self, leader: Detector, batches: Sequence[Tensor]) -> Iterator[None]:
-        """See `Detector.following`: the second stage runs on the leader's proposals. A student's
-        own are nearly the same in another order, which to a comparison by place is noise."""
+    def shared_proposals(self, leader: Model, batches: Sequence[Tensor]) -> Iterator[None]:
+        """See `Model.shared_proposals`: the second stage runs on the leader's proposals. A
+        student's own are nearly the same in another order, which to a comparison by place is
+        noise."""
         assert isinstance(leader, TwoStageDetector)
         with torch.no_grad():
             raws = (leader.raw(batch) for batch in batches)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..graph.execution import calls_in_order, last_layer_of_block
-from ..models.base import Detector
+from ..models.base import Model
 from ..models.divergence import summed_divergence
 from ..quantization.calibration import run_observers
 from ..quantization.margins import with_contrast
@@ -59,15 +59,15 @@ def half_with_contrast(images: Tensor, factor: float) -> Tensor:
     return result
 
 
-def narrow_activations(student: Detector) -> list[tuple[str, Quantizer]]:
+def narrow_activations(student: Model) -> list[tuple[str, Quantizer]]:
     """(name, quantizer) of those activations whose grids are worth refining; see `BITS`."""
     return [(name, q) for name, q in activation_quantizers(student.module) if q.bits in BITS]
 
 
 @torch.no_grad()
 def refine_grids(
-    student: Detector,
-    teacher: Detector,
+    student: Model,
+    teacher: Model,
     images: Tensor,
     *,
     batch_size: int = 8,
@@ -79,7 +79,7 @@ def refine_grids(
     Args:
         student: quantizers inserted and calibrated, weights still those of the teacher; the scales
             and zero points of its quantizers of activations are changed in place.
-        teacher: the float detector it is a twin of, folded.
+        teacher: the float detector it is a copy of, folded.
         images: uint8 `(n, 3, h, w)`, RGB.
         batch_size: images of one forward pass.
         progress: called with quantizers done and quantizers in all.
@@ -89,7 +89,7 @@ def refine_grids(
     narrow = dict(narrow_activations(student))
     if not narrow:
         return
-    with float_mode(student.module), student.following(teacher, batches):
+    with float_mode(student.module), student.shared_proposals(teacher, batches):
         values = run_observers(student, batches)
         order = list(calls_in_order(narrow.items(), lambda: student.raw(batches[0][:1])))
         blocks = student.blocks()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..graph.execution import StopForward, calls_in_order, hooks
-from ..models.base import Detector
+from ..models.base import Model
 
 ROOM = 2 * 1024**3
 """Bytes that the outputs of one network may take."""
@@ -53,7 +53,7 @@ class BlockOutputCache:
     @classmethod
     def of(
         cls,
-        detector: Detector,
+        detector: Model,
         batches: Sequence[Tensor],
         names: Iterable[str],
         *,

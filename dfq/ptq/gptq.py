@@ -25,7 +25,7 @@ from torch import Generator, Tensor, nn
 
 from ..errors import UserError
 from ..graph.execution import last_layer_of_block
-from ..models.base import Detector
+from ..models.base import Model
 from ..quantization.layers import QuantConv2d, QuantLinear, QuantSiLU
 from ..quantization.quantizers import Quantizer
 from ..quantization.range_search import FINE, grid_between
@@ -294,8 +294,8 @@ def is_too_wide(layer: QuantConv2d | QuantLinear) -> bool:
 
 @torch.no_grad()
 def gptq_quantize(
-    student: Detector,
-    teacher: Detector,
+    student: Model,
+    teacher: Model,
     images: Tensor,
     *,
     damping: float = DAMPING,
@@ -309,7 +309,7 @@ def gptq_quantize(
     Args:
         student: quantizers inserted and calibrated, weights still those of the teacher; changed in
             place: its weights lie on their grids afterwards, and its biases are corrected.
-        teacher: the float detector it is a twin of, folded.
+        teacher: the float detector it is a copy of, folded.
         images: uint8 `(n, 3, h, w)`, RGB.
         damping, ridge: see `gptq_round` and `target_weights`.
         batch_size: images of one forward pass.
@@ -327,7 +327,7 @@ def gptq_quantize(
     ended = last_layer_of_block(order, blocks)
     with (
         without_fine_activations(student.module),
-        student.following(teacher, batches),
+        student.shared_proposals(teacher, batches),
         BlockOutputCache.of(student, batches, blocks) as ours,
         BlockOutputCache.of(teacher, batches, blocks) as theirs,
     ):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..data.pixels import Pixels
-from ..models.base import Detector
+from ..models.base import AnyModel, Model
 from ..quantization.calibration import calibrate
 from ..quantization.insertion import insert_quantizers
 from ..quantization.margins import keep_within_statistics
@@ -28,8 +28,8 @@ def images_to_prepare(section: Quantization) -> int:
 
 
 def calibrate_and_round(
-    student: Detector,
-    teacher: Detector,
+    student: Model,
+    teacher: Model,
     pixels: Tensor,
     section: Quantization,
     progress: Progress,
@@ -70,13 +70,13 @@ def clip_strictly(module: nn.Module) -> None:
 
 
 def quantized(
-    teacher: Detector,
+    teacher: AnyModel,
     policy: Policy,
     section: Quantization,
     data: Pixels | None,
     progress: Progress,
-) -> Detector:
-    """A twin of the folded `teacher` with quantizers; unless `data` is None calibrated on it, and
+) -> AnyModel:
+    """A copy of the folded `teacher` with quantizers; unless `data` is None calibrated on it, and
     its weights rounded as `section` says."""
     student = insert_quantizers(teacher.clone(), policy)
     if section.ranges == "lsq":

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..graph.execution import blank_images, hooks
 from ..graph.fold_batchnorm import FoldedBatchNorm
-from ..models.base import Detector
+from ..models.base import Model
 from .settings import Distillation
 
 IMAGES = 7
@@ -22,7 +22,7 @@ SWITCHED_OFF = 1e-4
 """Size of a folded factor up to which a channel says nothing of what came before BatchNorm."""
 
 
-def distilled_layers(detector: Detector, settings: Distillation) -> list[str]:
+def distilled_layers(detector: Model, settings: Distillation) -> list[str]:
     """Names of the modules whose outputs the feature term compares; none where it has no weight.
 
     In the relative form these are the detector's own choice; in the absolute form every convolution

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.base import Detector
+from ..models.base import Model
 from ..quantization.layers import QuantConv2d, QuantLinear
 from ..quantization.traversal import quantized_layers
 from .settings import Distillation
 
 
-def frozen_layers(student: Detector, settings: Distillation) -> list[QuantConv2d | QuantLinear]:
+def frozen_layers(student: Model, settings: Distillation) -> list[QuantConv2d | QuantLinear]:
     """The quantized layers whose integers stay what they were rounded to.
 
     With a `weight_lr` of 0 these are all of them but, with `train_last`, those that give the

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.base import Detector, Targets
+from ..models.base import Model, Targets
 from ..models.divergence import flattened_divergence, prediction_divergence
 from ..runtime.precision import computing_in, float32
 from .features import absolute_distance
@@ -71,7 +71,7 @@ class FeatureHooks:
 
 
 def distillation_terms(
-    student: Detector,
+    student: Model,
     student_raw: Any,
     teacher_raw: Any,
     *,
@@ -89,8 +89,8 @@ def distillation_terms(
 
 
 def training_terms(
-    student: Detector,
-    teacher: Detector,
+    student: Model,
+    teacher: Model,
     images: Tensor,
     targets: Targets,
     settings: Distillation,

@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 from ..data.augment import augment, jitter_colours, mosaic
 from ..data.pixels import LabelledImages
 from ..errors import DivergedError, UserError
-from ..models.base import Detector, Targets
+from ..models.base import Model, Targets
 from ..models.divergence import total_divergence
 from ..runtime.distributed import World
 from ..runtime.files import write_atomic
@@ -76,7 +76,7 @@ class Trainer:
         seed: fixes order and augmentation.
         folder: where `checkpoint.pt` lives while training runs; all processes see it.
         world: the processes that train together, each of which makes the same trainer; None: alone.
-        masks: what the mask term of the task loss compares with; `Detector.mask_targets`.
+        masks: what the mask term of the task loss compares with; `Model.mask_targets`.
         evaluator: scores the student after each epoch, the higher the better; the epoch it likes
             most is kept, whatever `settings.selection` says of the last. Asked in the main process
             alone. None: weights are selected without it.
@@ -84,8 +84,8 @@ class Trainer:
 
     def __init__(
         self,
-        student: Detector,
-        teacher: Detector,
+        student: Model,
+        teacher: Model,
         data: LabelledImages,
         settings: Distillation,
         *,
@@ -93,7 +93,7 @@ class Trainer:
         folder: Path,
         world: World | None = None,
         masks: Literal["ellipse", "own", "none"] = "ellipse",
-        evaluator: Callable[[Detector], float] | None = None,
+        evaluator: Callable[[Any], float] | None = None,
     ) -> None:
         self.student, self.teacher, self.data = student, teacher, data
         student.mask_targets = masks
@@ -345,7 +345,7 @@ class Trainer:
             return values
         return add_up_gradients(self.world, self.average.parameters, values)
 
-    def _ask(self, evaluator: Callable[[Detector], float], done: int) -> float:
+    def _ask(self, evaluator: Callable[[Any], float], done: int) -> float:
         """The evaluator's score of the weights after an epoch: of averaged ones, if any."""
         averaged = self.settings.ema > 0 and self.settings.selection != "last"
         if averaged:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..graph.execution import hooks
-from ..models.base import Detector
+from ..models.base import Model
 from .factors import bound_factors
 from .layers import QuantConv2d, QuantLinear
 from .quantizers import Quantizer, grid
@@ -54,7 +54,7 @@ class Observer:
 
 @torch.no_grad()
 def run_observers(
-    detector: Detector,
+    detector: Model,
     batches: Iterable[Tensor],
     *,
     samples: int = 16384,
@@ -96,7 +96,7 @@ def run_observers(
 
 @torch.no_grad()
 def set_weight_range(layer: QuantConv2d | QuantLinear, search: str) -> None:
-    """Set the initial scales of a layer's weights; `search` is a key of `ranges.SEARCHES`."""
+    """Set the initial scales of a layer's weights; `search` is a key of `range_search.SEARCHES`."""
     weights, find = layer.weight_quantizer, SEARCHES[search]
     if find is lsq and layer.input_quantizer.asymmetric:
         # Zero points of activations make it LSQ+.
@@ -153,7 +153,7 @@ def set_range(quantizer: Quantizer, values: Tensor, search: str) -> None:
 
 @torch.no_grad()
 def calibrate(
-    detector: Detector,
+    detector: Model,
     batches: Iterable[Tensor],
     *,
     search: str = "mse",
@@ -165,7 +165,7 @@ def calibrate(
     Args:
         detector: with quantizers inserted; they let everything through while this runs.
         batches: images `(n, 3, h, w)` in [0, 1].
-        search: a key of `ranges.SEARCHES`; min-max sees every value, the others a sample.
+        search: a key of `range_search.SEARCHES`; min-max sees every value, the others a sample.
         samples: values of an activation the search works on.
         progress: called with the number of images after each batch.
 

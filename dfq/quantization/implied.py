@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from ..graph.execution import hooks
 from ..graph.fold_batchnorm import FoldedBatchNorm
 from ..graph.outline import WEIGHTED
-from ..models.base import Detector
+from ..models.base import Model
 from .output_quantizers import output_quantizers
 from .traversal import activation_quantizers, float_mode
 
@@ -65,7 +65,7 @@ class _Unknown(TorchFunctionMode):
 
 
 @torch.no_grad()
-def implied_ranges(detector: Detector, deviations: float) -> dict[str, tuple[float, float]]:
+def implied_ranges(detector: Model, deviations: float) -> dict[str, tuple[float, float]]:
     """Least and largest value that reach each quantizer of activations, where each channel of each
     BatchNorm takes values within some standard deviations of its mean.
 

@@ -9,7 +9,7 @@ from torch import nn
 from ..errors import UserError
 from ..graph.outline import outline_of_any_size
 from ..graph.tracing import trace
-from ..models.base import Detector
+from ..models.base import AnyModel
 from .bit_widths import Widths
 from .inspection import FLOAT_KINDS
 from .layers import QuantConv2d, QuantLinear, QuantMatmul
@@ -27,7 +27,7 @@ def _replace(module: nn.Module, layer: nn.Module, wrapped: nn.Module) -> None:
                 setattr(parent, leaf, wrapped)
 
 
-def insert_quantizers(detector: Detector, policy: Policy) -> Detector:
+def insert_quantizers(detector: AnyModel, policy: Policy) -> AnyModel:
     """Replace the layers of `detector` in place as `policy` says; scales are not set yet.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..graph.outline import outline
-from ..models.base import Detector
+from ..models.base import Model
 from .layers import QUANTIZED_LAYERS, QuantMatmul
 
 FLOAT_BITS = 32
@@ -57,11 +57,11 @@ def _bits(layer: nn.Module) -> tuple[int, int]:
     return FLOAT_BITS, FLOAT_BITS
 
 
-def list_layers(detector: Detector, image_size: int | None = None) -> list[LayerInfo]:
+def list_layers(detector: Model, image_size: int | None = None) -> list[LayerInfo]:
     """Every layer of weights and every product of activations that computes predictions, in
     execution order.
 
-    Layers that `Detector.raw` does not run (a decoder's constant convolution, say) are not listed.
+    Layers that `Model.raw` does not run (a decoder's constant convolution, say) are not listed.
     """
     rows = outline(detector, image_size).layers
     bits = (_bits(detector.module.get_submodule(row.name)) for row in rows)

@@ -21,7 +21,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ..models.base import Detector
+from ..models.base import Model
 from .calibration import grid_above, run_observers, set_range
 from .implied import implied_ranges
 from .quantizers import Quantizer
@@ -57,7 +57,7 @@ def with_contrast(images: Tensor, factor: float) -> Tensor:
 
 
 @torch.no_grad()
-def keep_within_statistics(detector: Detector, images: Tensor, *, batch_size: int = 8) -> None:
+def keep_within_statistics(detector: Model, images: Tensor, *, batch_size: int = 8) -> None:
     """Widen and narrow the ranges of activations to what BatchNorm implies.
 
     Args:

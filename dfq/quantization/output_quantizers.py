@@ -27,7 +27,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..graph.tracing import AVERAGES, CONCATENATIONS, SUMS, Key, Trace, Value, name_of, trace
-from ..models.base import Detector, Kinds
+from ..models.base import Kinds, Model
 from .layers import QUANTIZED_LAYERS, QuantConv2d, QuantLinear, QuantSiLU, SplitOutput
 from .placement import Placement
 from .quantizers import Quantizer
@@ -121,7 +121,7 @@ def _watch(owner: nn.Module) -> dict[tuple[str, int], Quantizer]:
 
 
 def insert_output_quantizers(
-    detector: Detector, found: Trace, where: Placement, make: Callable[[int], Quantizer]
+    detector: Model, found: Trace, where: Placement, make: Callable[[int], Quantizer]
 ) -> None:
     """Put quantizers on the outputs of layers and on the operands and results of sums and
     concatenations, in place; scales are not set yet.
@@ -268,7 +268,7 @@ def _quantize_sigmoids(found: Trace, grids: dict[Value, Quantizer], step: float)
 
 
 def _quantize_functions(
-    detector: Detector,
+    detector: Model,
     found: Trace,
     grids: dict[Value, Quantizer],
     joined: dict[Value, list[Value]],
@@ -346,7 +346,7 @@ def output_quantizers(module: nn.Module) -> list[tuple[str, Quantizer]]:
     return found
 
 
-def count_adds_and_concats(detector: Detector) -> tuple[int, int]:
+def count_adds_and_concats(detector: Model) -> tuple[int, int]:
     """How many of a detector's sums and concatenations of activations are quantized, and how many
     there are. BatchNorm may be unfolded."""
     layers = dict(detector.module.named_modules())

@@ -28,8 +28,8 @@ class Policy:
             the first match counts and wins over everything else.
         scope: "all", or "backbone": layers outside it stay in float.
         placement: "inputs": weights and inputs of layers are quantized; "everywhere": also their
-            outputs and what is added or concatenated (see `results`); "qdq": as `runtime` needs it
-            to compute in integers (see `placement`).
+            outputs and what is added or concatenated (see `output_quantizers`); "qdq": as `runtime`
+            needs it to compute in integers (see `placement`).
         runtime: a key of `placement.PLACEMENTS`; counts with "qdq" alone.
     """
 

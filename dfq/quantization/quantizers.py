@@ -257,7 +257,7 @@ class Quantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return x
-        # Modes that watch a network's functions (see `results`) count its own, and none of these.
+        # Modes that watch a network's functions (see `graph.tracing`) count its own, not these.
         with torch._C.DisableTorchFunction():
             return self._quantize(x)
 

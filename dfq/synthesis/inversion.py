@@ -164,7 +164,7 @@ class Inversion:
         return {"bn": distances.sum(-1), "first_bn": distances[..., 0]}
 
     def _parts(self, view: Tensor, targets: Targets) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """See `balance.Parts`: the micro-batches of a batch, or the batch itself.
+        """See `loss_weighting.Parts`: the micro-batches of a batch, or the batch itself.
 
         The statistics are those of the whole batch: a first pass without a graph gathers them, and
         the second one's gradient is exactly theirs. The task's loss is the mean of the parts',

@@ -75,8 +75,8 @@ def determinants(detector: Detector, settings: Synthesis, seed: int) -> dict[str
 
 
 def without_kernels(detector: Detector, settings: Synthesis) -> bool:
-    """Whether PyTorch computes what compiled functions could (see `compiled`): its sums end in
-    other last bits, and so do the images."""
+    """Whether PyTorch computes what compiled functions could (see `kernels.loader`): its sums end
+    in other last bits, and so do the images."""
     optimises = settings.iterations > 0 or settings.labels == "adaptive"
     return optimises and detector.device.type == "cpu" and why_none() is not None
 
@@ -159,7 +159,7 @@ def synthesize_set(
             first iterations on.
         note: called with a line to be told, in the leading process only.
         workers: processes to start on this machine; None: as many as are worth it, see
-            `workers.worker_count`.
+            `worker_pool.worker_count`.
         at_once: shards to make side by side in each; None: as many as are worth it, see
             `together.shards_at_once`.
         world: the processes that were started together, each of which calls this; None: alone.

@@ -1,7 +1,7 @@
 """One worker process: `python -m dfq.synthesis.worker_process FILE_DESCRIPTOR PARENT_ID`.
 
-Started by `workers.Workers`. It asks for a shard, makes it, and asks for the next; everything it
-has to say goes through its connection.
+Started by `worker_pool.Workers`. It asks for a shard, makes it, and asks for the next; everything
+it has to say goes through its connection.
 """
 
 from __future__ import annotations

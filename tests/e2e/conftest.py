@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from harness import RECIPE, command
-from tiny_detector import tiny_detector
+from support.harness import RECIPE, command
+from support.tiny_detector import tiny_detector
 
 from dfq.models import save_detector
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import ablate_synthesis
 from click.testing import CliRunner
-from test_cli import real_set, stamps
+from support.cli_parts import real_set, stamps
 
 
 def test_a_table_and_nothing_made_twice(place: Path, model: Path) -> None:
@@ -15,7 +15,7 @@ def test_a_table_and_nothing_made_twice(place: Path, model: Path) -> None:
     words = [
         "--model", str(model), "--real", "real", "--out", "out", "--seeds", "0,1", "--size", "64",
         "--images", "2", "--iterations", "2", "--epochs", "1",
-        "--variants", "baseline,low-pass",
+        "--variants", "baseline,swing",
         "--set", "synthesis.label_stage.iterations=2", "--set", "synthesis.label_stage.updates=1",
         "--set", "synthesis.label_stage.image_size=64",
     ]  # fmt: skip
@@ -23,11 +23,11 @@ def test_a_table_and_nothing_made_twice(place: Path, model: Path) -> None:
     assert first.exit_code == 0, first.output
     lines = [line for line in first.stdout.splitlines() if line.startswith("|")]
     assert [line.split("|")[1].strip() for line in lines] == [
-        "variant", "---", "the default", "gradient blurred, 1 px",
+        "variant", "---", "the default", "swing convolutions",
     ]  # fmt: skip
     assert lines[2].split("|")[3].strip() == "0.00 ± 0.00"
     cells = {path.stem for path in (place / "out" / "cells").iterdir()}
-    variants = ("baseline", "low-pass")
+    variants = ("baseline", "swing")
     assert cells == {f"{name}-{seed}" for name in variants for seed in (0, 1)}
     # The baseline's images and those of a variant have the same labels, up to their order.
     labels = [
@@ -37,7 +37,7 @@ def test_a_table_and_nothing_made_twice(place: Path, model: Path) -> None:
                 (place / "out" / f"{name}-0" / "set" / "annotations.json").read_text()
             )["annotations"]
         )
-        for name in ("baseline", "low-pass")
+        for name in ("baseline", "swing")
     ]
     assert labels[0] == labels[1] != []
 

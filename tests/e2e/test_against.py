@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import command, has_one_error
 from PIL import Image
-from test_cli import real_set
-from test_keep_worse import SPOILT
+from support.cli_parts import real_set
+from support.harness import command, has_one_error
+from support.keep_worse_parts import SPOILT
 
 import dfq
 from dfq.data.readers import open_set

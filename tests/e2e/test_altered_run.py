@@ -13,22 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-from forks import ended, start
-from harness import command, contents, has_one_error
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_detector import blobs, stacked
+from support.altered_run_parts import edited
+from support.forks import ended, start
+from support.harness import command, contents, has_one_error
+from support.tiny_detector import blobs, stacked
 
 import dfq
 from dfq.errors import UserError
 from dfq.models import save_detector
 from dfq.runs.folder import AnotherRunError, Run, load_run, open_run
-
-
-def edited(path: Path, change: Callable[[Any], Any]) -> None:
-    """A JSON file with another value in it."""
-    value = json.loads(path.read_text())
-    path.write_text(json.dumps(change(value) or value))
 
 
 @pytest.fixture
@@ -275,9 +270,6 @@ def test_a_run_of_format_1_is_still_read(place: Path, copy: Path, model: Path, m
     assert "give the run" in has_one_error(command("inspect", "--model", "alone.safetensors"))
 
 
-# ---- loading for inference
-
-
 def test_the_model_of_a_run_is_loaded_by_its_file(place: Path, copy: Path, model: Path) -> None:
     expected = stacked(load_run(copy).raw(blobs(2)))
     inside = dfq.load_detector(copy / "model.safetensors")
@@ -409,9 +401,6 @@ def test_a_quantized_model_is_no_float_one(place: Path, copy: Path, made: Path) 
     assert not (place / "out").exists()
     result = command("eval", "--model", file, "--data", made)
     assert result.exit_code == 0, result.output
-
-
-# ---- two at once
 
 
 @pytest.mark.parametrize("what", ["synthesize", "qat"])

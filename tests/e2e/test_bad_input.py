@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from harness import command, contents, has_one_error
-from tiny_detector import tiny_detector
+from support.harness import command, contents, has_one_error
+from support.tiny_detector import tiny_detector
 
 from dfq.models import save_detector
 

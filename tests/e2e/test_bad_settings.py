@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from harness import command, contents, has_one_error
-from small_mmdet import enliven, write_config
-from tiny_detector import tiny_detector
+from support.harness import command, contents, has_one_error
+from support.small_mmdet import enliven, write_config
+from support.tiny_detector import tiny_detector
 
 from dfq.api import synthesize as verb
 from dfq.mixed_precision import search as policy

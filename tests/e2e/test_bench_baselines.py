@@ -14,7 +14,7 @@ import torch
 from baseline_tables import report
 from click.testing import CliRunner
 from runtime_tools import decoding_of_onnx, decoding_of_openvino
-from test_cli import stamps
+from support.cli_parts import stamps
 
 import dfq
 from dfq.demo import write_coco

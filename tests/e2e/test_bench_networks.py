@@ -13,7 +13,7 @@ import torch
 from bench_networks import Bench, Network, Settings
 from click.testing import CliRunner, Result
 from network_tables import comparisons, correlation, report
-from test_cli import stamps
+from support.cli_parts import stamps
 
 from dfq.demo import write_coco
 from dfq.models import load_detector, save_detector

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import bench_qat_accuracy
 from click.testing import CliRunner
-from test_cli import real_set, stamps
+from support.cli_parts import real_set, stamps
 
 
 def test_a_table_and_nothing_made_twice(place: Path, model: Path) -> None:

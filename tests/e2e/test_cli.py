@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import pytest
 import torch
 import yaml
-from harness import as_shipped, command, contents, has_one_error
 from PIL import Image
-from tiny_detector import blobs
+from support.cli_parts import real_set, stamps
+from support.harness import as_shipped, command, contents, has_one_error
+from support.tiny_detector import blobs
 
 import dfq
 from dfq.cli.main import cli
@@ -47,34 +47,6 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("images were optimised again")
 
     monkeypatch.setattr(Inversion, "batch", forbidden)
-
-
-def stamps(folder: Path) -> dict[str, int]:
-    return {str(p): p.stat().st_mtime_ns for p in folder.rglob("*")}
-
-
-def real_set(folder: Path, count: int = 4, names: tuple[str, ...] = ("a", "b", "c")) -> Path:
-    """A COCO set of noise, one object an image."""
-    (folder / "images").mkdir(parents=True)
-    draw = np.random.default_rng(0)
-    for index in range(count):
-        pixels = draw.integers(0, 256, (48, 64, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / "images" / f"{index}.png")
-    document = {
-        "images": [
-            {"id": i, "file_name": f"{i}.png", "width": 64, "height": 48} for i in range(count)
-        ],
-        "annotations": [
-            {
-                "id": i + 1, "image_id": i, "category_id": 1 + i % len(names), "iscrowd": 0,
-                "bbox": [8, 8, 30, 24], "area": 720,
-            }
-            for i in range(count)
-        ],
-        "categories": [{"id": i + 1, "name": name} for i, name in enumerate(names)],
-    }  # fmt: skip
-    (folder / "annotations.json").write_text(json.dumps(document))
-    return folder
 
 
 @pytest.mark.parametrize("name", sorted(OPTIONS))

@@ -16,9 +16,9 @@ import click
 import cv2
 import numpy as np
 import pytest
-from harness import command, has_one_error
 from PIL import Image
-from test_cli import real_set
+from support.cli_parts import real_set
+from support.harness import command, has_one_error
 
 import dfq
 from dfq.cli.main import cli

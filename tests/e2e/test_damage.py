@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from harness import command, contents, has_one_error, has_one_error_after_output
-from tiny_detector import tiny_detector
+from support.harness import command, contents, has_one_error, has_one_error_after_output
+from support.tiny_detector import tiny_detector
 
 from dfq.models import save_detector
 from dfq.qat.trainer import Trainer

@@ -9,8 +9,8 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
-from harness import command, contents, has_one_error
-from test_cli import real_set
+from support.cli_parts import real_set
+from support.harness import command, contents, has_one_error
 
 from dfq.data.calibration_set import CalibrationSet
 from dfq.data.calibration_writer import CalibrationWriter

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from forks import ended, killed, start, wait_for
-from harness import command, contents, has_one_error
 from PIL import Image
+from support.forks import ended, killed, start, wait_for
+from support.harness import command, contents, has_one_error
 
 import dfq
 from dfq.api import deployment_steps

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
-from exported_double import ExportedDouble
-from harness import command, has_one_error
+from support.exported_double import ExportedDouble
+from support.harness import command, has_one_error
 
 import dfq
 from dfq.demo.scenes import write_coco

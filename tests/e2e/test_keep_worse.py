@@ -9,16 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from forks import killed, start, wait_for
-from harness import command, contents, has_one_error_after_output
 from safetensors.torch import load_file
-
-# Rates that spoil the student, and nothing that would hold it.
-SPOILT = (
-    "--set", "distillation.lr=0.5", "--set", "distillation.clip=1e9",
-    "--set", "distillation.ema=0", "--set", "distillation.weight_lr=null",
-    "--set", "distillation.epochs=6",
-)  # fmt: skip
+from support.forks import killed, start, wait_for
+from support.harness import command, contents, has_one_error_after_output
+from support.keep_worse_parts import SPOILT
 
 
 def words_for(model: Path, made: Path, out: str, *more: str) -> list[str]:

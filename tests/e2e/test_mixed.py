@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from forks import ended, killed, launch, start, wait_for
-from harness import command, contents, has_one_error, has_one_error_after_output
+from support.forks import ended, killed, launch, start, wait_for
+from support.harness import command, contents, has_one_error, has_one_error_after_output
 
 MIXED = ["--set", "quantization.mixed.budget=w4a8", "--set", "quantization.mixed.images=2"]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import command, has_one_error, whole_flow
-from small_mmdet import NAMES, enliven, write_config
+from support.harness import command, has_one_error, whole_flow
+from support.small_mmdet import NAMES, enliven, write_config
 
 from dfq.demo.scenes import write_coco
 from dfq.models import load_detector

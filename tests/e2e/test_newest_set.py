@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forks import ended, launch
-from harness import command, has_one_error
-from test_cli import real_set
-from tiny_detector import tiny_detector
+from support.cli_parts import real_set
+from support.forks import ended, launch
+from support.harness import command, has_one_error
+from support.tiny_detector import tiny_detector
 
 import dfq
 from dfq.data.calibration_set import CalibrationSet

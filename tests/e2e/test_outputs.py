@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from harness import command, contents, has_one_error
-from test_cli import real_set
-from test_data_cases import small
+from support.cli_parts import real_set
+from support.data_cases_parts import small
+from support.harness import command, contents, has_one_error
+from support.outputs_parts import everything
 
 Words = Sequence[str | Path]
 
@@ -40,6 +41,7 @@ COMMANDS = [
     *("eval", "inspect", "cost", "sensitivity", "show", "grid"),
     *("compare json", "compare csv", "report"),
 ]  # fmt: skip
+
 
 ENDINGS = {"grid": "out.png", "report": "out.html"}
 """Names that commands insist on; others write `out.json`."""
@@ -89,20 +91,6 @@ IN_THE_WAY: dict[str, tuple[Callable[[Path], None], str]] = {
     "link to a device": (a_link_to_a_device, "is a link, which is not followed"),
     "folder": (Path.mkdir, "is a folder"),
 }
-
-
-def everything(folder: Path) -> dict[str, object]:
-    """What every entry below a folder is, and what is in it."""
-    found: dict[str, object] = {}
-    for path in sorted(folder.rglob("*")):
-        status = path.lstat()
-        kind: object = stat.S_IFMT(status.st_mode), stat.S_IMODE(status.st_mode)
-        if path.is_symlink():
-            kind = os.readlink(path)
-        elif path.is_file():
-            kind = kind, path.read_bytes()
-        found[str(path.relative_to(folder))] = kind
-    return found
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -189,9 +177,6 @@ def test_the_mode_of_a_file_is_kept(
     finally:
         os.umask(before)
     assert stat.S_IMODE(out.stat().st_mode) == 0o640
-
-
-# --- inputs
 
 
 def by_its_name(path: Path, _: Path) -> Path:
@@ -308,9 +293,6 @@ def test_an_mmdet_config_replaces_no_input(place: Path, made: Path) -> None:
         assert contents(place) == before
 
 
-# --- places
-
-
 FOLDERS: dict[str, Words] = {
     "synthesize": ("synthesize", "--recipe", "tiny.yaml", "--out"),
     "qat": ("qat", "--recipe", "tiny.yaml", "--out"),
@@ -321,6 +303,7 @@ FOLDERS: dict[str, Words] = {
     "a file": ("inspect", "--json"),
     "DFQ_HOME": ("synthesize", "--recipe", "tiny.yaml"),
 }
+
 
 NOWHERE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "a long name": (lambda place: place / ("x" * 256), "the name is too long"),
@@ -427,9 +410,6 @@ def test_a_home_folder_is_known(place: Path, model: Path, monkeypatch: pytest.Mo
     assert result.exit_code == 0, result.output
     assert (place / "a" / "b.json").is_file()
     assert not (place / "~").exists()
-
-
-# --- folders that somebody else has prepared
 
 
 def test_nothing_is_written_through_links_in_a_set(

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from harness import as_shipped, command
-from small_mmdet import enliven, write_config
+from support.harness import as_shipped, command
+from support.small_mmdet import enliven, write_config
 from torch import Tensor
 
 import dfq

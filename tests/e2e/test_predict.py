@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import command, has_one_error
 from PIL import Image, ImageColor
 from pycocotools import mask as coco_mask
+from support.harness import command, has_one_error
 
 import dfq
 from dfq.data.drawing import colour

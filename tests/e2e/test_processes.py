@@ -16,8 +16,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from forks import PATIENCE, ended, start, until, wait_for
-from harness import command
+from support.forks import PATIENCE, ended, start, until, wait_for
+from support.harness import command
 
 from dfq.runtime import processes
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import real_set
+from support.cli_parts import real_set
 
 import dfq
 from dfq.errors import in_python

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import yaml
-from harness import command, contents, has_one_error
-from pages import Page, check
-from test_altered_run import edited
-from test_cli import real_set
-from test_exports import WHOLE, written
-from tiny_detector import DESCRIPTION, SIDE, blobs, tiny_detector
+from support.altered_run_parts import edited
+from support.cli_parts import real_set
+from support.exports_parts import WHOLE, written
+from support.harness import command, contents, has_one_error
+from support.pages import Page, check
+from support.tiny_detector import DESCRIPTION, SIDE, blobs, tiny_detector
 
 import dfq
 from dfq.models import save_detector

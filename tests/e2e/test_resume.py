@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from forks import ended, killed, paused, start, until, wait_for
-from harness import RECIPE, command, contents, has_one_error
+from support.forks import ended, killed, paused, start, until, wait_for
+from support.harness import RECIPE, command, contents, has_one_error
 
 # Enough work for a kill to fall into it: a shard every tenth of a second or so.
 SYNTHESIS = [

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from forks import ended, launch
-from harness import command, has_one_error
-from test_cli import real_set
+from support.cli_parts import real_set
+from support.forks import ended, launch
+from support.harness import command, has_one_error
 
 import dfq
 

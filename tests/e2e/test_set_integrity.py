@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import command, contents, has_one_error
 from PIL import Image
-from test_outputs import everything
+from support.harness import command, contents, has_one_error
+from support.outputs_parts import everything
 
 import dfq
 from dfq.data import integrity
@@ -401,7 +401,7 @@ LEADS_OUT = [
 
 @pytest.mark.parametrize("name", LEADS_OUT)
 def test_a_real_coco_set_stays_in_its_folder(place: Path, model: Path, name: str) -> None:
-    from test_data_cases import small_coco
+    from support.data_cases_parts import small_coco
 
     small_coco(place / "deep" / "set", images={"file_name": name})
     for target in (place / "secret.png", place / "deep" / "secret.png"):

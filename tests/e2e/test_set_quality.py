@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import command
 from PIL import Image
+from support.harness import command
 
 import dfq
 from dfq.data.calibration_set import CalibrationSet

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from harness import SIZES, as_shipped, command
-from small_mmdet import enliven, write_config
-from test_cli import real_set
-from test_torchvision_cli import write_scenes
+from support.cli_parts import real_set
+from support.harness import SIZES, as_shipped, command
+from support.small_mmdet import enliven, write_config
+from support.torchvision_cli_parts import write_scenes
 
 from dfq.demo.scenes import write_coco
 from dfq.models import load_detector, save_detector
@@ -69,7 +69,7 @@ def flow(place: Path, name: str, network: tuple[str | Path, ...], *data: str | P
         made = command("synthesize", *network, *recipe, "--out", "set")
         assert made.exit_code == 0, made.output
         data = ("--data", "set")
-    trained = command("qat", *network, *recipe, *data, "--out", "run")
+    trained = command("quantize", *network, *recipe, *data, "--out", "run")
     assert trained.exit_code == 0, trained.output
     measured = command("eval", "--model", "run", "--data", "scenes", "--image-size", "64")
     assert measured.exit_code == 0, measured.output

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import command, has_one_error, has_one_error_after_output
+from support.harness import command, has_one_error, has_one_error_after_output
 
 
 def shell(line: str, place: Path) -> subprocess.CompletedProcess[str]:

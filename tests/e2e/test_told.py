@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from harness import command
+from support.harness import command
 
 from dfq.runtime import progress
 from dfq.synthesis import pace

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from forks import PATIENCE, ended, killed, launch, start, until, wait_for
-from harness import RECIPE, command, contents
 from PIL import Image
+from support.forks import PATIENCE, ended, killed, launch, start, until, wait_for
+from support.harness import RECIPE, command, contents
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 # Twelve shards, the last one smaller, with enough work for a kill to fall into it.

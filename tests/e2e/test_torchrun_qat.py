@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from forks import ended, killed, launch, wait_for
-from harness import command, contents
 from safetensors.torch import load_file
+from support.forks import ended, killed, launch, wait_for
+from support.harness import command, contents
 
 
 def words_for(model: Path, data: Path, *more: str) -> list[str]:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import command, has_one_error, whole_flow
+from support.harness import command, has_one_error, whole_flow
+from support.torchvision_cli_parts import write_scenes
 
-from dfq.demo.scenes import NAMES, write_coco
+from dfq.demo.scenes import NAMES
 from dfq.models import load_detector, save_detector
 from dfq.models.torchvision.base import from_name
 from dfq.models.torchvision.networks import build
@@ -38,15 +39,6 @@ def test_the_whole_flow(place: Path) -> None:
     save_detector(from_name("fasterrcnn_mobilenet_v2", options=options), place / "m.safetensors")
     write_scenes(place / "scenes", load_detector("m.safetensors").names)
     whole_flow(place, ("--model", "m.safetensors"), layer="roi_heads.box_predictor.cls_score")
-
-
-def write_scenes(folder: Path, names: list[str]) -> None:
-    """Two scenes under the categories of the detector."""
-    file = write_coco(folder, 2, 64)
-    record = json.loads(file.read_text())
-    for category, name in zip(record["categories"], names, strict=False):
-        category["name"] = name
-    file.write_text(json.dumps(record))
 
 
 def test_weights_apart_from_the_network(place: Path, weights: Path) -> None:

@@ -40,7 +40,7 @@ from ...recipe import load_recipe
 from ...runtime.launch import number
 from ...runtime.precision import resolve_precision
 from ...runtime.progress import Silent
-from .config_writer import require_supported
+from ..mmdet_config import require_supported
 
 require_mmdet()
 

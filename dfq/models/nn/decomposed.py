@@ -150,11 +150,11 @@ def expose(module: nn.Module) -> None:
     """Replace what can be replaced in a network, in place."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            for hidden, exposed in _REPLACEMENTS:
+            for hidden, shown in _REPLACEMENTS:
                 # mmcv's class of the same name adds what PyTorch before 1.4 lacked, and no more.
                 same = type(child) is hidden or (
                     isinstance(child, hidden)
                     and type(child).__module__ == "mmcv.cnn.bricks.wrappers"
                 )
-                if same and exposed.fits(child):
-                    setattr(parent, name, exposed(child).train(child.training))
+                if same and shown.fits(child):
+                    setattr(parent, name, shown(child).train(child.training))

@@ -27,18 +27,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import around
-import models
 import pytest
-import sets
-import small_ultralytics
 import torch
-import yolov5_files
-from cases import Case, Kind, Things, Words
 from click.testing import CliRunner
-from damage import MARK
-from small_mmdet import write_config
-from test_outputs import everything
+from support import small_ultralytics, yolov5_files
+from support.mutations import around, models, sets
+from support.mutations.cases import Case, Kind, Things, Words
+from support.mutations.damage import MARK
+from support.outputs_parts import everything
+from support.small_mmdet import write_config
 
 from dfq.cli.main import cli
 from dfq.kernels import loader as compiled

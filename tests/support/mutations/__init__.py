@@ -1,0 +1,1 @@
+"""What several tests take: small networks, files, commands, rules."""
