@@ -20,7 +20,7 @@ from dfq.runtime.malloc import freed_memory_kept
 from dfq.synthesis.inversion import Inversion
 from dfq.synthesis.iteration import Iteration, own_stream, recorder
 
-MAX_WEIGHTS_PER_CHUNK = (1, 4, 2, 8)
+SIDE_BY_SIDE = (1, 4, 2, 8)
 """Shards that are tried side by side, those first that say most."""
 
 WARM = 24
@@ -136,9 +136,7 @@ class Bench:
     def real(self) -> Iterator[dict[str, Any]]:
         """Milliseconds of an iteration of the product's, and of it for each shard."""
         for model, detector, size in self._each():
-            for shards in (
-                MAX_WEIGHTS_PER_CHUNK if self.device != "cpu" else MAX_WEIGHTS_PER_CHUNK[:1]
-            ):
+            for shards in SIDE_BY_SIDE if self.device != "cpu" else SIDE_BY_SIDE[:1]:
                 if shards > 4 and size == max(self.sizes):
                     continue
                 try:

@@ -37,7 +37,7 @@ def _call(name: str, x: Tensor, *others: Tensor) -> None:
 
 
 def adds_up(device: torch.device) -> bool:
-    """Whether `all_reduce_sum` is quicker than `grouped_moments` there."""
+    """Whether `grouped_sums` is quicker than `grouped_moments` there."""
     return _fused(device) is not None
 
 
@@ -53,9 +53,7 @@ def _fused(device: torch.device) -> ModuleType | None:
     return fused if fused.why_not(device) is None else None
 
 
-def all_reduce_sum(
-    x: Tensor, expected: Tensor, total: Tensor, squares: Tensor, silu: bool
-) -> Tensor:
+def grouped_sums(x: Tensor, expected: Tensor, total: Tensor, squares: Tensor, silu: bool) -> Tensor:
     """Sums over each channel of how far `x` is from what is expected, and of the squares of that,
     and `x` or its SiLU.
 

@@ -1,6 +1,7 @@
 """Keys that recipes had once: accepted with a warning for one release, and read over in records.
 
-`REMOVED` is the whole list. A key that goes is added there, and nowhere else.
+`REMOVED` is the whole list. A key that goes is added there; one of `synthesis`, which identifies
+sets, to `synthesis.settings.FORMER`, from where it comes here.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ class Pass:
         mean, var: float32 `(channels of all,)`, by group where there are several, as in `Expected`;
             zero for a run that was not made.
         counts: by run, over how many values each of them was taken.
-        summed: whether mean and variance are still sums, see `all_reduce_sum`.
+        summed: whether mean and variance are still sums, see `grouped_sums`.
         slope, offset: the gradient of the input x by way of its moments is slope * x + offset;
             known once the gradient of the moments is.
     """

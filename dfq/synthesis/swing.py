@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
+
+from ..graph.execution import hooks
 
 
 @contextlib.contextmanager
@@ -39,13 +40,9 @@ def swinging(module: nn.Module, generators: Sequence[Generator]) -> Iterator[Non
             moved.append(part[:, :, top : top + x.shape[2], left : left + x.shape[3]])
         return (moved[0] if len(moved) == 1 else torch.cat(moved), *inputs[1:])
 
-    handles: list[Any] = [
+    with hooks(
         layer.register_forward_pre_hook(swing)
         for layer in module.modules()
         if isinstance(layer, nn.Conv2d) and max(layer.stride) > 1
-    ]
-    try:
+    ):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

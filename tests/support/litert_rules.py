@@ -17,7 +17,7 @@ WEIGHTED = {"CONV_2D": 0, "DEPTHWISE_CONV_2D": 3, "FULLY_CONNECTED": 0}
 """By operation, the axis of its weights that has the output channels."""
 
 KEEPING = ("CONCATENATION", "MAX_POOL_2D", "RESIZE_NEAREST_NEIGHBOR", "RESHAPE", "TRANSPOSE")
-CLIP_RATIOS = ("LOGISTIC", "SOFTMAX")
+SHARES = ("LOGISTIC", "SOFTMAX")
 
 
 class Operation:
@@ -74,7 +74,7 @@ def violations(path: Path) -> list[str]:
             sides = {grid_of(t) for t in (*one.inputs, *one.outputs) if t.kind == "INT8"}
             if len(sides) != 1:
                 found.append(f"keeping: {where} has {len(sides)} grids")
-        elif one.name in CLIP_RATIOS and one.outputs[0].kind == "INT8":
+        elif one.name in SHARES and one.outputs[0].kind == "INT8":
             grid = grid_of(one.outputs[0])
             found += [f"share: {where} has {grid}"] if grid != ((1 / 256,), (-128,)) else []
     return found

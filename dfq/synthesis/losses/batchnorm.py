@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...errors import UserError
+from ...graph.execution import hooks
 from ...graph.fold_batchnorm import FoldedBatchNorm
 from ...kernels.batchnorm import (
-    all_reduce_sum,
     gaussian_divergence,
     grouped_moments,
     grouped_moments_backward,
+    grouped_sums,
 )
 from ..moment_sums import Pass
 from .expected import Expected
@@ -45,7 +46,7 @@ class _Watch(torch.autograd.Function):
         part = known.channels[run]
         if passed.summed:
             total, squares = (v.view(known.groups, -1)[:, part] for v in (passed.mean, passed.var))
-            out = all_reduce_sum(x, known.mean[part], total, squares, silu)
+            out = grouped_sums(x, known.mean[part], total, squares, silu)
         else:
             where = [passed.channels(run, group) for group in range(known.groups)]
             out = grouped_moments(x, known.mean[part], where, silu)
@@ -149,17 +150,15 @@ class BatchNormStatistics:
 
         # Of a BatchNorm proper the output is another tensor than the input that is watched.
         folded = [layer for layer in self._indices if isinstance(layer, FoldedBatchNorm)]
-        handles = [layer.register_forward_hook(note) for layer in folded]
-        handles += [
-            silu.register_forward_pre_hook(lambda _m, inputs: activated.append(inputs[0]))
-            for silu in self._silus
-        ]
-        try:
-            with torch.no_grad():
-                run()
-        finally:
-            for handle in handles:
-                handle.remove()
+        with (
+            hooks(layer.register_forward_hook(note) for layer in folded),
+            hooks(
+                silu.register_forward_pre_hook(lambda _m, inputs: activated.append(inputs[0]))
+                for silu in self._silus
+            ),
+            torch.no_grad(),
+        ):
+            run()
         # All of them are still alive, so that no two have one id.
         seen = {id(tensor) for tensor in activated}
         stray = {layer for layer, output, _ in passed if id(output) not in seen}
