@@ -37,7 +37,7 @@ from dfq.runtime.files import read_json, write_json
 YARDSTICK = [
     "method=qat",
     "distillation.keep_worse=true",
-    "quantization.rounding=nearest",
+    "quantization.reconstruction=none",
     "distillation.weight_lr=null",
     "distillation.lr=3e-4",
     "distillation.scale_lr=1e-3",

@@ -37,7 +37,7 @@ NAIVE = (
     "synthesis.labels=none",
     "method=ptq",
     "quantization.ranges=minmax",
-    "quantization.rounding=nearest",
+    "quantization.reconstruction=none",
     "quantization.weight_grid=symmetric",
 )
 

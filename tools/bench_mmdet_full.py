@@ -54,7 +54,7 @@ def _steps(config: str, out: Path, data: Path, size: int) -> dict[str, list[str]
         "method": "qat",
         "quantization.calibration_images": IMAGES,
         # The second-order rounding of the first linear layer, with 12544 inputs, takes minutes.
-        "quantization.rounding": "nearest",
+        "quantization.reconstruction": "none",
         "distillation.epochs": 2,
         "distillation.batch_size": IMAGES,
     }

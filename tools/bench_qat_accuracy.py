@@ -29,11 +29,11 @@ from dfq.runs.loading import load_model
 from dfq.runtime.files import read_json, write_json
 from dfq.runtime.progress import Live
 
-PTQ = ("method=ptq", "quantization.rounding=nearest", "quantization.refine_images=0")
+PTQ = ("method=ptq", "quantization.reconstruction=none", "quantization.refine_images=0")
 
 # Weights that are trained from where they are nearest to, as everywhere but in our recipes.
 TRAINED = (
-    "quantization.rounding=nearest",
+    "quantization.reconstruction=none",
     "distillation.weight_lr=null",
     "distillation.lr=1e-4",
     "distillation.scale_lr=1e-3",
@@ -110,7 +110,7 @@ ABLATIONS = {
     "least-squares": Method(
         "ranges by least squares alone", "synthetic", ("quantization.refine_images=0",)
     ),
-    "nearest": Method("nearest rounding", "synthetic", ("quantization.rounding=nearest",)),
+    "nearest": Method("nearest rounding", "synthetic", ("quantization.reconstruction=none",)),
     "weights": Method("nearest rounding, trained weights", "synthetic", TRAINED),
     "task-agnostic": Method("task-agnostic images", "synthetic", (), ("synthesis.labels=none",)),
     "single-box": Method("single-box labels", "synthetic", (), ("synthesis.labels=single",)),

@@ -43,7 +43,7 @@ def main(model: str, data: str, size: int, images: int, rounds: int, threads: in
     if threads:
         torch.set_num_threads(threads)
     settings = load_recipe(
-        "w4a8", [f"synthesis.image_size={size}", "quantization.rounding=nearest"]
+        "w4a8", [f"synthesis.image_size={size}", "quantization.reconstruction=none"]
     )
     detector = load_detector(model)
     teacher = fold(detector.clone())

@@ -27,7 +27,7 @@ from dfq.runtime.progress import Live
 
 # As it was before there were better ways: weights symmetric, ranges by least squares alone.
 PLAIN = ["quantization.weight_grid=symmetric", "quantization.refine_images=0"]
-NEAREST = [*PLAIN, "quantization.rounding=nearest"]
+NEAREST = [*PLAIN, "quantization.reconstruction=none"]
 MINMAX = [*NEAREST, "quantization.ranges=minmax"]
 
 # Title, set, settings, and the run's folder. Ranges are found on the first 64 images of a set.

@@ -45,7 +45,7 @@ def main(
     ridges: tuple[float, ...],
 ) -> None:
     settings = load_recipe(
-        recipe, [f"synthesis.image_size={size}", "quantization.rounding=nearest"]
+        recipe, [f"synthesis.image_size={size}", "quantization.reconstruction=none"]
     )
     detector = load_detector(model)
     teacher = fold(detector.clone())

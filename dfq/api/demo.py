@@ -80,7 +80,7 @@ def _compare(made: Deployment, out: Path, progress: Progress) -> None:
     minmax = {
         **load_target(TARGET).overrides(),
         "quantization.ranges": "minmax",
-        "quantization.rounding": "nearest",
+        "quantization.reconstruction": "none",
         "quantization.weights": "per_tensor",
     }
     noise = synthesize(

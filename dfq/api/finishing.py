@@ -14,7 +14,7 @@ from ..quantization.inspection import bit_operations, list_layers, quantized_sha
 from ..quantization.policy import Policy
 from ..runs.folder import Run
 from ..runs.held_out import Looked
-from ..runs.outcome import divergence_sentence, kept_sentence
+from ..runs.outcome import candidates_sentence, divergence_sentence, kept_sentence
 from ..runs.pipeline import QuantizationResult, measure
 from ..runtime.progress import Progress
 from ..runtime.surroundings import versions
@@ -70,6 +70,9 @@ def finish(
             where = settings.distillation.select_on
             metrics["selected_on_real_images"] = {"data": where, "epoch": epoch, "AP": score}
     said = [kept_sentence(selected, outcome)]
+    if result.candidates:
+        metrics["candidates"] = result.candidates
+        said.append(candidates_sentence(result.candidates, looked.where))
     if outcome is not None:
         said.append(divergence_sentence(outcome))
     pixels = looked.data.load(looked.indices)

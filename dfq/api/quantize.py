@@ -31,6 +31,7 @@ def quantize(
     overrides: Overrides = (),
     device: str = "auto",
     trust: bool = False,
+    max_cache: float = 2.0,
     progress: Report = None,
     tensorboard: str | Path | None = None,
 ) -> Path:
@@ -51,6 +52,7 @@ def quantize(
         photos: real images, whose labels do not count; how close the low-bit network is to the
             float one on them is measured at the end and never steers the training. None: none.
         overrides, device, trust, progress: as for `synthesize`.
+        max_cache: GiB of what goes in and out of a block that are kept while it is reconstructed.
         tensorboard: a folder for the curves of the loss, of the training too.
 
     Returns:
@@ -119,6 +121,8 @@ def quantize(
                 job.world,
                 calibration=joined,
                 select_on=plan.selected_on,
+                held_out=looked.data.load(looked.indices) if looked.held_out else None,
+                room=int(max_cache * 1024**3),
             )
             if run.own is not None:
                 left = None if joined is None else joined.left

@@ -17,7 +17,7 @@ from .inspect import inspect
 from .mmdet_config import mmdet_config
 from .options import require_streams
 from .predict import predict
-from .quantize import qat, quantize
+from .quantize import ptq, qat, quantize
 from .recipe import recipe
 from .report import report
 from .sensitivity import sensitivity
@@ -47,6 +47,7 @@ for command in (
     inspect,
     mmdet_config,
     predict,
+    ptq,
     qat,
     quantize,
     recipe,

@@ -45,7 +45,7 @@ _SURROUNDINGS = _FULL | {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errn
 # How torch's own file writer puts it, which knows no errno.
 _TORCH_DISK = ("No space left", "PytorchStreamWriter failed", "inline_container", "iostream error")
 
-_RESUMED = {"synthesize", "qat", "deploy", "demo"}
+_RESUMED = {"synthesize", "quantize", "ptq", "qat", "deploy", "demo"}
 """Commands that go on where they were stopped; the others begin anew."""
 
 _GRACE_SECONDS = 5.0

@@ -1,4 +1,4 @@
-"""`dfq quantize`, and `dfq qat`, which insists on training."""
+"""`dfq quantize`; `dfq qat`, which insists on training, and `dfq ptq`, which trains nothing."""
 
 from __future__ import annotations
 
@@ -20,9 +20,15 @@ from .options import (
     tensorboard_option,
 )
 
+_select_on = click.option(
+    "--select-on",
+    show_default="none",
+    help="A labelled real SET: keep the epoch with the best AP on it, as the paper does.",
+)
+
 
 def _options(command: F) -> F:
-    """What both names of the command take."""
+    """What all names of the command take."""
     for option in reversed(
         (
             click.option("--recipe", required=True, help="File or shipped recipe (w4a8)."),
@@ -50,17 +56,20 @@ def _options(command: F) -> F:
                 help="Run folder.",
             ),
             click.option(
-                "--select-on",
-                show_default="none",
-                help="A labelled real SET: keep the epoch with the best AP on it, as the "
-                "paper does.",
-            ),
-            click.option(
                 "--photos",
                 metavar="DIR",
                 show_default="none",
                 help="Real photos, no labels needed: half of them (64 at most) join calibration "
                 "and rounding, and on the others is said in the end how close the network is.",
+            ),
+            click.option(
+                "--max-cache",
+                type=click.FloatRange(min=0),
+                default=2.0,
+                show_default=True,
+                metavar="GIB",
+                help="Memory for what goes in and out of a block while it is reconstructed; beyond "
+                "it, it is computed again, which changes the time alone.",
             ),
             tensorboard_option,
             settings_options,
@@ -73,6 +82,7 @@ def _options(command: F) -> F:
 
 @click.command(short_help="Make the low-bit detector: calibrate, round, train.")
 @_options
+@_select_on
 @report_user_errors
 def quantize(**given: Any) -> None:
     """Make the low-bit detector: calibrate and round it on its synthetic images, train it, keep
@@ -83,8 +93,20 @@ def quantize(**given: Any) -> None:
     _quantize(**given)
 
 
+@click.command(short_help="dfq quantize that trains nothing.")
+@_options
+@report_user_errors
+def ptq(overrides: tuple[str, ...], **given: Any) -> None:
+    """dfq quantize that trains nothing: whatever the recipe says, its method is ptq. Which
+    reconstruction, --set quantization.reconstruction=METHOD says: none, gptq, adaround, brecq,
+    qdrop, pd, spq, mgrq, task or best.
+    """
+    _quantize(overrides=overrides, select_on=None, method="ptq", **given)
+
+
 @click.command(short_help="dfq quantize that insists on training.")
 @_options
+@_select_on
 @report_user_errors
 def qat(overrides: tuple[str, ...], **given: Any) -> None:
     """dfq quantize that insists on training: a recipe whose method is auto has method qat, which
@@ -92,7 +114,7 @@ def qat(overrides: tuple[str, ...], **given: Any) -> None:
 
     On several GPUs or nodes: torchrun --nproc-per-node=GPUS -m dfq qat ...
     """
-    _quantize(overrides=overrides, trains=True, **given)
+    _quantize(overrides=overrides, method="qat", **given)
 
 
 def _quantize(
@@ -108,8 +130,10 @@ def _quantize(
     overrides: tuple[str, ...],
     device: str,
     trust: bool,
-    trains: bool = False,
+    max_cache: float,
+    method: str | None = None,
 ) -> None:
+    """The command by any of its names; the one that it goes by may have a method of its own."""
     from ..api.quantize import quantize as verb
     from ..recipe import find_recipe
     from ..runs.comparison import number
@@ -126,8 +150,8 @@ def _quantize(
         synthesis__image_size=image_size,
     )
     chosen = any(text.partition("=")[0].strip() == "method" for text in overrides)
-    if trains and not chosen and settings.method == "auto":
-        settings = settings.model_copy(update={"method": "qat"})
+    if method == "ptq" or (method == "qat" and not chosen and settings.method == "auto"):
+        settings = settings.model_copy(update={"method": method})
     folder = verb(
         settings,
         model=model,
@@ -138,6 +162,7 @@ def _quantize(
         photos=photos,
         device=device,
         trust=trust,
+        max_cache=max_cache,
         progress=Live(),
         tensorboard=output_folder(tensorboard, "tensorboard"),
     )

@@ -66,8 +66,12 @@ class BlockOutputCache:
 
     def run(self, batch: int) -> Any:
         """The forward pass over batch number `batch`, finished blocks answering from memory."""
-        self._batch = batch
+        self.select(batch)
         return self._run(batch)
+
+    def select(self, batch: int) -> None:
+        """From now on finished blocks answer for batch number `batch`."""
+        self._batch = batch
 
     def __enter__(self) -> BlockOutputCache:
         return self

@@ -1,11 +1,16 @@
-"""Post-training quantization: insert, calibrate, refine, round."""
+"""Post-training quantization: insert, calibrate, refine, round, reconstruct."""
 
 from __future__ import annotations
 
+import io
+from pathlib import Path
+
+import torch
 from torch import Tensor, nn
 
 from ..data.pixels import Pixels
-from ..models.base import AnyModel, Model
+from ..errors import UserError
+from ..models.base import AnyModel, Model, Targets
 from ..quantization.calibration import calibrate
 from ..quantization.insertion import insert_quantizers
 from ..quantization.margins import keep_within_statistics
@@ -13,9 +18,14 @@ from ..quantization.policy import Policy
 from ..quantization.quantizers import Quantizer
 from ..quantization.settings import Quantization
 from ..quantization.traversal import quantized_layers
+from ..runtime.files import write_atomic
+from ..runtime.malloc import freed_memory_kept
 from ..runtime.progress import Progress
 from .activation_refinement import narrow_activations, refine_grids
+from .block_io import ROOM
+from .blocks import BATCH, reconstruct
 from .gptq import gptq_quantize, is_too_wide
+from .objectives import METHODS
 
 MARGIN_IMAGES = 16
 """Of the calibration, which tell where ranges depend on the contrast."""
@@ -23,7 +33,7 @@ MARGIN_IMAGES = 16
 
 def images_to_prepare(section: Quantization) -> int:
     """How many images `calibrate_and_round` looks at."""
-    rounding = section.rounding_images if section.rounding == "gptq" else 0
+    rounding = 0 if section.reconstruction == "none" else section.rounding_images
     return max(section.calibration_images, section.refine_images, rounding)
 
 
@@ -52,7 +62,7 @@ def calibrate_and_round(
     if refined and narrow_activations(student):
         with progress.task("ranges", 1, "activations") as task:
             refine_grids(student, teacher, pixels[:refined], progress=task.update)
-    if section.rounding == "gptq":
+    if section.reconstruction == "gptq" or starts_from_gptq(section):
         for name, layer in quantized_layers(student.module):
             if is_too_wide(layer):
                 progress.note(
@@ -60,6 +70,12 @@ def calibrate_and_round(
                 )
         with progress.task("rounding", 1, "layers") as task:
             gptq_quantize(student, teacher, pixels[: section.rounding_images], progress=task.update)
+
+
+def starts_from_gptq(section: Quantization) -> bool:
+    """Whether blocks are reconstructed from the integers that GPTQ rounds to."""
+    method = METHODS.get(section.reconstruction)
+    return method is not None and method.start == "gptq"
 
 
 def clip_strictly(module: nn.Module) -> None:
@@ -77,7 +93,7 @@ def quantized(
     progress: Progress,
 ) -> AnyModel:
     """A copy of the folded `teacher` with quantizers; unless `data` is None calibrated on it, and
-    its weights rounded as `section` says."""
+    its weights rounded as `section` says. Blocks are left to `with_reconstructed_blocks`."""
     student = insert_quantizers(teacher.clone(), policy)
     if section.ranges == "lsq":
         clip_strictly(student.module)
@@ -85,3 +101,93 @@ def quantized(
         pixels = data.load(list(range(min(images_to_prepare(section), len(data)))))
         calibrate_and_round(student, teacher, pixels, section, progress)
     return student
+
+
+def reconstructs_blocks(section: Quantization) -> bool:
+    """Whether blocks are reconstructed after rounding."""
+    return section.reconstruction in METHODS
+
+
+def with_reconstructed_blocks(
+    student: AnyModel,
+    teacher: AnyModel,
+    section: Quantization,
+    data: Pixels,
+    progress: Progress,
+    *,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    room: int = ROOM,
+) -> AnyModel:
+    """What `quantized` gave, changed in place: with its blocks reconstructed as `section` says.
+
+    Args:
+        student: the calibrated network.
+        teacher: the folded float one.
+        section: of the recipe; its reconstruction is a method of blocks.
+        data: images, with labels where the method looks at them.
+        progress: told how far it is.
+        seed: fixes the order of batches and what is dropped.
+        checkpoint: a file that is written after each block and gone on from; None: none is. It is
+            there when all is done; who asked for it deletes it.
+        room: bytes of a block's inputs and outputs that are kept on the host.
+
+    Raises:
+        UserError: there are no labels, and the method needs them; the checkpoint cannot be read.
+    """
+    method, labels = METHODS[section.reconstruction], getattr(data, "targets", None)
+    if method.labels and labels is None:
+        raise UserError(
+            f"quantization.reconstruction: {section.reconstruction} needs the labels of the set; "
+            "leave --photos out, or use another method"
+        )
+    count = min(section.rounding_images, len(data))
+    pixels = data.load(list(range(count)))
+    done = 0 if checkpoint is None else _restored(student, checkpoint)
+
+    def targets(batch: int) -> Targets:
+        assert labels is not None
+        found: Targets = labels(list(range(batch * BATCH, min((batch + 1) * BATCH, count))))
+        return found.to(student.device)
+
+    with progress.task("reconstruction", 1, "blocks") as task, freed_memory_kept():
+
+        def after(block: int, blocks: int) -> None:
+            if checkpoint is not None:
+                _save(student, checkpoint, block)
+            task.update(block, blocks)
+
+        reconstruct(
+            student,
+            teacher,
+            pixels,
+            method,
+            iterations=section.reconstruction_iterations,
+            seed=seed,
+            room=room,
+            targets=targets,
+            first=done,
+            after=after,
+        )
+    return student
+
+
+def _save(student: Model, checkpoint: Path, done: int) -> None:
+    buffer = io.BytesIO()
+    torch.save({"done": done, "student": student.module.state_dict()}, buffer)
+    write_atomic(checkpoint, buffer.getvalue())
+
+
+def _restored(student: Model, checkpoint: Path) -> int:
+    """How many blocks are done, with the student as it was then; 0 where there is no file."""
+    if not checkpoint.is_file():
+        return 0
+    try:
+        state = torch.load(checkpoint, map_location=student.device, weights_only=True)
+        student.module.load_state_dict(state["student"])
+        return int(state["done"])
+    except Exception as error:
+        raise UserError(
+            f"{checkpoint}: cannot be read ({type(error).__name__}); delete it to start the "
+            "reconstruction over"
+        ) from None

@@ -6,11 +6,15 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ..runtime.limits import MOST_IMAGES
+from ..runtime.limits import MOST_IMAGES, MOST_STEPS
 from ..runtime.settings import Section
 from .bit_widths import ALLOWED, Widths, check_budget, parse_widths
 from .placement import PLACEMENTS, Runtime
 from .policy import Policy
+
+Reconstruction = Literal[
+    "none", "gptq", "adaround", "brecq", "qdrop", "pd", "spq", "mgrq", "task", "best"
+]
 
 
 class Mixed(Section):
@@ -70,11 +74,15 @@ class Quantization(Section):
     refine_images: int = Field(16, ge=0, le=MOST_IMAGES)
     """Images of the set on which the grids that `mse` found for activations of 5 to 7 bits are
     moved to where the predictions stay closest; 0: they stay where they are."""
-    rounding: Literal["gptq", "nearest"] = "gptq"
-    """How weights get onto their grids, before any training; gptq: each makes up for the errors of
-    those before it; nearest: each to the nearest level."""
+    reconstruction: Reconstruction = "gptq"
+    """How weights get onto their grids, before any training. none: each to the nearest level; gptq:
+    each makes up for the errors of those before it, layer by layer; adaround, brecq, qdrop, pd
+    (PD-Quant), spq, mgrq, task: rounding and activation scales of one block after another are
+    learned, by that method's objective; best: ours, from gptq's integers."""
+    reconstruction_iterations: int = Field(100, ge=1, le=MOST_STEPS)
+    """Steps that each block is learned for, where blocks are."""
     rounding_images: int = Field(512, ge=1, le=MOST_IMAGES)
-    """Images of the set that gptq looks at."""
+    """Images of the set that gptq and block reconstruction look at."""
     scope: Literal["all", "backbone"] = "all"
     """Layers that are quantized at all; with backbone, neck and heads stay in float."""
     placement: Literal["inputs", "everywhere", "qdq"] = "inputs"
@@ -107,6 +115,12 @@ class Quantization(Section):
         if self.placement == "qdq" and most > limit:
             raise ValueError(f"{self.runtime} has no activations of {most} bits; {limit} at most")
         return self
+
+    @property
+    def rounding(self) -> Literal["gptq", "nearest"]:
+        """How weights are rounded where each layer is by itself, as for mixed precision; methods
+        that learn blocks from nearest integers measure so too."""
+        return "nearest" if self.reconstruction == "none" else "gptq"
 
     def candidates(self) -> list[Widths]:
         """What `mixed.candidates` stands for, as (weight bits, activation bits)."""

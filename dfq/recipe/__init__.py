@@ -19,7 +19,7 @@ from ..runtime.settings import Section
 from ..runtime.suggest import suggestion
 from ..synthesis.settings import Synthesis
 from .overrides import Overrides, flat, merged, override
-from .removed import warn_of_removed, without_removed
+from .removed import under_present_names, warn_of_removed, without_removed
 
 
 class Evaluation(Section):
@@ -148,6 +148,7 @@ def recorded_recipe(path: Path) -> Recipe:
         UserError: as for `load_recipe`.
     """
     data = _read(path)
+    under_present_names(data)
     without_removed(data)
     section = data.get("distillation")
     # Once a rate in quantization steps.

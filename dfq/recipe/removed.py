@@ -61,6 +61,35 @@ REMOVED: dict[str, Removed] = {
 """By key, with dots."""
 
 
+def _nearest(value: Any) -> Any:
+    return "none" if value == "nearest" else value
+
+
+RENAMED: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "quantization.rounding": ("quantization.reconstruction", _nearest),
+}
+"""Keys that have another name now, and what their values are called under it."""
+
+
+def under_present_names(data: dict[str, Any]) -> list[str]:
+    """Put values of keys that were renamed where they belong now; a value there has its way.
+
+    Args:
+        data: the sections, changed in place.
+
+    Returns:
+        The old keys that were there.
+    """
+    found = []
+    for key, (present, value) in RENAMED.items():
+        section, name = _value(data, key.rpartition(".")[0], None), key.rpartition(".")[2]
+        if isinstance(section, dict) and name in section:
+            section.setdefault(present.rpartition(".")[2], value(section[name]))
+            del section[name]
+            found.append(key)
+    return found
+
+
 def _places(data: Any) -> Iterator[tuple[str, dict[str, Any], str]]:
     """The removed keys that are in a recipe's sections: key, section and name in it."""
     for key in REMOVED:
@@ -104,6 +133,10 @@ def warn_of_removed(data: dict[str, Any], origin: str) -> None:
         data: the sections, changed in place.
         origin: what the line begins with.
     """
+    renamed = under_present_names(data)
+    if renamed and is_main_process():
+        keys = ", ".join(f"{key} is {RENAMED[key][0]} now" for key in renamed)
+        print(f"warning: {origin}: {keys}; the old name is read for one release", file=sys.stderr)
     found = without_removed(data)
     if found and is_main_process():
         keys = ", ".join(f"{key} ({REMOVED[key].why})" for key in found)

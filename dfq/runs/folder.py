@@ -39,7 +39,7 @@ from ..quantization.insertion import insert_quantizers
 from ..quantization.policy import Policy
 from ..quantization.storage import WEIGHTS_PER_BYTE, restore_state, stored_state
 from ..recipe import Recipe
-from ..recipe.removed import removed_that_matter, without_removed
+from ..recipe.removed import removed_that_matter, under_present_names, without_removed
 from ..runtime.files import append_line, read_json, write_atomic, write_json
 from ..runtime.lock import locked
 from ..runtime.plain import ODD, brief, one_line
@@ -47,6 +47,9 @@ from ..runtime.plain import ODD, brief, one_line
 FORMAT = 3
 """3: quantized weights are integers, and the model says its format; 2: they are floats, and the
 model says by itself what it is; 1: the manifest alone does."""
+
+RECONSTRUCTION = "reconstruction.pt"
+"""What an interrupted reconstruction of blocks goes on from."""
 
 _DESCRIBED = ("identity", "spec", "policy")
 """What the manifest and the model have to say alike."""
@@ -164,7 +167,13 @@ class Run:
 
     def _tidy(self) -> None:
         # Also what a process killed right after writing the manifest left behind.
-        for name in ("state.json", "checkpoint.pt", ".checkpoint.pt.tmp"):
+        for name in (
+            "state.json",
+            "checkpoint.pt",
+            ".checkpoint.pt.tmp",
+            RECONSTRUCTION,
+            f".{RECONSTRUCTION}.tmp",
+        ):
             (self.folder / name).unlink(missing_ok=True)
 
 
@@ -208,6 +217,7 @@ def in_todays_keys(identity: dict[str, Any]) -> dict[str, Any]:
     are left out where they changed nothing."""
     try:
         values = copy.deepcopy(identity["recipe"])
+        under_present_names(values)
         without_removed(values, neutral=True)
         recipe = Recipe.model_validate(values)
     except (KeyError, ValidationError):

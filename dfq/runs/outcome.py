@@ -17,6 +17,8 @@ def kept_sentence(selected: str, outcome: Outcome | None) -> str:
     start = "kept: the network as it was calibrated and rounded on the images, before training"
     if kind != "ptq":
         return f"kept: the trained network ({selected})"
+    if reason.startswith("closest"):
+        return f"kept: the network as it was before training, {reason}"
     if not reason:
         return "kept: the network as it was calibrated and rounded; no training was asked for"
     if outcome is None:
@@ -46,3 +48,15 @@ def divergence_sentence(outcome: Outcome) -> str:
         "network's predictions are from the float one's on the images it was made on, per image; "
         "0 is equal, and only values of one network and set compare"
     )
+
+
+def candidates_sentence(candidates: dict[str, float], where: str) -> str:
+    """Which networks were compared, and which of them was closest.
+
+    Args:
+        candidates: divergence from the float network by name.
+        where: the images it is of.
+    """
+    ordered = sorted(candidates.items(), key=lambda pair: pair[1])
+    listed = ", ".join(f"{name} {value:.4g}" for name, value in ordered)
+    return f"divergence from the float network on {where}: {listed}; kept: {ordered[0][0]}"

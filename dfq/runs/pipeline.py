@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..data.calibration_set import CalibrationSet
 from ..data.image_set import ImageSet
@@ -16,12 +17,20 @@ from ..data.pixels import LabelledImages, Pixels
 from ..errors import DivergedError
 from ..evaluation.coco import evaluate as evaluate_detector
 from ..models.base import Detector
-from ..ptq.pipeline import quantized
+from ..models.divergence import total_divergence
+from ..ptq.block_io import ROOM
+from ..ptq.pipeline import (
+    quantized,
+    reconstructs_blocks,
+    starts_from_gptq,
+    with_reconstructed_blocks,
+)
 from ..qat.trainer import Outcome, Trainer
 from ..quantization.policy import Policy
 from ..recipe import Recipe
 from ..runtime.distributed import World
 from ..runtime.progress import Progress
+from .folder import RECONSTRUCTION
 from .shared import SharedRun
 
 FAR = 10.0
@@ -36,11 +45,14 @@ class QuantizationResult:
         student: the network.
         outcome: how training ended; None where there was none, or it diverged.
         selected: why it is this network: "ptq", "ptq: REASON" or "qat: WEIGHTS".
+        candidates: divergence from the teacher on the held-out images, an image, of what was
+            compared: by method, the reconstruction's or "qat"; empty where nothing was.
     """
 
     student: Detector
     outcome: Outcome | None
     selected: str
+    candidates: dict[str, float] = field(default_factory=dict)
 
 
 def ptq_then_qat(
@@ -54,6 +66,8 @@ def ptq_then_qat(
     *,
     calibration: Pixels | None = None,
     select_on: ImageSet | None = None,
+    held_out: Tensor | None = None,
+    room: int = ROOM,
 ) -> QuantizationResult:
     """Make the low-bit detector as `recipe.method` says: calibrate and round, then train, and go
     back to the start where training made it worse.
@@ -69,6 +83,10 @@ def ptq_then_qat(
         calibration: what to calibrate and round on; None: `images`.
         select_on: a labelled real set to select the epoch on; None: weights are selected without
             real images.
+        held_out: uint8 images `(n, 3, h, w)` that nothing else looks at. Where blocks are
+            reconstructed and the method is `auto`, the network that is closest to the teacher on
+            them is kept: rounded by GPTQ, reconstructed or trained. None: there are none.
+        room: bytes of a block's inputs and outputs that reconstruction keeps on the host.
 
     Raises:
         DivergedError: where training diverged, unless the method is `auto`.
@@ -76,11 +94,43 @@ def ptq_then_qat(
     """
     section = recipe.quantization
     seen = calibration or images
+    blocks = reconstructs_blocks(section)
+    compared = held_out if blocks and recipe.method == "auto" else None
+    candidates: dict[str, float] = {}
+
+    def ptq() -> Detector:
+        # The processes of a job would write one file.
+        checkpoint = run.folder / RECONSTRUCTION if world.size == 1 else None
+        begun = quantized(teacher, policy, section, seen, progress)
+        if not blocks:
+            return begun
+        rounded = None
+        if compared is not None:
+            rounded = begun.clone()
+            if not starts_from_gptq(section):
+                plain = section.model_copy(update={"reconstruction": "gptq"})
+                rounded = quantized(teacher, policy, plain, seen, progress)
+        made = with_reconstructed_blocks(
+            begun,
+            teacher,
+            section,
+            seen,
+            progress,
+            seed=recipe.seed,
+            checkpoint=checkpoint,
+            room=room,
+        )
+        if rounded is None or compared is None:
+            return made
+        candidates["gptq"] = _apart(rounded, teacher, compared)
+        candidates[section.reconstruction] = _apart(made, teacher, compared)
+        return made if candidates[section.reconstruction] < candidates["gptq"] else rounded
+
     if recipe.method == "ptq":
-        return QuantizationResult(quantized(teacher, policy, section, seen, progress), None, "ptq")
+        return QuantizationResult(ptq(), None, "ptq")
     resuming = world.broadcast((run.folder / "checkpoint.pt").is_file())
     # A resumed student gets its scales from the checkpoint: calibrating would be for nothing.
-    student = quantized(teacher, policy, section, None if resuming else seen, progress)
+    student = quantized(teacher, policy, section, None, progress) if resuming else ptq()
     run.log("training resumed" if resuming else "training started")
     # Kept to fall back to; a resumed run that has to finds it anew, which takes the time again.
     kept = recipe.method == "qat" and recipe.distillation.keep_worse
@@ -89,8 +139,7 @@ def ptq_then_qat(
     def calibrated(outcome: Outcome | None, reason: str) -> QuantizationResult:
         # The trainer has laid it out anew, and sums in another order differ in their last bits.
         teacher.module.to(memory_format=torch.contiguous_format)
-        before = start or quantized(teacher, policy, section, seen, progress)
-        return QuantizationResult(before, outcome, f"ptq: {reason}")
+        return QuantizationResult(start or ptq(), outcome, f"ptq: {reason}", candidates)
 
     try:
         outcome = _train(student, teacher, recipe, images, run, progress, world, select_on)
@@ -101,6 +150,15 @@ def ptq_then_qat(
             with world.main_process_first():
                 raise
         return calibrated(None, "training diverged")
+    if compared is not None:
+        if start is None:
+            teacher.module.to(memory_format=torch.contiguous_format)
+            start = ptq()
+        candidates["qat"] = _apart(student, teacher, compared)
+        if candidates["qat"] >= min(candidates.values()):
+            return calibrated(outcome, "closest to the teacher on the held-out images")
+        selected = f"qat: {outcome.selected} weights"
+        return QuantizationResult(student, outcome, selected, candidates)
     worse = worse_than_start(outcome)
     if worse and not kept:
         advice = "; --set distillation.keep_worse=true keeps what was trained"
@@ -110,6 +168,11 @@ def ptq_then_qat(
         where = recipe.distillation.select_on
         selected = f"qat: epoch {outcome.best[0]}, the best by AP on the real images of {where}"
     return QuantizationResult(student, outcome, f"{selected}; but {worse}" if worse else selected)
+
+
+def _apart(student: Detector, teacher: Detector, images: Tensor) -> float:
+    """Divergence of the two networks' predictions, an image of uint8 `(n, 3, h, w)`."""
+    return float(total_divergence(student, teacher, images.split(16))) / len(images)
 
 
 def _train(

@@ -47,7 +47,7 @@ def low(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     return dfq.quantize(
         "demo", model="demo", data=made.root, out=folder / "run",
-        overrides={"method": "ptq", "quantization.rounding": "nearest"},
+        overrides={"method": "ptq", "quantization.reconstruction": "none"},
     )  # fmt: skip
 
 
@@ -175,7 +175,7 @@ def test_synthetic_images_are_held_out(place: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Trainer, "__init__", seen)
     result = command(
         "qat", "--recipe", "demo", "--model", "demo", "--data", "set", "--out", "run",
-        "--set", "distillation.epochs=1", "--set", "quantization.rounding=nearest",
+        "--set", "distillation.epochs=1", "--set", "quantization.reconstruction=none",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert trained == [21]
@@ -214,7 +214,7 @@ def test_few_or_real_images_are_not_held_out(place: Path, model: Path, made: Pat
 def test_photos_are_measured_and_recorded(place: Path, photos: Path, low: Path) -> None:
     words = (
         "qat", "--recipe", "demo", "--model", "demo", "--data", low.parent / "set",
-        "--set", "method=ptq", "--set", "quantization.rounding=nearest", "--out",
+        "--set", "method=ptq", "--set", "quantization.reconstruction=none", "--out",
     )  # fmt: skip
     result = command(*words, "run", "--photos", photos)
     assert result.exit_code == 0, result.output
@@ -234,7 +234,7 @@ def test_photos_are_measured_and_recorded(place: Path, photos: Path, low: Path) 
     # From Python; and a finished run is not silently taken for one that was measured.
     made = dfq.quantize(
         "demo", model="demo", data=low.parent / "set", photos=photos, out="python",
-        overrides={"method": "ptq", "quantization.rounding": "nearest"},
+        overrides={"method": "ptq", "quantization.reconstruction": "none"},
     )  # fmt: skip
     assert metrics_of(made)["closeness"]["photos"] == found
     line = has_one_error(command(*words, "run"))

@@ -19,7 +19,7 @@ from support.cli_parts import stamps
 import dfq
 from dfq.demo import write_coco
 
-QUICK = ("quantization.ranges=minmax", "quantization.rounding=nearest")
+QUICK = ("quantization.ranges=minmax", "quantization.reconstruction=none")
 SIDE = 96
 
 

@@ -21,7 +21,7 @@ from dfq.models import load_detector, save_detector
 QUICK = (
     "synthesis.iterations=2", "synthesis.label_stage.image_size=64",
     "synthesis.label_stage.iterations=2", "synthesis.label_stage.updates=1",
-    "quantization.ranges=minmax", "quantization.rounding=nearest",
+    "quantization.ranges=minmax", "quantization.reconstruction=none",
 )  # fmt: skip
 
 

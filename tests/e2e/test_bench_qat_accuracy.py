@@ -15,7 +15,7 @@ def test_a_table_and_nothing_made_twice(place: Path, model: Path) -> None:
     real_set(place / "val", count=4)
     settings = [
         "distillation.epochs=1", "distillation.batch_size=2", "quantization.calibration_images=2",
-        "quantization.ranges=minmax", "quantization.rounding=nearest",
+        "quantization.ranges=minmax", "quantization.reconstruction=none",
         "synthesis.iterations=2", "synthesis.batch_size=2",
         "synthesis.label_stage.iterations=2", "synthesis.label_stage.updates=1",
         "synthesis.label_stage.image_size=64",

@@ -25,7 +25,7 @@ SMALL = [
     "--set", "synthesis.iterations=3", "--set", "synthesis.batch_size=2",
     "--set", "synthesis.label_stage.image_size=64", "--set", "synthesis.label_stage.iterations=4",
     "--set", "synthesis.label_stage.updates=2", "--set", "quantization.calibration_images=4",
-    "--set", "quantization.ranges=minmax", "--set", "quantization.rounding=nearest",
+    "--set", "quantization.ranges=minmax", "--set", "quantization.reconstruction=none",
 ]  # fmt: skip
 
 

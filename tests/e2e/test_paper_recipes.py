@@ -55,7 +55,7 @@ EVERY = {
     "quantization.weight_grid": "symmetric",
     "quantization.activations": "symmetric",
     "quantization.ranges": "lsq",
-    "quantization.rounding": "nearest",
+    "quantization.reconstruction": "none",
     "quantization.refine_images": 0,
     "distillation.weight_lr": None,
     "distillation.zero_lr": 0.0,

@@ -100,7 +100,7 @@ def test_falling_back_after_a_kill_gives_the_same_files(
     words = [
         "qat", "--recipe", "tiny.yaml", "--model", str(model), "--data", str(made), *TRAINING,
         "--set", "method=auto", "--set", "distillation.lr=0.5", "--set", "distillation.clip=1e9",
-        "--set", "quantization.rounding=gptq", "--set", "distillation.ema=0",
+        "--set", "quantization.reconstruction=gptq", "--set", "distillation.ema=0",
     ]  # fmt: skip
     whole = command(*words, "--out", "whole")
     assert whole.exit_code == 0, whole.output

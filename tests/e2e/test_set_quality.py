@@ -105,7 +105,7 @@ def test_ranges_are_found_on_photos_too(place: Path, tmp_path: Path) -> None:
     def reach(**photos: Path) -> float:
         folder = dfq.quantize(
             "demo", model="demo", data=made.root, out=tmp_path / f"run{len(photos)}",
-            overrides={"method": "ptq", "quantization.rounding": "nearest",
+            overrides={"method": "ptq", "quantization.reconstruction": "none",
                        "quantization.activation_bits": 8}, **photos,
         )  # fmt: skip
         network = dfq.load_detector(folder / "model.safetensors")

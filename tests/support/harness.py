@@ -21,7 +21,7 @@ synthesis:
   batch_size: 2
   label_stage: {image_size: 64, iterations: 4, updates: 2}
 method: qat
-quantization: {calibration_images: 4, ranges: minmax, rounding: nearest}
+quantization: {calibration_images: 4, ranges: minmax, reconstruction: none}
 distillation: {epochs: 2, batch_size: 2, checkpoint_minutes: 0}
 """
 

@@ -13,7 +13,7 @@ from dfq.export.writers import KEY
 
 QUICK = {
     "method": "ptq",
-    "quantization.rounding": "nearest",
+    "quantization.reconstruction": "none",
     "quantization.ranges": "minmax",
     "quantization.calibration_images": 8,
     "quantization.refine_images": 0,

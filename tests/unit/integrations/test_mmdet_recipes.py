@@ -56,8 +56,8 @@ CHECKED = {
 SHARED = {
     *(f"quantization.{name}" for name in (
         "weight_bits", "activation_bits", "first_last_bits", "weights", "weight_grid",
-        "activations", "ranges", "calibration_images", "refine_images", "rounding",
-        "rounding_images", "scope", "placement", "runtime", "overrides",
+        "activations", "ranges", "calibration_images", "refine_images", "reconstruction",
+        "reconstruction_iterations", "rounding_images", "scope", "placement", "runtime", "overrides",
     )),
     *(f"distillation.{name}" for name in (
         "weight_lr", "warmup", "kl_form", "feature_form", "temperature", "precision",

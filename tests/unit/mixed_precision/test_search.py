@@ -32,12 +32,12 @@ class Images:
         return Targets.from_per_image([torch.zeros(0, 5) for _ in indices])
 
 
-@pytest.mark.parametrize("rounding", ["gptq", "nearest"])
+@pytest.mark.parametrize("rounding", ["gptq", "none"])
 def test_the_recipe_says_on_which_images_and_with_which_rounding(rounding: str) -> None:
     teacher, data, policy = fold(tiny_detector()), Images(), Policy()
     mixed = {"candidates": [3, 5], "images": 3}
     settings = Quantization.model_validate(
-        {"rounding": rounding, "calibration_images": 6, "ranges": "minmax", "mixed": mixed}
+        {"reconstruction": rounding, "calibration_images": 6, "ranges": "minmax", "mixed": mixed}
     )
     found = find_bits(teacher, policy, settings, data, Silent())
     assert found.images == 3
@@ -48,7 +48,7 @@ def test_the_recipe_says_on_which_images_and_with_which_rounding(rounding: str) 
         [pixels[:3]],
         [(3, 8), (5, 8)],
         search="minmax",
-        rounding=rounding,
+        rounding="nearest" if rounding == "none" else rounding,
         calibration=[pixels[:6]],
     )
     for ours, theirs in zip(found.layers, expected, strict=True):

@@ -1,0 +1,57 @@
+"""Objectives of block reconstruction: a file each; `METHODS` says how each method uses its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .block_error import block_error
+from .fisher import fisher_error
+from .mixed_granularity import mixed_granularity
+from .prediction_difference import prediction_difference
+from .similarity import similarity_preserving
+from .step import Step as Step
+from .task import task_guided
+
+Objective = Callable[[Step], Tensor]
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a method reconstructs.
+
+    Attributes:
+        objective: what is minimised, a scalar; the rounding's regulariser comes on top.
+        layers: each layer by itself, instead of each block.
+        drop: probability that a value of the block's input, and of each activation in it, is the
+            float one; 0: none is.
+        scales: whether the step sizes of activations are learned along.
+        correct: whether the float inputs are moved to where the BatchNorm statistics in the block
+            are met (PD-Quant's Distribution Correction).
+        fisher: whether it looks at the Fisher information.
+        labels: whether it looks at the labels of the set.
+        start: where rounding starts, "gptq" or "nearest".
+    """
+
+    objective: Objective
+    layers: bool = False
+    drop: float = 0.0
+    scales: bool = True
+    correct: bool = False
+    fisher: bool = False
+    labels: bool = False
+    start: str = "nearest"
+
+
+METHODS: dict[str, Method] = {
+    "adaround": Method(block_error, layers=True, scales=False),
+    "brecq": Method(fisher_error, fisher=True),
+    "qdrop": Method(block_error, drop=0.5),
+    "pd": Method(prediction_difference, drop=0.5, correct=True),
+    "spq": Method(similarity_preserving),
+    "mgrq": Method(mixed_granularity),
+    "task": Method(task_guided, labels=True),
+    "best": Method(fisher_error, drop=0.5, fisher=True, start="gptq"),
+}
