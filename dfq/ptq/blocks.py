@@ -39,9 +39,10 @@ ROUND_WEIGHT, WARMUP = 0.01, 0.2
 BETA_START, BETA_END = 20.0, 2.0
 """Exponent of the regulariser, linearly from the end of the warm-up to the last iteration."""
 
-ROUND_RATE, SCALE_RATE = 1e-2, 1e-3
-"""Adam on rounding variables (the papers' 1e-3 to 3e-3 are for 20,000 iterations) and on logarithms
-of step sizes, the latter with a cosine to zero."""
+ROUND_TRAVEL, SCALE_TRAVEL, BIAS_TRAVEL = 12.0, 0.3, 0.05
+"""Adam's rates times the iterations: how far rounding variables, logarithms of step sizes and
+biases can go at most, the latter two with a cosine to zero. h goes from 0 to 1 within 4.8; in the
+papers' 20,000 iterations rates of 1e-3 and 4e-5 go 20 and 0.8 far."""
 
 BATCH = 16
 """Images of one iteration."""
@@ -223,21 +224,25 @@ class _Block:
         method = self.shared.method
         soft = self._soften()
         scales = self._scales() if method.scales else []
-        groups = [{"params": [s.variable for s in soft.values()], "lr": ROUND_RATE}]
-        if scales:
-            groups.append({"params": scales, "lr": SCALE_RATE, "peak": SCALE_RATE})
-        before = [scale.requires_grad for scale in scales]
-        for scale in scales:
-            scale.requires_grad_(True)
-        optimizer = torch.optim.Adam(groups)
+        biases = [layer.bias for layer in self.layers.values() if layer.bias is not None]
         iterations, batches = self.shared.iterations, len(self.shared.batches)
+        groups = [_group([s.variable for s in soft.values()], ROUND_TRAVEL / iterations)]
+        if scales:
+            groups.append(_group(scales, SCALE_TRAVEL / iterations))
+        if method.biases and biases:
+            groups.append(_group(biases, BIAS_TRAVEL / iterations))
+        learned = [p for group in groups[1:] for p in group["params"]]
+        before = [parameter.requires_grad for parameter in learned]
+        for parameter in learned:
+            parameter.requires_grad_(True)
+        optimizer = torch.optim.Adam(groups)
         order: list[int] = []
         cpu = Generator().manual_seed(self.shared.seed * 1_000_003 + self.number)
         with self._dropped(method.drop), torch.enable_grad():
             for step in range(iterations):
                 if not order:
                     order = torch.randperm(batches, generator=cpu).tolist()
-                # Cosine to zero, of the scales.
+                # Rounding's rate stays, as its regulariser grows.
                 for group in optimizer.param_groups[1:]:
                     group["lr"] = group["peak"] * _cosine(step / iterations)
                 optimizer.zero_grad(set_to_none=True)
@@ -248,9 +253,9 @@ class _Block:
                     loss = loss + ROUND_WEIGHT * terms.sum()
                 loss.backward()
                 optimizer.step()
-        for scale, wanted in zip(scales, before, strict=True):
-            scale.requires_grad_(wanted)
-            scale.grad = None
+        for parameter, wanted in zip(learned, before, strict=True):
+            parameter.requires_grad_(wanted)
+            parameter.grad = None
         for layer, variable in soft.items():
             layer.weight.copy_(variable.rounded())
             layer.weight_quantizer = variable.quantizer
@@ -304,8 +309,8 @@ class _Block:
         return torch.where(kept, plain.to(quantized.dtype), quantized)
 
     def _mask(self, count: int, share: float) -> Tensor:
-        """Booleans `(count,)`, true with probability `share`: somewhere in one long draw, as drawing
-        takes longer than what is done with it."""
+        """Booleans `(count,)`, true with probability `share`: somewhere in one long draw, as
+        drawing takes longer than what is done with it."""
         if self.pool is None or len(self.pool) < count + POOL_EXTRA:
             size, device = count + POOL_EXTRA, self.shared.student.device
             self.pool = torch.rand(size, generator=self.draws, device=device) < share
@@ -373,6 +378,10 @@ class _Block:
         if self.shared.targets is None:
             raise ValueError("this objective looks at labels, and there are none")
         return self.shared.targets(number)
+
+
+def _group(parameters: Sequence[nn.Parameter], rate: float) -> dict[str, Any]:
+    return {"params": list(parameters), "lr": rate, "peak": rate}
 
 
 def _append(into: list[Tensor]) -> Callable[..., None]:

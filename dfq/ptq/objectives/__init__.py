@@ -28,6 +28,7 @@ class Method:
         drop: probability that a value of the block's input, and of each activation in it, is the
             float one; 0: none is.
         scales: whether the step sizes of activations are learned along.
+        biases: whether biases are learned along.
         correct: whether the float inputs are moved to where the BatchNorm statistics in the block
             are met (PD-Quant's Distribution Correction).
         fisher: whether it looks at the Fisher information.
@@ -39,6 +40,7 @@ class Method:
     layers: bool = False
     drop: float = 0.0
     scales: bool = True
+    biases: bool = False
     correct: bool = False
     fisher: bool = False
     labels: bool = False

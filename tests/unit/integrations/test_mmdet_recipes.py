@@ -57,7 +57,8 @@ SHARED = {
     *(f"quantization.{name}" for name in (
         "weight_bits", "activation_bits", "first_last_bits", "weights", "weight_grid",
         "activations", "ranges", "calibration_images", "refine_images", "reconstruction",
-        "reconstruction_iterations", "rounding_images", "scope", "placement", "runtime", "overrides",
+        "reconstruction_iterations", "rounding_images", "scope", "placement", "runtime",
+        "overrides",
     )),
     *(f"distillation.{name}" for name in (
         "weight_lr", "warmup", "kl_form", "feature_form", "temperature", "precision",
