@@ -31,7 +31,7 @@ class _FakeQuantize(torch.autograd.Function):
     """The definition above with hand-written gradients.
 
     PyTorch's learnable fake-quantize kernels compute the same; on CPU they were measured two to
-    four times slower than these few vectorised passes (tools/bench_fake_quantize.py).
+    four times slower than these few vectorised passes (benchmarks/speed/fake_quantize.py).
     """
 
     @staticmethod
