@@ -71,7 +71,7 @@ def test_tables_and_lists() -> None:
         names("a,c", {"a": 1, "b": 2}, "--only")
     assert pairs(["a=x=y", "b=z"], "--set") == {"a": "x=y", "b": "z"}
     for wrong in (["a"], ["=x"], ["a="], ["a=x", "a=y"]):
-        with pytest.raises(click.UsageError, match="--set .*: write NAME=VALUE"):
+        with pytest.raises(click.UsageError, match=r"--set .*: write NAME=VALUE"):
             pairs(wrong, "--set")
 
 
