@@ -127,11 +127,11 @@ def parity(
     """Compare a file's outputs with the reference's, and judge them.
 
     Args:
-        reference: outputs of the program, by name.
-        found: those of the file; `reference` names all that count.
-        otherwise: those of the program as it may as rightly be computed; None: the floor counts
-            for nothing.
-        times: the floor that a file may be away.
+        reference: outputs of the program, by name, of any shape.
+        found: those of the file, of the same shapes; `reference` names all that count.
+        otherwise: those of the program computed in another valid way; None: there is no numerical
+            floor.
+        times: how many times that floor a file may be away.
     """
     outputs: dict[str, Distance] = {}
     floor: dict[str, Distance] = {}

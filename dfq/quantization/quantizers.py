@@ -232,13 +232,12 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def freeze_integers(self, x: Tensor) -> None:
-        """Freezes the integer codes of `x`; the scale stays trainable.
+        """Freezes the integer codes of `x`, of any shape with the channels first; the scale stays
+        trainable.
 
-        These are then the gains of what is computed with the integers: d x_hat / d s = q, exactly,
-        where rounding anew would have q - x / s, which is nothing for values on the grid, and would
-        turn single integers over as the step size moves. The zero point then has no say, and gets
-        no gradient.
-        """
+        The gradient of the scale is then that of a gain: d x_hat / d s = q, exactly. Rounding again
+        would give q - x / s, which is zero for values on the grid, and would change single integers
+        as the step size moves. The zero point then has no effect and gets no gradient."""
         self.levels = self._rounded(x)
 
     @torch.no_grad()

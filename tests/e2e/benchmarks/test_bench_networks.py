@@ -162,7 +162,7 @@ def test_a_mistake_is_told_before_anything_is_made(
 
 def test_an_unknown_width_is_one_line(place: Path) -> None:
     result = bench("--network", "demo", "--width", "w9a9")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "recipe 'w9a9': no such file" in result.output
     assert not (place / "out").exists()
 
