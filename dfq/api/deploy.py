@@ -57,7 +57,7 @@ def deploy(
     trust: bool = False,
     progress: Report = None,
 ) -> Deployment:
-    """Quantize a detector for a target, export it, and check and time what came out.
+    """Quantize a detector for a target, export it, and check and time the exported files.
 
     Stopped at any point, the same call goes on where it was.
 

@@ -26,9 +26,8 @@ _BEYOND = 100
 class Distance:
     """How far two executions of one output are apart.
 
-    Only values that say something count: those that are more than a step from the output's median
-    in one of the two. Scores are almost all next to zero, and would be the same whatever the
-    network is.
+    Only values that are more than a step from the output's median in one of the two count: almost
+    all scores are close to zero, and would agree for any two networks.
 
     Attributes:
         step: range of the reference's values / 255.

@@ -1,4 +1,4 @@
-"""What detectors with proposals share: R-CNNs of whatever framework.
+"""What detectors with proposals share: R-CNNs of all frameworks.
 
 The second stage of such a network gives one row a *proposal*, and which places are proposed is
 itself a prediction. Two networks can therefore be compared only over the same proposals: the raw
@@ -98,8 +98,8 @@ class TwoStageDetector(Detector):
 
     @abstractmethod
     def _head(self, part: str, pooled: Tensor) -> tuple[Tensor, ...]:
-        """What that head makes of them: class logits and box offsets (see `SecondStage`), or mask
-        logits `(k, columns, m, m)`."""
+        """Outputs of the head for pooled features `(k, c, s, s)`: class logits and box offsets (see
+        `SecondStage`), or mask logits `(k, columns, m, m)`."""
 
     def _run(
         self, part: str, features: list[Tensor], boxes: list[Tensor], shape: tuple[int, int]
@@ -355,7 +355,7 @@ def _columns(values: Tensor, classes: Tensor, shift: int) -> Tensor:
 
 @contextmanager
 def fixed_sampling(device: torch.device) -> Iterator[None]:
-    """Draws of torch's global generator that come out the same each time, and leave no trace.
+    """Seeds torch's global generator within the context, and restores its state.
 
     R-CNN losses are computed on a random sample of anchors and proposals. Drawn from the global
     generator, a resumed run or another process would not give the same result.

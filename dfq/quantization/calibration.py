@@ -62,7 +62,7 @@ def run_observers(
     samples: int = 16384,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Tensor]:
-    """What reaches each quantizer of activations while all of them let everything through.
+    """Samples of the input of each quantizer of activations, with fake quantization disabled.
 
     Args:
         detector: with quantizers inserted.
@@ -165,7 +165,7 @@ def calibrate(
     """Set every quantizer's initial scale: of weights from themselves, all others from images.
 
     Args:
-        detector: with quantizers inserted; they let everything through while this runs.
+        detector: with quantizers inserted; fake quantization is disabled while this runs.
         batches: images `(n, 3, h, w)` in [0, 1].
         search: a key of `range_search.SEARCHES`; min-max sees every value, the others a sample.
         samples: values of an activation the search works on.

@@ -166,7 +166,7 @@ class QuantSiLU(nn.Module):
         step: of the grid, 1/255 or 1/256. It is no parameter: a sigmoid ends at 1.
 
     Attributes:
-        enabled: otherwise the sigmoid is let through.
+        enabled: False computes the sigmoid in float.
     """
 
     def __init__(self, step: float) -> None:

@@ -145,7 +145,7 @@ _LOG_SCALE_LIMIT = 80.0
 class Quantizer(nn.Module):
     """One learnable quantizer: of a tensor as a whole, or of each channel of its first axis.
 
-    The step size is held as its logarithm, so it stays positive whatever the optimizer does and a
+    The step size is held as its logarithm, so it stays positive in any optimizer and a
     learning rate means a relative step for every layer alike.
 
     Args:
@@ -161,10 +161,10 @@ class Quantizer(nn.Module):
 
     Attributes:
         strict: see `fake_quantize`.
-        enabled: otherwise everything is let through.
+        enabled: False disables fake quantization.
         consumer: name of the one function that reads what it gives (as "silu"), which says how much
             which errors matter: see `ranges`. None: nothing is known of what reads it.
-        levels: see `hold`; None where values are rounded as they come.
+        levels: the frozen integer codes, see `freeze_integers`; None: values are rounded.
 
     State (all of it in the state dict): `log_scale` `(channels,)`, `zero_point` `(channels,)`,
     `initialised` (bool scalar).

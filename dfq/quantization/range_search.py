@@ -137,8 +137,8 @@ def mse(
 
     Shrinks the upper bound (and, on an asymmetric grid, the lower one apart from it) from the full
     range in `steps` steps and keeps the best of all pairs, per channel. Where only an activation
-    function reads the values, errors are those that come `through` it: what is far below zero in
-    front of a SiLU then hardly counts.
+    function, `through`, reads the values `(channels, n)`, errors are measured after it: values far
+    below zero in front of a SiLU then hardly count.
     """
     wanted = values if through is None else through(values)
     low, high = values.aminmax(dim=1)
@@ -176,16 +176,16 @@ CONSUMERS: dict[str, Callable[[Tensor], Tensor]] = {
 """Functions that `mse` can look through, by their names."""
 
 FINE = 8
-"""Bits from which on rounding hardly shows: there clipping is what a grid loses by."""
+"""Bits from which on rounding errors are small, and clipping dominates the error."""
 
 VANISHING = frozenset({"silu", "gelu"})
 """Those of them that fall towards zero below it, and are nowhere flat."""
 
 VANISHES = -7.0
-"""Where these have come to nothing: within 0.007 of zero."""
+"""Below it, these are within 0.007 of zero."""
 
 LEAST_CONSUMED = {"relu": 0.0, **dict.fromkeys(VANISHING, VANISHES)}
-"""What is below is as good as this, to such a consumer."""
+"""Values below it have the same result as it, in such a consumer."""
 
 PREDICTION = "prediction"
 """Reader of what is a prediction. Its few large values are the objects: nothing is clipped."""

@@ -365,7 +365,7 @@ class Inversion:
     def batches(
         self, count: int, seed: int, shards: Sequence[int], reports: Sequence[Report] | None = None
     ) -> list[Batch]:
-        """Make shards of `count` images each side by side; each comes out as it would alone."""
+        """Make shards of `count` images each side by side, each with the same result as alone."""
 
         def generators(stage: str) -> list[Generator]:
             return [generator_for(seed, shard, stage) for shard in shards]

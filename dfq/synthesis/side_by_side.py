@@ -1,4 +1,4 @@
-"""Shards that are made side by side, each of which comes out as it would alone."""
+"""Shards that are optimised side by side, each with the same result as alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""mmdet's Faster and Mask R-CNN, on whatever backbone, as a `Detector`."""
+"""mmdet's Faster and Mask R-CNN, on any backbone, as a `Detector`."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class UltralyticsDetector(Detector):
 
     @staticmethod
     def matches(checkpoint: Checkpoint) -> bool:
-        """Whether the checkpoint holds a network of Ultralytics, whatever its task."""
+        """Whether the checkpoint holds a network of Ultralytics, of any task."""
         return class_of(find_model(checkpoint)).startswith("ultralytics.")
 
     @classmethod
