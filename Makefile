@@ -39,7 +39,7 @@ clean:
 KIT ?= ../shared/kit
 BENCH ?= runs/bench
 WORKERS ?= 1
-# What tools/fine_tuned.py makes.
+# What scripts/fine_tuned.py makes.
 FINE_TUNED := demo-dark demo-pale demo-grey demo-crowded
 FINE_TUNED += yolov5n-dark yolov5n-grey yolov5n-pale yolov5n-bluish
 
@@ -49,36 +49,36 @@ FINE_TUNED += yolov5n-dark yolov5n-grey yolov5n-pale yolov5n-bluish
 .PHONY: bench-runtimes bench-gpu
 
 bench-zero-shot: env
-	$(BIN)/python tools/bench_zero_shot.py --model $(KIT)/weights/yolov5n-coco/yolov5n.pt \
+	$(BIN)/python -m benchmarks.accuracy.zero_shot --model $(KIT)/weights/yolov5n-coco/yolov5n.pt \
 	  --train $(KIT)/coco-train --val $(KIT)/coco-val --out $(BENCH)/zero-shot --images 512
 
 bench-demo: env
-	$(BIN)/python tools/train_demo_detector.py --evaluate 200
+	$(BIN)/python -m scripts.train_demo_detector --evaluate 200
 
 bench-synthesis: env
-	$(BIN)/python tools/bench_synthesis.py --model $(KIT)/weights/yolov5n-coco/yolov5n.pt
-	$(BIN)/python tools/bench_synthesis.py --model yolo11n.yaml
+	$(BIN)/python -m benchmarks.speed.synthesis_loop --model $(KIT)/weights/yolov5n-coco/yolov5n.pt
+	$(BIN)/python -m benchmarks.speed.synthesis_loop --model yolo11n.yaml
 
 # Under eight minutes on a GPU.
 bench-gpu: env
-	$(BIN)/python benchmarks/speed/gpu.py --kit $(KIT) --out $(BENCH)/speed
+	$(BIN)/python -m benchmarks.speed.gpu --kit $(KIT) --out $(BENCH)/speed
 
 # An hour on one core; what is there already is not made again.
 bench-synthesis-ablation: env
-	$(BIN)/python tools/ablate_synthesis.py --model $(KIT)/weights/yolov5n-coco/yolov5n.pt \
+	$(BIN)/python -m benchmarks.synthesis.ablation --model $(KIT)/weights/yolov5n-coco/yolov5n.pt \
 	  --real $(KIT)/coco-train --out $(BENCH)/synthesis-ablation
 
 # The paper's schedule takes hours; what is there is not made again.
 bench-synthesis-curve: env
-	$(BIN)/python tools/curve_synthesis.py --model $(KIT)/weights/yolov5n-coco/yolov5n.pt \
+	$(BIN)/python -m benchmarks.synthesis.curve --model $(KIT)/weights/yolov5n-coco/yolov5n.pt \
 	  --real $(KIT)/coco-train --out $(BENCH)/curve
 
 # Low-bit networks from synthetic images, photographs and noise, of the kit's networks and of
 # fine-tuned ones, which are trained first: hours on one core. Goes on where it stopped.
 bench-networks: env
-	$(BIN)/python tools/fine_tuned.py --yolov5n $(KIT)/weights/yolov5n-coco/yolov5n.pt \
+	$(BIN)/python -m scripts.fine_tuned --yolov5n $(KIT)/weights/yolov5n-coco/yolov5n.pt \
 	  --photos $(KIT)/coco-train --out $(BENCH)/fine-tuned
-	$(BIN)/python tools/bench_networks.py --network demo \
+	$(BIN)/python -m benchmarks.accuracy.networks --network demo \
 	  --network coco=$(KIT)/weights/yolov5n-coco/yolov5n.pt --labelled coco=$(KIT)/coco-val \
 	  --network face=$(KIT)/weights/yolov5n-face/yolov5n.pt \
 	  --network ball=$(KIT)/weights/yolov9t-ball/yolov9t.pt \
@@ -88,27 +88,27 @@ bench-networks: env
 
 # SET: any calibration set, say of bench-zero-shot.
 bench-rounding: env
-	$(BIN)/python tools/bench_rounding.py --model $(KIT)/weights/yolov5n-coco/yolov5n.pt --data $(SET)
+	$(BIN)/python -m benchmarks.speed.rounding --model $(KIT)/weights/yolov5n-coco/yolov5n.pt --data $(SET)
 
 # Days on two cores at 640 px: choose with BENCH_QAT="--size 320 --rows w4a8 --columns ours,lsq-real".
 bench-qat: env
-	$(BIN)/python tools/bench_qat_accuracy.py --model $(KIT)/weights/yolov5n-coco/yolov5n.pt \
+	$(BIN)/python -m benchmarks.accuracy.qat --model $(KIT)/weights/yolov5n-coco/yolov5n.pt \
 	  --train $(KIT)/coco-train --val $(KIT)/coco-val --out $(BENCH)/qat $(BENCH_QAT)
 
 bench-qat-step: env
-	$(BIN)/python tools/bench_qat.py --model $(KIT)/weights/yolov5n-coco/yolov5n.pt
+	$(BIN)/python -m benchmarks.speed.qat_step --model $(KIT)/weights/yolov5n-coco/yolov5n.pt
 
 # Trains small two-stage detectors first, or goes on where that stopped.
 bench-mmdet: env
-	$(BIN)/python tools/bench_mmdet.py --out $(BENCH)/mmdet
+	$(BIN)/python -m benchmarks.mmdet.small_networks --out $(BENCH)/mmdet
 
 # Once through everything at full size, random weights; time and memory of each step.
 bench-mmdet-full: env
-	$(BIN)/python tools/bench_mmdet_full.py --data $(KIT)/coco-val --out $(BENCH)/mmdet-full
+	$(BIN)/python -m benchmarks.mmdet.full_size --data $(KIT)/coco-val --out $(BENCH)/mmdet-full
 
 # After bench-mmdet: the same training by mmdet's own script, in one process and in two.
 bench-mmdet-runner: env
-	$(BIN)/python tools/bench_mmdet_runner.py --bench $(BENCH)/mmdet --out $(BENCH)/mmdet-runner
+	$(BIN)/python -m benchmarks.mmdet.runner --bench $(BENCH)/mmdet --out $(BENCH)/mmdet-runner
 
 # The quantizers of onnxruntime and NNCF, each on noise, synthetic images and photographs.
 CALIBRATION := $(BENCH)/calibration-sets
@@ -118,7 +118,7 @@ bench-calibration-sets: env
 	$(BIN)/dfq synthesize --model $(KIT)/weights/yolov5n-coco/yolov5n.pt \
 	  --images 64 --image-size 320 --init uniform --iterations 0 --labels none \
 	  --out $(CALIBRATION)/noise
-	$(BIN)/python benchmarks/runtimes/calibration_sets.py --size 320 \
+	$(BIN)/python -m benchmarks.runtimes.calibration_sets --size 320 \
 	  --model $(KIT)/weights/yolov5n-coco/yolov5n.pt --data $(KIT)/coco-val \
 	  --set noise=$(CALIBRATION)/noise --set synthetic-0=$(CALIBRATION)/synthetic-0 \
 	  --set synthetic-1=$(CALIBRATION)/synthetic-1 --set photos-64=$(KIT)/coco-train \
@@ -127,7 +127,7 @@ bench-calibration-sets: env
 # After bench-calibration-sets, whose sets it takes: runtimes' own quantizers and ours, their AP and
 # time. RUNTIMES="--mixed RUN" for one with mixed bits. Goes on where it stopped.
 bench-runtimes: env
-	$(BIN)/python benchmarks/runtimes/baselines.py --model $(KIT)/weights/yolov5n-coco/yolov5n.pt \
+	$(BIN)/python -m benchmarks.runtimes.baselines --model $(KIT)/weights/yolov5n-coco/yolov5n.pt \
 	  --data $(KIT)/coco-val --size 320 --ours synthetic-0 \
 	  --set synthetic-0=$(CALIBRATION)/synthetic-0 --set photos-64=$(KIT)/coco-train \
 	  --first photos-64=64 --set noise=$(CALIBRATION)/noise --set photos-178=$(KIT)/coco-train \

@@ -34,7 +34,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         marks = set()
         if "kit" in getattr(item, "fixturenames", ()):
             marks.add("kit")
-        if "mmdet" in item.nodeid or "mask-rcnn" in item.nodeid or "integrations" in place:
+        told = "mmdet" in item.nodeid or "mask-rcnn" in item.nodeid or "integrations" in place
+        if told or item.get_closest_marker("mmdet"):
             marks.add("mmdet")
         if place[0] == "e2e" or item.get_closest_marker("e2e"):
             marks.add("e2e")

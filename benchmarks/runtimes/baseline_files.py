@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onnxruntime.quantization.shape_inference import quant_pre_process
-from runtime_tools import (
+
+import dfq
+from benchmarks.runtimes.runtime_tools import (
     Images,
     by_nncf,
     by_onnxruntime,
@@ -17,8 +19,6 @@ from runtime_tools import (
     decoding_of_openvino,
     images_of,
 )
-
-import dfq
 from dfq.data.readers import open_set
 from dfq.export.calibration_files import export_for
 from dfq.export.latency import ROUNDS

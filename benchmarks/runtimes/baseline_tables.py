@@ -6,9 +6,8 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-Row = dict[str, Any]
+from benchmarks.common import Row, header, line
 
 FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 """Of the CPU, as Linux names them: what integer and bfloat16 kernels are chosen by."""
@@ -20,8 +19,8 @@ def surroundings() -> list[str]:
     """The CPU, those of its instructions that matter, and versions."""
     model, flags = platform.processor(), set[str]()
     info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.is_file() else []:
-        key, _, value = line.partition(":")
+    for entry in info.read_text().splitlines() if info.is_file() else []:
+        key, _, value = entry.partition(":")
         if key.strip() == "model name":
             model = value.strip()
         if key.strip() == "flags":
@@ -44,12 +43,9 @@ def report(rows: Sequence[Row], sets: Sequence[str], sides: Sequence[int]) -> li
     times = {
         (row["runtime"], row["size"]): row["files"] for row in rows if row["kind"] == "latency"
     }
-    heads = [f"CPU time of float, {side} px" for side in sides]
-    lines = [
-        f"| runtime | file | calibrated on | images | AP | change, 95 % | kept | "
-        f"{' | '.join(heads)} | size |",
-        f"| --- | --- | --- | ---: | ---: | --- | ---: |{' ---: |' * (len(sides) + 1)}",
-    ]
+    columns = ["calibrated on", "images:", "AP:", "change, 95 %", "kept:"]
+    columns += [f"CPU time of float, {side} px:" for side in sides]
+    lines = header("runtime", "file", *columns, "size:").splitlines()
     accuracies = [row for row in rows if row["kind"] == "AP"]
     whole = {row["runtime"]: row["AP"] for row in accuracies if row["tool"] == "float"}
     for row in accuracies:
@@ -60,21 +56,29 @@ def report(rows: Sequence[Row], sets: Sequence[str], sides: Sequence[int]) -> li
         kept = f"{row['AP'] / reference:.1%}" if reference > 0 else "–"
         ratios = [_ratio(times.get((row["runtime"], side)), row["tool"]) for side in sides]
         lines.append(
-            f"| {row['runtime']} | {row['tool']} | {row['set'] or '–'} | {row['images'] or '–'} | "
-            f"{row['AP']:.4f} | {change} | {kept} | {' | '.join(ratios)} | "
-            f"{row['bytes'] / 1e6:.2f} MB |"
+            line(
+                row["runtime"],
+                row["tool"],
+                row["set"] or "–",
+                row["images"] or "–",
+                f"{row['AP']:.4f}",
+                change,
+                kept,
+                *ratios,
+                f"{row['bytes'] / 1e6:.2f} MB",
+            )
         )
-    lines += [
-        "",
-        "| runtime | px | file | CPU ms | of float | of the runtime's own | wall ms | of float | "
-        "of the runtime's own |",
-        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    clocks = [
+        column
+        for clock in ("CPU", "wall")
+        for column in (f"{clock} ms:", "of float:", "of the runtime's own:")
     ]
+    lines += ["", header("runtime", "px:", "file", *clocks)]
     for (runtime, side), files in times.items():
         if side in sides:
             lines += [
-                f"| {runtime} | {side} | {tool} | {_times(one['cpu'])} | {_times(one['wall'])} |"
-                for tool, one in files.items()
+                line(runtime, side, tool, *_times(times_of["cpu"]), *_times(times_of["wall"]))
+                for tool, times_of in files.items()
             ]
     return lines
 
@@ -83,5 +87,5 @@ def _ratio(files: dict[str, Row] | None, tool: str) -> str:
     return "–" if files is None or tool not in files else f"{files[tool]['cpu']['of_float']:.2f}"
 
 
-def _times(one: dict[str, float]) -> str:
-    return f"{one['ms']:.2f} | {one['of_float']:.2f} | {one['of_static']:.2f}"
+def _times(found: dict[str, float]) -> list[str]:
+    return [f"{found[key]:.2f}" for key in ("ms", "of_float", "of_static")]

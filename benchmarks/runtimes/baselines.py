@@ -1,6 +1,6 @@
 """Ours against what runtimes quantize by themselves, through the runtimes.
 
-    python benchmarks/runtimes/baselines.py --model yolov5n.pt --data coco-val \\
+    python -m benchmarks.runtimes.baselines --model yolov5n.pt --data coco-val \\
       --set noise=DIR --set synthetic=DIR --set photos=coco-train --first photos=64 \\
       --ours synthetic --out runs/baselines
 
@@ -28,7 +28,18 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from baseline_files import (
+from torch import Tensor
+
+from benchmarks.common import (
+    Row,
+    benchmark,
+    model_option,
+    out_option,
+    pairs,
+    results,
+    threads_option,
+)
+from benchmarks.runtimes.baseline_files import (
     DYNAMIC,
     FLOAT,
     MIXED,
@@ -39,10 +50,8 @@ from baseline_files import (
     Files,
     Settings,
 )
-from baseline_tables import report, surroundings
-from runtime_tools import bytes_of, pairs
-from torch import Tensor
-
+from benchmarks.runtimes.baseline_tables import report, surroundings
+from benchmarks.runtimes.runtime_tools import bytes_of
 from dfq.data.readers import open_set
 from dfq.errors import UserError, shown
 from dfq.evaluation.agreement import pseudo_labelled
@@ -56,8 +65,6 @@ from dfq.runtime.files import append_line, write_atomic
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 """The first also counts what others do on the same cores, the second only the runtime itself."""
-
-Row = dict[str, Any]
 
 
 class Through:
@@ -160,17 +167,8 @@ class Bench:
             write_atomic(path, json.dumps({**there, **own}, indent=1).encode())
 
     def known(self) -> list[Row]:
-        path, identity = self.settings.results, self.identity()
-        rows = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                # Cut short when the bench was stopped.
-                continue
-            if row["identity"] == identity:
-                rows.append(row)
-        return rows
+        identity = self.identity()
+        return [row for row in results(self.settings.results) if row["identity"] == identity]
 
     def write(self, row: Row) -> None:
         row["identity"] = self.identity()
@@ -251,8 +249,8 @@ class Bench:
         click.echo(f"{runtime}, {size} px: timed", err=True)
 
 
-@click.command(help=(__doc__ or "").split("\n\n")[0])
-@click.option("--model", required=True)
+@benchmark(__doc__)
+@model_option
 @click.option("--data", required=True, help="A set to measure on.")
 @click.option("--against-float", is_flag=True, help="Its labels are the float network's boxes.")
 @click.option("--size", default=320, show_default=True, help="Pixels, of AP.")
@@ -261,10 +259,10 @@ class Bench:
 @click.option("--first", multiple=True, help="NAME=N: only so many images of that (real) set.")
 @click.option("--ours", help="NAME of the set that dfq calibrates on.", show_default="the first")
 @click.option("--mixed", help="A run of mixed bits.")
-@click.option("--threads", default=1, show_default=True)
+@threads_option
 @click.option("--rounds", default=ROUNDS, show_default=True, help="Turns of each timed file.")
 @click.option("--override", "overrides", multiple=True, help="KEY=VALUE for dfq's recipe.")
-@click.option("--out", type=click.Path(path_type=Path), required=True)
+@out_option
 def main(
     model: str,
     data: str,
@@ -292,17 +290,14 @@ def main(
         model, data, size, named, numbers, ours, mixed, threads, out, overrides, against_float,
         rounds,
     )  # fmt: skip
-    try:
-        bench = Bench(settings)
-        out.mkdir(parents=True, exist_ok=True)
-        bench.settle()
+    bench = Bench(settings)
+    out.mkdir(parents=True, exist_ok=True)
+    bench.settle()
+    for runtime in SUFFIXES:
+        bench.accuracy(runtime)
+    for side in time_at:
         for runtime in SUFFIXES:
-            bench.accuracy(runtime)
-        for side in time_at:
-            for runtime in SUFFIXES:
-                bench.latency(runtime, side)
-    except UserError as error:
-        raise click.ClickException(str(error)) from None
+            bench.latency(runtime, side)
     click.echo("\n".join(surroundings()))
     if not bench.ultralytics:
         click.echo(f"\n{ULTRALYTICS}: left out, Ultralytics reads no checkpoint of this kind.")

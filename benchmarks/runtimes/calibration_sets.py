@@ -1,7 +1,8 @@
 """What a calibration set is worth to the quantizers of onnxruntime and of NNCF (OpenVINO).
 
-    python benchmarks/runtimes/calibration_sets.py --model yolov5n.pt --data coco-val --size 320 \\
-      --set synthetic=DIR --set photos=coco-train --first photos=64 --out runs/calibration-sets
+    python -m benchmarks.runtimes.calibration_sets --model yolov5n.pt --data coco-val \\
+      --size 320 --set synthetic=DIR --set photos=coco-train --first photos=64 \\
+      --out runs/calibration-sets
 
 The network is exported to ONNX by PyTorch as far as its raw predictions, and quantized by each tool
 on each set; detections are decoded from the raw predictions by PyTorch. Printed are AP, its change
@@ -22,9 +23,24 @@ import onnxruntime
 import openvino
 import torch
 from onnxruntime.quantization.shape_inference import quant_pre_process
-from runtime_tools import INPUT, by_nncf, by_onnxruntime, bytes_of, images_of, pairs
 from torch import Tensor, nn
 
+from benchmarks.common import (
+    benchmark,
+    header,
+    line,
+    model_option,
+    out_option,
+    pairs,
+    threads_option,
+)
+from benchmarks.runtimes.runtime_tools import (
+    INPUT,
+    by_nncf,
+    by_onnxruntime,
+    bytes_of,
+    images_of,
+)
 from dfq.data.readers import open_set
 from dfq.evaluation.bootstrap import bootstrap_difference
 from dfq.evaluation.coco import predict, score
@@ -75,7 +91,7 @@ def opened(path: Path, threads: int) -> Run:
 
 
 def through(detector: Detector, run: Run) -> Detector:
-    """The detector, whose raw predictions come out of a file."""
+    """The detector, with the raw predictions that a file computes."""
 
     def raw(images: Tensor) -> list[Tensor]:
         return [torch.from_numpy(np.array(level)) for level in run(images.numpy())]
@@ -85,14 +101,14 @@ def through(detector: Detector, run: Run) -> Detector:
     return found
 
 
-@click.command(help=__doc__)
-@click.option("--model", required=True)
+@benchmark(__doc__)
+@model_option
 @click.option("--data", required=True, help="A labelled set to measure on.")
 @click.option("--size", default=320, show_default=True)
 @click.option("--set", "sets", multiple=True, required=True, help="NAME=SET to calibrate on.")
 @click.option("--first", multiple=True, help="NAME=N: only so many images of that (real) set.")
-@click.option("--threads", default=1, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Files go here.")
+@threads_option
+@out_option
 def main(
     model: str,
     data: str,
@@ -139,13 +155,20 @@ def main(
             }
         )
         print(
-            f"| {tool} | {name} | {images} | {ap:.3f} | {from_float} | {from_first} | "
-            f"{bytes_of(path) / 1e6:.2f} MB |",
+            line(
+                tool,
+                name,
+                images,
+                f"{ap:.3f}",
+                from_float,
+                from_first,
+                f"{bytes_of(path) / 1e6:.2f} MB",
+            ),
             flush=True,
         )
 
-    print("| tool | calibrated on | images | AP | from float | from the first set | size |")
-    print("| --- | --- | ---: | ---: | --- | --- | ---: |")
+    columns = ("images:", "AP:", "from float", "from the first set", "size:")
+    print(header("tool", "calibrated on", *columns))
     tell("float", "-", 0, whole, 0.0)
     for name, source in pairs(sets, "--set").items():
         chosen = images_of(source, int(numbers[name]) if name in numbers else None)

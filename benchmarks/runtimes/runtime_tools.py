@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import click
 import nncf
 import onnx
 import openvino
@@ -101,10 +100,3 @@ def images_of(source: str, first: int | None) -> Images:
         return CalibrationSet.open(folder)
     found = open_set(source)
     return found if first is None else found.subset(first)
-
-
-def pairs(values: Sequence[str], what: str) -> dict[str, str]:
-    """NAME=VALUE, as a table."""
-    if any("=" not in value for value in values):
-        raise click.ClickException(f"{what}: write NAME=VALUE")
-    return {name: value for name, _, value in (entry.partition("=") for entry in values)}

@@ -1,7 +1,7 @@
 """What synthesis and quantization take on a GPU, in one run of under eight minutes.
 
-    python benchmarks/speed/gpu.py --out runs/bench/speed
-    python benchmarks/speed/gpu.py --device cpu --size 64 --batch-size 2 --images 4 \
+    python -m benchmarks.speed.gpu --out runs/bench/speed
+    python -m benchmarks.speed.gpu --device cpu --size 64 --batch-size 2 --images 4 \\
         --train-images 4 --model demo --other demo
 
 Parts, each in processes of its own and with a time limit, so that one that fails costs no other:
@@ -33,7 +33,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from measuring import Bench
+
+from benchmarks.common import benchmark, names
+from benchmarks.speed.measuring import Bench
+
+MODULE = "benchmarks.speed.gpu"
 
 LIMITS = {
     "check": 60,
@@ -54,7 +58,7 @@ DEFAULT = ("check", "bare", "real", "synthesize", "set", "quantize")
 
 def run_part(name: str, arguments: list[str], limit: float) -> Iterator[dict[str, Any]]:
     """What a part finds, as it comes; at the end what became of it."""
-    command = [sys.executable, __file__, *arguments, "--part", name]
+    command = [sys.executable, "-m", MODULE, *arguments, "--part", name]
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stdout is not None
@@ -118,7 +122,7 @@ def _commands(part: str, bench: Bench, out: Path) -> Iterator[dict[str, Any]]:
         yield timed_command([*words, "--out", str(out / "run")])
 
 
-@click.command(help=__doc__)
+@benchmark(__doc__)
 @click.option("--kit", default="../shared/kit", show_default=True, help="Folder of networks.")
 @click.option("--model", help="Instead of the kit's YOLOv5n.")
 @click.option("--other", default="yolo11n.yaml", show_default=True, help="A second network.")
@@ -168,10 +172,7 @@ def main(
         for row in found:
             print(json.dumps(row), flush=True)
         return
-    parts = only.split(",") if only else list(DEFAULT)
-    for name in parts:
-        if name not in LIMITS:
-            raise click.UsageError(f"--only: '{name}' is none of {', '.join(LIMITS)}")
+    parts = names(only, LIMITS, "--only") if only else list(DEFAULT)
     out.mkdir(parents=True, exist_ok=True)
     file = out / "gpu.json"
     arguments = [word for word in sys.argv[1:] if not word.startswith("--only")]

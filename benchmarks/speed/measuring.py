@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from benchmarks.common import synchronize
+from benchmarks.speed.bare import bare_pass
 from dfq.kernels import batchnorm as moments
 from dfq.models import load_detector
 from dfq.models.base import Detector
@@ -75,10 +77,6 @@ class Bench:
     def _inversion(self, detector: Detector, size: int) -> Inversion:
         return Inversion(detector, load_recipe(None, [f"synthesis.image_size={size}"]).synthesis)
 
-    def _synchronize(self) -> None:
-        if self.device != "cpu":
-            torch.cuda.synchronize(self.device)
-
     def _start(self, inversion: Inversion, size: int, shards: int) -> tuple[Any, ...]:
         generators = [Generator().manual_seed(shard) for shard in range(shards)]
         noise = [inversion.start.noise(self.batch, size, g) for g in generators]
@@ -93,16 +91,10 @@ class Bench:
             network = inversion.detector
             images = torch.rand(self.batch, 3, size, size, generator=Generator().manual_seed(0))
             images = images.to(self.device, memory_format=torch.channels_last)
-            half = inversion.precision == "bfloat16"
+            gradient = bare_pass(network, images, inversion.precision)
 
-            def once(
-                network: Detector = network, images: Tensor = images, half: bool = half
-            ) -> dict[str, Tensor]:
-                pixels = images.clone(memory_format=torch.channels_last).requires_grad_()
-                with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
-                    levels = network.levels(network.raw(pixels))
-                ones = [torch.ones_like(level) for level in levels]
-                return {"gradient": torch.autograd.grad(levels, pixels, ones)[0]}
+            def once(gradient: Callable[[], Tensor] = gradient) -> dict[str, Tensor]:
+                return {"gradient": gradient()}
 
             row = {"what": "bare", "model": model, "px": size, "precision": inversion.precision}
             with freed_memory_kept():
@@ -113,11 +105,11 @@ class Bench:
     def _milliseconds(self, once: Callable[[], object], warm: int = 5) -> float:
         for _ in range(warm):
             once()
-        self._synchronize()
+        synchronize(self.device)
         count, started = max(self.iterations // 3, 1), time.perf_counter()
         for _ in range(count):
             once()
-        self._synchronize()
+        synchronize(self.device)
         return round((time.perf_counter() - started) / count * 1e3, 3)
 
     def _recorded(self, once: Callable[[], dict[str, Tensor]]) -> float | str | None:
@@ -157,7 +149,7 @@ class Bench:
 
         def after(step: int, _images: Tensor) -> None:
             if step in (warm, last):
-                self._synchronize()
+                synchronize(self.device)
                 marks[step] = time.perf_counter()
 
         before = 0

@@ -24,7 +24,7 @@ from ..runtime.distributed import is_main_process
 from ..runtime.files import require_output_folder, short_name, user_path
 from ..runtime.suggest import suggestion
 from ..runtime.surroundings import Report, pick_device, reporter
-from .deployment_steps import Job
+from .deployment_steps import DeploymentSteps
 
 RECIPE = "w8a8"
 """Whose values count where neither a target nor a user says another."""
@@ -57,7 +57,7 @@ def deploy(
     trust: bool = False,
     progress: Report = None,
 ) -> Deployment:
-    """Quantize a detector for a target, export it, and check and time what came out.
+    """Quantize a detector for a target, export it, and check and time the exported files.
 
     Stopped at any point, the same call goes on where it was.
 
@@ -120,9 +120,9 @@ def deploy(
     for name in PACKAGES[wanted.format]:
         require(name, f"The target {wanted.name}")
     with place.lock():
-        job = Job(place, wanted, model, detector, settings, side, told)
-        job.quantize(images, photos, data, device, trust)
-        content = job.calibration_only() if wanted.calibration else job.exported(data)
+        steps = DeploymentSteps(place, wanted, model, detector, settings, side, told)
+        steps.quantize(images, photos, data, device, trust)
+        content = steps.calibration_only() if wanted.calibration else steps.exported(data)
         place.write({**content, "finished": True})
     return _as_made(out, content, new=True)
 

@@ -31,8 +31,18 @@ NOTED_IMAGES = 8
 """That the bits of single layers are looked at on, for a compiler that takes them."""
 
 
-class Job:
-    """What is done in one deployment's folder, step by step."""
+class DeploymentSteps:
+    """One deployment: quantizes, exports and checks in its folder, step by step.
+
+    Args:
+        place: the folder, locked.
+        target: what to deploy to.
+        model: the float network, as the user named it.
+        detector: the float network, loaded.
+        settings: of quantization.
+        side: of the exported images, pixels.
+        told: told of progress.
+    """
 
     def __init__(
         self,

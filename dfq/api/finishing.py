@@ -32,13 +32,13 @@ def finish(
     photos: ImageSet | None,
     progress: Progress,
 ) -> None:
-    """Measure and save what came out.
+    """Measure and save the result of a run.
 
     Args:
         run: where to.
         plan: what was to be done.
         policy: each layer's bits.
-        result: what came out.
+        result: the quantized network, and how it was trained.
         images: of the set it was made on.
         looked: synthetic images to compare with the teacher on.
         photos: real images without labels to compare with the teacher on; None: none.

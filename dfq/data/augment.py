@@ -40,7 +40,8 @@ def mosaic(images: Tensor, targets: Targets, generator: Generator) -> tuple[Tens
 
 
 def jitter_colours(images: Tensor, strength: float, generator: Generator) -> Tensor:
-    """Scale and shift each channel of each image by up to `strength` and a half of it."""
+    """Scale and shift each channel of images `(n, 3, h, w)` in [0, 1] by up to `strength` and a
+    half of it."""
     draw = 2 * torch.rand(2, len(images), 3, 1, 1, generator=generator) - 1
     gain, shift = (1 + strength * draw[0]).to(images.device), (strength / 2 * draw[1])
     return (images * gain + shift.to(images.device)).clamp(0, 1)

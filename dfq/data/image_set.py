@@ -1,4 +1,4 @@
-"""`ImageSet`: a real set of images with boxes, whatever format it was stored in."""
+"""`ImageSet`: a real set of images with boxes, read from any format."""
 
 from __future__ import annotations
 

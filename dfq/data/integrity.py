@@ -195,10 +195,12 @@ def _numbers(rows: list[Any], columns: int) -> Tensor:
 def label_problems(
     files: Sequence[str], labels: Sequence[Tensor], scores: Sequence[Tensor], categories: int
 ) -> list[str]:
-    """What is wrong with the labels of a set, a line an image and kind; [] for nothing.
+    """What is wrong with the labels of a set: a line an image and kind of mistake; [] for nothing.
 
     Args:
-        files, labels, scores: as in `CalibrationSet`.
+        files: names of the images.
+        labels: `(n_i, 5)` an image: category, cx, cy, w, h in [0, 1].
+        scores: `(n_i,)` an image.
         categories: how many have names.
     """
     problems = []

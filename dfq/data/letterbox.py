@@ -35,12 +35,16 @@ class LetterboxTransform:
     canvas: tuple[int, int]
 
     def apply(self, boxes: Tensor) -> Tensor:
-        """Boxes on the original image to boxes on the canvas."""
+        """Boxes `(n, 4)`, x1 y1 x2 y2 in pixels of the original image, in pixels of the canvas."""
         return boxes * boxes.new_tensor(self.scale * 2) + boxes.new_tensor(self.offset * 2)
 
     def undo(self, boxes: Tensor, *, clip: bool = True) -> Tensor:
-        """Boxes on the canvas to boxes on the original image, clipped to it unless that would
-        move what lies in them (masks)."""
+        """Boxes `(n, 4)`, x1 y1 x2 y2 in pixels of the canvas, in pixels of the original image.
+
+        Args:
+            boxes: on the canvas.
+            clip: clip them to the original image; not for boxes whose masks have to stay in place.
+        """
         back = (boxes - boxes.new_tensor(self.offset * 2)) / boxes.new_tensor(self.scale * 2)
         if not clip:
             return back

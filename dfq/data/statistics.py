@@ -40,7 +40,7 @@ def open_any(source: str | Path) -> CalibrationSet | ImageSet:
 
 @dataclass(frozen=True)
 class Objects:
-    """The labels of a set as flat arrays, whatever kind of set they come from.
+    """The labels of any kind of set as flat arrays.
 
     Attributes:
         names: category names by index.

@@ -40,6 +40,11 @@ class LetterboxedImages:
         return len(self.images)
 
     def load(self, indices: list[int]) -> Tensor:
+        """The images at these places, letterboxed: uint8 `(n, 3, size, size)`, RGB.
+
+        Raises:
+            UserError: one cannot be read.
+        """
         pixels, targets, _ = load_letterboxed(
             self.images, indices, self.size, self.stride, mapping=self.mapping
         )

@@ -14,6 +14,6 @@ def demo_weights() -> Path:
 
     Its header holds under `dfq` the JSON description the network is rebuilt from: `family`,
     `yaml` (the model's structure), `names`, `image_size`, `stride`, `task`.
-    `tools/train_demo_detector.py` made it.
+    `scripts/train_demo_detector.py` made it.
     """
     return Path(__file__).with_name("detector.safetensors")

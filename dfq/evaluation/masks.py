@@ -18,8 +18,8 @@ def paste(mask: Tensor, box: Tensor, width: int, height: int) -> np.ndarray:
     """A mask laid over its box and cut at `THRESHOLD`: uint8 `(height, width)`, 0 or 1.
 
     Values are interpolated bilinearly between the centres of the mask's cells; beyond the outermost
-    ones they fall off, to a half at the edges of the box, so that corners come out rounded. mmdet
-    pastes so too.
+    ones they fall off, to a half at the edges of the box, which rounds the corners. mmdet does the
+    same.
 
     Args:
         mask: float `(m, m)` in [0, 1].

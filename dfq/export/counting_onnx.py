@@ -29,7 +29,7 @@ _PASSING = {"Transpose", "Reshape", "Unsqueeze", "Squeeze", "Flatten"}
 
 
 def count_onnx(file: OnnxFile) -> IntegerShare:
-    """What onnxruntime makes of a file, and which shapes it runs through it."""
+    """The share of MACs that onnxruntime computes in integers, after its graph optimisation."""
     graph, shapes = optimised_graph(file.path, file.image)
     makers = {name: node for node in graph.node for name in node.output}
     constants = {tensor.name: tensor for tensor in graph.initializer}
@@ -154,7 +154,7 @@ def _reason(
 
 
 def _leads_out(node: Any, readers: dict[str, list[Any]]) -> bool:
-    """Whether no other layer reads what comes of it."""
+    """Whether no other layer depends on the node's output."""
     seen, left = set(), list(node.output)
     while left:
         for reader in readers.get(left.pop(), []):

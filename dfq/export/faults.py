@@ -125,7 +125,7 @@ def of_ranges(fits: Sequence[Fit] | None, moved: Moved | None) -> list[str]:
 
 
 def _as_before(moved: Moved) -> bool:
-    """Whether next to nothing became of the detections."""
+    """Whether the detections hardly changed."""
     whole = moved.all
     return (
         whole.share >= 0.98

@@ -80,8 +80,8 @@ BIAS_STEPS = 2.0**30
 def integer_weight(layer: QuantConv2d | QuantLinear) -> tuple[Tensor, Tensor]:
     """A layer's weight as integers and steps: weight = scale * integer, without a zero point.
 
-    Where a channel's products have come to nothing beside its bias, as those of dead channels have,
-    its step is coarser than in the network: else its bias would not fit into 32 bits.
+    Where a channel's products are negligible beside its bias, as those of dead channels are, its
+    step is coarser than in the network: else its bias would not fit into 32 bits.
 
     Returns:
         int8 of the weight's shape, within [-127, 127] but for grids that use -128 (asymmetric ones

@@ -28,7 +28,7 @@ _FEWEST = 3
 
 @dataclass(frozen=True)
 class Group:
-    """What became of some of the float model's detections.
+    """How many of some of the float model's detections the file finds, and where.
 
     Attributes:
         detections: how many the float model has.
@@ -56,7 +56,7 @@ class Moved:
     Attributes:
         all, sizes, worst: the groups; `sizes` by COCO's words.
         side_ratio: side of the file's box over the float model's, of the largest quarter of boxes,
-            as a median over whatever overlaps most; None where there is nothing to compare.
+            as a median over the boxes that overlap most; None where there are none to compare.
         images: of how many images.
         against: what the float model is.
     """
@@ -95,7 +95,7 @@ def moved(
 
     Args:
         reference: the float model's.
-        found: the file's, with whatever score.
+        found: the file's, with any score.
         names: of the categories.
         against: what the float model is, for the record.
         above: detections of the float model with a lower score do not count.
@@ -137,7 +137,7 @@ def _group(table: np.ndarray) -> Group:
 def _side_ratio(
     reference: Sequence[Detections], found: Sequence[Detections], above: float
 ) -> float | None:
-    """Whether large boxes came out too small, whatever their overlap."""
+    """Sides of large boxes, the file's over the float model's; see `Moved.side_ratio`."""
     pairs = []
     for wanted, given in zip(reference, found, strict=True):
         if not len(given.boxes):

@@ -114,7 +114,8 @@ class RuntimeFile:
 
     @property
     def image(self) -> np.ndarray:
-        """A blank batch as the runtime takes it; free sides are those that dfq exported for."""
+        """A blank batch of the shape and dtype of the runtime's input; free sides are those that
+        dfq exported for."""
         side = self.says.image_size if self.says is not None else 640
         free = [1, *[3 if n == 3 else side for n in self.input_shape[1:]]]
         shape = [given or own for given, own in zip(self.input_shape, free, strict=True)]

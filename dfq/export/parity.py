@@ -26,9 +26,8 @@ _BEYOND = 100
 class Distance:
     """How far two executions of one output are apart.
 
-    Only values that say something count: those that are more than a step from the output's median
-    in one of the two. Scores are almost all next to zero, and would be the same whatever the
-    network is.
+    Only values that are more than a step from the output's median in one of the two count: almost
+    all scores are close to zero, and would agree for any two networks.
 
     Attributes:
         step: range of the reference's values / 255.
@@ -127,11 +126,11 @@ def parity(
     """Compare a file's outputs with the reference's, and judge them.
 
     Args:
-        reference: outputs of the program, by name.
-        found: those of the file; `reference` names all that count.
-        otherwise: those of the program as it may as rightly be computed; None: the floor counts
-            for nothing.
-        times: the floor that a file may be away.
+        reference: outputs of the program, by name, of any shape.
+        found: those of the file, of the same shapes; `reference` names all that count.
+        otherwise: those of the program computed in another valid way; None: there is no numerical
+            floor.
+        times: how many times that floor a file may be away.
     """
     outputs: dict[str, Distance] = {}
     floor: dict[str, Distance] = {}

@@ -94,8 +94,8 @@ def as_program(detector: Detector, runtime: str) -> Detector:
         if quantizer not in grids:
             made = grid_of(quantizer, signed=signed)
             # OpenVINO 2026.4 computes wrong values of some grids of 16 bits, by up to half of the
-            # deviation of what comes out. It computes them in float anyway, where steps so small
-            # are next to nothing.
+            # output's deviation. It computes them in float anyway, where steps so small hardly
+            # matter.
             in_float = runtime == "openvino" and quantizer.bits > 8
             grids[quantizer] = Ends(made) if in_float else QuantizeDequantize(made)
         return grids[quantizer]
@@ -104,7 +104,7 @@ def as_program(detector: Detector, runtime: str) -> Detector:
         if isinstance(child, (QuantConv2d, QuantLinear)):
             product = runtime == "onnxruntime" and _fits_product(child)
             # With int8 constants, onnxruntime computes products, and OpenVINO anything, with
-            # activations of 8 bits, whatever those are said to have.
+            # activations of 8 bits, even where they are given 16.
             product_alone = runtime == "onnxruntime" and isinstance(child, QuantLinear)
             plain = child.input_quantizer.bits > 8 and (product_alone or runtime == "openvino")
             return Layer(child, grid, floating=floating, plain=plain, as_product=product)

@@ -52,7 +52,7 @@ class Seen:
         self.least, self.most = math.inf, -math.inf
 
     def add(self, values: np.ndarray) -> None:
-        """Take a tensor in."""
+        """Record a tensor of any shape."""
         x = values.astype(np.float64).ravel()
         if not x.size:
             return

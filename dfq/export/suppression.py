@@ -82,13 +82,13 @@ def append_nms(model: Any, score: float) -> None:
 def detections(
     outputs: Mapping[str, np.ndarray], count: int, score: float, most: int
 ) -> list[Detections]:
-    """What such a file gave, image by image.
+    """The detections in the outputs of a file with suppression in it, image by image.
 
     Args:
-        outputs: of the file.
+        outputs: of the file, by name; shapes as its layout has them.
         count: number of images.
         score: detections below it are left out.
-        most: detections that stay of an image.
+        most: detections kept of an image.
     """
     found = []
     for image in range(count):

@@ -1,4 +1,5 @@
-"""Where a detector is to run, as data: what `dfq deploy` makes of it, checks, and says to do next.
+"""Where a detector is to run, as data: what `dfq deploy` exports, checks and recommends as next
+steps.
 
 A target is a YAML file: one of `dfq/targets`, or a user's own. It is read as plain values.
 """

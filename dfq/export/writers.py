@@ -86,7 +86,7 @@ def write(
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Converters report their progress to whoever listens."""
+    """Turns off the converters' own progress output within the context."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -204,7 +204,7 @@ class GatedSiLU(nn.Module):
 
 def _uneven(bias: Tensor) -> Tensor:
     """A bias that is not one number throughout, by one rounding error: LiteRT's converter puts such
-    a one on the grid of the first channel, whatever the others' are."""
+    a bias on the grid of the first channel, though the others have grids of their own."""
     if len(bias) < 2 or not (bias == bias[0]).all():
         return bias
     first = bias[:1].nextafter(bias.new_tensor([torch.inf]))

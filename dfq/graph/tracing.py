@@ -1,9 +1,8 @@
 """Where a network adds and concatenates activations, found by watching one forward pass.
 
-No family has to say how it builds its blocks: what is followed are the tensors themselves, from the
-layers that give them, through whatever is done to them, to the sums and concatenations they go
-into. What comes after the layers of the predictions (decoding, anchors) is no part of it, and
-neither is what is computed outside of every module.
+Tensors are followed from the layers that compute them, through all functions, to the sums and
+concatenations that they enter, so a family need not describe its blocks. Functions after the layers
+of the predictions (decoding, anchors) are not recorded, nor are those outside of all modules.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ class Value:
         layer: name of the layer; None: it is no layer's output.
         call: number of the function's call in the trace; None for layers, and outside of modules.
         function: its name; empty for layers.
-        live: whether it comes from quantized layers alone, through whatever functions.
+        live: whether it depends on outputs of quantized layers alone, by any functions.
         predicted: whether it comes from the layers that give the predictions.
         operands: of a sum, a concatenation or an average of activations; empty for all others.
         consumers: names of the functions that read it.
@@ -91,7 +90,7 @@ class _Frame(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """A value as one tensor has it: all of it, or what a ReLU let through."""
+    """A value as one tensor has it: all of it, or its positive part after a ReLU."""
 
     value: Value
     rectified: bool

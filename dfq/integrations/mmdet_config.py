@@ -91,8 +91,8 @@ _AVERAGE = """
     dict(type="EMAHook", ema_type="ExpMomentumEMA", momentum={momentum:.6g}, gamma=100),"""
 
 TRAINED = ("method=qat", "distillation.keep_worse=true")
-"""What becomes of a recipe that falls back to the calibrated start where training made it worse,
-which needs a comparison that the Runner does not make."""
+"""Settings that replace `method: auto`, whose fallback to the calibrated start needs a comparison
+that the Runner does not make."""
 
 
 def compares(recipe: Recipe) -> str | None:

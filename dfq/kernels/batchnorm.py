@@ -197,9 +197,9 @@ def gaussian_divergence(offset: Tensor, var: Tensor, expected: Tensor) -> Tensor
     """Kullback-Leibler divergence of Gaussians from expected ones, elementwise, nats.
 
     Args:
-        offset: mean less the expected one.
-        var: variance; the least that counts is a millionth of the expected one.
-        expected: variance of the expected ones.
+        offset: mean less the expected one, of any shape.
+        var: variance, of the shape of `offset`; at least a millionth of the expected one counts.
+        expected: variance of the expected ones, broadcastable to it.
     """
     stored = expected.clamp_min(1e-12)
     ratio = (var / stored).clamp_min(1e-6)

@@ -10,12 +10,15 @@ from torch import Tensor
 
 
 def mirrored(images: Tensor, flipped: Tensor | None) -> Tensor:
+    """Images `(n, 3, h, w)`, those of them mirrored where the boolean `flipped` `(n,)` is true."""
     if flipped is None:
         return images.view_as(images)
     return torch.where(flipped[:, None, None, None], images.flip(3), images)
 
 
 def blanked(images: Tensor, erased: Tensor | None) -> Tensor:
+    """Images `(n, 3, h, w)` with zeros in the rectangles `erased`, int32 `(n, 4)`: first and last
+    row, first and last column, the last ones excluded."""
     if erased is None:
         return images
     first_row, last_row, first_column, last_column = erased.T[..., None]
@@ -27,7 +30,7 @@ def blanked(images: Tensor, erased: Tensor | None) -> Tensor:
 
 
 def plain_variation(images: Tensor) -> Tensor:
-    """The gradient of `squared_variation` alone."""
+    """The gradient of `squared_variation` alone: `(n, 3, h, w)`, as the images."""
     padded = F.pad(images, (1, 1, 1, 1))
     rows = padded[:, :, :-2] + padded[:, :, 1:-1]
     rows += padded[:, :, 2:]

@@ -82,9 +82,14 @@ class Model(ABC):
 
     @contextmanager
     def shared_proposals(self, leader: Model, batches: Sequence[Tensor]) -> Iterator[None]:
-        """Within this context, what this network computes at places of its own choice it computes,
-        for these very batches, at the places that `leader` chooses: so that what goes on inside
-        the two can be compared place by place. A network that chooses none has nothing to do."""
+        """Within this context, the network predicts for these batches at the proposals of `leader`,
+        so that features and predictions of the two can be compared place by place. A network
+        without proposals does nothing.
+
+        Args:
+            leader: another network of the same family.
+            batches: images `(n, 3, h, w)` in [0, 1]; recognised by identity when `raw` gets them.
+        """
         yield
 
     def normalize(self, images: Tensor) -> Tensor:
@@ -158,12 +163,16 @@ class Model(ABC):
 
     @abstractmethod
     def distillation_pairs(self, student_raw: Any, teacher_raw: Any) -> list[DistillationPair]:
-        """What KL is taken over in this family: see `DistillationPair`."""
+        """The outputs that the KL divergence is taken over, by kind of distribution; see
+        `DistillationPair`.
+
+        Args:
+            student_raw, teacher_raw: what `raw` returned, both for the same batch.
+        """
 
     def prediction_kinds(self) -> dict[str, Kinds]:
-        """The layers that give predictions of several kinds, whose values have nothing to do with
-        each other, and which of their output channels hold which. Those of the others are of one
-        kind."""
+        """By name, the layers whose output channels hold predictions of several kinds (classes,
+        boxes) that need grids of their own, and which channels hold which."""
         return {}
 
     @abstractmethod
@@ -225,11 +234,25 @@ class Detector(Model):
         iou_threshold: float = 0.6,
         max_detections: int = 300,
     ) -> list[Detections]:
-        """Raw predictions to detections, by the framework's own decoder and NMS."""
+        """Raw predictions to detections, by the framework's own decoder and NMS.
+
+        Args:
+            raw: what `raw` returned for a batch.
+            image_shape: height and width of the batch, pixels.
+            score_threshold: least score that is kept, in [0, 1].
+            iou_threshold: of NMS, in [0, 1].
+            max_detections: kept of an image.
+
+        Returns:
+            One `Detections` an image, boxes in pixels of the batch.
+        """
 
     def exportable(self, images: Tensor) -> Any:
-        """What `raw` gives, but for what depends on the values of other predictions: that is left
-        to `from_outputs`, which takes what it needs from the `parts`. Traceable by `torch.export`.
+        """`raw`, less what depends on the values of other predictions (proposals, NMS):
+        `from_outputs` computes that, with the `parts`. Traceable by `torch.export`.
+
+        Args:
+            images: float32 `(n, 3, h, w)` in [0, 1].
         """
         return self.raw(images)
 
@@ -240,12 +263,14 @@ class Detector(Model):
 
     @property
     def runners(self) -> dict[str, Callable[[Tensor], tuple[Tensor, ...]]]:
-        """What stands in for the detector's own `parts`, by name: exported files."""
+        """Functions that replace the detector's own `parts`, by name: exported files. They take and
+        give tensors of the shapes that the part has."""
         return self.__dict__.setdefault("_runners", {})
 
     def outputs(self, raw: Any, image_shape: tuple[int, int]) -> dict[str, Tensor]:
-        """What an exported file gives for `raw`, by name: boxes and scores where a family decodes
-        without choosing, else the raw predictions one by one. Traceable by `torch.export`.
+        """The outputs of an exported file, by name: `boxes` `(n, a, 4)`, x1 y1 x2 y2 in pixels, and
+        `scores` `(n, a, classes)` in [0, 1] where a family decodes without choosing; else the raw
+        predictions one by one, as here. Traceable by `torch.export`.
 
         Args:
             raw: what `raw` returned for a batch.
@@ -257,11 +282,12 @@ class Detector(Model):
     def from_outputs(
         self, outputs: dict[str, Tensor], image_shape: tuple[int, int], **thresholds: Any
     ) -> list[Detections]:
-        """Detections of what an exported file gave; thresholds are those of `decode`.
+        """Detections from the outputs of an exported file.
 
         Args:
-            outputs: as `outputs` gives them, from wherever.
+            outputs: with the names and shapes that `outputs` gives.
             image_shape: height and width of the batch, pixels.
+            thresholds: see `decode`.
         """
         batch = len(next(iter(outputs.values())))
         with torch.no_grad():
@@ -272,7 +298,8 @@ class Detector(Model):
         return self.decode(tree_unflatten(filled, structure), image_shape, **thresholds)
 
     def segment(self, raw: Any, found: Sequence[Detections]) -> list[Detections]:
-        """`found`, what `decode` made of `raw`, with masks where the network predicts them."""
+        """`found`, what `decode` made of `raw`, with masks `(k, m, m)` in [0, 1] where the network
+        predicts them; see `Detections`."""
         return list(found)
 
     def detect(self, images: Tensor, *, masks: bool = False, **thresholds: Any) -> list[Detections]:

@@ -270,15 +270,15 @@ def modules_of(module: Inert | nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def state_dict_of(module: Inert | nn.Module, source: str = "the checkpoint") -> dict[str, Tensor]:
-    """Parameters and persistent buffers by qualified name, but for counters of operations; floating
-    ones as float32.
+    """The state dict of a network without counters of operations: parameters and persistent buffers
+    by qualified name, floating ones as float32.
 
     Args:
         module: the network.
-        source: of it, for messages.
+        source: where it is from, for messages.
 
     Raises:
-        UserError: a tensor is of no use: see `tensors.sound`.
+        UserError: a tensor cannot be used: see `tensors.sound`.
     """
     tensors: dict[str, Tensor] = {}
     if isinstance(module, nn.Module):

@@ -32,7 +32,7 @@ class Part:
 
 
 class Detecting(Protocol):
-    """Whatever detects, and says how it is to be asked: a `Detector`, or an exported file."""
+    """What evaluation and prediction need of a detector: a `Detector`, or an exported file."""
 
     @property
     def names(self) -> list[str]:

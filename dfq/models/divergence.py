@@ -50,12 +50,17 @@ _DIVERGENCES = {
 def prediction_divergence(
     pairs: Sequence[DistillationPair], batch: int, *, temperature: float = 1.0
 ) -> Tensor:
-    """Family-aware KL: over each distribution the head really has, summed, per image.
+    """KL divergence of student from teacher, nats: summed over the distributions that the head
+    predicts (squared distances for plain values), mean over the images.
 
     Args:
         pairs: from `Model.distillation_pairs`.
         batch: number of images.
-        temperature: softens both sides; the gradient's size is kept by T^2.
+        temperature: divides the logits of both; the result is multiplied by its square, so that
+            gradients keep their size.
+
+    Returns:
+        A scalar, 0 where both agree; differentiable with respect to the student.
     """
     total = torch.stack([_DIVERGENCES[pair.kind](pair, temperature) for pair in pairs]).sum()
     return total / batch
@@ -64,7 +69,15 @@ def prediction_divergence(
 def flattened_divergence(
     student: Sequence[Tensor], teacher: Sequence[Tensor], *, temperature: float = 4.0
 ) -> Tensor:
-    """The paper's KL: one softmax over all raw outputs of a level of an image, levels summed."""
+    """The paper's KL: one softmax over all raw outputs of a level of an image.
+
+    Args:
+        student, teacher: from `Model.levels`: `(n, channels, ...)` a level.
+        temperature: divides the outputs of both; see `prediction_divergence`.
+
+    Returns:
+        A scalar, nats: mean over the images, sum over the levels.
+    """
     terms = []
     for ours, theirs in zip(student, teacher, strict=True):
         log_student = F.log_softmax(ours.flatten(1) / temperature, dim=1)
@@ -75,8 +88,8 @@ def flattened_divergence(
 
 
 def summed_divergence(student: Model, student_raw: Any, teacher_raw: Any) -> Tensor:
-    """Sum over the images of how far the predictions are apart, whatever form is trained on: the
-    family-aware divergence at temperature 1."""
+    """`prediction_divergence` at temperature 1, as a sum over the images: a scalar, nats. It
+    measures networks, whatever form of the divergence they were trained on."""
     return prediction_divergence(student.distillation_pairs(student_raw, teacher_raw), 1)
 
 

@@ -1,5 +1,5 @@
-"""What goes through the door: labels and detections of a batch, and what a family says of its
-network: outputs to compare, kinds of prediction, end layers."""
+"""Data types of the model interface: labels and detections of a batch, outputs to compare, kinds of
+prediction, first and last layers."""
 
 from __future__ import annotations
 

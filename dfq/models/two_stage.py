@@ -1,4 +1,4 @@
-"""What detectors with proposals share: R-CNNs of whatever framework.
+"""What detectors with proposals share: R-CNNs of all frameworks.
 
 The second stage of such a network gives one row a *proposal*, and which places are proposed is
 itself a prediction. Two networks can therefore be compared only over the same proposals: the raw
@@ -98,8 +98,8 @@ class TwoStageDetector(Detector):
 
     @abstractmethod
     def _head(self, part: str, pooled: Tensor) -> tuple[Tensor, ...]:
-        """What that head makes of them: class logits and box offsets (see `SecondStage`), or mask
-        logits `(k, columns, m, m)`."""
+        """Outputs of the head for pooled features `(k, c, s, s)`: class logits and box offsets (see
+        `SecondStage`), or mask logits `(k, columns, m, m)`."""
 
     def _run(
         self, part: str, features: list[Tensor], boxes: list[Tensor], shape: tuple[int, int]
@@ -122,8 +122,8 @@ class TwoStageDetector(Detector):
         return self._run("masks", features, boxes, shape)[0]
 
     def exportable(self, images: Tensor) -> TwoStageRaw:
-        """The first stage: proposals, features within them and non-maximum suppression stay
-        outside of files."""
+        """The first stage for images `(n, 3, h, w)` in [0, 1]. Proposals, the features in them and
+        NMS stay outside of exported files."""
         features, objectness, deltas = self._first_stage(self.normalize(images))
         shape = (images.shape[2], images.shape[3])
         return TwoStageRaw(features, objectness, deltas, shape, None, self)
@@ -148,7 +148,8 @@ class TwoStageDetector(Detector):
         }
 
     def outputs(self, raw: TwoStageRaw, image_shape: tuple[int, int]) -> dict[str, Tensor]:
-        """Feature maps, objectness and offsets of the first stage, level by level."""
+        """Feature maps, objectness and offsets of the first stage a level, of the shapes in
+        `TwoStageRaw`."""
         kinds = {"features": raw.features, "objectness": raw.objectness, "deltas": raw.deltas}
         return {
             f"{kind}{index}": level
@@ -157,7 +158,8 @@ class TwoStageDetector(Detector):
         }
 
     def raw_of(self, outputs: dict[str, Tensor], image_shape: tuple[int, int]) -> TwoStageRaw:
-        """What `outputs` was given, without a second stage."""
+        """The inverse of `outputs`: raw predictions without a second stage, of the shapes in
+        `TwoStageRaw`."""
         features, objectness, deltas = (
             [level for name, level in outputs.items() if name.startswith(kind)]
             for kind in ("features", "objectness", "deltas")
@@ -168,7 +170,8 @@ class TwoStageDetector(Detector):
     def from_outputs(
         self, outputs: dict[str, Tensor], image_shape: tuple[int, int], **thresholds: Any
     ) -> list[Detections]:
-        """Proposals, the second stage (by `runners`, or this network's own) and NMS."""
+        """See `Detector.from_outputs`. Computes proposals, the second stage (with the `runners`
+        where there are any) and NMS from outputs of the shapes in `TwoStageRaw`."""
         raw = self.raw_of(outputs, image_shape)
         masks = thresholds.pop("masks", False)
         found = self.decode(raw, image_shape, **thresholds)
@@ -190,9 +193,9 @@ class TwoStageDetector(Detector):
 
     @contextmanager
     def shared_proposals(self, leader: Model, batches: Sequence[Tensor]) -> Iterator[None]:
-        """See `Model.shared_proposals`: the second stage runs on the leader's proposals. A
-        student's own are nearly the same in another order, which to a comparison by place is
-        noise."""
+        """See `Model.shared_proposals`: for batches `(n, 3, h, w)`, the second stage runs on the
+        leader's proposals. A student's own are nearly the same in another order, which would count
+        as noise in a comparison by place."""
         assert isinstance(leader, TwoStageDetector)
         with torch.no_grad():
             raws = (leader.raw(batch) for batch in batches)
@@ -352,7 +355,7 @@ def _columns(values: Tensor, classes: Tensor, shift: int) -> Tensor:
 
 @contextmanager
 def fixed_sampling(device: torch.device) -> Iterator[None]:
-    """Draws of torch's global generator that come out the same each time, and leave no trace.
+    """Seeds torch's global generator within the context, and restores its state.
 
     R-CNN losses are computed on a random sample of anchors and proposals. Drawn from the global
     generator, a resumed run or another process would not give the same result.

@@ -253,7 +253,7 @@ def gptq_quantize_layer(
     shape = weight.shape
     groups = moments.hessian.shape[0]
     start = weight.detach().float().reshape(groups, shape[0] // groups, -1)
-    # A bias takes up whatever the means are; without one the weights have to.
+    # A bias corrects any means; without one the weights have to.
     seen = moments if bias is None else moments.centred()
     target = target_weights(start, seen, ridge)
     rounded = best_grid(layer.weight_quantizer, target, seen.hessian, damping=damping)
@@ -267,12 +267,13 @@ def gptq_quantize_layer(
 
 @contextmanager
 def without_fine_activations(module: nn.Module) -> Iterator[None]:
-    """Within this context quantizers of activations of `FINE` bits and more let everything through:
-    what weights should make up for is then what any image suffers from.
+    """Disables fake quantization of activations of `FINE` bits and more within the context, so that
+    weights compensate only for errors that are alike on all images.
 
-    The rounding of fine grids is small, and depends on how values lie to the steps: what makes up
-    for it on synthetic images was worse than nothing on photographs that differ from them (YOLOv5n
-    for faces at W8A8, ranges of photographs, agreement on kit/coco-val: 0.69, 0.94 without).
+    Rounding errors of fine grids are small and depend on the positions of values between steps:
+    compensating for them on synthetic images did harm on photographs that differ from these
+    (YOLOv5n for faces at W8A8, ranges of photographs, agreement on kit/coco-val: 0.69, 0.94
+    without).
     """
     fine: list[Quantizer | QuantSiLU] = [
         q for _, q in activation_quantizers(module) if q.bits >= FINE and q.enabled

@@ -25,7 +25,8 @@ def execution_order(module: nn.Module, run: Callable[[], object]) -> dict[str, i
 
 
 def inputs_of(layer: nn.Module, calls: int, run: Callable[[], object]) -> list[Tensor]:
-    """What the layer is given in its `calls` calls of one forward pass, which ends there."""
+    """The first argument of the layer in each of its `calls` calls of one forward pass, which is
+    stopped after the last: `(n, c, h, w)`, or `(..., c)` of a linear layer."""
     seen: list[Tensor] = []
 
     def before(_m: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -70,7 +71,7 @@ def columns(layer: nn.Module, x: Tensor, samples: Tensor) -> Tensor:
 
 
 def output_size(layer: nn.Conv2d, x: Tensor) -> tuple[int, int]:
-    """Height and width of what the convolution makes of `x`."""
+    """Height and width of the convolution's output for an input `(n, c, h, w)`."""
     left, right, top, bottom = layer._reversed_padding_repeated_twice
     spans = (x.shape[2] + top + bottom, x.shape[3] + left + right)
     return tuple(
@@ -82,7 +83,8 @@ def output_size(layer: nn.Conv2d, x: Tensor) -> tuple[int, int]:
 
 
 def place_count(layer: nn.Module, x: Tensor) -> int:
-    """Number of output samples `columns` can be asked for."""
+    """Number of output samples that `columns` can be asked for, given the layer's input `x` (see
+    there)."""
     if isinstance(layer, nn.Conv2d):
         height, width = output_size(layer, x)
         return len(x) * height * width
@@ -143,8 +145,13 @@ class MomentSums:
         self._sums: list[Tensor] | None = None
 
     def add(self, ours: Tensor, theirs: Tensor) -> None:
-        """Take in one call's input of the quantized layer, before its quantizer, and of the float
-        one."""
+        """Add one call's inputs, of shapes as `columns` takes them.
+
+        Args:
+            ours: of the quantized layer, before its quantizer.
+            theirs: of the float layer. Where the two do not belong to the same samples, `ours` is
+                used for both.
+        """
         layer = self.layer
         ours = layer.input_quantizer(ours)
         available = place_count(layer, ours)

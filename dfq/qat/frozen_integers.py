@@ -55,7 +55,7 @@ class FrozenIntegers:
             ]
 
     def levels(self) -> list[Tensor]:
-        """The integers themselves, layer by layer: those that are frozen, not copies."""
+        """The frozen integers of each layer, float32 of the shape of its weight; not copies."""
         return [
             frozen
             for layer in self._layers

@@ -61,7 +61,8 @@ class FeatureHooks:
             self._handles.append(module.get_submodule(name).register_forward_hook(keep))
 
     def take(self) -> dict[str, Tensor]:
-        """The features, handed over: nothing is kept alive past the step."""
+        """The outputs by module, `(n, c, h, w)` or `(n, tokens, c)` each; they are not kept here
+        any longer."""
         features, self.features = self.features, {}
         return features
 
@@ -79,7 +80,15 @@ def distillation_terms(
     form: str,
     temperature: float,
 ) -> Tensor:
-    """The prediction term in the form asked for: `family` or `flattened`."""
+    """The distillation loss on predictions: a scalar, mean over the images.
+
+    Args:
+        student, teacher_raw, student_raw: the low-bit network, and what `raw` of both networks
+            returned for one batch.
+        batch: number of images.
+        form: "family" (`prediction_divergence`) or "flattened" (`flattened_divergence`).
+        temperature: of either.
+    """
     if form == "flattened":
         return flattened_divergence(
             student.levels(student_raw), student.levels(teacher_raw), temperature=temperature

@@ -39,6 +39,7 @@ class Observer:
         self.chunks: list[Tensor] = []
 
     def add(self, x: Tensor) -> None:
+        """Record values of any shape: both extremes, and fewer than twice `limit` of the others."""
         flat = x.detach().reshape(-1).float()
         low, high = flat.aminmax()
         # A stride coprime to powers of two does not fall in step with channels or rows.
@@ -46,6 +47,7 @@ class Observer:
         self.chunks.append(torch.cat([flat[::stride], low[None], high[None]]))
 
     def values(self, limit: int) -> Tensor:
+        """Fewer than twice `limit` of the recorded values, and the extremes: float32 `(n,)`."""
         everything = torch.cat(self.chunks)
         low, high = everything.aminmax()
         stride = max(1, everything.numel() // limit)
@@ -60,7 +62,7 @@ def run_observers(
     samples: int = 16384,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Tensor]:
-    """What reaches each quantizer of activations while all of them let everything through.
+    """Samples of the input of each quantizer of activations, with fake quantization disabled.
 
     Args:
         detector: with quantizers inserted.
@@ -117,9 +119,9 @@ def grid_above(quantizer: Quantizer, low: Tensor, find: Callable[[bool], Range])
 
     Args:
         quantizer: per tensor.
-        low: the least value that it is to have a level for.
-        find: gives step size and zero point for a grid that is asymmetric or not; the former has
-            its zero point at 0 where nothing is below zero.
+        low: scalar, the least value that the grid must represent.
+        find: step size and zero point, `(1,)` each, for an asymmetric grid or for another; the
+            former has its zero point at 0 where no value is negative.
     """
     if quantizer.asymmetric or not quantizer.unsigned or bool(low < 0):
         return find(quantizer.asymmetric)
@@ -163,7 +165,7 @@ def calibrate(
     """Set every quantizer's initial scale: of weights from themselves, all others from images.
 
     Args:
-        detector: with quantizers inserted; they let everything through while this runs.
+        detector: with quantizers inserted; fake quantization is disabled while this runs.
         batches: images `(n, 3, h, w)` in [0, 1].
         search: a key of `range_search.SEARCHES`; min-max sees every value, the others a sample.
         samples: values of an activation the search works on.

@@ -1,9 +1,8 @@
 """What BatchNorm says of the values that activations take.
 
 A channel behind a BatchNorm has, over the training data, mean beta and standard deviation gamma:
-how far its values reach follows from the network itself, whatever images are at hand. It is
-followed through whatever the network computes of them: activation functions, sums, concatenations,
-pooling.
+the range of its values follows from the network itself, without images. Ranges are propagated
+through activation functions, sums, concatenations and pooling.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ _PRODUCTS = frozenset(
 
 
 class _Unknown(TorchFunctionMode):
-    """Follows which tensors depend on a layer that no BatchNorm follows, by whatever functions."""
+    """Follows which tensors depend on a layer that no BatchNorm follows, by any functions."""
 
     def __init__(self) -> None:
         super().__init__()

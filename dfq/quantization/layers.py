@@ -40,10 +40,18 @@ class SplitOutput(nn.ModuleList):
 
 
 def kinds_apart(x: Tensor, kinds: Kinds, axis: int) -> Sequence[Tensor]:
-    """The channels of each kind, with an axis of its own for the repeats, in front of `axis`' rest.
+    """The channels of each kind, with an axis of its own for the repeats before theirs.
 
-    Whatever watches a network's functions sees one function, and none of those it is made of: these
-    count for nothing, and what comes of `x` is still seen to come of it.
+    `graph.tracing` sees this as one function and follows `x` through it; the functions it calls are
+    not counted.
+
+    Args:
+        x: `(n, c, h, w)` for axis 1, `(..., c)` for axis -1.
+        kinds: how the c channels are divided.
+        axis: of the channels.
+
+    Returns:
+        Of each kind `(n, repeats, size, h, w)` or `(..., repeats, size)`.
     """
     if has_torch_function_unary(x):
         result: Sequence[Tensor] = handle_torch_function(kinds_apart, (x,), x, kinds, axis)
@@ -52,7 +60,7 @@ def kinds_apart(x: Tensor, kinds: Kinds, axis: int) -> Sequence[Tensor]:
 
 
 def kinds_together(parts: Sequence[Tensor], axis: int) -> Tensor:
-    """The inverse of `kinds_apart`."""
+    """The inverse of `kinds_apart`: its parts as one tensor `(n, c, h, w)` or `(..., c)`."""
     if has_torch_function(parts):
         result: Tensor = handle_torch_function(kinds_together, parts, parts, axis)
         return result
@@ -158,7 +166,7 @@ class QuantSiLU(nn.Module):
         step: of the grid, 1/255 or 1/256. It is no parameter: a sigmoid ends at 1.
 
     Attributes:
-        enabled: otherwise the sigmoid is let through.
+        enabled: False computes the sigmoid in float.
     """
 
     def __init__(self, step: float) -> None:
@@ -175,10 +183,9 @@ class QuantSiLU(nn.Module):
 
 
 def gated_silu(x: Tensor, on_grid: Callable[[Tensor], Tensor]) -> Tensor:
-    """`x * on_grid(sigmoid(x))`, like `x`.
+    """`x * on_grid(sigmoid(x))`, of the shape of `x`.
 
-    Whatever watches a network's functions sees it as the one function that it takes the place of.
-    """
+    `graph.tracing` sees it as SiLU, the one function that it replaces."""
     if has_torch_function_unary(x):
         result: Tensor = handle_torch_function(gated_silu, (x,), x, on_grid)
         return result

@@ -1,14 +1,14 @@
 """Quantizers on what layers, sums and concatenations give, as integer runtimes need them.
 
-onnxruntime computes a convolution in integers only where its output is quantized before anything
-is done to it, and a sum or a concatenation only where all that goes into it and what comes out is.
-What is put here is one quantizer a tensor:
+onnxruntime computes a convolution in integers only where its output is quantized before any other
+function, and a sum or a concatenation only where all operands and the result are quantized. This
+module inserts one quantizer a tensor:
 
 - on the output of each quantized layer, but for those whose outputs are the predictions; where
   those have one too, a layer that gives several kinds of prediction has one for each kind;
 - on the result of each sum and concatenation of what such layers compute, and of each average,
   which is on the grid of what it averages;
-- on whatever else goes into one of these (the result of an activation function, mostly).
+- on all other operands of these (results of activation functions, mostly).
 
 A layer that is given a tensor which is on a grid already has that grid for its input, where it is
 as wide as the layer's own is to be: its input quantizer *is* the one of the tensor.
@@ -89,8 +89,8 @@ class _Watching(TorchFunctionMode):
 
 
 class _Holder(nn.ModuleDict):
-    """Holds the quantizers of functions' results; does nothing in a network that runs whatever
-    modules it has, as nn.Sequential does."""
+    """Holds the quantizers of functions' results; the identity in a network that runs all of its
+    modules, as nn.Sequential does."""
 
     def forward(self, x: Any) -> Any:
         return x
@@ -222,8 +222,8 @@ def _joined(found: Trace, where: Placement) -> dict[Value, list[Value]]:
 def _unite(
     module: nn.Module, chosen: dict[Value, list[Value]], grids: dict[Value, Quantizer]
 ) -> None:
-    """One quantizer for all that goes into a concatenation and comes out, and into and out of what
-    that is concatenated with."""
+    """One quantizer for all operands and the result of a concatenation, and for those of the
+    concatenations that share a tensor with it."""
     one: dict[Quantizer, Quantizer] = {}
 
     def root(quantizer: Quantizer) -> Quantizer:

@@ -21,10 +21,10 @@ class Placement:
     Attributes:
         outputs: on the output of every layer, before its activation function; else only where the
             output itself is added or concatenated.
-        joins: on what is added or concatenated, and on what comes out.
+        joins: on the operands of sums and concatenations, and on their results.
         fused_sums: of a sum, the operand that was computed last stays as it is: the runtime adds
             the other one to it within the layer that gives it.
-        one_grid: a concatenation has one grid for all that goes in and what comes out.
+        one_grid: a concatenation has one grid for all operands and its result.
         averages: so has an average: a pooling, an enlargement between values.
         predictions: on the outputs of the layers that give the predictions too, each its own; what
             comes behind them stays in float.

@@ -31,7 +31,7 @@ class _FakeQuantize(torch.autograd.Function):
     """The definition above with hand-written gradients.
 
     PyTorch's learnable fake-quantize kernels compute the same; on CPU they were measured two to
-    four times slower than these few vectorised passes (tools/bench_fake_quantize.py).
+    four times slower than these few vectorised passes (benchmarks/speed/fake_quantize.py).
     """
 
     @staticmethod
@@ -145,7 +145,7 @@ _LOG_SCALE_LIMIT = 80.0
 class Quantizer(nn.Module):
     """One learnable quantizer: of a tensor as a whole, or of each channel of its first axis.
 
-    The step size is held as its logarithm, so it stays positive whatever the optimizer does and a
+    The step size is held as its logarithm, so it stays positive in any optimizer and a
     learning rate means a relative step for every layer alike.
 
     Args:
@@ -161,10 +161,10 @@ class Quantizer(nn.Module):
 
     Attributes:
         strict: see `fake_quantize`.
-        enabled: otherwise everything is let through.
+        enabled: False disables fake quantization.
         consumer: name of the one function that reads what it gives (as "silu"), which says how much
             which errors matter: see `ranges`. None: nothing is known of what reads it.
-        levels: see `hold`; None where values are rounded as they come.
+        levels: the frozen integer codes, see `freeze_integers`; None: values are rounded.
 
     State (all of it in the state dict): `log_scale` `(channels,)`, `zero_point` `(channels,)`,
     `initialised` (bool scalar).
@@ -232,13 +232,12 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def freeze_integers(self, x: Tensor) -> None:
-        """Freezes the integer codes of `x`; the scale stays trainable.
+        """Freezes the integer codes of `x`, of any shape with the channels first; the scale stays
+        trainable.
 
-        These are then the gains of what is computed with the integers: d x_hat / d s = q, exactly,
-        where rounding anew would have q - x / s, which is nothing for values on the grid, and would
-        turn single integers over as the step size moves. The zero point then has no say, and gets
-        no gradient.
-        """
+        The gradient of the scale is then that of a gain: d x_hat / d s = q, exactly. Rounding again
+        would give q - x / s, which is zero for values on the grid, and would change single integers
+        as the step size moves. The zero point then has no effect and gets no gradient."""
         self.levels = self._rounded(x)
 
     @torch.no_grad()

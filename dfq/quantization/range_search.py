@@ -20,7 +20,13 @@ RangeSearch = Callable[..., Range]
 
 
 def grid_between(low: Tensor, high: Tensor, bits: int, asymmetric: bool) -> Range:
-    """Step size and zero point of the grid that spans [low, high] (with zero always on it)."""
+    """Step size and zero point of the grid that spans [low, high] and zero.
+
+    Args:
+        low, high: float `(channels,)`.
+        bits: bit width.
+        asymmetric: an unsigned grid with a zero point; otherwise a signed one around zero.
+    """
     low, high = low.clamp_max(0), high.clamp_min(0)
     qmin, qmax = grid(bits, signed=not asymmetric)
     if asymmetric:
@@ -32,7 +38,7 @@ def grid_between(low: Tensor, high: Tensor, bits: int, asymmetric: bool) -> Rang
 
 
 def minmax(values: Tensor, bits: int, *, asymmetric: bool) -> Range:
-    """The grid that spans every value: no clipping, and so the coarsest."""
+    """The grid that spans all values `(channels, n)`: no clipping error, the largest step."""
     low, high = values.aminmax(dim=1)
     return grid_between(low, high, bits, asymmetric)
 
@@ -42,7 +48,7 @@ KEPT_SHARE = 0.9999
 
 
 def percentile(values: Tensor, bits: int, *, asymmetric: bool) -> Range:
-    """The grid that spans the middle `KEPT_SHARE` of the values."""
+    """The grid that spans the middle `KEPT_SHARE` of the values `(channels, n)`."""
     ordered = values.sort(dim=1).values
     last = values.shape[1] - 1
     cut = round((1 - KEPT_SHARE) / 2 * last)
@@ -50,23 +56,24 @@ def percentile(values: Tensor, bits: int, *, asymmetric: bool) -> Range:
 
 
 def lsq(values: Tensor, bits: int, *, asymmetric: bool) -> Range:
-    """As LSQ (Esser et al., ICLR 2020) has it, an asymmetric grid as LSQ+ for activations."""
+    """For values `(channels, n)`: the initial step of LSQ (Esser et al., ICLR 2020); for an
+    asymmetric grid, that of LSQ+ for activations."""
     if asymmetric:
         return least_squares(values, bits)
     return lsq_step(values, grid(bits, signed=True)[1])
 
 
 def lsq_step(values: Tensor, qmax: int) -> Range:
-    """LSQ's initial step, 2 * mean|v| / sqrt(Q_p), and no zero point."""
+    """LSQ's initial step, 2 * mean|v| / sqrt(Q_p), of values `(channels, n)`; zero points are 0."""
     scale = 2 * values.abs().mean(dim=1) / math.sqrt(qmax)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return scale, torch.zeros_like(scale)
 
 
 def three_deviations(values: Tensor, bits: int, *, asymmetric: bool) -> Range:
-    """LSQ+'s initial step of weights (Bhalgat et al., 2020, section 3.2): the greater of
-    |mu - 3 sigma| and |mu + 3 sigma|, over 2^(b - 1). An asymmetric grid, which its weights do not
-    have, as for activations."""
+    """LSQ+'s initial step of weights `(channels, n)` (Bhalgat et al., 2020, section 3.2): the
+    greater of |mu - 3 sigma| and |mu + 3 sigma|, over 2^(b - 1). For an asymmetric grid, which its
+    weights do not have, that of activations."""
     if asymmetric:
         return least_squares(values, bits)
     deviation, mean = torch.std_mean(values, dim=1, correction=0)
@@ -81,12 +88,12 @@ ROUNDS = 20
 
 
 def least_squares(values: Tensor, bits: int) -> Range:
-    """LSQ+'s initial step and offset of activations: those of the least ||x_hat - x||^2.
+    """LSQ+'s initial step and offset of activations `(channels, n)`: those of the least
+    ||x_hat - x||^2.
 
-    Both ends are searched from min-max inwards; then steps are fitted to the integers and zero
+    Both bounds are searched from min-max inwards; then steps are fitted to the integers and zero
     points moved to their neighbours, as long as the error falls. The paper's offset is any real
-    number; here it is a whole number of steps.
-    """
+    number; here it is a whole number of steps."""
     qmin, qmax = grid(bits, signed=False)
     scale, zero = mse(values, bits, asymmetric=True)
     best = _fit(values, scale, zero, qmin, qmax)[1]
@@ -130,8 +137,8 @@ def mse(
 
     Shrinks the upper bound (and, on an asymmetric grid, the lower one apart from it) from the full
     range in `steps` steps and keeps the best of all pairs, per channel. Where only an activation
-    function reads the values, errors are those that come `through` it: what is far below zero in
-    front of a SiLU then hardly counts.
+    function, `through`, reads the values `(channels, n)`, errors are measured after it: values far
+    below zero in front of a SiLU then hardly count.
     """
     wanted = values if through is None else through(values)
     low, high = values.aminmax(dim=1)
@@ -169,16 +176,16 @@ CONSUMERS: dict[str, Callable[[Tensor], Tensor]] = {
 """Functions that `mse` can look through, by their names."""
 
 FINE = 8
-"""Bits from which on rounding hardly shows: there clipping is what a grid loses by."""
+"""Bits from which on rounding errors are small, and clipping dominates the error."""
 
 VANISHING = frozenset({"silu", "gelu"})
 """Those of them that fall towards zero below it, and are nowhere flat."""
 
 VANISHES = -7.0
-"""Where these have come to nothing: within 0.007 of zero."""
+"""Below it, these are within 0.007 of zero."""
 
 LEAST_CONSUMED = {"relu": 0.0, **dict.fromkeys(VANISHING, VANISHES)}
-"""What is below is as good as this, to such a consumer."""
+"""Values below it have the same result as it, in such a consumer."""
 
 PREDICTION = "prediction"
 """Reader of what is a prediction. Its few large values are the objects: nothing is clipped."""

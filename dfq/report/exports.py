@@ -124,7 +124,7 @@ def read_exports(run: Path) -> tuple[list[Export], list[str]]:
 
 
 def parse(content: Mapping[str, Any], source: str) -> Export:
-    """An `Export` of plain values, whatever of it is there."""
+    """An `Export` from plain values; fields that are missing are None or empty."""
     integers, accuracy, threshold = (
         _mapping(content.get(key)) for key in ("integers", "accuracy", "threshold")
     )

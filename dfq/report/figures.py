@@ -70,7 +70,7 @@ class Chart:
 
     Attributes:
         svg: an `<svg>` element.
-        title: what it is of, plain text of ours or escaped by whoever shows it.
+        title: what it is of, plain text of ours, or escaped where it is shown.
         words: what is seen in it, in a sentence.
     """
 
@@ -81,7 +81,7 @@ class Chart:
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """Within this context charts look alike, whatever the user's settings of matplotlib are."""
+    """Sets matplotlib's style within the context, in place of the user's settings."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)

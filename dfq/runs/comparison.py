@@ -1,4 +1,4 @@
-"""Runs side by side: what each was asked for and what came out, from their folders."""
+"""Runs side by side: settings and results of each, from their folders."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .folder import is_run, load_run, read_metrics
 
 @dataclass(frozen=True)
 class Row:
-    """One run. Whatever it does not say is None.
+    """One run. Values that it does not record are None.
 
     Attributes:
         run: its folder.

@@ -1,4 +1,4 @@
-"""The folder of a deployment: what was asked, and, once it is finished, all that came out.
+"""The folder of a deployment: the request, and, once it is finished, all results.
 
     <model>-int8.onnx    the file for the target; the float one beside it, -float.onnx
     run/                 the run that it was exported from

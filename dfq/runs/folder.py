@@ -1,4 +1,4 @@
-"""A run folder: what was asked, what came out, and enough in between to go on after a kill.
+"""A run folder: settings, results, and checkpoints to resume from after a kill.
 
     recipe.yaml         the resolved recipe, every value
     model.safetensors   the quantized network, with all it takes to load it; its quantized weights

@@ -30,7 +30,7 @@ ODD = (
 
 
 def brief(value: Any, most: int = 60) -> str:
-    """A value in a few words of one line, whatever it is and however large."""
+    """A short description of any value, on one line."""
     if isinstance(value, str):
         return repr(value if len(value) <= most else f"{value[: most - 3]}...")
     if isinstance(value, int) and value.bit_length() > 128:

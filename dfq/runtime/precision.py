@@ -39,10 +39,11 @@ def resolve_precision(wanted: str, device: torch.device, section: str) -> str:
 
 
 def computing_in(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Convolutions and products inside compute in `precision`, as resolved."""
+    """Within the context convolutions and products compute in `precision`, "float32" or
+    "bfloat16"."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def float32(values: Any) -> Any:
-    """A family's predictions, whatever holds them, with every floating tensor in float32."""
+    """Predictions of any nested structure with every floating tensor, of any shape, in float32."""
     return tree_map_only(Tensor, lambda x: x.float() if x.is_floating_point() else x, values)

@@ -84,7 +84,7 @@ class Draws:
 
 
 def moved(values: Tensor, device: torch.device) -> Tensor:
-    """On another device, without waiting for it."""
+    """`values`, of any shape and dtype, on another device; a copy to a GPU is not waited for."""
     if device.type == "cuda":
         values = values.pin_memory()
     return values.to(device, non_blocking=True)
@@ -119,7 +119,8 @@ def filled_up(labels: Sequence[Tensor], shards: int, most: int) -> Targets:
 
 
 def room_for(labels: Sequence[Tensor], shards: int) -> int:
-    """Rows a shard that do for these labels."""
+    """Rows a shard that hold labels `(n_i, 5)` an image, of all shards one after the other: `LEAST`
+    times a power of two."""
     count = len(labels) // shards
     most = max(
         sum(len(label) for label in labels[first : first + count])

@@ -255,8 +255,16 @@ class Inversion:
         augment: Generator | Sequence[Generator],
         report: Report | Sequence[Report] | None = None,
     ) -> list[Tensor]:
-        """Labels for `count` images of each shard, one shard after the other; adaptive ones by
-        optimising at low resolution and letting the detector correct them along the way."""
+        """Labels for the images of each shard: `(n_i, 5)` an image (category, cx, cy, w, h, in
+        shares of the sides), one shard after the other. Adaptive ones are found by optimising
+        images at low resolution while the detector corrects the labels.
+
+        Args:
+            count: images of a shard.
+            generator: draws labels and noise; one for each shard.
+            augment: draws views of the images; one for each shard.
+            report: told of the losses; one for each shard.
+        """
         settings, stage = self.settings, self.settings.label_stage
         generators = several(generator)
         labels = [self.start_labels(g, count, self.detector.num_classes) for g in generators]
@@ -357,7 +365,7 @@ class Inversion:
     def batches(
         self, count: int, seed: int, shards: Sequence[int], reports: Sequence[Report] | None = None
     ) -> list[Batch]:
-        """Make shards of `count` images each side by side; each comes out as it would alone."""
+        """Make shards of `count` images each side by side, each with the same result as alone."""
 
         def generators(stage: str) -> list[Generator]:
             return [generator_for(seed, shard, stage) for shard in shards]

@@ -58,14 +58,15 @@ def _categories(generator: Generator, count: int, classes: int) -> Tensor:
 
 
 def single(generator: Generator, images: int, classes: int) -> list[Tensor]:
-    """One object an image: category uniform, sides uniform in [0.2, 0.8] (the paper's start)."""
+    """One object an image, `(1, 5)` each: category uniform, sides uniform in [0.2, 0.8] (the
+    paper's start)."""
     rows = torch.cat([_categories(generator, images, classes), _boxes(generator, images)], dim=1)
     return list(rows.split(1))
 
 
 def multi(generator: Generator, images: int, classes: int) -> list[Tensor]:
-    """One to `MOST_OBJECTS` random objects an image, each number as often, overlaps as they fall
-    (the *multi-sample* baseline)."""
+    """One to `MOST_OBJECTS` random objects an image, `(n_i, 5)` each, all numbers equally likely;
+    overlaps are not avoided (the *multi-sample* baseline)."""
     counts = torch.randint(1, MOST_OBJECTS + 1, (images,), generator=generator).tolist()
     return [
         torch.cat([_categories(generator, n, classes), _boxes(generator, n)], dim=1) for n in counts
@@ -75,15 +76,18 @@ def multi(generator: Generator, images: int, classes: int) -> list[Tensor]:
 def scattered(
     generator: Generator, images: int, classes: int, *, most: int, smallest_area: float
 ) -> list[Tensor]:
-    """One to `most` objects an image that hardly overlap, few more often than many, small ones as
-    often as large ones.
+    """One to `most` objects an image that hardly overlap, `(n_i, 5)` each: few more often than
+    many, small ones as often as large ones.
 
-    Counts, sides and aspect ratios (1/4 to 4) are spread evenly on logarithmic scales: no scale of
-    a scene is singled out, and no statistics of real data go into it. Large objects are placed
-    first; one that finds no room in `PLACING_ATTEMPTS` goes without.
+    Counts, sides and aspect ratios (1/4 to 4) are uniform on logarithmic scales, so no scale is
+    preferred and no statistics of real data are used. Large objects are placed first; one without
+    room after `PLACING_ATTEMPTS` is left out.
 
     Args:
-        most: of the objects an image.
+        generator: draws them.
+        images: how many.
+        classes: categories to draw from.
+        most: objects an image.
         smallest_area: share of the image that the smallest ones cover; the largest have sides of
             `LARGEST_SIDE`.
     """
@@ -109,8 +113,9 @@ def scattered(
 
 
 def tile(generator: Generator, images: int, classes: int) -> list[Tensor]:
-    """One random object in each cell of a grid of 2 x 2 or 3 x 3, categories uniform (the *tile*
-    baseline): its sides and its place are to the cell what those of `single` are to the image."""
+    """One random object in each cell of a grid of 2 x 2 or 3 x 3, `(4, 5)` or `(9, 5)` an image,
+    categories uniform (the *tile* baseline). Sides and place relative to the cell are drawn as
+    `single` draws them relative to the image."""
     result = []
     for side in _grids(generator, images):
         categories = _categories(generator, side * side, classes)
@@ -125,7 +130,7 @@ def _grids(generator: Generator, images: int) -> list[int]:
 
 
 def none(generator: Generator, images: int, classes: int) -> list[Tensor]:
-    """No labels at all: task-agnostic synthesis."""
+    """No labels, `(0, 5)` an image: task-agnostic synthesis."""
     return [torch.zeros(0, 5) for _ in range(images)]
 
 
@@ -162,6 +167,7 @@ class RealLabels:
             )
 
     def __call__(self, generator: Generator, images: int, classes: int) -> list[Tensor]:
+        """Labels of so many images, `(n_i, 5)` each."""
         rounds = -(-images // len(self.labels))
         orders = [torch.randperm(len(self.labels), generator=generator) for _ in range(rounds)]
         return [self.labels[i].clone() for i in torch.cat(orders)[:images].tolist()]
@@ -186,6 +192,7 @@ class DrawnLike:
         self.tiled = tiled
 
     def __call__(self, generator: Generator, images: int, classes: int) -> list[Tensor]:
+        """Labels of so many images, `(n_i, 5)` each."""
         if self.tiled:
             sides = _grids(generator, images)
             counts = [side * side for side in sides]

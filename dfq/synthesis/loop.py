@@ -96,7 +96,7 @@ class Loop:
         after: Callable[[int, Tensor], list[Tensor] | None] | None,
         reports: Sequence[Report] | None,
     ) -> Tensor:
-        """All of them; the images."""
+        """Run all iterations; returns the images `(n, 3, h, w)` in [0, 1]."""
         every = max(1, self.iterations // 20)
         for step in range(self.iterations):
             if step == self.begin:

@@ -56,15 +56,20 @@ class LossWeighting(Protocol):
         weight, total variation and image norm not at all."""
 
     def smoothed(self, gradient: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient with total variation's added, and the total variation for logs.
+        """Adds the gradient of the total variation.
 
         Args:
-            gradient: of `pixels`; may be changed in place.
-            pixels: the images, `(n, 3, h, w)`.
+            gradient: of `pixels`, `(n, 3, h, w)`; may be changed in place.
+            pixels: the images `(n, 3, h, w)`.
+
+        Returns:
+            The gradient `(n, 3, h, w)`; the total variation for logs, a scalar, or `(shards,)` for
+            several shards.
         """
 
     def darkened(self, gradient: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """The same for the image norm, which pulls towards black."""
+        """Adds the gradient of the image norm, which pulls towards black; shapes as in
+        `smoothed`."""
 
 
 def _note(logged: dict[str, Tensor], terms: dict[str, Tensor]) -> None:

@@ -50,7 +50,8 @@ class Pass:
         self.known = known
 
     def channels(self, run: int, group: int) -> tuple[Tensor, Tensor]:
-        """Where the moments of a run are, dense."""
+        """Views of the mean and the variance of a run in a group, contiguous, `(channels of the
+        run,)` each."""
         part = self.known.channels[run]
         if self.known.groups == 1:
             return self.mean[part], self.var[part]
@@ -69,7 +70,8 @@ class Pass:
         self.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
 
     def differentiate(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        """Slope and offset, from the gradients of the moments."""
+        """From the gradients of the moments, `(channels,)` or `(groups, channels)` each, the slope
+        and the offset of the gradient of a value x, slope * x + offset: of the same shape."""
         count = self._count().clamp_min(1)
         slope = 2 * var / count
         return slope, mean / count - slope * self.mean

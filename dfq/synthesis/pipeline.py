@@ -243,7 +243,7 @@ def synthesize_set(
 
 
 class _Progress:
-    """Tells how many images are done, whoever made them."""
+    """Reports how many images are done, in all processes."""
 
     def __init__(
         self,

@@ -42,7 +42,7 @@ class Plan:
 
 
 class ShardMaker(Protocol):
-    """Whoever makes shards: this process, or several."""
+    """What makes shards: this process, or several."""
 
     def __call__(
         self, missing: list[int], report: ShardReport, written: Callable[[int], None]

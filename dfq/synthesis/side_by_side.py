@@ -1,4 +1,4 @@
-"""Shards that are made side by side, each of which comes out as it would alone."""
+"""Shards that are optimised side by side, each with the same result as alone."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def generator_for(seed: int, shard: int, stage: str) -> Generator:
 
 
 def several(value: Any) -> list[Any]:
-    """What there is one of for each shard, of which one may stand alone."""
+    """One value for each shard as a list; a single value is the list of it."""
     return list(value) if isinstance(value, Sequence) else [value]
 
 
 def joined(rows: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """What there are several of for each shard, one shard after the other."""
+    """The lists of all shards as one, shard after shard; the tensors in them have any shape."""
     return [one for some in rows for one in some]
 
 

@@ -148,7 +148,7 @@ class Workers:
     def __call__(
         self, missing: list[int], report: ShardReport, written: Callable[[int], None]
     ) -> None:
-        """Deal out `missing`, one at a time to whoever is free.
+        """Give out `missing`, one at a time to the next free worker.
 
         Raises:
             UserError: where a worker died.

@@ -129,7 +129,7 @@ def test_on_other_families(place: Path, network: str, name: str) -> None:
 
 
 def test_lsq_on_real_images_is_what_the_bench_compares_with() -> None:
-    import bench_qat_accuracy as bench
+    from benchmarks.accuracy.qat import COLUMNS
 
-    column = bench.COLUMNS["lsq-real"].settings
+    column = COLUMNS["lsq-real"].settings
     assert load_recipe("lsq-real") == load_recipe("w4a8", column)

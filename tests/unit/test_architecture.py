@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,7 @@ def _package(module: str) -> str:
     return module if FILES[module].name == "__init__.py" else module.rpartition(".")[0]
 
 
+@functools.cache
 def _imports(module: str) -> list[tuple[str, bool]]:
     """Modules of dfq that a module imports, and whether it does so when it is imported itself."""
     tree = ast.parse(FILES[module].read_text())

@@ -33,7 +33,7 @@ def open_set(source: str | Path, split: str | None = None) -> ImageSet:
             `all`, `trainval`, `train` (VOC).
 
     Raises:
-        UserError: whatever is wrong with the set, in one line that names the file.
+        UserError: the set is damaged or not understood; one line that names the file.
     """
     path = user_path(source)
     try:

@@ -60,8 +60,8 @@ class MMDetDetector(Detector):
         self.module.data_preprocessor.eval()
 
     def normalize(self, images: Tensor) -> Tensor:
-        """RGB in [0, 1] to the range, order of channels, mean and spread of mmdet's pipeline,
-        which reads images as BGR from 0 to 255."""
+        """RGB `(n, 3, h, w)` in [0, 1] to the range, order of channels, mean and standard deviation
+        of mmdet's pipeline, which reads images as BGR from 0 to 255."""
         settings = self.module.data_preprocessor
         x = images * 255
         if not settings._channel_conversion:
@@ -72,7 +72,8 @@ class MMDetDetector(Detector):
         return x
 
     def features_of(self, x: Tensor) -> list[Tensor]:
-        """Feature maps of normalised images, as the heads take them."""
+        """Feature maps `(n, c, h, w)` a level, as the heads take them, of normalised images
+        `(n, 3, h, w)`."""
         return list(self.module.extract_feat(x))
 
     @property
@@ -223,7 +224,8 @@ def metas(batch: int, shape: tuple[int, int]) -> list[dict[str, Any]]:
 
 
 def scalars(losses: dict[str, Any]) -> dict[str, Tensor]:
-    """mmdet's losses by name, levels summed; what is there for logs only is left out."""
+    """mmdet's losses by name, each a scalar, summed over the levels; values that are for logs only
+    are left out."""
     result = {}
     for name, value in losses.items():
         if "loss" in name:

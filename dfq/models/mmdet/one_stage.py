@@ -62,7 +62,8 @@ class MMDetOneStage(MMDetDetector):
     def task_loss(
         self, raw: OneStageRaw, targets: Targets, image_shape: tuple[int, int]
     ) -> dict[str, Tensor]:
-        """mmdet's losses of the head, by mmdet's names without "loss_"."""
+        """See `Detector.task_loss`: scalars, the losses of mmdet's head by its names without
+        "loss_" ("cls", "bbox", ...)."""
         head, device = self.module.bbox_head, next(self.module.parameters()).device
         labelled = [
             InstanceData(labels=labels, bboxes=boxes)

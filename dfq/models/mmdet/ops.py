@@ -26,7 +26,14 @@ _MAXIMUM = 0
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
-    """Indices of the boxes kept, best first; with offset 1, sides are counted in whole pixels."""
+    """Indices int64 `(k,)` of the boxes kept, best first.
+
+    Args:
+        boxes: `(n, 4)`, x1 y1 x2 y2.
+        scores: `(n,)`.
+        iou_threshold: in [0, 1].
+        offset: 1 where sides are counted in whole pixels, otherwise 0.
+    """
     if offset:
         boxes = torch.cat([boxes[:, :2], boxes[:, 2:] + offset], dim=1)
     return torchvision_nms(boxes, scores.to(boxes.dtype), iou_threshold)

@@ -1,4 +1,4 @@
-"""mmdet's Faster and Mask R-CNN, on whatever backbone, as a `Detector`."""
+"""mmdet's Faster and Mask R-CNN, on any backbone, as a `Detector`."""
 
 from __future__ import annotations
 
@@ -60,8 +60,9 @@ class MMDetTwoStage(MMDetDetector, TwoStageDetector):
     def task_loss(
         self, raw: TwoStageRaw, targets: Targets, image_shape: tuple[int, int]
     ) -> dict[str, Tensor]:
-        """mmdet's losses "rpn_cls", "rpn_bbox", "cls", "bbox" and, with masks, "mask", on samples
-        of anchors and proposals that are the same at every call."""
+        """See `Detector.task_loss`: scalars, mmdet's losses "rpn_cls", "rpn_bbox", "cls", "bbox"
+        and, with masks, "mask". Anchors and proposals are sampled with one seed, alike at every
+        call."""
         batch, device = len(raw.features[0]), raw.features[0].device
         labelled = [
             InstanceData(labels=labels, bboxes=boxes)

@@ -69,13 +69,15 @@ class TorchvisionDetector(Detector):
         self.backbone = "backbone.body" if hasattr(module.backbone, "fpn") else "backbone"
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Subtract the mean and divide by the spread that the network was trained with."""
+        """Subtract the mean from images `(n, 3, h, w)` and divide by the standard deviation that
+        the network was trained with."""
         mean = images.new_tensor(self._mean).view(1, 3, 1, 1)
         std = images.new_tensor(self._std).view(1, 3, 1, 1)
         return (images - mean) / std
 
     def pyramid(self, x: Tensor) -> list[Tensor]:
-        """Feature maps of normalised images, finest first."""
+        """Feature maps `(n, c, h, w)` a level, finest first, of normalised images `(n, 3, h,
+        w)`."""
         features = self.module.backbone(x)
         if isinstance(features, Tensor):
             features = {"0": features}
@@ -83,7 +85,7 @@ class TorchvisionDetector(Detector):
         return list(features.values())
 
     def named(self, features: list[Tensor]) -> dict[str, Tensor]:
-        """What `pyramid` gave, under torchvision's names."""
+        """The feature maps of `pyramid`, `(n, c, h, w)` each, under torchvision's names."""
         if not self._keys:
             with torch.no_grad():
                 self.pyramid(torch.zeros(1, 3, self.stride, self.stride, device=self.device))

@@ -137,10 +137,10 @@ def default_names(num_classes: int) -> list[str]:
 
 
 def classes_of(name: str, tensors: Mapping[str, Tensor], source: str) -> int:
-    """How many classes, background included, the network has whose tensors these are.
+    """How many classes, background included, a state dict of the network `name` is for.
 
     Raises:
-        UserError: they are not of the network `name`.
+        UserError: it is not of this network.
     """
     if name.startswith("retinanet"):
         logits = tensors.get("head.classification_head.cls_logits.weight")
@@ -170,10 +170,10 @@ def released_epsilon(name: str, sha256: str) -> float | None:
 
 
 def fill(network: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Load the tensors, every one; batch counters may be missing.
+    """Load a state dict, every tensor of it; batch counters may be missing.
 
     Raises:
-        UserError: they do not fit.
+        UserError: names or shapes do not fit.
     """
     check_kinds(network.state_dict(), tensors, source)
     try:

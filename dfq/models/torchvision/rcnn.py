@@ -67,8 +67,9 @@ class TorchvisionRCNN(TorchvisionDetector, TwoStageDetector):
     def task_loss(
         self, raw: TwoStageRaw, targets: Targets, image_shape: tuple[int, int]
     ) -> dict[str, Tensor]:
-        """torchvision's losses "objectness", "proposal", "class", "box" and, of a Mask R-CNN,
-        "mask", on samples of anchors and proposals that are the same at every call."""
+        """See `Detector.task_loss`: scalars, torchvision's losses "objectness", "proposal",
+        "class", "box" and, of a Mask R-CNN, "mask". Anchors and proposals are sampled with one
+        seed, alike at every call."""
         device = raw.features[0].device
         labelled: list[dict[str, Tensor]] = [
             {"labels": labels + 1, "boxes": boxes}

@@ -58,7 +58,7 @@ class TorchvisionRetinaNet(TorchvisionDetector):
     def task_loss(
         self, raw: RetinaNetRaw, targets: Targets, image_shape: tuple[int, int]
     ) -> dict[str, Tensor]:
-        """torchvision's losses "class" (focal) and "box"."""
+        """See `Detector.task_loss`: scalars, torchvision's losses "class" (focal) and "box"."""
         labelled = [
             {"labels": labels + 1, "boxes": boxes}
             for labels, boxes in pixel_boxes(

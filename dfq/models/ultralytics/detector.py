@@ -78,7 +78,7 @@ class UltralyticsDetector(Detector):
 
     @staticmethod
     def matches(checkpoint: Checkpoint) -> bool:
-        """Whether the checkpoint holds a network of Ultralytics, whatever its task."""
+        """Whether the checkpoint holds a network of Ultralytics, of any task."""
         return class_of(find_model(checkpoint)).startswith("ultralytics.")
 
     @classmethod
@@ -191,11 +191,11 @@ class UltralyticsDetector(Detector):
     def task_loss(
         self, raw: RawPredictions, targets: Targets, image_shape: tuple[int, int]
     ) -> dict[str, Tensor]:
-        """Ultralytics' detection loss at its default gains: CIoU, class BCE, distance loss.
+        """See `Detector.task_loss`: scalars, Ultralytics' detection loss at its default gains,
+        "box" (CIoU), "class" (BCE) and "dfl".
 
-        The term "dfl" is the distribution focal loss, or the L1 distance where reg_max is 1.
-        Networks with two branches weigh them as Ultralytics does at the start of training.
-        """
+        "dfl" is the distribution focal loss, or the L1 distance where reg_max is 1. Networks with
+        two branches weigh them as Ultralytics does at the start of training."""
         data = targets.data.to(raw.one2many.boxes.device, torch.float32)
         parts = [
             weight * branch_loss(branch, data, self._head.stride, rule)
@@ -207,6 +207,7 @@ class UltralyticsDetector(Detector):
     def shard_losses(
         self, raw: RawPredictions, targets: Targets, image_shape: tuple[int, int], shards: int
     ) -> Tensor:
+        """See `Model.shard_losses`: float32 `(shards,)`."""
         shapes, device = raw.one2many.shapes, targets.data.device
         if self._points is None or self._points[0] != (shapes, device):
             points = Points(*make_anchors(raw.one2many.grids(), self._head.stride, 0.5))
@@ -270,7 +271,9 @@ class UltralyticsDetector(Detector):
         max_detections: int = 300,
         multi_label: bool = True,
     ) -> list[Detections]:
-        """Ultralytics' NMS, or the best pairs of a network that needs none; see `decode`."""
+        """Detections from `outputs`: boxes `(n, A, 4)`, scores `(n, A, classes)`. By Ultralytics'
+        NMS, or, in a network that needs none, the pairs of point and class with the best scores;
+        see `decode`."""
         boxes, scores = outputs["boxes"].mT, outputs["scores"].mT
         if self._is_nms_free:
             rows = best_pairs(boxes, scores, score_threshold, max_detections)

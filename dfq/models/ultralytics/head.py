@@ -58,7 +58,8 @@ class RawPredictions(NamedTuple):
 
 
 def predict(boxes: Any, scores: Any, features: Sequence[Tensor]) -> Branch:
-    """Run the convolutions of one branch, `boxes[level]` and `scores[level]`, on each level."""
+    """Run the convolutions of one branch, `boxes[level]` and `scores[level]`, on the feature map
+    `(n, c, h, w)` of each level."""
     box_maps = [boxes[level](feature) for level, feature in enumerate(features)]
     score_maps = [scores[level](feature) for level, feature in enumerate(features)]
     shapes = tuple((level.shape[2], level.shape[3]) for level in box_maps)

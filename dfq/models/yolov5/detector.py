@@ -192,6 +192,8 @@ class YOLOv5(Detector):
         )
 
     def raw(self, images: Tensor) -> list[Tensor]:
+        """Logits `(n, anchors, h, w, 5 + classes)` a level for images `(n, 3, h, w)`, RGB in [0,
+        1]."""
         self.check_sides(images)
         return self.module(self.normalize(images))
 
@@ -202,12 +204,13 @@ class YOLOv5(Detector):
     def task_loss(
         self, raw: list[Tensor], targets: Targets, image_shape: tuple[int, int]
     ) -> dict[str, Tensor]:
-        """See `yolov5_loss`: "box", "objectness" and "class"."""
+        """See `Detector.task_loss` and `yolov5_loss`: scalars "box", "objectness" and "class"."""
         return yolov5_loss(raw, targets.data, self.module.detect.anchors, image_shape)
 
     def shard_losses(
         self, raw: list[Tensor], targets: Targets, image_shape: tuple[int, int], shards: int
     ) -> Tensor:
+        """See `Model.shard_losses`: float32 `(shards,)`."""
         return shard_losses(raw, targets.data, self.module.detect.anchors, image_shape, shards)
 
     def decode(
@@ -219,9 +222,12 @@ class YOLOv5(Detector):
         iou_threshold: float = 0.6,
         max_detections: int = 300,
     ) -> list[Detections]:
-        """Detections by the original's decoder: every class of a prediction whose objectness times
-        class probability is above `score_threshold`, then NMS within each class. Boxes may reach
-        beyond the image, as the original's do before they are scaled back."""
+        """Detections by the original's decoder from logits `(n, anchors, h, w, 5 + classes)` a
+        level.
+
+        Every class of a prediction whose objectness times class probability is above
+        `score_threshold` counts, then NMS runs within each class. Boxes may reach beyond the image,
+        as the original's do before they are scaled back."""
         return self.from_outputs(
             self.outputs(raw, image_shape),
             image_shape,
@@ -247,7 +253,8 @@ class YOLOv5(Detector):
         iou_threshold: float = 0.6,
         max_detections: int = 300,
     ) -> list[Detections]:
-        """NMS within each class; see `decode`."""
+        """NMS within each class, on boxes `(n, A, 4)` and scores `(n, A, classes)`; see
+        `decode`."""
         return [
             _suppress(boxes, scores, score_threshold, iou_threshold, max_detections)
             for boxes, scores in zip(outputs["boxes"], outputs["scores"], strict=True)
@@ -277,11 +284,11 @@ class YOLOv5(Detector):
     def distillation_pairs(
         self, student_raw: list[Tensor], teacher_raw: list[Tensor]
     ) -> list[DistillationPair]:
-        """Classes and objectness as Bernoulli logits, boxes as their sigmoids, a level each.
+        """Classes and objectness as Bernoulli logits `(n, anchors, h, w, classes)` and `(..., 1)`,
+        boxes as their sigmoids `(..., 4)`, a level each.
 
-        Classes and boxes mean something only where there is an object, so they are weighted by
-        the teacher's objectness.
-        """
+        Classes and boxes mean something only where there is an object, so they are weighted by the
+        teacher's objectness `(..., 1)`."""
         pairs = []
         for student, teacher in zip(student_raw, teacher_raw, strict=True):
             weight = teacher[..., 4:5].detach().sigmoid()

@@ -89,7 +89,7 @@ def training_size(root: Any, stride: int, source: str) -> int:
 
 
 def sound_anchors(anchors: Tensor, source: str) -> Tensor:
-    """Anchors as float32.
+    """Anchors as float32, of the shape that they have.
 
     Raises:
         UserError: they are not all finite and above zero.

@@ -86,7 +86,7 @@ class Expected:
         self._chosen: dict[tuple[int, ...], Tensor] = {}
 
     def zeros(self) -> Tensor:
-        """One value for each channel of each group."""
+        """Zeros `(channels,)`, or `(groups, channels)` where there are several groups."""
         shape = self.mean.shape if self.groups == 1 else (self.groups, len(self.mean))
         return self.mean.new_zeros(shape)
 
@@ -99,7 +99,7 @@ class Expected:
 
     @functools.cached_property
     def alive(self) -> Tensor:
-        """By run, how many of its channels say something, 1 at least."""
+        """How many channels of each run count (`to_mean` above 0), at least 1: `(runs,)`."""
         sums = torch.zeros_like(self.mean[: self.count])
         living = (self.to_mean > 0).to(self.mean.dtype)
         return sums.index_add(0, self.run, living).clamp_min(1)

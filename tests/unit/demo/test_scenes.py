@@ -10,8 +10,6 @@ from pathlib import Path
 import click
 import numpy as np
 import pytest
-import train_demo_detector
-from demo_detector import evaluate, rebuild
 from PIL import Image
 from pycocotools.coco import COCO
 from safetensors import safe_open
@@ -25,6 +23,8 @@ from dfq.demo.scenes import (
     Scene,
 )
 from dfq.demo.shapes import SHAPES, coverage
+from scripts import train_demo_detector
+from scripts.demo_detector import evaluate, rebuild
 
 SIZE = 160
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import label_fidelity as tool
 import numpy as np
 import pytest
 from numpy.random import default_rng
 
+from benchmarks.synthesis import label_fidelity as tool
 from dfq.data.image_set import ImageSet, make_item
 from dfq.data.statistics import Objects
 from dfq.errors import UserError

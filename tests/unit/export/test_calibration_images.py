@@ -121,6 +121,8 @@ def test_a_damaged_set_is_refused(tmp_path: Path) -> None:
             CalibrationImages.open(source)
 
 
+# Imports every tool.
+@pytest.mark.e2e
 def test_every_plugin_gives_the_same_images(tmp_path: Path) -> None:
     made = make_set(tmp_path / "set")
     expected = [image[None].astype(np.float32) / np.float32(255) for image in expected_of(made)]

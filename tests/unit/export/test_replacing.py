@@ -107,6 +107,7 @@ class Images:
         return Targets.from_per_image([torch.zeros(0, 5) for _ in indices])
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("runtime", WIDE)
 def test_a_budget_may_buy_activations_of_sixteen_bits(
     teacher: Detector, runtime: str, tmp_path: Path

@@ -19,6 +19,9 @@ from dfq.models.checkpoint import read_checkpoint
 from dfq.models.ultralytics.detector import UltralyticsDetector
 from dfq.models.ultralytics.resolve import build, checked_yaml, other_task, read_yaml
 
+# Whole networks of many kinds.
+pytestmark = pytest.mark.e2e
+
 YAMLS = ["yolo11n", "yolov8n", "yolov9t", "yolov10n", "yolo12n", "yolo26n", "yolov5nu"]
 TWO_BRANCHES = {"yolov10n", "yolo26n"}
 

@@ -13,10 +13,10 @@ from typing import Any
 import cv2
 import pytest
 import torch
-from ablate_synthesis import Ablation
-from curve_synthesis import Curve
 from torch import Tensor, nn
 
+from benchmarks.synthesis.ablation import Ablation
+from benchmarks.synthesis.curve import Curve
 from dfq.errors import UserError
 from dfq.models.base import Targets
 from dfq.models.checkpoint import read_checkpoint

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.tiers import published
 from support.tiny_detector import SIDE, blobs, stacked, tiny_detector
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -81,7 +82,7 @@ def test_the_classes_that_are_counted() -> None:
     assert names <= {type(module).__name__ for module in tiny_detector().module.modules()}
 
 
-@pytest.mark.parametrize("source", ["tiny", "yolo11n.yaml"])
+@pytest.mark.parametrize("source", ["tiny", published("yolo11n.yaml")])
 def test_all_sums_and_concatenations_are_found(source: str) -> None:
     detector = fold(tiny_detector() if source == "tiny" else load_detector(source))
     expected = by_class(detector.module)

@@ -340,6 +340,7 @@ def test_sensitivity_is_that_of_a_layer_and_not_of_the_placement(runtime: str) -
             assert value == pytest.approx(wanted, rel=1e-3, abs=1e-7)
 
 
+@pytest.mark.e2e
 def test_a_run_of_a_network_of_many_modules(tmp_path: Path) -> None:
     """Quantizers come on top of what bounds a network's description."""
     teacher = fold(load_float("yolov9t.yaml", trust=False, device="cpu"))

@@ -72,6 +72,7 @@ def test_a_product_is_quantized_on_both_sides() -> None:
         torch.testing.assert_close(product(left, right), left @ right)
 
 
+@pytest.mark.mmdet
 def test_products_are_listed_calibrated_and_quantized(swin: Detector, images: Tensor) -> None:
     student = insert_quantizers(swin.clone(), Policy(weight_bits=8, activation_bits=8))
     calibrate(student, [images], search="minmax")
@@ -93,6 +94,7 @@ def test_products_are_listed_calibrated_and_quantized(swin: Detector, images: Te
         assert float((one - other).norm() / other.norm()) < 0.3
 
 
+@pytest.mark.mmdet
 def test_products_can_be_left_in_float(swin: Detector) -> None:
     policy = Policy(overrides=(("*.scores", "float"), ("*.mix", 6)))
     rows = list_layers(insert_quantizers(swin.clone(), policy), SIDE)
@@ -100,6 +102,7 @@ def test_products_can_be_left_in_float(swin: Detector) -> None:
     assert (bits["scores"], bits["mix"]) == (32, 6)
 
 
+@pytest.mark.mmdet
 def test_the_backbone_alone(swin: Detector) -> None:
     student = insert_quantizers(swin.clone(), Policy(scope="backbone"))
     for row in list_layers(student, SIDE):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.tiers import published
 
 from dfq.errors import UserError
 from dfq.models import load_detector
@@ -40,7 +41,7 @@ def test_whatever_holds_them_predictions_become_float32() -> None:
     assert second is whole
 
 
-@pytest.mark.parametrize("model", ["yolo11n.yaml", "yolov10n.yaml"])
+@pytest.mark.parametrize("model", ["yolo11n.yaml", published("yolov10n.yaml")])
 def test_ultralytics_predictions_become_float32_for_the_divergence(model: str) -> None:
     detector = load_detector(model)
     with torch.no_grad(), computing_in("bfloat16", CPU):

@@ -122,6 +122,7 @@ print("alike")
 """
 
 
+@pytest.mark.e2e
 def test_kernels_for_a_gpu_give_the_same() -> None:
     # What interprets them on a CPU has to be asked for before they are defined.
     pytest.importorskip("triton", reason="kernels for a GPU need Triton")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.tiers import published
 from support.tiny_detector import tiny_detector
 from torch import Generator, Tensor, nn
 
@@ -403,7 +404,7 @@ def test_bfloat16_follows_the_float32_loss(demo: Detector, monkeypatch: pytest.M
     assert ((wide - narrow).abs().amax(0) < 0.1 * fall).all()
 
 
-@pytest.mark.parametrize("name", ["demo", "yolo11n.yaml", "yolov10n.yaml"])
+@pytest.mark.parametrize("name", ["demo", published("yolo11n.yaml"), published("yolov10n.yaml")])
 def test_half_precision_images_are_what_convolutions_would_make_of_them(name: str) -> None:
     detector = load_detector(demo_weights() if name == "demo" else name)
     assert detector.half_images

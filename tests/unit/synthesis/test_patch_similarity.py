@@ -105,6 +105,7 @@ def swin(tmp_path_factory: pytest.TempPathFactory) -> Detector:
     return enliven(load_detector(path))
 
 
+@pytest.mark.mmdet
 def test_every_attention_of_a_swin_is_watched(swin: Detector) -> None:
     names = swin.attention_layers()
     assert len(names) == 5  # One a block.
@@ -132,6 +133,7 @@ def _settings(**weights: float) -> Synthesis:
     return Synthesis(image_size=SIDE, iterations=20, multires=0, label_stage=stage, weights=weights)
 
 
+@pytest.mark.mmdet
 def test_a_network_without_batchnorm_is_inverted(swin: Detector) -> None:
     inversion = Inversion(swin, _settings(task=0, tv=0))
     assert inversion.statistics is None

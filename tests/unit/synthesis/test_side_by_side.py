@@ -1,4 +1,4 @@
-"""Shards that are made side by side come out as they would alone, and so does what is recorded."""
+"""Shards optimised side by side, and recorded iterations, give the results of plain ones."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.tiers import published
 from support.tiny_detector import tiny_detector
 from torch import Generator, Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,7 +44,7 @@ def network(name: str) -> Detector:
     return load_detector(demo_weights() if name == "demo" else name)
 
 
-@pytest.fixture(scope="module", params=["demo", "yolo11n.yaml", "tiny YOLOv5"])
+@pytest.fixture(scope="module", params=["demo", published("yolo11n.yaml"), "tiny YOLOv5"])
 def detector(request: pytest.FixtureRequest) -> Detector:
     return network(request.param)
 
@@ -119,7 +120,9 @@ def test_convolutions_swing_by_shard() -> None:
     require_alike(made(inversion, [4, 5])[0], alone)
 
 
-@pytest.mark.parametrize("name", ["demo", "tiny YOLOv5", "yolov10n.yaml", "yolo26n.yaml"])
+@pytest.mark.parametrize(
+    "name", ["demo", "tiny YOLOv5", published("yolov10n.yaml"), published("yolo26n.yaml")]
+)
 def test_losses_of_static_shapes_are_the_familys(name: str) -> None:
     detector = network(name)
     generator = Generator().manual_seed(3)
@@ -258,7 +261,9 @@ class Waiting(TorchDispatchMode):
 
 @pytest.mark.parametrize("balance", ["gradient", "loss"])
 @pytest.mark.parametrize("shards", [1, 2])
-@pytest.mark.parametrize("name", ["tiny YOLOv5", "yolo11n.yaml", "yolo26n.yaml"])
+@pytest.mark.parametrize(
+    "name", ["tiny YOLOv5", published("yolo11n.yaml"), published("yolo26n.yaml")]
+)
 def test_an_iteration_waits_for_nothing(
     name: str, shards: int, balance: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -302,6 +307,7 @@ class Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("static", [False, True])
 def test_an_iteration_has_few_operations_more_than_the_bare_pass(
     static: bool, monkeypatch: pytest.MonkeyPatch

@@ -1,0 +1,1 @@
+"""Accuracy of low-bit networks on real images."""

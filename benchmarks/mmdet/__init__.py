@@ -1,0 +1,1 @@
+"""Detectors of mmdet: accuracy, cost, its own training script, which configs work."""

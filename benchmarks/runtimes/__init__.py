@@ -1,0 +1,1 @@
+"""Exported files beside those of the runtimes' own quantizers."""

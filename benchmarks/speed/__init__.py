@@ -1,0 +1,1 @@
+"""Time and memory, always measured in turns beside a reference."""

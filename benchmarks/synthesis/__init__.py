@@ -1,0 +1,1 @@
+"""What the choices in synthesis are worth, and how realistic labels are."""

@@ -1,0 +1,1 @@
+"""Commands that train networks: the demo detector, and others to measure on."""
