@@ -19,8 +19,10 @@ from ..quantization.quantizers import Quantizer
 GAMMA, ZETA = -0.1, 1.1
 """How far the sigmoid is stretched beyond 0 and 1, so that h reaches both."""
 
-TRUST = 0.8
-"""Of the start from integers: h lies so much of the way from the weight itself to its integer."""
+TRUST = 0.95
+"""Of the start from integers: h lies so much of the way from the weight itself to its integer.
+YOLOv5n at W4A4, 60 steps a block, divergence on photographs of VOC: 44 with 0.5, 30.2 with 0.8,
+30.1 with 0.95; 38.9 where integers cannot change at all."""
 
 OPEN = 0.05
 """How far from 0 and 1 h starts at least where integers are given: at the ends it has no

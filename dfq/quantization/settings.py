@@ -79,7 +79,7 @@ class Quantization(Section):
     each makes up for the errors of those before it, layer by layer; adaround, brecq, qdrop, pd
     (PD-Quant), spq, mgrq, task: rounding and activation scales of one block after another are
     learned, by that method's objective; best: ours, from gptq's integers."""
-    reconstruction_iterations: int = Field(100, ge=1, le=MOST_STEPS)
+    reconstruction_iterations: int = Field(60, ge=1, le=MOST_STEPS)
     """Steps that each block is learned for, where blocks are."""
     rounding_images: int = Field(512, ge=1, le=MOST_IMAGES)
     """Images of the set that gptq and block reconstruction look at."""

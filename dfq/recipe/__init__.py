@@ -176,6 +176,8 @@ def _with_extended(path: Path) -> list[tuple[str, dict[str, Any]]]:
     while True:
         seen.append(path.resolve())
         data = _read(path)
+        # Here, where the file's own value is not yet one among those that it extends.
+        under_present_names(data, path.name)
         base = data.pop("extends", None)
         chain.append((path.name, data))
         if base is None:

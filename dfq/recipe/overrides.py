@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import UserError, shown
 from ..runtime.plain import brief, parse_yaml
 from ..runtime.settings import Section
+from .removed import present_name
 
 Overrides = Mapping[str, Any] | Sequence[str]
 """Values that replace a recipe's: `section.key=value` texts, whose values are read as YAML; or a
@@ -111,6 +112,7 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def _assign(data: dict[str, Any], key: str, value: Any) -> None:
+    key, value = present_name(key, value, "override")
     parts = key.split(".")
     for depth, part in enumerate(parts[:-1]):
         if data.get(part) is None:

@@ -71,23 +71,39 @@ RENAMED: dict[str, tuple[str, Callable[[Any], Any]]] = {
 """Keys that have another name now, and what their values are called under it."""
 
 
-def under_present_names(data: dict[str, Any]) -> list[str]:
+def present_name(key: str, value: Any, origin: str) -> tuple[str, Any]:
+    """What a key and its value are called now; a line on standard error says so where they had
+    other names.
+
+    Args:
+        key: with dots.
+        value: its value.
+        origin: what the line begins with.
+    """
+    if key not in RENAMED:
+        return key, value
+    present, change = RENAMED[key]
+    if is_main_process():
+        print(
+            f"warning: {origin}: {key} is {present} now; the old name is read for one release",
+            file=sys.stderr,
+        )
+    return present, change(value)
+
+
+def under_present_names(data: dict[str, Any], origin: str | None = None) -> None:
     """Put values of keys that were renamed where they belong now; a value there has its way.
 
     Args:
-        data: the sections, changed in place.
-
-    Returns:
-        The old keys that were there.
+        data: a recipe's sections, changed in place.
+        origin: what a line on standard error begins with; None: nothing is said.
     """
-    found = []
-    for key, (present, value) in RENAMED.items():
+    for key, (present, change) in RENAMED.items():
         section, name = _value(data, key.rpartition(".")[0], None), key.rpartition(".")[2]
         if isinstance(section, dict) and name in section:
-            section.setdefault(present.rpartition(".")[2], value(section[name]))
-            del section[name]
-            found.append(key)
-    return found
+            value = section.pop(name)
+            value = change(value) if origin is None else present_name(key, value, origin)[1]
+            section.setdefault(present.rpartition(".")[2], value)
 
 
 def _places(data: Any) -> Iterator[tuple[str, dict[str, Any], str]]:
@@ -133,10 +149,6 @@ def warn_of_removed(data: dict[str, Any], origin: str) -> None:
         data: the sections, changed in place.
         origin: what the line begins with.
     """
-    renamed = under_present_names(data)
-    if renamed and is_main_process():
-        keys = ", ".join(f"{key} is {RENAMED[key][0]} now" for key in renamed)
-        print(f"warning: {origin}: {keys}; the old name is read for one release", file=sys.stderr)
     found = without_removed(data)
     if found and is_main_process():
         keys = ", ".join(f"{key} ({REMOVED[key].why})" for key in found)

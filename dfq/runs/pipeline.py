@@ -101,7 +101,9 @@ def ptq_then_qat(
     def ptq() -> Detector:
         # The processes of a job would write one file.
         checkpoint = run.folder / RECONSTRUCTION if world.size == 1 else None
-        begun = quantized(teacher, policy, section, seen, progress)
+        # What has blocks that are done needs nothing of what came before them.
+        goes_on = checkpoint is not None and checkpoint.is_file() and compared is None
+        begun = quantized(teacher, policy, section, None if goes_on else seen, progress)
         if not blocks:
             return begun
         rounded = None
@@ -154,8 +156,9 @@ def ptq_then_qat(
         if start is None:
             teacher.module.to(memory_format=torch.contiguous_format)
             start = ptq()
+        closest = min(candidates.values())
         candidates["qat"] = _apart(student, teacher, compared)
-        if candidates["qat"] >= min(candidates.values()):
+        if candidates["qat"] >= closest:
             return calibrated(outcome, "closest to the teacher on the held-out images")
         selected = f"qat: {outcome.selected} weights"
         return QuantizationResult(student, outcome, selected, candidates)

@@ -9,16 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from support.cli_parts import real_set
 from support.harness import SIZES, as_shipped, command
-from support.small_mmdet import enliven, write_config
 from support.torchvision_cli_parts import write_scenes
+from support.two_stage import write_mmdet, write_torchvision
 
-from dfq.demo.scenes import write_coco
-from dfq.models import load_detector, save_detector
-from dfq.models.torchvision.base import from_name
+from dfq.models import load_detector
 from dfq.recipe import load_recipe, shipped_recipes
 
 ULTRALYTICS = """
@@ -58,6 +55,7 @@ def test_only_sizes_are_changed(name: str) -> None:
     assert keys(changed) <= keys(SIZES)
     assert keys(SIZES) == {
         "images", "image_size", "iterations", "batch_size", "updates", "epochs",
+        "reconstruction_iterations",
     }  # fmt: skip
 
 
@@ -88,6 +86,9 @@ def test_on_a_one_stage_detector(place: Path, model: Path, name: str) -> None:
     metrics = json.loads((run / "metrics.json").read_text())
     recipe = load_recipe(name)
     assert metrics["method"] == recipe.method
+    if recipe.method == "ptq":
+        assert metrics["selected"] == "ptq"
+        return
     assert len(metrics["history"]) == 2
     weights = recipe.distillation.weights.model_dump()
     assert {term for term, weight in weights.items() if weight} <= set(metrics["history"][0])
@@ -108,23 +109,9 @@ def test_on_other_families(place: Path, network: str, name: str) -> None:
         words = ("--model", "net.yaml")
         write_scenes(place / "scenes", load_detector("net.yaml").names)
     elif network == "torchvision":
-        options = {
-            "width": 0.35, "parts": 14, "representation": 32, "anchors": [16, 32], "min_size": 64,
-            "max_size": 64, "rpn_post_nms_top_n_test": 20, "box_batch_size_per_image": 16,
-        }  # fmt: skip
-        save_detector(from_name("fasterrcnn_mobilenet_v2", options=options), "m.safetensors")
-        write_scenes(place / "scenes", load_detector("m.safetensors").names)
+        words = write_torchvision(place)
     else:
-        config = write_config(place, network)
-        detector = enliven(load_detector(config))
-        torch.save({"meta": {}, "state_dict": detector.module.state_dict()}, place / "w.pth")
-        words = ("--model", config, "--checkpoint", "w.pth")
-        write_coco(place / "scenes", 2, 64)
-        if network == "retinanet":
-            write_scenes(place / "named", detector.names)
-            (place / "scenes" / "annotations.json").write_text(
-                (place / "named" / "annotations.json").read_text()
-            )
+        words = write_mmdet(place, network)
     flow(place, name, words)
 
 

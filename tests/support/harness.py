@@ -31,7 +31,7 @@ SIZES: dict[str, Any] = {
         "images": 4, "image_size": 64, "iterations": 3, "batch_size": 2,
         "label_stage": {"image_size": 64, "iterations": 4, "updates": 2},
     },
-    "quantization": {"mixed": {"images": 2}},
+    "quantization": {"mixed": {"images": 2}, "reconstruction_iterations": 2},
     "distillation": {"epochs": 2, "batch_size": 2},
 }  # fmt: skip
 """How much work there is: nothing that decides what is done."""

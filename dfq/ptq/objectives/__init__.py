@@ -55,5 +55,5 @@ METHODS: dict[str, Method] = {
     "spq": Method(similarity_preserving),
     "mgrq": Method(mixed_granularity),
     "task": Method(task_guided, labels=True),
-    "best": Method(fisher_error, drop=0.5, fisher=True, start="gptq"),
+    "best": Method(fisher_error, drop=0.5, scales=False, biases=True, fisher=True, start="gptq"),
 }
