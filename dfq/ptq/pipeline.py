@@ -16,6 +16,7 @@ from ..quantization.traversal import quantized_layers
 from ..runtime.progress import Progress
 from .activation_refinement import narrow_activations, refine_grids
 from .gptq import gptq_quantize, is_too_wide
+from .prediction_search import METRICS, search_grids
 
 MARGIN_IMAGES = 16
 """Of the calibration, which tell where ranges depend on the contrast."""
@@ -44,7 +45,11 @@ def calibrate_and_round(
         progress: told how far rounding is.
     """
     batches = (batch.float() / 255 for batch in pixels[: section.calibration_images].split(8))
-    calibrate(student, batches, search=section.ranges)
+    calibrate(student, batches, search=section.local_search)
+    if section.ranges in METRICS:
+        with progress.task("ranges", 1, "activations") as task:
+            seen = pixels[: section.refine_images]
+            search_grids(student, teacher, seen, section.ranges, progress=task.update)
     # The other searches are rules of their own, to be compared with.
     if section.ranges == "mse":
         keep_within_statistics(student, pixels[:MARGIN_IMAGES])

@@ -22,6 +22,7 @@ from .range_search import (
     SEARCHES,
     VANISHING,
     Range,
+    cosine,
     lsq,
     lsq_step,
     minmax,
@@ -101,9 +102,9 @@ def set_weight_range(layer: QuantConv2d | QuantLinear, search: str) -> None:
     if find is lsq and layer.input_quantizer.asymmetric:
         # Zero points of activations make it LSQ+.
         find = three_deviations
-    if find is mse and weights.asymmetric:
+    if find in (mse, cosine) and weights.asymmetric:
         # Bounds that are searched apart from each other: coarsely, as there are six times as many.
-        find = functools.partial(mse, steps=16)
+        find = functools.partial(find, steps=16)
     rows = layer.weight.detach().float().reshape(weights.channels, -1)
     low, high = weights.bounds
     if low == -high and find is not three_deviations:

@@ -11,6 +11,7 @@ from ..runtime.settings import Section
 from .bit_widths import ALLOWED, Widths, check_budget, parse_widths
 from .placement import PLACEMENTS, Runtime
 from .policy import Policy
+from .range_search import SEARCHES
 
 
 class Mixed(Section):
@@ -62,14 +63,19 @@ class Quantization(Section):
     activations: Literal["asymmetric", "symmetric"] = "asymmetric"
     """asymmetric: with a zero point; symmetric: without, and what is never below zero has unsigned
     integers, where the runtime does."""
-    ranges: Literal["mse", "minmax", "percentile", "lsq"] = "mse"
+    ranges: Literal[
+        "mse", "minmax", "percentile", "lsq", "cosine", "mse-output", "cosine-output", "pd"
+    ] = "mse"
     """How the initial scales are found; lsq: as in LSQ, with asymmetric activations as in LSQ+; and
-    values beyond the ends of a grid have no gradient, as there."""
+    values beyond the ends of a grid have no gradient, as there. mse-output, cosine-output and pd
+    (as PD-Quant: the KL divergence) compare the predictions with one activation quantized and the
+    rest in float; scales of weights are those of mse then."""
     calibration_images: int = Field(64, ge=1, le=MOST_IMAGES)
     """Images of the set the initial scales are found on."""
     refine_images: int = Field(16, ge=0, le=MOST_IMAGES)
-    """Images of the set on which the grids that `mse` found for activations of 5 to 7 bits are
-    moved to where the predictions stay closest; 0: they stay where they are."""
+    """Images of the set on which predictions are compared: where `ranges` are found by them; and to
+    move the grids that `mse` found for activations of 5 to 7 bits to where the predictions stay
+    closest; 0: these stay where they are."""
     rounding: Literal["gptq", "nearest"] = "gptq"
     """How weights get onto their grids, before any training; gptq: each makes up for the errors of
     those before it; nearest: each to the nearest level."""
@@ -98,6 +104,17 @@ class Quantization(Section):
                 asked = f"{bits} bits" if isinstance(bits, int) else f"'{bits}'"
                 raise ValueError(f"'{name}' asks for {asked}; {ALLOWED}, or 'float'") from None
         return value
+
+    @model_validator(mode="after")
+    def _compared(self) -> Quantization:
+        if self.local_search != self.ranges and self.refine_images == 0:
+            raise ValueError(f"ranges: {self.ranges} compares predictions: refine_images above 0")
+        return self
+
+    @property
+    def local_search(self) -> str:
+        """Key of `range_search.SEARCHES`: of the scales that are found by values alone."""
+        return self.ranges if self.ranges in SEARCHES else "mse"
 
     @model_validator(mode="after")
     def _kernels(self) -> Quantization:
