@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..data.pixels import Pixels
+from ..graph.equalization import equalize
+from ..graph.fold_batchnorm import fold
 from ..models.base import AnyModel, Model
 from ..quantization.calibration import calibrate
 from ..quantization.insertion import insert_quantizers
@@ -15,6 +17,7 @@ from ..quantization.settings import Quantization
 from ..quantization.traversal import quantized_layers
 from ..runtime.progress import Progress
 from .activation_refinement import narrow_activations, refine_grids
+from .bias_correction import correct_biases
 from .gptq import gptq_quantize, is_too_wide
 from .prediction_search import METRICS, search_grids
 
@@ -26,6 +29,21 @@ def images_to_prepare(section: Quantization) -> int:
     """How many images `calibrate_and_round` looks at."""
     rounding = section.rounding_images if section.rounding == "gptq" else 0
     return max(section.calibration_images, section.refine_images, rounding)
+
+
+def float_start(detector: AnyModel, section: Quantization, progress: Progress) -> AnyModel:
+    """Fold BatchNorm and, where `section` says so, equalise the layers of a float detector, in
+    place: what is quantized, and the teacher that it is compared with. Returns it."""
+    fold(detector)
+    if section.equalizes:
+        pairs = len(equalize(detector))
+        progress.note(
+            f"equalization: {pairs} pairs of layers"
+            if pairs
+            else "equalization: no two layers have ReLU, leaky ReLU or nothing between them alone: "
+            "nothing to do"
+        )
+    return detector
 
 
 def calibrate_and_round(
@@ -65,6 +83,8 @@ def calibrate_and_round(
                 )
         with progress.task("rounding", 1, "layers") as task:
             gptq_quantize(student, teacher, pixels[: section.rounding_images], progress=task.update)
+    if section.corrects_biases:
+        correct_biases(student, teacher, pixels[: section.calibration_images])
 
 
 def clip_strictly(module: nn.Module) -> None:

@@ -70,6 +70,11 @@ class Quantization(Section):
     values beyond the ends of a grid have no gradient, as there. mse-output, cosine-output and pd
     (as PD-Quant: the KL divergence) compare the predictions with one activation quantized and the
     rest in float; scales of weights are those of mse then."""
+    start: Literal["none", "cle", "bias-correction", "cle+bias-correction"] = "none"
+    """What is done to the weights for free; cle: cross-layer equalisation of the float network,
+    between layers with ReLU, leaky ReLU or nothing between them, where it is exact;
+    bias-correction: the mean of what rounding to the nearest level adds is taken off the biases
+    (gptq does this by itself)."""
     calibration_images: int = Field(64, ge=1, le=MOST_IMAGES)
     """Images of the set the initial scales are found on."""
     refine_images: int = Field(16, ge=0, le=MOST_IMAGES)
@@ -110,6 +115,22 @@ class Quantization(Section):
         if self.local_search != self.ranges and self.refine_images == 0:
             raise ValueError(f"ranges: {self.ranges} compares predictions: refine_images above 0")
         return self
+
+    @model_validator(mode="after")
+    def _corrected_once(self) -> Quantization:
+        if self.corrects_biases and self.rounding == "gptq":
+            raise ValueError("start: gptq corrects biases by itself: rounding: nearest")
+        return self
+
+    @property
+    def equalizes(self) -> bool:
+        """Whether the float network is equalised before anything else."""
+        return self.start in ("cle", "cle+bias-correction")
+
+    @property
+    def corrects_biases(self) -> bool:
+        """Whether rounded weights have their biases corrected."""
+        return self.start in ("bias-correction", "cle+bias-correction")
 
     @property
     def local_search(self) -> str:
