@@ -11,9 +11,11 @@ that they never saw. Prints a Markdown table: divergence per photograph, and sec
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import click
 import torch
+import yaml
 from torch import Tensor
 
 from dfq.data.training_images import open_training_data
@@ -31,19 +33,23 @@ SEARCHES = (
     *("mse-output", "cosine-output", "pd"),
 )
 
+DYNAMIC = "dynamic"
+"""Least and greatest value of each call, found on no set."""
+
 DEFAULT = "default"
 """Least squares with what today's default does besides: margins, refinement, GPTQ."""
 
 
-def settings(search: str, bits: int, grids: str, compared: int) -> Quantization:
-    """Of one row: a search by itself, or today's default."""
-    own = {"weight_bits": 8, "activation_bits": bits, "activations": grids}
-    if search == DEFAULT:
-        return Quantization.model_validate(own)
-    compared = 0 if search == "mse" else compared
-    return Quantization.model_validate(
-        {**own, "ranges": search, "rounding": "nearest", "refine_images": compared}
-    )
+def settings(search: str, bits: int, compared: int, changed: dict[str, Any]) -> Quantization:
+    """Of one row: a search by itself, or today's default; `changed` settings win."""
+    own: dict[str, Any] = {"weight_bits": 8, "activation_bits": bits}
+    if search != DEFAULT:
+        own |= {"rounding": "nearest", "refine_images": 0 if search == "mse" else compared}
+    if search == DYNAMIC:
+        own["activation_ranges"] = DYNAMIC
+    elif search != DEFAULT:
+        own["ranges"] = search
+    return Quantization.model_validate({**own, **changed})
 
 
 def measured(
@@ -66,8 +72,8 @@ def measured(
 @click.option("--compared", default=16, show_default=True, help="Images to compare predictions on.")
 @click.option("--size", default=320, show_default=True, help="Side in pixels.")
 @click.option("--bits", default="8,6,4,3,2", show_default=True, help="Of activations.")
-@click.option("--searches", default=",".join((*SEARCHES, DEFAULT)), show_default=True)
-@click.option("--grids", default="asymmetric", type=click.Choice(["asymmetric", "symmetric"]))
+@click.option("--searches", default=",".join((*SEARCHES, DYNAMIC, DEFAULT)), show_default=True)
+@click.option("--set", "overrides", multiple=True, help="KEY=VALUE of the quantization section.")
 def main(
     model: str,
     data: str,
@@ -77,8 +83,9 @@ def main(
     size: int,
     bits: str,
     searches: str,
-    grids: str,
+    overrides: tuple[str, ...],
 ) -> None:
+    changed = {key: yaml.safe_load(text) for key, _, text in (o.partition("=") for o in overrides)}
     teacher = fold(load_float(model, trust=False, device="cpu"))
     images = open_training_data(data, teacher, size)
     pixels = images.load(list(range(min(len(images), 512))))
@@ -88,7 +95,7 @@ def main(
     print("| --- |" + " ---: |" * (len(widths) + 1), flush=True)
     for search in searches.split(","):
         rows = [
-            measured(teacher, pixels, seen, settings(search, one, grids, compared))
+            measured(teacher, pixels, seen, settings(search, one, compared, changed))
             for one in widths
         ]
         found = " | ".join(f"{divergence:.4g}" for divergence, _ in rows)

@@ -69,9 +69,10 @@ def calibrate_and_round(
             seen = pixels[: section.refine_images]
             search_grids(student, teacher, seen, section.ranges, progress=task.update)
     # The other searches are rules of their own, to be compared with.
-    if section.ranges == "mse":
+    least_squares = section.ranges == "mse" and section.activation_ranges == "static"
+    if least_squares:
         keep_within_statistics(student, pixels[:MARGIN_IMAGES])
-    refined = section.refine_images if section.ranges == "mse" else 0
+    refined = section.refine_images if least_squares else 0
     if refined and narrow_activations(student):
         with progress.task("ranges", 1, "activations") as task:
             refine_grids(student, teacher, pixels[:refined], progress=task.update)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..graph.execution import hooks
 from ..models.base import Model
+from .dynamic import DynamicQuantizer
 from .factors import bound_factors
 from .layers import QuantConv2d, QuantLinear
 from .quantizers import Quantizer, grid
@@ -23,6 +24,7 @@ from .range_search import (
     VANISHING,
     Range,
     cosine,
+    grid_above,
     lsq,
     lsq_step,
     minmax,
@@ -113,21 +115,6 @@ def set_weight_range(layer: QuantConv2d | QuantLinear, search: str) -> None:
     weights.initialise(*find(rows, weights.bits, asymmetric=weights.asymmetric))
 
 
-def grid_above(quantizer: Quantizer, low: Tensor, find: Callable[[bool], Range]) -> Range:
-    """The grid that a search finds for a quantizer of activations.
-
-    Args:
-        quantizer: per tensor.
-        low: the least value that it is to have a level for.
-        find: gives step size and zero point for a grid that is asymmetric or not; the former has
-            its zero point at 0 where nothing is below zero.
-    """
-    if quantizer.asymmetric or not quantizer.unsigned or bool(low < 0):
-        return find(quantizer.asymmetric)
-    scale, _ = find(True)
-    return scale, torch.full_like(scale, quantizer.bounds[0])
-
-
 def set_range(quantizer: Quantizer, values: Tensor, search: str) -> None:
     """Set the initial scale of a quantizer of activations from values `(n,)` that reach it."""
     column = values[None].to(quantizer.log_scale.device)
@@ -173,9 +160,16 @@ def calibrate(
     Raises:
         UserError: if there is no image at all.
     """
-    values = run_observers(detector, batches, samples=samples, progress=progress)
+    static = {
+        name: quantizer
+        for name, quantizer in activation_quantizers(detector.module)
+        if not isinstance(quantizer, DynamicQuantizer)
+    }
+    values = {}
+    if static:
+        values = run_observers(detector, batches, samples=samples, progress=progress)
     for _, layer in quantized_layers(detector.module):
         set_weight_range(layer, search)
-    for name, quantizer in activation_quantizers(detector.module):
+    for name, quantizer in static.items():
         set_range(quantizer, values[name], search)
     bound_factors(detector.module)

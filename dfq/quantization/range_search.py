@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .quantizers import grid
+from .quantizers import Quantizer, grid
 
 Range = tuple[Tensor, Tensor]
 RangeSearch = Callable[..., Range]
@@ -29,6 +29,21 @@ def grid_between(low: Tensor, high: Tensor, bits: int, asymmetric: bool) -> Rang
         return scale, torch.clamp(torch.round(-low / scale), qmin, qmax)
     scale = torch.maximum(high / qmax, low / qmin)
     return torch.where(scale > 0, scale, torch.ones_like(scale)), torch.zeros_like(scale)
+
+
+def grid_above(quantizer: Quantizer, low: Tensor, find: Callable[[bool], Range]) -> Range:
+    """The grid that a search finds for a quantizer of activations.
+
+    Args:
+        quantizer: per tensor.
+        low: the least value that it is to have a level for.
+        find: gives step size and zero point for a grid that is asymmetric or not; the former has
+            its zero point at 0 where nothing is below zero.
+    """
+    if quantizer.asymmetric or not quantizer.unsigned or bool(low < 0):
+        return find(quantizer.asymmetric)
+    scale, _ = find(True)
+    return scale, torch.full_like(scale, quantizer.bounds[0])
 
 
 def minmax(values: Tensor, bits: int, *, asymmetric: bool) -> Range:

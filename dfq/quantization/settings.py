@@ -63,6 +63,9 @@ class Quantization(Section):
     activations: Literal["asymmetric", "symmetric"] = "asymmetric"
     """asymmetric: with a zero point; symmetric: without, and what is never below zero has unsigned
     integers, where the runtime does."""
+    activation_ranges: Literal["static", "dynamic"] = "static"
+    """static: scales of activations are found on the set, once; dynamic: each call takes least and
+    greatest value of the tensor at hand: a baseline, with method: ptq, that is not exported."""
     ranges: Literal[
         "mse", "minmax", "percentile", "lsq", "cosine", "mse-output", "cosine-output", "pd"
     ] = "mse"
@@ -122,6 +125,21 @@ class Quantization(Section):
             raise ValueError("start: gptq corrects biases by itself: rounding: nearest")
         return self
 
+    @model_validator(mode="after")
+    def _dynamic(self) -> Quantization:
+        if self.activation_ranges == "dynamic":
+            if self.placement == "qdq":
+                raise ValueError(
+                    "activation_ranges: dynamic ones are in no file for a runtime: placement: "
+                    "inputs or everywhere"
+                )
+            if self.local_search != self.ranges:
+                raise ValueError(
+                    f"activation_ranges: dynamic ones are not searched: ranges: {self.ranges} has "
+                    "nothing to do; mse is for the weights alone"
+                )
+        return self
+
     @property
     def equalizes(self) -> bool:
         """Whether the float network is equalised before anything else."""
@@ -166,4 +184,5 @@ class Quantization(Section):
             scope=self.scope,
             placement=self.placement,
             runtime=self.runtime,
+            activation_ranges=self.activation_ranges,
         )
