@@ -46,7 +46,7 @@ FINE_TUNED += yolov5n-dark yolov5n-grey yolov5n-pale yolov5n-bluish
 .PHONY: bench-zero-shot bench-demo bench-synthesis bench-synthesis-ablation bench-synthesis-curve
 .PHONY: bench-qat bench-qat-step bench-rounding bench-networks
 .PHONY: bench-mmdet bench-mmdet-full bench-mmdet-runner bench-calibration-sets
-.PHONY: bench-runtimes bench-gpu
+.PHONY: bench-runtimes bench-gpu bench-ptq
 
 bench-zero-shot: env
 	$(BIN)/python -m benchmarks.accuracy.zero_shot --model $(KIT)/weights/yolov5n-coco/yolov5n.pt \
@@ -94,6 +94,14 @@ bench-rounding: env
 bench-qat: env
 	$(BIN)/python -m benchmarks.accuracy.qat --model $(KIT)/weights/yolov5n-coco/yolov5n.pt \
 	  --train $(KIT)/coco-train --val $(KIT)/coco-val --out $(BENCH)/qat $(BENCH_QAT)
+
+# Reconstruction methods by widths, on a synthetic set of 256 images and on photographs.
+bench-ptq: env
+	$(BIN)/dfq synthesize --model $(KIT)/weights/yolov5n-coco/yolov5n.pt --images 256 \
+	  --image-size 320 --out $(BENCH)/ptq/set
+	for data in $(BENCH)/ptq/set $(KIT)/coco-train; do $(BIN)/python -m benchmarks.ptq.reconstruction \
+	  --model $(KIT)/weights/yolov5n-coco/yolov5n.pt --data $$data --photos $(KIT)/coco-train \
+	  --val $(KIT)/coco-val --out $(BENCH)/ptq/$$(basename $$data) || exit; done
 
 bench-qat-step: env
 	$(BIN)/python -m benchmarks.speed.qat_step --model $(KIT)/weights/yolov5n-coco/yolov5n.pt

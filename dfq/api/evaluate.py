@@ -11,6 +11,7 @@ from ..evaluation.agreement import REFERENCE_SCORE, Agreement, agreement, check_
 from ..evaluation.coco import Metrics
 from ..evaluation.coco import evaluate as evaluate_detector
 from ..models.base import Detecting, Detector
+from ..quantization.dynamic import is_dynamic
 from ..runs.loading import as_detecting, as_float
 from ..runtime.surroundings import Report, pick_device, reporter
 
@@ -79,7 +80,9 @@ def evaluate(
     """
     images = open_set(data)
     target = pick_device(device)
-    detector = as_detecting(model, trust=trust, device=target)
+    detector, told = as_detecting(model, trust=trust, device=target), reporter(progress)
+    if isinstance(detector, Detector) and is_dynamic(detector.module):
+        told.note("activations: dynamic ranges, each call's own least and greatest value")
     if against is not None:
         reference = as_float(against, trust=trust, device=target)
         check_categories(detector, reference)
@@ -87,7 +90,7 @@ def evaluate(
             detector,
             reference,
             images,
-            progress=reporter(progress),
+            progress=told,
             image_size=image_size,
             interval=interval,
         )
@@ -97,7 +100,7 @@ def evaluate(
                 f"{REFERENCE_SCORE} in these images; give images of what it was trained for"
             )
         return found
-    with reporter(progress).task("evaluation", len(images), "images") as task:
+    with told.task("evaluation", len(images), "images") as task:
         return evaluate_detector(
             detector, images, image_size=image_size, interval=interval, progress=task.update
         )

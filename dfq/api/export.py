@@ -97,6 +97,11 @@ def export(
         policy = None
     else:
         policy = Policy.from_dict(manifest["policy"])
+        if policy.activation_ranges == "dynamic":
+            raise UserError(
+                f"{model}: its activations have dynamic ranges, a baseline that dfq does not "
+                "export; make a run with quantization.activation_ranges: static"
+            )
         if runtime != "torch" and not is_placed_for(policy, runtime):
             told.note(
                 f"ranges: this run has its quantizers where {_where(policy)}; those that {runtime} "

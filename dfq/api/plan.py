@@ -8,10 +8,10 @@ from typing import Any
 
 from ..data.image_set import ImageSet
 from ..data.pixels import LabelledImages
-from ..graph.fold_batchnorm import fold
 from ..graph.outline import outline
 from ..mixed_precision.search import check_budget_can_be_kept
 from ..models.base import Detector
+from ..ptq.pipeline import float_start
 from ..quantization.insertion import insert_quantizers
 from ..recipe import Recipe
 from ..runs.folder import check_run, identity_of_recipe, open_run
@@ -87,8 +87,8 @@ def prepare(
         pictures = photographs(photos, recipe, detector)
         # Known from here on, to all that is made of this network.
         outline(detector)
-        teacher = fold(detector.clone())
         section = recipe.quantization
+        teacher = float_start(detector.clone(), section, job.progress)
         insert_quantizers(teacher.clone(), section.policy())
         if section.mixed.budget is not None:
             check_budget_can_be_kept(teacher, section.policy(), section)

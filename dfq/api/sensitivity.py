@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..data.training_images import open_training_data
-from ..graph.fold_batchnorm import fold
 from ..mixed_precision.search import Sensitivity, check_budget_can_be_kept, find_bits
 from ..models.base import Detector
+from ..ptq.pipeline import float_start
 from ..recipe import Recipe, changed_recipe
 from ..recipe.overrides import Overrides
 from ..runtime.surroundings import Report
@@ -61,7 +61,8 @@ def sensitivity(
     with Job.start(device, progress) as job:
         with job.main_process_first():
             detector = job.float_detector(model, trust=trust)
-            teacher, policy = fold(detector.clone()), section.policy()
+            teacher = float_start(detector.clone(), section, job.progress)
+            policy = section.policy()
             check_budget_can_be_kept(teacher, policy, section)
             calibration = None
             if data is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -83,3 +83,33 @@ def last_layer_of_block(order: Iterable[str], blocks: Sequence[str]) -> dict[str
             if f"{layer}.".startswith(f"{block}."):
                 last[block] = layer
     return {layer: block for block, layer in last.items()}
+
+
+def last_called_by_end(
+    modules: Mapping[str, nn.Module], blocks: Mapping[str, nn.Module], run: Callable[[], object]
+) -> tuple[list[str], dict[str, str]]:
+    """The modules in the order they are first called in `run`; and for each of the blocks, of these
+    the last one that had been called when the block's last call ended: what comes first after it
+    has no say in what the block gives.
+
+    Args:
+        modules, blocks: by name. Blocks that end before the first of the modules are left out.
+    """
+    order: dict[str, None] = {}
+    ends: dict[str, str] = {}
+
+    def after(name: str) -> None:
+        if order:
+            # At its last call's place among the ends.
+            ends.pop(name, None)
+            ends[name] = next(reversed(order))
+
+    def watch() -> Iterator[RemovableHandle]:
+        for name, module in modules.items():
+            yield module.register_forward_pre_hook(lambda _m, _i, name=name: order.setdefault(name))
+        for name, block in blocks.items():
+            yield block.register_forward_hook(lambda _m, _i, _o, name=name: after(name))
+
+    with hooks(watch()):
+        run()
+    return list(order), ends

@@ -126,7 +126,7 @@ def find_bits(
             policy,
             images[:count].split(_BATCH),
             settings.candidates(),
-            search=settings.ranges,
+            search=settings.local_search,
             rounding=settings.rounding,
             calibration=images.split(_BATCH),
             progress=task.update,

@@ -11,19 +11,18 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..graph.execution import calls_in_order, last_layer_of_block
 from ..models.base import Model
 from ..models.divergence import summed_divergence
-from ..quantization.calibration import run_observers
 from ..quantization.margins import with_contrast
 from ..quantization.quantizers import Quantizer
-from ..quantization.traversal import activation_quantizers, float_mode
-from .block_cache import BlockOutputCache
+from ..quantization.traversal import activation_quantizers
+from .grid_walk import Grid, walking
 
 BITS = range(5, 8)
 """Of activations whose grids are moved. With 8 there is nothing to gain. With 4, grids that suit
@@ -85,69 +84,36 @@ def refine_grids(
         progress: called with quantizers done and quantizers in all.
     """
     pixels = half_with_contrast(images.to(student.device).float() / 255, CONTRAST)
-    batches = list(pixels.split(batch_size))
     narrow = dict(narrow_activations(student))
     if not narrow:
         return
-    with float_mode(student.module), student.shared_proposals(teacher, batches):
-        values = run_observers(student, batches)
-        order = list(calls_in_order(narrow.items(), lambda: student.raw(batches[0][:1])))
-        blocks = student.blocks()
-        ended = last_layer_of_block(order, blocks)
-        expected = [teacher.raw(batch) for batch in batches]
-        with BlockOutputCache.of(student, batches, blocks) as ours:
-
-            def divergence() -> float:
-                each = [
-                    summed_divergence(student, ours.run(number), wanted)
-                    for number, wanted in enumerate(expected)
-                ]
-                return float(torch.stack(each).sum())
-
-            before = {name: (narrow[name].scale, narrow[name].zero_point.clone()) for name in order}
-            _enable(narrow, True)
-            start = divergence()
-            _enable(narrow, False)
-            for done, name in enumerate(order):
-                _refine(narrow[name], values[name], divergence)
-                if name in ended:
-                    ours.finish(ended[name])
-                if progress is not None:
-                    progress(done + 1, len(order))
-            # What served each may not serve all of them together.
-            if divergence() >= start:
-                for name, grid in before.items():
-                    narrow[name].initialise(*grid)
+    batches, apart = pixels.split(batch_size), partial(summed_divergence, student)
+    with walking(student, teacher, batches, narrow, apart) as walk:
+        before = walk.grids()
+        walk.enable(True)
+        start = walk.distance()
+        walk.enable(False)
+        walk.move(candidates, stay_on=True, progress=progress)
+        # What served each may not serve all of them together.
+        if walk.distance() >= start:
+            walk.restore(before)
 
 
-def _enable(quantizers: dict[str, Quantizer], enabled: bool) -> None:
-    for quantizer in quantizers.values():
-        quantizer.enabled = enabled
-
-
-def _refine(quantizer: Quantizer, values: Tensor, divergence: Callable[[], float]) -> None:
-    """Try grids on the network, nothing after which is quantized, and leave the best.
-
-    Args:
-        quantizer: per tensor, off; it is on afterwards.
-        values: see `candidates`.
-        divergence: of the network's predictions as it is.
-    """
-    found = []
-    quantizer.enabled = True
-    for scale, zero in candidates(quantizer, values):
-        quantizer.initialise(scale, zero)
-        found.append((divergence(), scale, zero))
-    quantizer.initialise(*min(found, key=lambda each: each[0])[1:])
-
-
-def candidates(quantizer: Quantizer, values: Tensor) -> list[tuple[Tensor, Tensor]]:
+def candidates(
+    quantizer: Quantizer,
+    values: Tensor,
+    *,
+    factors: Sequence[float] = FACTORS,
+    hopeless: float = HOPELESS,
+) -> list[Grid]:
     """(step size, zero point), `(1,)` each, of the grids that are worth trying, the present one
     first.
 
     Args:
         quantizer: per tensor.
         values: `(n,)` that reach it.
+        factors: of the present step size, to try.
+        hopeless: see `HOPELESS`.
     """
     qmin, qmax = quantizer.bounds
     present, zero = quantizer.scale.detach(), quantizer.zero_point.detach()
@@ -155,13 +121,16 @@ def candidates(quantizer: Quantizer, values: Tensor) -> list[tuple[Tensor, Tenso
     if quantizer.asymmetric:
         zeros = torch.arange(qmin, qmax + 1, device=values.device, dtype=values.dtype)
     found = {(1.0, int(zero.round())): _errors(values, present, zero, qmin, qmax).sum()}
-    for factor in FACTORS:
-        below, above = _errors(values, present * factor, zeros, qmin, qmax)
+    for factor in factors:
+        scale = present * factor
+        # More levels below zero than the least value needs cost some above, and gain nothing.
+        needed = max(0, -int((values.amin() / scale).round()))
+        below, above = _errors(values, scale, zeros[: needed + 1], qmin, qmax)
         # What a mean over all values takes for the best, and what leaves nothing below zero out.
         total, whole = below + above, below <= ENOUGH * below.amin()
         for index in (int(total.argmin()), int(whole.int().argmax())):
             found.setdefault((factor, int(zeros[index])), total[index])
-    limit = HOPELESS * torch.stack(list(found.values())).amin()
+    limit = hopeless * torch.stack(list(found.values())).amin()
     return [
         (present * factor, torch.full_like(zero, level))
         for (factor, level), error in found.items()

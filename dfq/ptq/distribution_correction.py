@@ -29,8 +29,8 @@ LAMBDA = 0.02
 """lambda_c of the public code."""
 
 STEPS, RATE = 10, 1e-2
-"""Of Adam on each batch; the rate is relative to the input's standard deviation, which is about 1 in
-the public code. That takes 500 steps of 1e-3: on a CPU most of the time of the method."""
+"""Of Adam on each batch; the rate is relative to the input's standard deviation, which is about 1
+in the public code. That takes 500 steps of 1e-3: on a CPU most of the time of the method."""
 
 EPSILON = 1e-6
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from ..data.pixels import Pixels
 from ..errors import UserError
+from ..graph.equalization import equalize
+from ..graph.fold_batchnorm import fold
 from ..models.base import AnyModel, Model, Targets
 from ..quantization.calibration import calibrate
 from ..quantization.insertion import insert_quantizers
@@ -22,10 +24,12 @@ from ..runtime.files import write_atomic
 from ..runtime.malloc import freed_memory_kept
 from ..runtime.progress import Progress
 from .activation_refinement import narrow_activations, refine_grids
+from .bias_correction import correct_biases
 from .block_io import ROOM
 from .blocks import BATCH, reconstruct
 from .gptq import gptq_quantize, is_too_wide
 from .objectives import METHODS
+from .prediction_search import METRICS, search_grids
 
 MARGIN_IMAGES = 16
 """Of the calibration, which tell where ranges depend on the contrast."""
@@ -35,6 +39,21 @@ def images_to_prepare(section: Quantization) -> int:
     """How many images `calibrate_and_round` looks at."""
     rounding = 0 if section.reconstruction == "none" else section.rounding_images
     return max(section.calibration_images, section.refine_images, rounding)
+
+
+def float_start(detector: AnyModel, section: Quantization, progress: Progress) -> AnyModel:
+    """Fold BatchNorm and, where `section` says so, equalise the layers of a float detector, in
+    place: what is quantized, and the teacher that it is compared with. Returns it."""
+    fold(detector)
+    if section.equalizes:
+        pairs = len(equalize(detector))
+        progress.note(
+            f"equalization: {pairs} pairs of layers"
+            if pairs
+            else "equalization: no two layers have ReLU, leaky ReLU or nothing between them alone: "
+            "nothing to do"
+        )
+    return detector
 
 
 def calibrate_and_round(
@@ -54,11 +73,16 @@ def calibrate_and_round(
         progress: told how far rounding is.
     """
     batches = (batch.float() / 255 for batch in pixels[: section.calibration_images].split(8))
-    calibrate(student, batches, search=section.ranges)
+    calibrate(student, batches, search=section.local_search)
+    if section.ranges in METRICS:
+        with progress.task("ranges", 1, "activations") as task:
+            seen = pixels[: section.refine_images]
+            search_grids(student, teacher, seen, section.ranges, progress=task.update)
     # The other searches are rules of their own, to be compared with.
-    if section.ranges == "mse":
+    least_squares = section.ranges == "mse" and section.activation_ranges == "static"
+    if least_squares:
         keep_within_statistics(student, pixels[:MARGIN_IMAGES])
-    refined = section.refine_images if section.ranges == "mse" else 0
+    refined = section.refine_images if least_squares else 0
     if refined and narrow_activations(student):
         with progress.task("ranges", 1, "activations") as task:
             refine_grids(student, teacher, pixels[:refined], progress=task.update)
@@ -70,6 +94,8 @@ def calibrate_and_round(
                 )
         with progress.task("rounding", 1, "layers") as task:
             gptq_quantize(student, teacher, pixels[: section.rounding_images], progress=task.update)
+    if section.corrects_biases:
+        correct_biases(student, teacher, pixels[: section.calibration_images])
 
 
 def starts_from_gptq(section: Quantization) -> bool:

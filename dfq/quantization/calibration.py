@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..graph.execution import hooks
 from ..models.base import Model
+from .dynamic import DynamicQuantizer
 from .factors import bound_factors
 from .layers import QuantConv2d, QuantLinear
 from .quantizers import Quantizer, grid
@@ -22,6 +23,8 @@ from .range_search import (
     SEARCHES,
     VANISHING,
     Range,
+    cosine,
+    grid_above,
     lsq,
     lsq_step,
     minmax,
@@ -103,30 +106,15 @@ def set_weight_range(layer: QuantConv2d | QuantLinear, search: str) -> None:
     if find is lsq and layer.input_quantizer.asymmetric:
         # Zero points of activations make it LSQ+.
         find = three_deviations
-    if find is mse and weights.asymmetric:
+    if find in (mse, cosine) and weights.asymmetric:
         # Bounds that are searched apart from each other: coarsely, as there are six times as many.
-        find = functools.partial(mse, steps=16)
+        find = functools.partial(find, steps=16)
     rows = layer.weight.detach().float().reshape(weights.channels, -1)
     low, high = weights.bounds
     if low == -high and find is not three_deviations:
         # So that the least value is met by the integer that the greatest one is met by.
         rows = rows.abs()
     weights.initialise(*find(rows, weights.bits, asymmetric=weights.asymmetric))
-
-
-def grid_above(quantizer: Quantizer, low: Tensor, find: Callable[[bool], Range]) -> Range:
-    """The grid that a search finds for a quantizer of activations.
-
-    Args:
-        quantizer: per tensor.
-        low: scalar, the least value that the grid must represent.
-        find: step size and zero point, `(1,)` each, for an asymmetric grid or for another; the
-            former has its zero point at 0 where no value is negative.
-    """
-    if quantizer.asymmetric or not quantizer.unsigned or bool(low < 0):
-        return find(quantizer.asymmetric)
-    scale, _ = find(True)
-    return scale, torch.full_like(scale, quantizer.bounds[0])
 
 
 def set_range(quantizer: Quantizer, values: Tensor, search: str) -> None:
@@ -174,9 +162,16 @@ def calibrate(
     Raises:
         UserError: if there is no image at all.
     """
-    values = run_observers(detector, batches, samples=samples, progress=progress)
+    static = {
+        name: quantizer
+        for name, quantizer in activation_quantizers(detector.module)
+        if not isinstance(quantizer, DynamicQuantizer)
+    }
+    values = {}
+    if static:
+        values = run_observers(detector, batches, samples=samples, progress=progress)
     for _, layer in quantized_layers(detector.module):
         set_weight_range(layer, search)
-    for name, quantizer in activation_quantizers(detector.module):
+    for name, quantizer in static.items():
         set_range(quantizer, values[name], search)
     bound_factors(detector.module)

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from ..models.base import Model
-from .calibration import grid_above, run_observers, set_range
+from .calibration import run_observers, set_range
 from .implied import implied_ranges
 from .quantizers import Quantizer
-from .range_search import LEAST_CONSUMED, grid_between
+from .range_search import LEAST_CONSUMED, grid_above, grid_between
 from .traversal import activation_quantizers
 
 BITS = 7

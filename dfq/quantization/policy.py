@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .bit_widths import parse_widths
+from .dynamic import DynamicQuantizer
 from .placement import EVERYWHERE, INPUTS, PLACEMENTS, Placement
 from .quantizers import Quantizer
 
@@ -31,6 +32,7 @@ class Policy:
             outputs and what is added or concatenated (see `output_quantizers`); "qdq": as `runtime`
             needs it to compute in integers (see `placement`).
         runtime: a key of `placement.PLACEMENTS`; counts with "qdq" alone.
+        activation_ranges: "static": found once, on a set; "dynamic": in each call anew.
     """
 
     weight_bits: int = 4
@@ -43,6 +45,7 @@ class Policy:
     placement: str = "inputs"
     weight_grid: str = "asymmetric"
     runtime: str = "onnxruntime"
+    activation_ranges: str = "static"
 
     @property
     def where(self) -> Placement:
@@ -64,6 +67,8 @@ class Policy:
 
     def quantizer(self, bits: int) -> Quantizer:
         """One of activations."""
+        if self.activation_ranges == "dynamic":
+            return DynamicQuantizer(bits, asymmetric=self.asymmetric, unsigned=self.unsigned)
         return Quantizer(bits, asymmetric=self.asymmetric, unsigned=self.unsigned)
 
     def bits_for(

@@ -11,6 +11,7 @@ from ..runtime.settings import Section
 from .bit_widths import ALLOWED, Widths, check_budget, parse_widths
 from .placement import PLACEMENTS, Runtime
 from .policy import Policy
+from .range_search import SEARCHES
 
 Reconstruction = Literal[
     "none", "gptq", "adaround", "brecq", "qdrop", "pd", "spq", "mgrq", "task", "best"
@@ -66,14 +67,27 @@ class Quantization(Section):
     activations: Literal["asymmetric", "symmetric"] = "asymmetric"
     """asymmetric: with a zero point; symmetric: without, and what is never below zero has unsigned
     integers, where the runtime does."""
-    ranges: Literal["mse", "minmax", "percentile", "lsq"] = "mse"
+    activation_ranges: Literal["static", "dynamic"] = "static"
+    """static: scales of activations are found on the set, once; dynamic: each call takes least and
+    greatest value of the tensor at hand: a baseline, with method: ptq, that is not exported."""
+    ranges: Literal[
+        "mse", "minmax", "percentile", "lsq", "cosine", "mse-output", "cosine-output", "pd"
+    ] = "mse"
     """How the initial scales are found; lsq: as in LSQ, with asymmetric activations as in LSQ+; and
-    values beyond the ends of a grid have no gradient, as there."""
+    values beyond the ends of a grid have no gradient, as there. mse-output, cosine-output and pd
+    (as PD-Quant: the KL divergence) compare the predictions with one activation quantized and the
+    rest in float; scales of weights are those of mse then."""
+    start: Literal["none", "cle", "bias-correction", "cle+bias-correction"] = "none"
+    """What is done to the weights for free; cle: cross-layer equalisation of the float network,
+    between layers with ReLU, leaky ReLU or nothing between them, where it is exact;
+    bias-correction: the mean of what rounding to the nearest level adds is taken off the biases
+    (gptq does this by itself)."""
     calibration_images: int = Field(64, ge=1, le=MOST_IMAGES)
     """Images of the set the initial scales are found on."""
     refine_images: int = Field(16, ge=0, le=MOST_IMAGES)
-    """Images of the set on which the grids that `mse` found for activations of 5 to 7 bits are
-    moved to where the predictions stay closest; 0: they stay where they are."""
+    """Images of the set on which predictions are compared: where `ranges` are found by them; and to
+    move the grids that `mse` found for activations of 5 to 7 bits to where the predictions stay
+    closest; 0: these stay where they are."""
     reconstruction: Reconstruction = "gptq"
     """How weights get onto their grids, before any training. none: each to the nearest level; gptq:
     each makes up for the errors of those before it, layer by layer; adaround, brecq, qdrop, pd
@@ -106,6 +120,51 @@ class Quantization(Section):
                 asked = f"{bits} bits" if isinstance(bits, int) else f"'{bits}'"
                 raise ValueError(f"'{name}' asks for {asked}; {ALLOWED}, or 'float'") from None
         return value
+
+    @model_validator(mode="after")
+    def _compared(self) -> Quantization:
+        if self.local_search != self.ranges and self.refine_images == 0:
+            raise ValueError(f"ranges: {self.ranges} compares predictions: refine_images above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _corrected_once(self) -> Quantization:
+        if self.corrects_biases and self.reconstruction != "none":
+            raise ValueError(
+                "start: bias-correction is of weights at the nearest level (gptq corrects biases by "
+                "itself): reconstruction: none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _dynamic(self) -> Quantization:
+        if self.activation_ranges == "dynamic":
+            if self.placement == "qdq":
+                raise ValueError(
+                    "activation_ranges: dynamic ones are in no file for a runtime: placement: "
+                    "inputs or everywhere"
+                )
+            if self.local_search != self.ranges:
+                raise ValueError(
+                    f"activation_ranges: dynamic ones are not searched: ranges: {self.ranges} has "
+                    "nothing to do; mse is for the weights alone"
+                )
+        return self
+
+    @property
+    def equalizes(self) -> bool:
+        """Whether the float network is equalised before anything else."""
+        return self.start in ("cle", "cle+bias-correction")
+
+    @property
+    def corrects_biases(self) -> bool:
+        """Whether rounded weights have their biases corrected."""
+        return self.start in ("bias-correction", "cle+bias-correction")
+
+    @property
+    def local_search(self) -> str:
+        """Key of `range_search.SEARCHES`: of the scales that are found by values alone."""
+        return self.ranges if self.ranges in SEARCHES else "mse"
 
     @model_validator(mode="after")
     def _kernels(self) -> Quantization:
@@ -142,4 +201,5 @@ class Quantization(Section):
             scope=self.scope,
             placement=self.placement,
             runtime=self.runtime,
+            activation_ranges=self.activation_ranges,
         )

@@ -56,6 +56,14 @@ class Recipe(Section):
         return value
 
     @model_validator(mode="after")
+    def _dynamic_untrained(self) -> Recipe:
+        if self.quantization.activation_ranges == "dynamic" and self.method != "ptq":
+            raise ValueError(
+                "quantization.activation_ranges: dynamic ones are not trained; set method: ptq"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _labels_for_task(self) -> Recipe:
         if self.method == "ptq":
             # Nothing is trained.

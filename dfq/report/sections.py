@@ -315,6 +315,7 @@ def _untouched(found: Material, rows: Sequence[LayerRow], policy: Policy) -> dic
         ],
         "joins": joins,
         "placement": policy.placement,
+        "dynamic": policy.activation_ranges == "dynamic",
     }
 
 

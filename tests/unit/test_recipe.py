@@ -398,6 +398,10 @@ def test_each_mistake_has_its_line(tmp_path: Path) -> None:
             [f"distillation.weights.{name}=0" for name in ("kl", "feature", "task")],
             r"distillation\.weights: all are 0; set one above 0, or method: ptq",
         ),
+        (
+            ["quantization.ranges=pd", "quantization.refine_images=0"],
+            r"quantization: ranges: pd compares predictions: refine_images above 0",
+        ),
     ],
 )
 def test_settings_that_contradict(overrides: list[str], message: str) -> None:

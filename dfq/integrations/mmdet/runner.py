@@ -27,10 +27,9 @@ from torch import Tensor
 
 from ...data.calibration_set import CalibrationSet
 from ...errors import UserError
-from ...graph.fold_batchnorm import fold
 from ...models import Targets, load_detector
 from ...models.mmdet.config import require_mmdet
-from ...ptq.pipeline import calibrate_and_round, clip_strictly, images_to_prepare
+from ...ptq.pipeline import calibrate_and_round, clip_strictly, float_start, images_to_prepare
 from ...qat.features import distilled_layers
 from ...qat.frozen_integers import FrozenIntegers, frozen_layers
 from ...qat.losses import FeatureHooks, training_terms
@@ -155,7 +154,7 @@ class DFQDistiller(BaseModel):
         if detector.family != "mmdet":
             raise UserError(f"{config}: is no detector of mmdet; train it with dfq qat")
         # Not modules: they are neither saved nor trained nor moved with this one.
-        self._teacher = fold(detector)
+        self._teacher = float_start(detector, self.recipe.quantization, Silent())
         self._student = insert_quantizers(detector.clone(), self.recipe.quantization.policy())
         self._student.mask_targets = self.recipe.synthesis.masks
         self.student = self._student.module

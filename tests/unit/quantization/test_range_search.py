@@ -12,6 +12,7 @@ from torch.nn.functional import silu
 from dfq.quantization.quantizers import fake_quantize, grid
 from dfq.quantization.range_search import (
     SEARCHES,
+    cosine_distance,
     lsq,
     lsq_step,
     minmax,
@@ -214,3 +215,56 @@ def test_errors_count_as_they_come_through_the_reader() -> None:
     plain, aware = mse(values, 4, asymmetric=True), mse(values, 4, asymmetric=True, through=silu)
     assert behind(aware) < 0.5 * behind(plain)
     assert aware[0] < plain[0]
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("name", ["mse", "cosine"])
+def test_local_searches_choose_as_brute_force_in_double_precision(
+    name: str, bits: int, asymmetric: bool
+) -> None:
+    """Every pair of bounds between full range and nothing, of each of three channels."""
+    values = heavy_tailed("silu")[:3, :500] * torch.tensor([[1e-3], [1.0], [500.0]])
+    found = SEARCHES[name](values, bits, asymmetric=asymmetric)
+    for channel, row in enumerate(values.double()):
+
+        def distance(scale: float, zero: int, x: Tensor = row) -> float:
+            least, most = (0, 2**bits - 1) if asymmetric else (-(2 ** (bits - 1)), 0)
+            most = most or 2 ** (bits - 1) - 1
+            got = ((x / scale).round() + zero).clamp(least, most).sub(zero) * scale
+            if name == "mse":
+                return float(((got - x) ** 2).mean())
+            norms = float(got.norm() * x.norm())
+            return 1 - float(got @ x) / norms if norms else 1.0
+
+        low, high = float(row.min()), float(row.max())
+        best = float("inf")
+        for step in range(80):
+            top = high * (80 - step) / 80
+            for share in (1, 0.8, 0.6, 0.4, 0.2, 0) if asymmetric else (None,):
+                if share is None:
+                    bottom = low * (80 - step) / 80
+                    scale = max(top / (2 ** (bits - 1) - 1), -bottom / 2 ** (bits - 1))
+                    zero = 0
+                else:
+                    scale = (top - low * share) / (2**bits - 1)
+                    zero = round(-low * share / scale)
+                best = min(best, distance(scale, zero))
+        chosen = distance(float(found[0][channel].double()), int(found[1][channel]))
+        # What is chosen in single precision may be beside it by what that cannot tell apart.
+        assert chosen <= best * (1 + 1e-4) + 1e-9
+
+
+def test_cosine_looks_at_direction_alone() -> None:
+    """Levels that are all too short by one factor have no distance, but an error."""
+    wanted = torch.tensor([[1.0, 2.0, -3.0], [0.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
+    got = torch.tensor([[0.5, 1.0, -1.5], [1.0, 0.0, 0.0], [0.0, -2.0, 0.0]])
+    torch.testing.assert_close(cosine_distance(got, wanted), torch.tensor([0.0, 1.0, 1.0]))
+    # Nearly parallel: a billionth, which 1 less a cosine of single precision does not have.
+    near = torch.tensor([[1.0, 4.4721e-5]])
+    torch.testing.assert_close(
+        cosine_distance(near, torch.tensor([[1.0, 0.0]])),
+        torch.tensor([1.0e-9]),
+        rtol=1e-3,
+        atol=0,
+    )
