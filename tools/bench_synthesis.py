@@ -25,7 +25,7 @@ import click
 import torch
 from torch import Generator, Tensor
 
-from dfq.models import load_detector
+from dfq.models import load_detector, require_detector
 from dfq.models.base import Detector
 from dfq.recipe import load_recipe
 from dfq.runtime.malloc import freed_memory_kept
@@ -120,7 +120,7 @@ def main(
         labels = single(generator, batch_size, detector.num_classes)
         inversion = Inversion(detector, settings)
         loops = [
-            bare_loop(inversion.detector, images, inversion.precision),
+            bare_loop(require_detector(inversion.detector), images, inversion.precision),
             real_loop(inversion, images, labels),
             bare_loop(detector, images, "float32"),
         ]

@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 
 from dfq.kernels import batchnorm as moments
 from dfq.models import load_detector
-from dfq.models.base import Detector
+from dfq.models.base import Detector, Model
 from dfq.recipe import load_recipe
 from dfq.runtime.malloc import freed_memory_kept
 from dfq.synthesis.inversion import Inversion
@@ -96,7 +96,7 @@ class Bench:
             half = inversion.precision == "bfloat16"
 
             def once(
-                network: Detector = network, images: Tensor = images, half: bool = half
+                network: Model = network, images: Tensor = images, half: bool = half
             ) -> dict[str, Tensor]:
                 pixels = images.clone(memory_format=torch.channels_last).requires_grad_()
                 with torch.autocast(images.device.type, torch.bfloat16, enabled=half):

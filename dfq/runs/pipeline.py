@@ -11,11 +11,10 @@ from typing import Any
 import torch
 
 from ..data.calibration_set import CalibrationSet
-from ..data.image_set import ImageSet
 from ..data.pixels import LabelledImages, Pixels
 from ..errors import DivergedError
-from ..evaluation.coco import evaluate as evaluate_detector
-from ..models.base import Detector
+from ..evaluation.measuring import RealSet, main_figure, measured
+from ..models.base import Model
 from ..ptq.pipeline import quantized
 from ..qat.trainer import Outcome, Trainer
 from ..quantization.policy import Policy
@@ -38,13 +37,13 @@ class QuantizationResult:
         selected: why it is this network: "ptq", "ptq: REASON" or "qat: WEIGHTS".
     """
 
-    student: Detector
+    student: Model
     outcome: Outcome | None
     selected: str
 
 
 def ptq_then_qat(
-    teacher: Detector,
+    teacher: Model,
     policy: Policy,
     recipe: Recipe,
     images: LabelledImages,
@@ -53,7 +52,7 @@ def ptq_then_qat(
     world: World,
     *,
     calibration: Pixels | None = None,
-    select_on: ImageSet | None = None,
+    select_on: RealSet | None = None,
 ) -> QuantizationResult:
     """Make the low-bit detector as `recipe.method` says: calibrate and round, then train, and go
     back to the start where training made it worse.
@@ -113,14 +112,14 @@ def ptq_then_qat(
 
 
 def _train(
-    student: Detector,
-    teacher: Detector,
+    student: Model,
+    teacher: Model,
     recipe: Recipe,
     images: LabelledImages,
     run: SharedRun,
     progress: Progress,
     world: World,
-    select_on: ImageSet | None,
+    select_on: RealSet | None,
 ) -> Outcome:
     """Train the student, reporting each epoch; arguments and errors are those of `ptq_then_qat`."""
     settings = recipe.distillation
@@ -165,20 +164,18 @@ def worse_than_start(outcome: Outcome) -> str:
     return f"training ended further from the teacher than it began{times}"
 
 
-def evaluator_on(images: ImageSet, recipe: Recipe) -> Callable[[Detector], float]:
-    """COCO AP on a labelled real set, as the paper selects its epoch by; 0 where it is undefined.
+def evaluator_on(images: RealSet, recipe: Recipe) -> Callable[[Model], float]:
+    """COCO AP, or top-1 accuracy, on a labelled real set, as the paper selects its epoch by; 0
+    where it is undefined.
 
     Args:
         images: the set.
         recipe: whose `evaluation` section gives the image size.
     """
 
-    def evaluator(student: Detector) -> float:
-        found = evaluate_detector(
-            student,
-            images,
-            image_size=recipe.evaluation.image_size,
-        ).AP
+    def evaluator(student: Model) -> float:
+        figures = measured(student, images, image_size=recipe.evaluation.image_size)
+        found: float = getattr(figures, main_figure(figures))
         return found if math.isfinite(found) else 0.0
 
     return evaluator
@@ -194,13 +191,13 @@ def data_identity(calibration: LabelledImages, source: str | Path | None) -> lis
 
 
 def measure(
-    teacher: Detector, student: Detector, data: ImageSet, recipe: Recipe, progress: Progress
+    teacher: Model, student: Model, data: RealSet, recipe: Recipe, progress: Progress
 ) -> dict[str, Any]:
-    """AP of float and quantized network; never looked at by the training."""
+    """The accuracy of float and quantized network; never looked at by the training."""
     result: dict[str, Any] = {"data": recipe.evaluation.data}
     for name, detector in (("float", teacher), ("quantized", student)):
         with progress.task(f"evaluation ({name})", len(data), "images") as task:
-            found = evaluate_detector(
+            found = measured(
                 detector,
                 data,
                 image_size=recipe.evaluation.image_size,
