@@ -19,6 +19,7 @@ from ..export.suppression import OUTPUTS
 from ..export.writers import write
 from ..graph.fold_batchnorm import fold
 from ..models.base import Model
+from ..models.classifying import Classifier
 from ..quantization.inspection import LayerInfo, list_layers, quantized_share
 from ..quantization.layers import QUANTIZED_LAYERS
 from ..quantization.placement import PLACEMENTS
@@ -300,11 +301,17 @@ def describe_export(
 ) -> ExportInfo:
     """What the file says of itself."""
     outputs = _outputs(detector, image_size)
-    decoded = set(outputs) == {"boxes", "scores"}
+    understood = set(outputs) in ({"boxes", "scores"}, {"logits"})
     meaning = {
         "boxes": "x1 y1 x2 y2 in pixels of the letterboxed image, before NMS",
         "scores": "probability of each category, before NMS",
+        "logits": "of each category, before softmax",
     }
+    resized = f"longer side to {image_size}, centred on grey 114/255"
+    if isinstance(detector, Classifier):
+        wanted = detector.preprocessing
+        short = round(image_size / wanted.crop)
+        resized = f"shorter side to {short} ({wanted.interpolation}), middle {image_size} cut out"
     source = _without_folders(detector.source)
     bits = (32, 32) if policy is None else (policy.weight_bits, policy.activation_bits)
     return ExportInfo.model_validate(
@@ -323,10 +330,10 @@ def describe_export(
             "checkpoint": manifest["identity"]["checkpoint"] if manifest else detector.fingerprint,
             "model_sha256": manifest["model_sha256"] if manifest else None,
             "source": source,
-            "letterbox": f"longer side to {image_size}, centred on grey 114/255",
+            "letterbox": resized,
             "normalisation": "within the graph; images are RGB, float32 in [0, 1], n x 3 x h x w",
             "outputs": {
-                name: meaning[name] if decoded else "raw predictions of the family"
+                name: meaning[name] if understood else "raw predictions of the family"
                 for name in outputs
             },
             "spec": {**detector.spec(), "source": source},
@@ -337,9 +344,9 @@ def describe_export(
 def _without_folders(source: str) -> str:
     """What names a detector, for a file that goes elsewhere: where it lay is nobody's business.
     `network@weights` names two."""
-    of_torchvision = "torchvision/"
+    of_packages = ("torchvision/", "timm/")
     parts = (
-        part if part.startswith(of_torchvision) else Path(part).name or part
+        part if part.startswith(of_packages) else Path(part).name or part
         for part in source.split("@")
     )
     return shown("@".join(parts))

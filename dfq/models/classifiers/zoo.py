@@ -183,7 +183,9 @@ def _timm() -> Any:
     try:
         import timm
     except ImportError:
-        raise UserError("timm is not installed, whose network this is: pip install timm") from None
+        raise UserError(
+            "timm is not installed, whose network this is: pip install 'dfq[timm]'"
+        ) from None
     return timm
 
 
