@@ -133,6 +133,7 @@ def _load(name: str, trust: bool) -> Model:
 
 def _meant(name: str, path: Path) -> str:
     """What a name that is none may have been meant to be."""
+    from .classifiers.zoo import NETWORKS
     from .mmdet.config import shipped_names
     from .torchvision.networks import MODELS
     from .ultralytics.resolve import published
@@ -142,7 +143,8 @@ def _meant(name: str, path: Path) -> str:
         # Only the names of files that could be one.
         found = itertools.islice(path.parent.iterdir(), 1000)
         beside = sorted(str(p) for p in found if p.suffix.lower() in _SUFFIXES)
-    known = ["demo", *published(), *(TORCHVISION + model for model in MODELS), *shipped_names()]
+    known = ["demo", *published(), *shipped_names()]
+    known += [TORCHVISION + model for model in (*MODELS, *NETWORKS)]
     return suggestion(str(path) if "/" in name else name, [*beside, *known])
 
 
@@ -179,6 +181,7 @@ def _from_network(network: str, checkpoint: Checkpoint | None) -> Model:
     if network.startswith(TORCHVISION):
         from .torchvision.base import from_name
 
+        _require_known(network.removeprefix(TORCHVISION))
         detector = from_name(network.removeprefix(TORCHVISION), checkpoint)
         detector.random_weights = checkpoint is None
         return detector
@@ -196,6 +199,19 @@ def _from_network(network: str, checkpoint: Checkpoint | None) -> Model:
         f"{network}: takes no separate checkpoint; that is for torchvision/NAME, timm/NAME, "
         "descriptions of classifiers and configs of mmdet. Give the checkpoint itself as --model"
     )
+
+
+def _require_known(name: str) -> None:
+    """Refuse a name that is of no network of torchvision, of neither kind."""
+    from .classifiers.zoo import NETWORKS
+    from .torchvision.networks import MODELS
+
+    known = [*MODELS, *NETWORKS]
+    if name not in known:
+        raise UserError(
+            f"{TORCHVISION}{brief(name)[1:-1]}: unknown; known are {', '.join(known)}"
+            f"{suggestion(name, known)}"
+        )
 
 
 def _classifier(network: str) -> dict[str, Any] | None:

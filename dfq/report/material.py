@@ -20,7 +20,7 @@ from ..evaluation.agreement import unlabelled
 from ..graph.fold_batchnorm import fold
 from ..models import load_model
 from ..models.base import Detector, Model
-from ..models.loading import TORCHVISION
+from ..models.loading import TIMM, TORCHVISION
 from ..quantization.inspection import LayerInfo, list_layers
 from ..recipe import Recipe, recorded_recipe
 from ..runs.inputs import joining
@@ -262,8 +262,11 @@ class _Search:
             network, apart, weights = one.rpartition("@")
             if one == "demo":
                 yield one
-            elif apart and network.startswith(TORCHVISION):
+            elif apart and network.startswith((TORCHVISION, TIMM)):
                 yield from (f"{network}@{path}" for path in self._files(weights))
+            elif apart and Path(network).suffix.lower() in (".yaml", ".yml"):
+                for description in self._files(network):
+                    yield from (f"{description}@{path}" for path in self._files(weights))
             else:
                 yield from map(str, self._files(one))
 

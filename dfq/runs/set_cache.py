@@ -60,7 +60,9 @@ class Origin:
             if path.suffix.lower() == ".py" and not trust:
                 # The set's manifest is data, and data run nothing.
                 raise UserError(f"{self._said}, a config, which is a program; give --model")
-            if path.is_absolute() and path.suffix in _WEIGHTS:
+            # Of a described classifier, what is told counts too; it is checked below.
+            described = not whole and Path(network).suffix.lower() in (".yaml", ".yml")
+            if path.is_absolute() and path.suffix in _WEIGHTS and not described:
                 self._check(sha256_of(path))
         try:
             detector = load_model(self.model, trust=trust, device=device)
