@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .runs.comparison import compare as compare
     from .runs.folder import load_run as load_run
     from .runs.loading import load_detector as load_detector
+    from .runs.loading import load_model as load_model
 
 # Imported on first use: `dfq --help` need not wait seconds for torch and Ultralytics.
 _HOMES = {
@@ -42,6 +43,7 @@ _HOMES = {
     "load_recipe": "recipe",
     "Recipe": "recipe",
     "load_detector": "runs.loading",
+    "load_model": "runs.loading",
     "load_run": "runs.folder",
     "synthesize": "api.synthesize",
     "quantize": "api.quantize",

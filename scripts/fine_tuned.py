@@ -23,7 +23,7 @@ from dfq.cli.options import report_user_errors
 from dfq.data.augment import augment, mosaic
 from dfq.data.readers import open_set
 from dfq.data.training_images import LetterboxedImages
-from dfq.models import from_spec, load_detector, save_detector
+from dfq.models import from_spec, load_detector, require_detector, save_detector
 from dfq.models.base import Detector, Targets
 from scripts.demo_detector import draw
 
@@ -100,7 +100,7 @@ def with_categories(detector: Detector, names: list[str]) -> Detector:
     spec |= {"names": names, key: {**spec[key], "nc": len(names), "head": [*head, last]}}
     # What has another shape begins at random.
     torch.manual_seed(0)
-    changed = from_spec(spec)
+    changed = require_detector(from_spec(spec))
     state, old = changed.module.state_dict(), detector.module.state_dict()
     kept = {name: old[name] for name in state if state[name].shape == old[name].shape}
     changed.module.load_state_dict({**state, **kept})

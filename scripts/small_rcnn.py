@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dfq.demo.scenes import NAMES, TRAINING_SEED_START, draw_scene
-from dfq.models import Detector, from_spec, save_detector
+from dfq.models import Detector, from_spec, require_detector, save_detector
 from dfq.models.mmdet.config import plain, prepared, read_config, shipped_config
 
 SIDE = 128
@@ -183,7 +183,7 @@ def train_rcnn(
         scenes, epochs, batch, learning_rate: AdamW's rate, warm-up then cosine.
     """
     work.mkdir(parents=True, exist_ok=True)
-    detector = from_spec({**FAMILIES[family](), "source": family})
+    detector = require_detector(from_spec({**FAMILIES[family](), "source": family}))
     module = detector.module.requires_grad_(True)
     optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=0.02)
     checkpoint, first = work / "checkpoint.pt", 0

@@ -16,6 +16,7 @@ from dfq.data.readers import open_set
 from dfq.data.training_images import LetterboxedImages
 from dfq.evaluation.coco import evaluate
 from dfq.evaluation.divergence import mean_divergence
+from dfq.models import require_detector
 from dfq.runs.loading import load_model
 
 
@@ -25,11 +26,11 @@ from dfq.runs.loading import load_model
 @click.option("--data", required=True, help="Real images.")
 @click.option("--size", default=320, show_default=True, help="Side in pixels.")
 def main(runs: tuple[str, ...], model: str, data: str, size: int) -> None:
-    teacher, real = load_model(model), open_set(data)
+    teacher, real = require_detector(load_model(model)), open_set(data)
     images = LetterboxedImages(real, teacher, size)
     print(header("run", "divergence:", "AP:"))
     for run in runs:
-        student = load_model(run)
+        student = require_detector(load_model(run))
         ap = f"{evaluate(student, real, image_size=size).AP:.4f}" if real.labelled else ""
         print(line(run, f"{mean_divergence(student, teacher, images):.2f}", ap), flush=True)
 

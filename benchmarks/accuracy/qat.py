@@ -31,7 +31,7 @@ from dfq.api.quantize import quantize
 from dfq.api.synthesize import synthesize
 from dfq.data.readers import ImageSet, open_set
 from dfq.evaluation.coco import bootstrap_ap, predict, score
-from dfq.models import load_detector
+from dfq.models import load_detector, require_detector
 from dfq.recipe import Recipe, load_recipe
 from dfq.runs.loading import load_model
 from dfq.runtime.files import read_json, write_json
@@ -183,7 +183,7 @@ class Bench:
             found = read_json(file)
             if all(found.get(key) == value for key, value in wanted.items()):
                 return dict(found)
-        detector = load_model(source)
+        detector = require_detector(load_model(source))
         detections = predict(detector, self.data, image_size=self.size)
         metrics = score(self.data, detections, detector.names)
         low, high = bootstrap_ap(self.data, detections, detector.names)

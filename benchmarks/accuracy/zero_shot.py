@@ -23,7 +23,7 @@ from dfq.api.synthesize import synthesize
 from dfq.data.calibration_set import CalibrationSet
 from dfq.data.readers import open_set
 from dfq.evaluation.coco import bootstrap_ap, predict, score
-from dfq.models.base import Detector
+from dfq.models import require_detector
 from dfq.recipe import load_recipe
 from dfq.runs.loading import load_model
 from dfq.runtime.progress import Live
@@ -113,7 +113,7 @@ def print_table(
     print(header("bits", "data and method", *columns))
     reference = None
     for bits, label, source, spent in rows:
-        detector: Detector = load_model(source)
+        detector = require_detector(load_model(source))
         found = predict(detector, data, image_size=size)
         metrics = score(data, found, detector.names)
         low, high = bootstrap_ap(data, found, detector.names)

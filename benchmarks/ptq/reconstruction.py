@@ -3,8 +3,9 @@
     python -m benchmarks.ptq.reconstruction --model yolov5n.pt --data set --photos coco-train \\
       --val coco-val --size 320 --out runs/bench/ptq
 
-Each method quantizes the network on the images of the set; measured are AP on `--val` and the
-divergence of the predictions from the float network's on `--photos`, which nothing was made on.
+Each method quantizes the network, a detector or a classifier, on the images of the set; measured
+are AP or top-1 on `--val` and the divergence of the predictions from the float network's, an image
+of `--photos`, which nothing was made on.
 Goes on where it stopped: rows are kept in OUT/results.jsonl. Prints a Markdown table a width.
 """
 
@@ -14,11 +15,9 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
-from torch import Tensor
 
 from benchmarks.common import (
     Row,
@@ -32,12 +31,12 @@ from benchmarks.common import (
     set_option,
     threads_option,
 )
+from dfq.data.class_set import ClassSet
 from dfq.data.pixels import LabelledImages
-from dfq.data.readers import open_set
 from dfq.data.training_images import open_training_data
-from dfq.evaluation.coco import evaluate
+from dfq.evaluation.measuring import RealSet, main_figure, measured, open_labelled
 from dfq.graph.fold_batchnorm import fold
-from dfq.models.base import Detector
+from dfq.models.base import Model
 from dfq.models.divergence import total_divergence
 from dfq.ptq.pipeline import quantized, reconstructs_blocks, with_reconstructed_blocks
 from dfq.qat.trainer import Trainer
@@ -71,8 +70,8 @@ def recipe_of(width: str, method: str, size: int, overrides: Sequence[str]) -> R
 
 
 def made(
-    teacher: Detector, images: LabelledImages, recipe: Recipe, method: str, folder: Path
-) -> tuple[Detector, float]:
+    teacher: Model, images: LabelledImages, recipe: Recipe, method: str, folder: Path
+) -> tuple[Model, float]:
     """The low-bit network, and the seconds that it took."""
     section = recipe.quantization
     started = time.perf_counter()
@@ -90,27 +89,24 @@ def made(
     return student, time.perf_counter() - started
 
 
-def measured(student: Detector, teacher: Detector, photos: Tensor, val: Any, size: int) -> Row:
-    apart = float(total_divergence(student, teacher, photos.split(16))) / len(photos)
-    found = evaluate(student, val, image_size=size)
-    return {"divergence": apart, "AP": found.AP, "AP50": found.AP50}
+def accuracy(model: Model, val: RealSet, size: int) -> float:
+    """AP of a detector, top-1 of a classifier."""
+    found = measured(model, val, image_size=size)
+    return float(getattr(found, main_figure(found)))
 
 
 def table(rows: Sequence[Row], widths: Sequence[str]) -> str:
     """One Markdown table a width, the methods in their order."""
     lines = []
-    whole = next((row["AP"] for row in rows if row["method"] == "float"), None)
+    figure, whole = next((row["figure"], row[row["figure"]]) for row in rows if "figure" in row)
     for width in widths:
-        lines.append(
-            header(width.upper(), "AP:", "kept:", "AP50:", "divergence, photographs:", "seconds:")
-        )
+        lines.append(header(width.upper(), f"{figure}:", "kept:", "divergence:", "seconds:"))
         for method in METHODS:
             for row in rows:
                 if (row["width"], row["method"]) == (width, method):
-                    kept = f"{row['AP'] / whole:.1%}" if whole else ""
-                    numbers = (f"{row['AP']:.4f}", kept, f"{row['AP50']:.4f}")
+                    numbers = (f"{row[figure]:.4f}", f"{row[figure] / whole:.1%}")
                     lines.append(
-                        line(method, *numbers, f"{row['divergence']:.2f}", f"{row['seconds']:.0f}")
+                        line(method, *numbers, f"{row['divergence']:.3g}", f"{row['seconds']:.0f}")
                     )
         lines.append("")
     return "\n".join(lines)
@@ -120,7 +116,7 @@ def table(rows: Sequence[Row], widths: Sequence[str]) -> str:
 @model_option
 @click.option("--data", required=True, help="A calibration set, or real images.")
 @click.option("--photos", required=True, help="Real images that divergence is measured on.")
-@click.option("--val", required=True, help="A labelled set that AP is measured on.")
+@click.option("--val", required=True, help="A labelled set to measure on.")
 @click.option("--size", default=320, show_default=True, help="Side of the images in pixels.")
 @click.option("--widths", default="w8a8,w6a6,w4a8,w4a4,w3a8,w2a8", show_default=True)
 @click.option("--methods", default=",".join(METHODS), show_default=True)
@@ -149,7 +145,8 @@ def main(
     images = open_training_data(data, detector, size)
     looked = open_training_data(photos, detector, size)
     pixels = looked.load(list(range(len(looked))))
-    labelled = open_set(val)
+    labelled = open_labelled(val, detector)
+    figure = "top1" if isinstance(labelled, ClassSet) else "AP"
     done = {(row["width"], row["method"]) for row in results(file)}
 
     def keep(row: Row) -> None:
@@ -158,9 +155,8 @@ def main(
         print(json.dumps(row), flush=True)
 
     if ("", "float") not in done:
-        keep(
-            {"width": "", "method": "float", "AP": evaluate(teacher, labelled, image_size=size).AP}
-        )
+        whole = accuracy(teacher, labelled, size)
+        keep({"width": "", "method": "float", "figure": figure, figure: whole})
     asked = widths.split(",")
     for width in asked:
         for method in names(methods, METHODS, "--methods"):
@@ -168,7 +164,8 @@ def main(
                 continue
             recipe = recipe_of(width, method, size, (*overrides, f"seed={seed}"))
             student, seconds = made(teacher, images, recipe, method, out)
-            row = measured(student, teacher, pixels, labelled, size)
+            apart = float(total_divergence(student, teacher, pixels.split(16))) / len(pixels)
+            row = {"divergence": apart, figure: accuracy(student, labelled, size)}
             keep({"width": width, "method": method, "seconds": seconds, **row})
     print(table(list(results(file)), asked))
 

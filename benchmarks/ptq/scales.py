@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dfq.data.training_images import open_training_data
 from dfq.graph.fold_batchnorm import fold
-from dfq.models.base import Detector
+from dfq.models.base import Model
 from dfq.models.divergence import total_divergence
 from dfq.ptq.pipeline import calibrate_and_round, images_to_prepare
 from dfq.quantization.insertion import insert_quantizers
@@ -53,7 +53,7 @@ def settings(search: str, bits: int, compared: int, changed: dict[str, Any]) -> 
 
 
 def measured(
-    teacher: Detector, pixels: Tensor, photos: Tensor, section: Quantization
+    teacher: Model, pixels: Tensor, photos: Tensor, section: Quantization
 ) -> tuple[float, float]:
     """Divergence per photograph, and seconds it took to find scales (and round)."""
     student = insert_quantizers(teacher.clone(), section.policy())

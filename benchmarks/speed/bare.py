@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dfq.models.base import Detector
+from dfq.models.base import Model
 
 
-def bare_pass(detector: Detector, images: Tensor, precision: str) -> Callable[[], Tensor]:
+def bare_pass(detector: Model, images: Tensor, precision: str) -> Callable[[], Tensor]:
     """One forward and input-gradient backward pass; nothing can invert a network with less.
 
     Args:

@@ -37,7 +37,7 @@ from dfq.data.training_images import LetterboxedImages
 from dfq.evaluation.coco import evaluate
 from dfq.evaluation.divergence import mean_divergence
 from dfq.graph.fold_batchnorm import fold
-from dfq.models import load_detector
+from dfq.models import load_detector, require_detector
 from dfq.recipe import Recipe, load_recipe
 from dfq.runs.loading import load_model
 from dfq.runtime.files import read_json, write_json
@@ -132,7 +132,7 @@ class Ablation:
     def measure(self, run: Path, recipe: Recipe) -> dict[str, float]:
         size = recipe.synthesis.image_size
         assert size is not None
-        teacher, student = fold(load_detector(self.model)), load_model(run)
+        teacher, student = fold(load_detector(self.model)), require_detector(load_model(run))
         real = open_set(self.real)
         return {
             "divergence": mean_divergence(student, teacher, LetterboxedImages(real, teacher, size)),

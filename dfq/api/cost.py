@@ -7,12 +7,12 @@ from pathlib import Path
 from ..errors import argument
 from ..export.cost import Cost, FileCost, detector_cost, file_cost
 from ..export.opening import is_exported
-from ..models.base import Detector
+from ..models.base import Model
 from ..runs.loading import load_model
 
 
 def cost(
-    model: str | Path | Detector, *, image_size: int | None = None, trust: bool = False
+    model: str | Path | Model, *, image_size: int | None = None, trust: bool = False
 ) -> Cost | FileCost:
     """What a detector or a run costs, layer by layer; of an exported file, its size.
 
@@ -32,7 +32,7 @@ def cost(
         >>> full.total.disk_bytes / low.total.disk_bytes
         4.0
     """
-    if not isinstance(model, Detector):
+    if not isinstance(model, Model):
         if is_exported(model):
             return file_cost(model, image_size)
         model = load_model(model, trust=trust)

@@ -17,6 +17,7 @@ from ..demo.scenes import VALIDATION_SEED_START, write_coco
 from ..evaluation.coco import predict, score
 from ..export.opening import open_exported
 from ..export.targets import load_target
+from ..models import require_detector
 from ..models.base import Detecting, Detections
 from ..quantization.inspection import list_layers
 from ..recipe import load_recipe
@@ -93,8 +94,8 @@ def _compare(made: Deployment, out: Path, progress: Progress) -> None:
     )  # fmt: skip
     assert made.model is not None
     models: dict[str, Detecting] = {
-        FLOAT: load_model("demo"),
-        NAIVE: load_model(naive),
+        FLOAT: require_detector(load_model("demo")),
+        NAIVE: require_detector(load_model(naive)),
         THIS: open_exported(made.model),
     }
     results: dict[str, Any] = {}
@@ -112,7 +113,11 @@ def _compare(made: Deployment, out: Path, progress: Progress) -> None:
     # Not above: what draws is slow to import.
     from .report import report
 
-    networks = {FLOAT: load_model("demo"), NAIVE: load_run(naive), THIS: load_run(out / "run")}
+    networks = {
+        FLOAT: require_detector(load_model("demo")),
+        NAIVE: load_run(naive),
+        THIS: load_run(out / "run"),
+    }
     costs = {name: cost_of(list_layers(network)) for name, network in networks.items()}
     report(out / "run", out / PAGE, comparison=_comparison(results, costs))
     write_json(out / RESULTS, results)

@@ -10,6 +10,7 @@ from ..errors import UserError, argument, shown
 from ..export.dependencies import require
 from ..export.targets import KINDS, Target, load_target
 from ..graph.fold_batchnorm import fold
+from ..models import require_detector
 from ..models.base import Detector
 from ..quantization.insertion import insert_quantizers
 from ..quantization.inspection import list_layers
@@ -87,7 +88,7 @@ def deploy(
     if out is not None:
         out = user_path(out, argument("out"))
         require_output_folder(out, "out")
-    detector = load_float(model, trust=trust, device=pick_device(device))
+    detector = require_detector(load_float(model, trust=trust, device=pick_device(device)))
     side = image_size or detector.image_size
     detector.check_size(side, argument("image-size"))
     settings = settings_for(wanted, detector, image_size, quick, seed, overrides)

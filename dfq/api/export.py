@@ -18,7 +18,8 @@ from ..export.replacing import is_placed_for, place_for
 from ..export.suppression import OUTPUTS
 from ..export.writers import write
 from ..graph.fold_batchnorm import fold
-from ..models.base import Detector
+from ..models.base import Model
+from ..models.classifying import Classifier
 from ..quantization.inspection import LayerInfo, list_layers, quantized_share
 from ..quantization.layers import QUANTIZED_LAYERS
 from ..quantization.placement import PLACEMENTS
@@ -34,7 +35,7 @@ RANGE_IMAGES = 64
 
 
 def export(
-    model: str | Path | Detector,
+    model: str | Path | Model,
     out: str | Path,
     *,
     format: str | None = None,
@@ -82,7 +83,7 @@ def export(
     _check(format, batch, int4)
     _check_nms(nms, format)
     require_output_file(path, "out", (str(model), str(data) if data else None))
-    detector = model if isinstance(model, Detector) else load_model(model, trust=trust)
+    detector = model if isinstance(model, Model) else load_model(model, trust=trust)
     require_weights(detector)
     size = image_size or detector.image_size
     detector.check_size(size, "--image-size")
@@ -90,7 +91,7 @@ def export(
     if nms is not None:
         _require_decoded(detector, size)
     ranges = None
-    folder = user_path(model) if not isinstance(model, Detector) else None
+    folder = user_path(model) if not isinstance(model, Model) else None
     manifest = check_run(folder) if folder is not None and is_run(folder) else None
     if manifest is None:
         detector = fold(detector.clone())
@@ -192,7 +193,7 @@ def _check_nms(nms: float | None, format: str) -> None:
         raise UserError(f"--nms {nms}: a score from 0 to below 1")
 
 
-def _require_decoded(detector: Detector, image_size: int) -> None:
+def _require_decoded(detector: Model, image_size: int) -> None:
     """NMS needs boxes and scores."""
     if getattr(detector, "nms_free", False):
         raise UserError("--nms: this network needs no NMS: its best boxes are its detections")
@@ -202,7 +203,7 @@ def _require_decoded(detector: Detector, image_size: int) -> None:
         )
 
 
-def _outputs(detector: Detector, image_size: int) -> dict[str, Tensor]:
+def _outputs(detector: Model, image_size: int) -> dict[str, Tensor]:
     with torch.no_grad():
         raw = detector.exportable(torch.zeros(1, 3, image_size, image_size))
         return detector.outputs(raw, (image_size, image_size))
@@ -229,7 +230,7 @@ def range_source(manifest: dict[str, Any], data: str | Path | None) -> str | Pat
     return sets[0]
 
 
-def range_images(detector: Detector, source: str | Path) -> Tensor:
+def range_images(detector: Model, source: str | Path) -> Tensor:
     """Images to find ranges on: uint8 `(n, 3, s, s)`."""
     found = open_training_data(source, detector, None)
     return found.load(list(range(min(RANGE_IMAGES, len(found)))))
@@ -240,7 +241,7 @@ def digest_of(pixels: Tensor) -> str:
     return hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest()
 
 
-def refuse_wide(detector: Detector, runtime: str) -> None:
+def refuse_wide(detector: Model, runtime: str) -> None:
     """Refuse what a runtime has no integers for.
 
     Raises:
@@ -295,7 +296,7 @@ def remarks(
 
 
 def describe_export(
-    detector: Detector,
+    detector: Model,
     policy: Policy | None,
     format: str,
     runtime: str,
@@ -305,11 +306,17 @@ def describe_export(
 ) -> ExportInfo:
     """What the file says of itself."""
     outputs = _outputs(detector, image_size)
-    decoded = set(outputs) == {"boxes", "scores"}
+    understood = set(outputs) in ({"boxes", "scores"}, {"logits"})
     meaning = {
         "boxes": "x1 y1 x2 y2 in pixels of the letterboxed image, before NMS",
         "scores": "probability of each category, before NMS",
+        "logits": "of each category, before softmax",
     }
+    resized = f"longer side to {image_size}, centred on grey 114/255"
+    if isinstance(detector, Classifier):
+        wanted = detector.preprocessing
+        short = round(image_size / wanted.crop)
+        resized = f"shorter side to {short} ({wanted.interpolation}), middle {image_size} cut out"
     source = _without_folders(detector.source)
     bits = (32, 32) if policy is None else (policy.weight_bits, policy.activation_bits)
     return ExportInfo.model_validate(
@@ -328,10 +335,10 @@ def describe_export(
             "checkpoint": manifest["identity"]["checkpoint"] if manifest else detector.fingerprint,
             "model_sha256": manifest["model_sha256"] if manifest else None,
             "source": source,
-            "letterbox": f"longer side to {image_size}, centred on grey 114/255",
+            "letterbox": resized,
             "normalisation": "within the graph; images are RGB, float32 in [0, 1], n x 3 x h x w",
             "outputs": {
-                name: meaning[name] if decoded else "raw predictions of the family"
+                name: meaning[name] if understood else "raw predictions of the family"
                 for name in outputs
             },
             "spec": {**detector.spec(), "source": source},
@@ -342,9 +349,9 @@ def describe_export(
 def _without_folders(source: str) -> str:
     """What names a detector, for a file that goes elsewhere: where it lay is nobody's business.
     `network@weights` names two."""
-    of_torchvision = "torchvision/"
+    of_packages = ("torchvision/", "timm/")
     parts = (
-        part if part.startswith(of_torchvision) else Path(part).name or part
+        part if part.startswith(of_packages) else Path(part).name or part
         for part in source.split("@")
     )
     return shown("@".join(parts))

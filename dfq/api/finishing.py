@@ -8,8 +8,15 @@ import torch
 
 from ..data.calibration_set import CalibrationSet
 from ..data.image_set import ImageSet
-from ..evaluation.agreement import Kept, agreement, on_squares, sentence
+from ..evaluation.agreement import Agreement
+from ..evaluation.measuring import (
+    RealSet,
+    close_on_images,
+    close_on_pixels,
+    closeness_sentence,
+)
 from ..mixed_precision.policy import read_bits
+from ..models.classifying import Classifier
 from ..quantization.inspection import bit_operations, list_layers, quantized_share
 from ..quantization.policy import Policy
 from ..runs.folder import Run
@@ -29,7 +36,7 @@ def finish(
     result: QuantizationResult,
     images: int,
     looked: Looked,
-    photos: ImageSet | None,
+    photos: RealSet | None,
     progress: Progress,
 ) -> None:
     """Measure and save the result of a run.
@@ -68,7 +75,8 @@ def finish(
         if outcome.best is not None and selected.startswith("qat"):
             epoch, score = outcome.best
             where = settings.distillation.select_on
-            metrics["selected_on_real_images"] = {"data": where, "epoch": epoch, "AP": score}
+            figure = "top1" if isinstance(student, Classifier) else "AP"
+            metrics["selected_on_real_images"] = {"data": where, "epoch": epoch, figure: score}
     said = [kept_sentence(selected, outcome)]
     if result.candidates:
         metrics["candidates"] = result.candidates
@@ -76,13 +84,11 @@ def finish(
     if outcome is not None:
         said.append(divergence_sentence(outcome))
     pixels = looked.data.load(looked.indices)
-    close: dict[str, Kept] = {"synthetic": on_squares(student, teacher, pixels)}
-    said.append(sentence(close["synthetic"], looked.where))
-    metrics["closeness"] = {
-        "synthetic": {**close["synthetic"].to_dict(), "held_out": looked.held_out}
-    }
+    close = close_on_pixels(student, teacher, pixels)
+    said.append(closeness_sentence(close, looked.where))
+    metrics["closeness"] = {"synthetic": {**close.to_dict(), "held_out": looked.held_out}}
     if photos is not None:
-        on_photos = agreement(
+        on_photos = close_on_images(
             student,
             teacher,
             photos,
@@ -90,8 +96,8 @@ def finish(
             image_size=settings.evaluation.image_size,
         )
         metrics["closeness"]["photos"] = {"data": str(photos.source), **on_photos.to_dict()}
-        text = sentence(on_photos, f"the {len(photos)} photos it was made without")
-        if on_photos.objects:
+        text = closeness_sentence(on_photos, f"the {len(photos)} photos it was made without")
+        if isinstance(on_photos, Agreement) and on_photos.objects:
             text += f"; agreement AP {on_photos.AP:.3f}, AP50 {on_photos.AP50:.3f}"
         said.append(text)
     if isinstance(looked.data, CalibrationSet):
@@ -105,7 +111,8 @@ def finish(
     # Not above: what draws is slow to import, and looks at runs.
     from .report import drawing_of
 
-    draw = drawing_of(run, metrics, student, layers, teacher, looked.data, photos, progress)
+    shown = photos if isinstance(photos, ImageSet) else None
+    draw = drawing_of(run, metrics, student, layers, teacher, looked.data, shown, progress)
     run.finish(student, policy, metrics, {"versions": versions()}, draw)
     for line in said:
         run.log(line)

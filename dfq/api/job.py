@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from ..models.base import Detector
+from ..models.base import Model
 from ..runs.loading import load_float, require_float
 from ..runtime.distributed import World, gathered
 from ..runtime.files import require_output_folder, user_path
@@ -78,13 +78,13 @@ class Job:
         shared: Shared = self.world.broadcast(value)
         return shared
 
-    def float_detector(self, model: str | Path | Detector | None, *, trust: bool) -> Detector:
+    def float_detector(self, model: str | Path | Model | None, *, trust: bool) -> Model:
         """The float detector that is given or named, with weights, on the job's device.
 
         Raises:
             UserError: it is none, or there is none by that name.
         """
-        if isinstance(model, Detector):
+        if isinstance(model, Model):
             return require_float(model).to(self.device)
         return load_float(model, trust=trust, device=self.device)
 

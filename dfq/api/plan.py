@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.image_set import ImageSet
 from ..data.pixels import LabelledImages
+from ..evaluation.measuring import RealSet
 from ..graph.outline import outline
 from ..mixed_precision.search import check_budget_can_be_kept
-from ..models.base import Detector
+from ..models.base import Model
 from ..ptq.pipeline import float_start
 from ..quantization.insertion import insert_quantizers
 from ..recipe import Recipe
@@ -39,13 +39,13 @@ class Plan:
     """
 
     recipe: Recipe
-    detector: Detector
-    teacher: Detector
+    detector: Model
+    teacher: Model
     images: LabelledImages | None
     source: str | Path | None
-    measured_on: ImageSet | None
-    selected_on: ImageSet | None
-    photos: ImageSet | None
+    measured_on: RealSet | None
+    selected_on: RealSet | None
+    photos: RealSet | None
 
 
 def prepare(

@@ -26,6 +26,7 @@ from ..evaluation.prediction_picture import (
     name_pictures,
     require_pictures,
 )
+from ..models import require_detector
 from ..models.base import Detecting, Detector
 from ..runs.loading import as_detecting, as_float
 from ..runtime.files import (
@@ -99,7 +100,7 @@ def predict(
     detector = as_detecting(model, trust=trust, device=target)
     detectors: list[Detecting] = [detector]
     if compare is not None:
-        reference = as_float(compare, trust=trust, device=target)
+        reference = require_detector(as_float(compare, trust=trust, device=target))
         check_categories(detector, reference, "compare")
         detectors.append(reference)
     size = detector.image_size if image_size is None else image_size

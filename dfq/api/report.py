@@ -10,7 +10,7 @@ from typing import Any
 from ..data.image_set import ImageSet
 from ..data.pixels import LabelledImages
 from ..errors import UserError, argument, shown
-from ..models.base import Detector
+from ..models.base import Model
 from ..quantization.inspection import LayerInfo
 from ..report.material import Comparison, Material, gather
 from ..report.page import render
@@ -69,9 +69,9 @@ def draw(found: Material) -> bytes:
 def drawing_of(
     run: Run,
     metrics: Mapping[str, Any],
-    student: Detector,
+    student: Model,
     layers: list[LayerInfo],
-    teacher: Detector,
+    teacher: Model,
     data: LabelledImages,
     photos: ImageSet | None,
     progress: Progress,

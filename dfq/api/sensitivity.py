@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..data.training_images import open_training_data
 from ..mixed_precision.search import Sensitivity, check_budget_can_be_kept, find_bits
-from ..models.base import Detector
+from ..models.base import Model
 from ..ptq.pipeline import float_start
 from ..recipe import Recipe, changed_recipe
 from ..recipe.overrides import Overrides
@@ -17,7 +17,7 @@ from .synthesize import synthesize
 
 
 def sensitivity(
-    model: str | Path | Detector,
+    model: str | Path | Model,
     recipe: Recipe | str | Path | None = None,
     *,
     data: str | Path | None = None,

@@ -20,7 +20,7 @@ from ..export.latency import Latency, in_turns
 from ..export.opening import OpenVinoFile, is_exported, open_exported, open_file
 from ..graph.fold_batchnorm import fold
 from ..models import from_spec
-from ..models.base import Detector
+from ..models.base import Model
 from ..runs.folder import is_run, load_run
 from ..runtime.files import user_path
 from ..runtime.surroundings import Report, reporter
@@ -218,7 +218,7 @@ def _format_of(suffix: str) -> str:
 
 
 @torch.no_grad()
-def as_float(student: Detector) -> Detector:
+def as_float(student: Model) -> Model:
     """The network of a quantized one, folded, with its weights and without its quantizers: as fast
     as the float network that it was made from."""
     made = fold(from_spec(student.spec()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..data.calibration_set import CalibrationSet
-from ..models.base import Detector
+from ..models.base import Model
 from ..recipe import Recipe, as_noise, changed_recipe
 from ..recipe.overrides import Overrides
 from ..runs.set_cache import cached_folder
@@ -15,7 +15,7 @@ from .job import Job
 
 
 def synthesize(
-    model: str | Path | Detector,
+    model: str | Path | Model,
     recipe: Recipe | str | Path | None = None,
     *,
     out: str | Path | None = None,

@@ -40,6 +40,7 @@ from ..export.reference import parity_of
 from ..export.replacing import is_placed_for, place_for
 from ..export.verify import Accuracy, Verification, worst
 from ..graph.fold_batchnorm import fold
+from ..models import require_detector
 from ..models.base import Detecting, Detections, Detector
 from ..quantization.policy import Policy
 from ..runs.folder import check_run, is_run, load_run
@@ -180,7 +181,7 @@ class _Origin:
             return self.detecting
         for folder in sets_of(self.checkpoint or ""):
             with contextlib.suppress(UserError):
-                return origin_of(folder).load(trust=trust, device="cpu")
+                return require_detector(origin_of(folder).load(trust=trust, device="cpu"))
         return None
 
 
@@ -219,8 +220,13 @@ def _origin(against: str | Path | Detector, trust: bool) -> _Origin:
         return _Origin(open_exported(path, trust=trust))
     if is_run(path):
         manifest = check_run(path)
-        return _Origin(load_run(path), path, manifest, str(manifest["identity"]["checkpoint"]))
-    detector = load_float(against, trust=trust, device="cpu")
+        return _Origin(
+            require_detector(load_run(path)),
+            path,
+            manifest,
+            str(manifest["identity"]["checkpoint"]),
+        )
+    detector = require_detector(load_float(against, trust=trust, device="cpu"))
     return _Origin(detector, checkpoint=detector.fingerprint)
 
 

@@ -17,9 +17,16 @@ from .options import (
 
 
 @click.command("eval")
-@click.option("--model", required=True, help="A detector, a run folder or an exported file.")
+@click.option(
+    "--model", required=True, help="A detector or a classifier, a run folder or an exported file."
+)
 @checkpoint_option
-@click.option("--data", required=True, help="A labelled SET; with --against, any photos.")
+@click.option(
+    "--data",
+    required=True,
+    help="A labelled SET; of a classifier, a folder or ZIP file of CLASS/IMAGE. With --against, "
+    "any photos.",
+)
 @click.option(
     "--against",
     metavar="FLOAT",
@@ -45,11 +52,12 @@ def evaluate(
     device: str,
     trust: bool,
 ) -> None:
-    """Measure COCO AP, against labels or against another network."""
+    """Measure COCO AP, or a classifier's accuracy, against labels or against another network."""
     from ..api.evaluate import evaluate as verb
     from ..evaluation.agreement import Agreement
+    from ..evaluation.classification import Agreed, ClassificationMetrics
     from ..runtime.progress import Live
-    from .tables import print_agreement, print_metrics
+    from .tables import print_agreement, print_classification, print_metrics
 
     json_file = output_file(json_file, inputs=(model, data, against))
     found = verb(
@@ -65,5 +73,9 @@ def evaluate(
     write_json_output(json_file, found.to_dict())
     if isinstance(found, Agreement):
         print_agreement(found)
+    elif isinstance(found, Agreed):
+        click.echo(found.sentence("these images"))
+    elif isinstance(found, ClassificationMetrics):
+        print_classification(found)
     else:
         print_metrics(found.to_dict())

@@ -178,7 +178,8 @@ def _quantize(
     measured = metrics.get("evaluation")
     for name, value in measured.items() if isinstance(measured, dict) else ():
         if isinstance(value, dict):
-            figures = {key: number(value, key) for key in ("AP", "AP50")}
+            keys = ("AP", "AP50") if number(value, "top1") is None else ("top1", "top5", "f1_macro")
+            figures = {key: number(value, key) for key in keys}
             if value.get("masks"):
                 figures["mask AP"] = number(value["masks"], "AP")
             # There is none where there was nothing to find.

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ..evaluation.agreement import Agreement
+    from ..evaluation.classification import ClassificationMetrics
     from ..export.cost import Cost, Figures
     from ..export.targets import Target
     from ..mixed_precision.search import Sensitivity
@@ -187,6 +188,28 @@ def print_metrics(found: dict[str, Any]) -> None:
         click.echo(f"masks on {masks['images']} of them, whose objects all have an outline")
     if found["missing_categories"]:
         click.echo(f"not measured, unknown to the model: {', '.join(found['missing_categories'])}")
+
+
+def print_classification(found: ClassificationMetrics) -> None:
+    """How often a classifier is right."""
+    for key, value in (
+        ("top-1", found.top1),
+        ("top-5", found.top5),
+        ("micro F1", found.f1_micro),
+        ("macro F1", found.f1_macro),
+    ):
+        click.echo(f"{key:<10} {value:.4f}")
+    if found.top1_interval is not None:
+        low, high = found.top1_interval
+        click.echo(f"top-1 between {low:.4f} and {high:.4f} (95 %, over the draw of images)")
+    click.echo(f"{found.images} images at {found.image_size} px")
+    if found.by_position:
+        click.echo("categories matched by position: the set and the model share no name")
+    if found.passed_over:
+        click.echo(f"{found.passed_over} files left out, whose names do not end as images' do")
+    if found.missing_categories:
+        names = ", ".join(shown(name, limit=60) for name in found.missing_categories)
+        click.echo(f"not measured, unknown to the model: {names}")
 
 
 def print_agreement(found: Agreement) -> None:

@@ -153,6 +153,10 @@ class ImageSet:
             return None
         return replace(self, items=[item for item in self.items if item.segmented])
 
+    def only(self, indices: Sequence[int]) -> ImageSet:
+        """These images alone, at least one."""
+        return replace(self, items=[self.items[index] for index in indices])
+
     def head(self, n: int) -> ImageSet:
         """The first `n` images (all if there are fewer)."""
         return replace(self, items=self.items[: _at_least_one(n)])
@@ -216,18 +220,30 @@ def read_image(path: Path) -> np.ndarray:
     return cv2.cvtColor(_decode(path, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
 
 
+def decoded_image(data: bytes, where: str) -> np.ndarray:
+    """The same of a file's content; `where` it comes from is said in messages."""
+    return cv2.cvtColor(
+        _decoded(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR, where), cv2.COLOR_BGR2RGB
+    )
+
+
 def _decode(path: Path, flags: int) -> np.ndarray:
     try:
         # Not cv2.imread: it cannot open non-ASCII paths on Windows.
         data = np.fromfile(path, dtype=np.uint8)
-        with _QUIET:
-            image = cv2.imdecode(data, flags) if data.size else None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {reason(error)}") from None
+    return _decoded(data, flags, str(path))
+
+
+def _decoded(data: np.ndarray, flags: int, where: str) -> np.ndarray:
+    try:
+        with _QUIET:
+            image = cv2.imdecode(data, flags) if data.size else None
     except cv2.error:
         image = None
     if image is None:
-        raise UserError(f"{path}: is not an image that can be read")
+        raise UserError(f"{where}: is not an image that can be read")
     return image
 
 

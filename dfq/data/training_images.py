@@ -9,8 +9,11 @@ from torch import Tensor
 
 from ..errors import UserError, shown
 from ..models.base import Model, Targets
+from ..models.classifying import Classifier
 from ..runtime.files import user_path
 from .calibration_set import CalibrationSet
+from .class_set import ClassSet, open_class_set, open_photo_set
+from .cropped_images import CroppedImages
 from .image_set import ImageSet, image_size
 from .letterbox import load_letterboxed
 from .readers import open_set
@@ -58,10 +61,29 @@ class LetterboxedImages:
         return Targets.from_per_image([self._labels[i] for i in indices])
 
 
+def real_images(
+    images: ImageSet | ClassSet, model: Model, size: int
+) -> LetterboxedImages | CroppedImages:
+    """A real set in the shape that a model takes it in."""
+    if isinstance(images, ClassSet):
+        if not isinstance(model, Classifier):
+            raise TypeError(f"{model.family}: takes no set of class folders")
+        return CroppedImages(images, model, size)
+    return LetterboxedImages(images, model, size)
+
+
+def labelled(images: object) -> bool:
+    """Whether a set has labels to train on: a calibration set has."""
+    if isinstance(images, LetterboxedImages):
+        return images.images.labelled
+    return bool(images.images.names) if isinstance(images, CroppedImages) else True
+
+
 def open_training_data(
     source: str | Path, detector: Model, size: int | None
-) -> CalibrationSet | LetterboxedImages:
-    """A calibration set of this very detector, or any real set letterboxed to `size`.
+) -> CalibrationSet | LetterboxedImages | CroppedImages:
+    """A calibration set of this very model, or any real set letterboxed to `size`, or, for a
+    classifier, resized and cut to it.
 
     Raises:
         UserError: where the set is unfinished, empty, broken, changed, or made from another
@@ -70,7 +92,10 @@ def open_training_data(
     path = user_path(source)
     if not CalibrationSet.is_one(path):
         detector.check_size(size or detector.image_size, "synthesis.image_size")
-        return LetterboxedImages(open_set(path), detector, size or detector.image_size)
+        side = size or detector.image_size
+        if isinstance(detector, Classifier):
+            return CroppedImages(_classes_or_photos(path), detector, side)
+        return LetterboxedImages(open_set(path), detector, side)
     found = CalibrationSet.open(path)
     made_from = str(found.manifest["determinants"].get("checkpoint"))
     if made_from != detector.fingerprint:
@@ -82,3 +107,10 @@ def open_training_data(
     for side in image_size(path / found.files[0]):
         detector.check_size(side, f"{path}: the side of its images")
     return found
+
+
+def _classes_or_photos(path: Path) -> ClassSet:
+    """A set of class folders; images that lie in none are an unlabelled one."""
+    photos = open_photo_set(path)
+    loose = any("/" not in name for name, _ in photos.files)
+    return photos if loose else open_class_set(path)

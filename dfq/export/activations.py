@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..graph.outline import LISTED
-from ..models.base import Detector
+from ..models.base import Model
 from ..quantization.quantizers import Quantizer
 
 _BYTE = 8
@@ -309,7 +309,7 @@ def _hook_layer(name: str, layer: nn.Module, watch: _Watching, stack: ExitStack)
 
 
 @torch.no_grad()
-def watch_activations(detector: Detector, image_size: int) -> Pass:
+def watch_activations(detector: Model, image_size: int) -> Pass:
     """Run a detector on one image, and see when which activations are there.
 
     Args:

@@ -28,7 +28,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import UserError, argument, shown
-from ..models.base import Detector
+from ..models.base import Model
 from ..quantization.inspection import FLOAT_BITS, LayerInfo, list_layers
 from ..runtime.files import user_path
 from .activations import Call, watch_activations
@@ -147,7 +147,7 @@ class FileCost:
         return {"model": self.source, "disk_bytes": self.disk_bytes}
 
 
-def detector_cost(detector: Detector, image_size: int) -> Cost:
+def detector_cost(detector: Model, image_size: int) -> Cost:
     """What a detector costs for an image of so many pixels a side."""
     seen = watch_activations(detector, image_size)
     alive, as_float = seen.alive(), seen.alive(as_float=True)

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from ..errors import UserError, shown
-from ..models import from_spec
+from ..models import from_spec, require_detector
 from ..models.base import Detections, Detector
 from ..runtime.files import user_path
 from ..runtime.plain import one_line
@@ -310,7 +310,7 @@ class Opened(ExportedModel):
     @functools.cached_property
     def _family(self) -> Detector:
         """For its decoding; its weights are random."""
-        family = from_spec(self.info.spec)
+        family = require_detector(from_spec(self.info.spec))
         family.runners.update({name: _runner(part) for name, part in self.parts.items()})
         return family
 

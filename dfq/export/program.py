@@ -14,7 +14,7 @@ import torch.ao.quantization.fx._decomposed
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from ..models.base import Detector, Part
+from ..models.base import Model, Part
 from ..quantization.layers import QuantConv2d, QuantLinear, QuantMatmul, QuantSiLU
 from ..quantization.output_quantizers import RESULTS, requantize_results
 from ..quantization.placement import PLACEMENTS
@@ -27,7 +27,7 @@ from .written import Ends, GatedSiLU, Layer, Product, QuantizeDequantize
 class _Graph(nn.Module):
     """What a file computes: images in, the family's outputs out."""
 
-    def __init__(self, detector: Detector) -> None:
+    def __init__(self, detector: Model) -> None:
         super().__init__()
         self.detector, self.module = detector, detector.module
 
@@ -40,7 +40,7 @@ class _Graph(nn.Module):
 class _PartGraph(nn.Module):
     """What the file of a detector's part computes."""
 
-    def __init__(self, detector: Detector, part: Part) -> None:
+    def __init__(self, detector: Model, part: Part) -> None:
         super().__init__()
         self.module, self.run = detector.module, part.run
 
@@ -73,7 +73,7 @@ def input_shape(exported: ExportedProgram) -> tuple[int | None, ...]:
     return tuple(side if isinstance(side, int) else None for side in node.meta["val"].shape)
 
 
-def as_program(detector: Detector, runtime: str) -> Detector:
+def as_program(detector: Model, runtime: str) -> Model:
     """A detector whose quantized layers are written as quantize and dequantize operations.
 
     Args:
@@ -146,7 +146,7 @@ def _fits_product(layer: QuantConv2d | QuantLinear) -> bool:
 
 
 def build(
-    detector: Detector,
+    detector: Model,
     runtime: str,
     *,
     image_size: int,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..graph.fold_batchnorm import fold
 from ..models import from_spec
-from ..models.base import Detector
+from ..models.base import Model
 from ..quantization.calibration import run_observers, set_range
 from ..quantization.factors import bound_factors
 from ..quantization.insertion import insert_quantizers
@@ -27,8 +27,8 @@ def is_placed_for(policy: Policy, runtime: str) -> bool:
 
 @torch.no_grad()
 def place_for(
-    detector: Detector, policy: Policy, runtime: str, batches: Iterable[Tensor]
-) -> tuple[Detector, Policy]:
+    detector: Model, policy: Policy, runtime: str, batches: Iterable[Tensor]
+) -> tuple[Model, Policy]:
     """A network's weights, and what of its grids the placement keeps, under another placement.
 
     Weights and biases stay as they are. So does the grid of an activation that is one tensor's in

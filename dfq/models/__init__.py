@@ -3,12 +3,14 @@
 import os
 
 from .base import Boundary, Detections, Detector, DistillationPair, Model, Targets
-from .loading import load_detector
+from .classifying import Classifier
+from .loading import load_detector, load_model, require_detector
 from .registry import from_spec
 from .storage import save_detector
 
 __all__ = [
     "Boundary",
+    "Classifier",
     "Detections",
     "Detector",
     "DistillationPair",
@@ -16,6 +18,8 @@ __all__ = [
     "Targets",
     "from_spec",
     "load_detector",
+    "load_model",
+    "require_detector",
     "save_detector",
 ]
 

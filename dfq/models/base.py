@@ -1,8 +1,9 @@
-"""The two doors every family comes through: `Model` and `Detector`.
+"""The doors every family comes through: `Model`, and `Detector` or `classifying.Classifier`.
 
 Nothing outside `dfq.models` knows a family's name. Synthesis, quantization, PTQ and QAT need only
 what `Model` declares: predictions and how far they are apart, the task's loss, layers and blocks.
-What makes boxes of predictions is declared by `Detector`. A new family is one new adapter.
+What makes boxes of predictions is declared by `Detector`, what makes categories of whole images by
+`Classifier`. A new family is one new adapter.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ class Model(ABC):
         mask_targets: what the mask term of the task loss, in networks that have one, compares with:
             the ellipse inscribed in a label's box, the mask the network itself predicts for it, or
             nothing (boxes only).
+        prefix_tokens: so many tokens that the attention layers give first are no patches' (a class
+            token).
         half_images: whether `raw` takes half-precision images too, and gives the same for them as
             for float32 ones where its convolutions compute in half precision anyway.
         half_loss: whether `task_loss` takes half-precision predictions as they are and computes in
@@ -52,6 +55,7 @@ class Model(ABC):
     mask_targets: Literal["ellipse", "own", "none"] = "ellipse"
     backbone: str | None = None
     random_weights: bool = False
+    prefix_tokens: int = 0
     half_images: ClassVar[bool] = False
     static_loss: ClassVar[bool] = False
     half_loss: ClassVar[bool] = False
@@ -195,6 +199,33 @@ class Model(ABC):
     def boundary_layers(self) -> Boundary:
         """First and last conv/linear layers, kept in float or 8 bit by policy."""
 
+    @property
+    def has_masks(self) -> bool:
+        """Whether the network predicts instance masks."""
+        return False
+
+    def exportable(self, images: Tensor) -> Any:
+        """What `raw` gives, but for what depends on the values of other predictions: that is left
+        to `from_outputs`, which takes what it needs from the `parts`. Traceable by `torch.export`.
+        """
+        return self.raw(images)
+
+    def parts(self, image_size: int) -> dict[str, Part]:
+        """What is exported besides, by name: modules that `from_outputs` runs, under these names of
+        `runners`. None where one file tells all."""
+        return {}
+
+    def outputs(self, raw: Any, image_shape: tuple[int, int]) -> dict[str, Tensor]:
+        """What an exported file gives for `raw`, by name: boxes and scores where a family decodes
+        without choosing, else the raw predictions one by one. Traceable by `torch.export`.
+
+        Args:
+            raw: what `raw` returned for a batch.
+            image_shape: height and width of the batch, pixels.
+        """
+        leaves = [leaf for leaf in tree_leaves(raw) if isinstance(leaf, Tensor)]
+        return {f"raw{index}": leaf for index, leaf in enumerate(leaves)}
+
     @abstractmethod
     def spec(self) -> dict[str, Any]:
         """A JSON-serialisable description from which `dfq.models.from_spec` rebuilds the
@@ -219,11 +250,6 @@ class Detector(Model):
         """Images that a call takes, no more and no fewer; None, as here: any number."""
         return None
 
-    @property
-    def has_masks(self) -> bool:
-        """Whether the network predicts instance masks."""
-        return False
-
     @abstractmethod
     def decode(
         self,
@@ -247,37 +273,11 @@ class Detector(Model):
             One `Detections` an image, boxes in pixels of the batch.
         """
 
-    def exportable(self, images: Tensor) -> Any:
-        """`raw`, less what depends on the values of other predictions (proposals, NMS):
-        `from_outputs` computes that, with the `parts`. Traceable by `torch.export`.
-
-        Args:
-            images: float32 `(n, 3, h, w)` in [0, 1].
-        """
-        return self.raw(images)
-
-    def parts(self, image_size: int) -> dict[str, Part]:
-        """What is exported besides, by name: modules that `from_outputs` runs, under these names of
-        `runners`. None where one file tells all."""
-        return {}
-
     @property
     def runners(self) -> dict[str, Callable[[Tensor], tuple[Tensor, ...]]]:
         """Functions that replace the detector's own `parts`, by name: exported files. They take and
         give tensors of the shapes that the part has."""
         return self.__dict__.setdefault("_runners", {})
-
-    def outputs(self, raw: Any, image_shape: tuple[int, int]) -> dict[str, Tensor]:
-        """The outputs of an exported file, by name: `boxes` `(n, a, 4)`, x1 y1 x2 y2 in pixels, and
-        `scores` `(n, a, classes)` in [0, 1] where a family decodes without choosing; else the raw
-        predictions one by one, as here. Traceable by `torch.export`.
-
-        Args:
-            raw: what `raw` returned for a batch.
-            image_shape: height and width of the batch, pixels.
-        """
-        leaves = [leaf for leaf in tree_leaves(raw) if isinstance(leaf, Tensor)]
-        return {f"raw{index}": leaf for index, leaf in enumerate(leaves)}
 
     def from_outputs(
         self, outputs: dict[str, Tensor], image_shape: tuple[int, int], **thresholds: Any

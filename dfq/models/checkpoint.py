@@ -33,6 +33,7 @@ __all__ = [
     "children_of",
     "class_of",
     "find_model",
+    "holds_no_module",
     "modules_of",
     "read_checkpoint",
     "sha256_of",
@@ -159,6 +160,13 @@ def find_model(checkpoint: Checkpoint) -> Inert | nn.Module:
     raise UserError(
         f"{checkpoint.path} holds no network: name a checkpoint of YOLOv5 or Ultralytics training"
     )
+
+
+def holds_no_module(checkpoint: Checkpoint) -> bool:
+    """Whether there are tensors in a checkpoint and no network."""
+    root = checkpoint.root
+    values = root.values() if isinstance(root, dict) else [root]
+    return _holds_tensors(root) and not any(map(_is_module, values))
 
 
 _WRAPPERS = {

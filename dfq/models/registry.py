@@ -1,4 +1,4 @@
-"""Families of detectors, and how each rebuilds one from its description."""
+"""Families of models, and how each rebuilds one from its description."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..runtime.plain import ODD, brief, one_line, plain_tree
-from .base import Detector
+from .base import Model
 from .metadata import source_of
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ def _families() -> tuple[type[YOLOv5], type[UltralyticsDetector]]:
     return (YOLOv5, UltralyticsDetector)
 
 
-def from_spec(spec: dict[str, Any]) -> Detector:
-    """Rebuild the architecture that `Detector.spec` described, with random weights.
+def from_spec(spec: dict[str, Any]) -> Model:
+    """Rebuild the architecture that `Model.spec` described, with random weights.
 
     Raises:
         UserError: the description is damaged or of an unknown family.
@@ -46,13 +46,13 @@ def from_spec(spec: dict[str, Any]) -> Detector:
         ) from error
 
 
-def _torchvision_spec(spec: dict[str, Any]) -> Detector:
+def _torchvision_spec(spec: dict[str, Any]) -> Model:
     from .torchvision.base import TorchvisionDetector
 
     return TorchvisionDetector.from_spec(spec)
 
 
-def _mmdet_spec(spec: dict[str, Any]) -> Detector:
+def _mmdet_spec(spec: dict[str, Any]) -> Model:
     from .mmdet.config import require_mmdet
 
     require_mmdet()
@@ -61,10 +61,17 @@ def _mmdet_spec(spec: dict[str, Any]) -> Detector:
     return MMDetDetector.from_spec(spec)
 
 
-_SPECS: dict[Any, Callable[[dict[str, Any]], Detector]] = {
+def _classifier_spec(spec: dict[str, Any]) -> Model:
+    from .classifiers.classifier import NetworkClassifier
+
+    return NetworkClassifier.from_spec(spec)
+
+
+_SPECS: dict[Any, Callable[[dict[str, Any]], Model]] = {
     "yolov5": lambda spec: _families()[0].from_spec(spec),
     "ultralytics": lambda spec: _families()[1].from_spec(spec),
     "torchvision": _torchvision_spec,
     "mmdet": _mmdet_spec,
+    "classifier": _classifier_spec,
 }
-"""What rebuilds a detector of a family from its description."""
+"""What rebuilds a model of a family from its description."""

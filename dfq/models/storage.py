@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..runtime.files import reason, write_atomic
 from ..runtime.plain import one_line, parse_json
-from .base import Detector
+from .base import Model
 from .bounded import bounded, most_for
 from .checkpoint import sha256_of
 from .tensors import (
@@ -35,9 +35,7 @@ KIND = "dfq quantized detector"
 """What the model and the manifest of a run say that they are."""
 
 
-def save_detector(
-    detector: Detector, path: str | Path, *, dtype: torch.dtype = torch.float32
-) -> None:
+def save_detector(detector: Model, path: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
     """Write a detector as one `.safetensors` file, which `load_detector` reads back.
 
     The file appears whole or not at all.
@@ -74,7 +72,7 @@ def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def read_detector(path: Path) -> Detector:
+def read_detector(path: Path) -> Model:
     """A detector that `save_detector` wrote.
 
     Raises:
@@ -102,7 +100,12 @@ def read_detector(path: Path) -> Detector:
     return detector
 
 
-def _fill(detector: Detector, state: dict[str, Tensor], path: Path) -> None:
+def is_of_dfq(metadata: dict[str, str]) -> bool:
+    """Whether the metadata of a `.safetensors` file are those of one of ours."""
+    return is_quantized(metadata) or METADATA_KEY in metadata
+
+
+def _fill(detector: Model, state: dict[str, Tensor], path: Path) -> None:
     check_kinds(detector.module.state_dict(), state, str(path))
     try:
         missing, unknown = detector.module.load_state_dict(state, strict=False)

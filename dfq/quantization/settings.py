@@ -131,8 +131,8 @@ class Quantization(Section):
     def _corrected_once(self) -> Quantization:
         if self.corrects_biases and self.reconstruction != "none":
             raise ValueError(
-                "start: bias-correction is of weights at the nearest level (gptq corrects biases by "
-                "itself): reconstruction: none"
+                "start: bias-correction is of weights at the nearest level (gptq corrects biases "
+                "by itself): reconstruction: none"
             )
         return self
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..models.base import Boundary, Detector
+from ..models.base import Boundary, Model
 from ..ptq.gptq import is_too_wide
 from ..quantization.bit_widths import format_widths
 from ..quantization.dynamic import DynamicQuantizer
@@ -61,7 +61,7 @@ class LayerRow:
 
 
 def layer_rows(
-    detector: Detector,
+    detector: Model,
     layers: Sequence[LayerInfo],
     policy: Policy,
     sensitivity: Mapping[str, Any] | None,
@@ -97,7 +97,7 @@ def layer_rows(
     return rows
 
 
-def too_wide(detector: Detector, layers: Sequence[LayerInfo]) -> list[str]:
+def too_wide(detector: Model, layers: Sequence[LayerInfo]) -> list[str]:
     """Names of the quantized layers that have too many inputs for anything but nearest rounding."""
     return [
         info.name

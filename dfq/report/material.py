@@ -18,9 +18,9 @@ from ..data.training_images import open_training_data
 from ..errors import UserError
 from ..evaluation.agreement import unlabelled
 from ..graph.fold_batchnorm import fold
-from ..models import load_detector
-from ..models.base import Detector
-from ..models.loading import TORCHVISION
+from ..models import load_model
+from ..models.base import Detector, Model
+from ..models.loading import TIMM, TORCHVISION
 from ..quantization.inspection import LayerInfo, list_layers
 from ..recipe import Recipe, recorded_recipe
 from ..runs.inputs import joining
@@ -98,10 +98,10 @@ class Material:
     manifest: Mapping[str, Any]
     metrics: Mapping[str, Any]
     recipe: Recipe
-    student: Detector
+    student: Model
     layers: list[LayerInfo]
     origin: str | None = None
-    teacher: Detector | None = None
+    teacher: Model | None = None
     data: LabelledImages | None = None
     photos: ImageSet | None = None
     sensitivity: Mapping[str, Any] | None = None
@@ -114,9 +114,9 @@ def gather(
     folder: Path,
     manifest: Mapping[str, Any],
     metrics: Mapping[str, Any],
-    student: Detector,
+    student: Model,
     *,
-    teacher: Detector | None = None,
+    teacher: Model | None = None,
     data: LabelledImages | None = None,
     photos: ImageSet | None = None,
     layers: list[LayerInfo] | None = None,
@@ -150,7 +150,8 @@ def gather(
     if data is None:
         # The next ones may be named by it.
         search.found = found = replace(found, data=search.tried("the set", search.set))
-    if photos is None and "photos" in _mapping(metrics.get("closeness")):
+    looked = "photos" in _mapping(metrics.get("closeness"))
+    if photos is None and looked and isinstance(student, Detector):
         found = replace(found, photos=search.tried("the photos", search.photos))
     if teacher is None:
         found = replace(found, teacher=search.tried("the float network", search.float))
@@ -240,13 +241,13 @@ class _Search:
             return replace(found, items=left)
         raise UserError(f"not found ({source})")
 
-    def float(self) -> Detector:
+    def float(self) -> Model:
         """The very network. Nothing is fetched for it, and no program run."""
         wanted = self.identity.get("checkpoint")
         name = self.found.recipe.model
         for source in self._networks(name):
             with contextlib.suppress(UserError, OSError):
-                detector = load_detector(source)
+                detector = load_model(source)
                 if detector.fingerprint == wanted:
                     return fold(detector).to(self.found.student.device)
         raise UserError(f"not found, or changed since ({name})")
@@ -261,8 +262,11 @@ class _Search:
             network, apart, weights = one.rpartition("@")
             if one == "demo":
                 yield one
-            elif apart and network.startswith(TORCHVISION):
+            elif apart and network.startswith((TORCHVISION, TIMM)):
                 yield from (f"{network}@{path}" for path in self._files(weights))
+            elif apart and Path(network).suffix.lower() in (".yaml", ".yml"):
+                for description in self._files(network):
+                    yield from (f"{description}@{path}" for path in self._files(weights))
             else:
                 yield from map(str, self._files(one))
 

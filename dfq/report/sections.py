@@ -15,6 +15,7 @@ from ..data.calibration_set import CalibrationSet
 from ..data.statistics import Objects, Summary, summarize
 from ..data.training_images import LetterboxedImages
 from ..errors import UserError
+from ..models.base import Detector
 from ..quantization.output_quantizers import count_adds_and_concats
 from ..quantization.policy import Policy
 from ..runs.comparison import number
@@ -88,14 +89,16 @@ class _Looked:
     def groups(self) -> list[dict[str, Any]]:
         """Images with both networks' detections."""
         found = self.found
-        if found.teacher is None:
+        teacher, student = found.teacher, found.student
+        # Pictures are of boxes.
+        if not isinstance(teacher, Detector) or not isinstance(student, Detector):
             return []
         groups: list[dict[str, Any]] = []
         if found.data is not None:
             _, looked = hold_out(found.data)
             pairs = self.tried(
                 "detections on images of the set", pairs_on_squares,
-                found.teacher, found.student, looked.data, looked.indices,
+                teacher, student, looked.data, looked.indices,
             )  # fmt: skip
             title = f"On {looked.where}" if looked.held_out else "On images it was made on"
             groups.append({"title": title, "pairs": pairs, "real": _is_real(found)})
@@ -103,7 +106,7 @@ class _Looked:
             size = found.recipe.evaluation.image_size
             pairs = self.tried(
                 "detections on photos", pairs_on_photos,
-                found.teacher, found.student, found.photos, size,
+                teacher, student, found.photos, size,
             )  # fmt: skip
             title = f"On {len(found.photos)} photos it was made without"
             groups.append({"title": title, "pairs": pairs, "real": True})

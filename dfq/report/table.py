@@ -11,11 +11,18 @@ from .formats import NOTHING, fixed, mebibytes, percent, text
 from .material import Compared, Material
 
 
+def _accuracies(measured: Any) -> tuple[str, str]:
+    """Which figures say how accurate a network is: those of a detector, or of a classifier."""
+    return ("AP", "AP50") if number(measured, "top1") is None else ("top1", "top5")
+
+
 def measured_AP(found: Material) -> tuple[float | None, float | None]:
-    """Of the float network and of this one, where measured."""
+    """Of the float network and of this one, where measured; of classifiers, top-1 accuracy."""
     measured = found.metrics.get("evaluation")
     if isinstance(measured, Mapping):
-        return number(measured.get("float"), "AP"), number(measured.get("quantized"), "AP")
+        one, other = measured.get("float"), measured.get("quantized")
+        key = _accuracies(one)[0]
+        return number(one, key), number(other, key)
     if found.comparison is not None:
         before = [row.AP for row in found.comparison.rows if row.before]
         after = [row.AP for row in found.comparison.rows if row.this]
@@ -51,10 +58,11 @@ def side_by_side(found: Material) -> dict[str, Any]:
     if isinstance(measured, Mapping):
         source = "metrics.json, evaluation"
         one, other = measured.get("float"), measured.get("quantized")
-        for key in ("AP", "AP50"):
+        keys = _accuracies(one)
+        for key in keys:
             first, last = number(one, key), number(other, key)
             share = percent(last / first) if first and last is not None else ""
-            where = f" on {text(measured.get('data'), 80)}" if key == "AP" else ""
+            where = f" on {text(measured.get('data'), 80)}" if key == keys[0] else ""
             add(f"{key}{where}", fixed(first), (fixed(last), share), source)
     closeness = _mapping(found.metrics.get("closeness"))
     for key in ("synthetic", "photos"):
@@ -69,6 +77,10 @@ def side_by_side(found: Material) -> dict[str, Any]:
             if objects is not None and count is not None:
                 share = percent(count / objects) if objects else ""
                 add(label, f"{objects:.0f}", (f"{count:.0f}", share), source)
+        images, same = number(values, "images"), number(values, "same")
+        if images and same is not None:
+            label = f"Same category likeliest on {where}"
+            add(label, f"{images:.0f}", (f"{same:.0f}", percent(same / images)), source)
         if number(values, "AP") is not None:
             add("Agreement AP on them", fixed(1.0), fixed(number(values, "AP")), source)
     costs = [{line.label: line.after for line in cost_rows(one.cost)} for one in given[2:]]

@@ -62,9 +62,12 @@ def judge(metrics: Mapping[str, Any], AP: tuple[float | None, float | None]) -> 
     """
     before, after = AP
     if before and after is not None:
+        measured = metrics.get("evaluation")
+        float_figures = measured.get("float") if isinstance(measured, Mapping) else None
+        what = "AP" if number(float_figures, "top1") is None else "a top-1 accuracy of"
         return _of(
             _light(after / before, AP_BOUNDS),
-            f"It reaches AP {after:.3f}, and the float network {before:.3f}: "
+            f"It reaches {what} {after:.3f}, and the float network {before:.3f}: "
             f"{after / before:.1%} of it, measured against labels.",
         )
     closeness = metrics.get("closeness")
@@ -72,12 +75,17 @@ def judge(metrics: Mapping[str, Any], AP: tuple[float | None, float | None]) -> 
     for where, images in (("photos", "real photos"), ("synthetic", "synthetic images")):
         values = closeness.get(where)
         objects, kept = number(values, "objects"), number(values, "kept_above")
+        classified = number(values, "same") is not None
+        if classified:
+            objects, kept = number(values, "images"), number(values, "same")
         if objects is None or kept is None or objects < FEWEST:
             continue
         kept_of = (
             f"it has {kept:.0f} of the float network's {objects:.0f} detections above a score of "
             f"{REFERENCE_SCORE} above that score too"
         )
+        if classified:
+            kept_of = f"in {kept:.0f} of {objects:.0f} it finds the float network's category"
         light = _light(kept / objects, KEPT_BOUNDS)
         if where == "photos":
             why = f"On {images} that it was made without, {kept_of}."

@@ -30,7 +30,7 @@ from safetensors.torch import save
 from ..errors import UserError, naming
 from ..graph.fold_batchnorm import fold
 from ..models import from_spec
-from ..models.base import Detector
+from ..models.base import Model
 from ..models.bounded import bounded, most_for
 from ..models.checkpoint import sha256_of
 from ..models.storage import KIND, quantized_description
@@ -132,7 +132,7 @@ class Run:
 
     def finish(
         self,
-        detector: Detector,
+        detector: Model,
         policy: Policy,
         metrics: dict[str, Any],
         extra: dict[str, Any],
@@ -338,7 +338,7 @@ def _is_share(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value <= 1
 
 
-def load_run(folder: str | Path, *, device: str = "cpu") -> Detector:
+def load_run(folder: str | Path, *, device: str = "cpu") -> Model:
     """The quantized detector of a finished run; its outputs are bit-equal to those it was saved
     with.
 
@@ -356,7 +356,7 @@ def load_run(folder: str | Path, *, device: str = "cpu") -> Detector:
     return detector.to(device)
 
 
-def load_quantized(path: Path) -> Detector:
+def load_quantized(path: Path) -> Model:
     """The detector of a run's `model.safetensors`, with the run's folder around it or without.
 
     Raises:
@@ -387,7 +387,7 @@ def check_format(path: Path, found: Any) -> None:
         )
 
 
-def _rebuilt(path: Path, described: dict[str, Any]) -> Detector:
+def _rebuilt(path: Path, described: dict[str, Any]) -> Model:
     """The detector whose state a file holds, as `spec`, `policy` and `format` describe it."""
     try:
         with naming(path):

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..data.calibration_set import CalibrationSet
+from ..data.cropped_images import CroppedImages
 from ..data.image_set import image_size
 from ..data.pixels import LabelledImages, Pixels
-from ..data.readers import ImageSet, open_set
-from ..data.training_images import LetterboxedImages, open_training_data
+from ..data.training_images import (
+    LetterboxedImages,
+    labelled,
+    open_training_data,
+    real_images,
+)
 from ..errors import UserError, argument, shown
-from ..evaluation.agreement import unlabelled
-from ..evaluation.coco_matching import require_labels
-from ..models.base import Detector
+from ..evaluation.measuring import RealSet, open_labelled, open_unlabelled
+from ..models.base import Model
 from ..recipe import Recipe
 from ..runtime.files import user_path
 
@@ -24,19 +27,17 @@ MOST_JOINING = 64
 """Real images that calibration takes, at most."""
 
 
-def labelled_set(source: str | None, settings: Recipe, detector: Detector) -> ImageSet | None:
+def labelled_set(source: str | None, settings: Recipe, detector: Model) -> RealSet | None:
     """A set to measure on, checked; None where none is named."""
     if not source:
         return None
-    images = open_set(source)
-    require_labels(images)
-    images.category_mapping(detector.names)
+    images = open_labelled(source, detector)
     size = settings.evaluation.image_size or detector.image_size
     detector.check_size(size, "evaluation.image_size")
     return images
 
 
-def photographs(source: str | Path | None, settings: Recipe, detector: Detector) -> ImageSet | None:
+def photographs(source: str | Path | None, settings: Recipe, detector: Model) -> RealSet | None:
     """Real images, each of which can be read, without the labels they may have; None where none are
     named.
 
@@ -46,7 +47,7 @@ def photographs(source: str | Path | None, settings: Recipe, detector: Detector)
     if source is None:
         return None
     try:
-        found = unlabelled(open_set(source))
+        found = open_unlabelled(source, detector)
         for index in range(len(found)):
             # Now, not after hours of training.
             found.load_image(index)
@@ -57,12 +58,11 @@ def photographs(source: str | Path | None, settings: Recipe, detector: Detector)
     return found
 
 
-def training_data(data: str | Path, settings: Recipe, detector: Detector) -> LabelledImages:
+def training_data(data: str | Path, settings: Recipe, detector: Model) -> LabelledImages:
     """The set to train on, checked; errors are those of `open_training_data`, and labels that the
     recipe needs and the set has not."""
     found = open_training_data(data, detector, settings.synthesis.image_size)
-    unlabelled = isinstance(found, LetterboxedImages) and not found.images.labelled
-    if unlabelled and settings.distillation.weights.task > 0:
+    if not labelled(found) and settings.distillation.weights.task > 0:
         raise UserError(
             f"{data}: has no labels for the task loss; "
             "use a labelled set or --set distillation.weights.task=0"
@@ -72,7 +72,9 @@ def training_data(data: str | Path, settings: Recipe, detector: Detector) -> Lab
 
 def remark(calibration: LabelledImages) -> str | None:
     """What was left out of a real set, in a line; None for nothing."""
-    return calibration.images.remark() if isinstance(calibration, LetterboxedImages) else None
+    if isinstance(calibration, LetterboxedImages | CroppedImages):
+        return calibration.images.remark()
+    return None
 
 
 def require_side(calibration: LabelledImages, size: int) -> None:
@@ -111,15 +113,12 @@ class WithPhotographs:
         detector: whose stride counts.
     """
 
-    def __init__(self, photos: ImageSet, others: LabelledImages, detector: Detector) -> None:
+    def __init__(self, photos: RealSet, others: LabelledImages, detector: Model) -> None:
         joined = joining(len(photos))
-        self.left = replace(
-            photos, items=[item for i, item in enumerate(photos.items) if i not in joined]
-        )
+        left = [index for index in range(len(photos)) if index not in joined]
+        self.left = photos.only(left)
         size = others.load([0]).shape[-1]
-        self.photos = LetterboxedImages(
-            replace(photos, items=[photos.items[i] for i in joined]), detector, size
-        )
+        self.photos = real_images(photos.only(joined), detector, size)
         self.others = others
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""The detectors that the verbs are given: loaded, and refused where they are of the wrong kind."""
+"""The models that the verbs are given: loaded, and refused where they are of the wrong kind."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from ..data.image_set import is_file
 from ..errors import UserError
 from ..export.opening import is_exported, open_exported
 from ..models import loading
-from ..models.base import Detecting, Detector
+from ..models.base import AnyModel, Detecting, Detector, Model
+from ..models.loading import require_detector
 from ..models.storage import is_quantized
 from ..models.tensors import read_metadata
 from ..quantization.traversal import quantized_layers
@@ -16,6 +17,9 @@ from ..runtime.files import user_path
 from ..runtime.surroundings import cache_folder
 from .folder import is_run, load_quantized, load_run
 from .inputs import refuse_set
+
+Measurable = Detecting | Model
+"""What can be measured: whatever detects, or a model of either kind."""
 
 
 def load_detector(source: str | Path, *, trust: bool = False, device: str = "cpu") -> Detector:
@@ -34,21 +38,38 @@ def load_detector(source: str | Path, *, trust: bool = False, device: str = "cpu
         >>> dfq.load_detector("demo").names[:2]
         ['ball', 'ring']
     """
-    path = user_path(source)
-    stored = path.suffix.lower() == ".safetensors" and path.is_file()
-    if stored and is_quantized(read_metadata(path)):
-        detector = load_quantized(path)
-        detector.source = str(source)
-        return detector.to(device)
-    return loading.load_detector(source, trust=trust, device=device)
+    return require_detector(_load(source, trust=trust, device=device))
 
 
-def load_model(source: str | Path, *, trust: bool = False, device: str = "cpu") -> Detector:
-    """A float detector, or the quantized one of a run folder."""
+def load_model(source: str | Path, *, trust: bool = False, device: str = "cpu") -> Model:
+    """Load a detector or a classifier: a float one, or the quantized one of a run folder or of its
+    `model.safetensors`.
+
+    Args:
+        source: file, published name or description of a network, or a run folder.
+        trust, device: as for `load_detector`.
+
+    Raises:
+        UserError: nothing by that name, no model in it, no network, or no such device.
+
+    Example:
+        >>> dfq.load_model("run").image_size
+        160
+    """
     refuse_set(source)
     if _is_run(source):
         return load_run(user_path(source), device=device)
-    return load_detector(source, trust=trust, device=device)
+    return _load(source, trust=trust, device=device)
+
+
+def _load(source: str | Path, *, trust: bool, device: str) -> Model:
+    path = user_path(source)
+    stored = path.suffix.lower() == ".safetensors" and path.is_file()
+    if stored and is_quantized(read_metadata(path)):
+        model = load_quantized(path)
+        model.source = str(source)
+        return model.to(device)
+    return loading.load_model(source, trust=trust, device=device)
 
 
 def as_detecting(model: str | Path | Detecting, *, trust: bool, device: str) -> Detecting:
@@ -59,11 +80,22 @@ def as_detecting(model: str | Path | Detecting, *, trust: bool, device: str) -> 
     # NETWORK@WEIGHTS names two files and is the name of none.
     if is_exported(model) and ("@" not in str(model) or is_file(user_path(model))):
         return open_exported(user_path(model), trust=trust)
+    return require_detector(require_weights(load_model(model, trust=trust, device=device)))
+
+
+def as_measurable(model: str | Path | Detecting | Model, *, trust: bool, device: str) -> Measurable:
+    """What can be measured, on a device: as for `as_detecting`, or a classifier."""
+    if isinstance(model, Model):
+        return model.to(device)
+    if not isinstance(model, str | Path) or (
+        is_exported(model) and ("@" not in str(model) or is_file(user_path(model)))
+    ):
+        return as_detecting(model, trust=trust, device=device)
     return require_weights(load_model(model, trust=trust, device=device))
 
 
-def load_float(source: str | Path | None, *, trust: bool, device: str) -> Detector:
-    """A float detector with weights.
+def load_float(source: str | Path | None, *, trust: bool, device: str) -> Model:
+    """A float model with weights.
 
     Raises:
         UserError: none is named, or it is something else.
@@ -76,21 +108,21 @@ def load_float(source: str | Path | None, *, trust: bool, device: str) -> Detect
     refuse_set(source)
     if _is_run(source):
         raise UserError(f"{source}: is a quantized run; give the float detector it was made from")
-    return require_float(require_weights(load_detector(source, trust=trust, device=device)))
+    return require_float(require_weights(_load(source, trust=trust, device=device)))
 
 
-def as_float(model: str | Path | Detector, *, trust: bool, device: str) -> Detector:
-    """The float detector that is named to compare with, or that is given, on a device.
+def as_float(model: str | Path | Model, *, trust: bool, device: str) -> Model:
+    """The float model that is named to compare with, or that is given, on a device.
 
     Raises:
         UserError: it is none.
     """
-    if isinstance(model, Detector):
+    if isinstance(model, Model):
         return require_float(model).to(device)
     return load_float(model, trust=trust, device=device)
 
 
-def require_float(detector: Detector) -> Detector:
+def require_float(detector: AnyModel) -> AnyModel:
     """The detector, unless it is quantized already."""
     if any(True for _ in quantized_layers(detector.module)):
         raise UserError(
@@ -99,7 +131,7 @@ def require_float(detector: Detector) -> Detector:
     return detector
 
 
-def require_weights(detector: Detector) -> Detector:
+def require_weights(detector: AnyModel) -> AnyModel:
     """The detector, unless its weights are random and nobody said that they are to be."""
     if detector.random_weights:
         raise UserError(

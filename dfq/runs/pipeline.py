@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from ..data.calibration_set import CalibrationSet
-from ..data.image_set import ImageSet
 from ..data.pixels import LabelledImages, Pixels
 from ..errors import DivergedError
-from ..evaluation.coco import evaluate as evaluate_detector
-from ..models.base import Detector
+from ..evaluation.measuring import RealSet, main_figure, measured
+from ..models.base import Model
 from ..models.divergence import total_divergence
 from ..ptq.block_io import ROOM
 from ..ptq.pipeline import (
@@ -49,14 +48,14 @@ class QuantizationResult:
             compared: by method, the reconstruction's or "qat"; empty where nothing was.
     """
 
-    student: Detector
+    student: Model
     outcome: Outcome | None
     selected: str
     candidates: dict[str, float] = field(default_factory=dict)
 
 
 def ptq_then_qat(
-    teacher: Detector,
+    teacher: Model,
     policy: Policy,
     recipe: Recipe,
     images: LabelledImages,
@@ -65,7 +64,7 @@ def ptq_then_qat(
     world: World,
     *,
     calibration: Pixels | None = None,
-    select_on: ImageSet | None = None,
+    select_on: RealSet | None = None,
     held_out: Tensor | None = None,
     room: int = ROOM,
 ) -> QuantizationResult:
@@ -98,7 +97,7 @@ def ptq_then_qat(
     compared = held_out if blocks and recipe.method == "auto" else None
     candidates: dict[str, float] = {}
 
-    def ptq() -> Detector:
+    def ptq() -> Model:
         # The processes of a job would write one file.
         checkpoint = run.folder / RECONSTRUCTION if world.size == 1 else None
         # What has blocks that are done needs nothing of what came before them.
@@ -173,20 +172,20 @@ def ptq_then_qat(
     return QuantizationResult(student, outcome, f"{selected}; but {worse}" if worse else selected)
 
 
-def _apart(student: Detector, teacher: Detector, images: Tensor) -> float:
+def _apart(student: Model, teacher: Model, images: Tensor) -> float:
     """Divergence of the two networks' predictions, an image of uint8 `(n, 3, h, w)`."""
     return float(total_divergence(student, teacher, images.split(16))) / len(images)
 
 
 def _train(
-    student: Detector,
-    teacher: Detector,
+    student: Model,
+    teacher: Model,
     recipe: Recipe,
     images: LabelledImages,
     run: SharedRun,
     progress: Progress,
     world: World,
-    select_on: ImageSet | None,
+    select_on: RealSet | None,
 ) -> Outcome:
     """Train the student, reporting each epoch; arguments and errors are those of `ptq_then_qat`."""
     settings = recipe.distillation
@@ -231,20 +230,18 @@ def worse_than_start(outcome: Outcome) -> str:
     return f"training ended further from the teacher than it began{times}"
 
 
-def evaluator_on(images: ImageSet, recipe: Recipe) -> Callable[[Detector], float]:
-    """COCO AP on a labelled real set, as the paper selects its epoch by; 0 where it is undefined.
+def evaluator_on(images: RealSet, recipe: Recipe) -> Callable[[Model], float]:
+    """COCO AP, or top-1 accuracy, on a labelled real set, as the paper selects its epoch by; 0
+    where it is undefined.
 
     Args:
         images: the set.
         recipe: whose `evaluation` section gives the image size.
     """
 
-    def evaluator(student: Detector) -> float:
-        found = evaluate_detector(
-            student,
-            images,
-            image_size=recipe.evaluation.image_size,
-        ).AP
+    def evaluator(student: Model) -> float:
+        figures = measured(student, images, image_size=recipe.evaluation.image_size)
+        found: float = getattr(figures, main_figure(figures))
         return found if math.isfinite(found) else 0.0
 
     return evaluator
@@ -260,13 +257,13 @@ def data_identity(calibration: LabelledImages, source: str | Path | None) -> lis
 
 
 def measure(
-    teacher: Detector, student: Detector, data: ImageSet, recipe: Recipe, progress: Progress
+    teacher: Model, student: Model, data: RealSet, recipe: Recipe, progress: Progress
 ) -> dict[str, Any]:
-    """AP of float and quantized network; never looked at by the training."""
+    """The accuracy of float and quantized network; never looked at by the training."""
     result: dict[str, Any] = {"data": recipe.evaluation.data}
     for name, detector in (("float", teacher), ("quantized", student)):
         with progress.task(f"evaluation ({name})", len(data), "images") as task:
-            found = evaluate_detector(
+            found = measured(
                 detector,
                 data,
                 image_size=recipe.evaluation.image_size,

@@ -9,8 +9,8 @@ from pathlib import Path
 from ..data.calibration_set import CalibrationSet
 from ..data.integrity import require_own_files
 from ..errors import UserError
-from ..models import load_detector
-from ..models.base import Detector
+from ..models import load_model
+from ..models.base import Model
 from ..models.checkpoint import sha256_of
 from ..runtime.files import read_json, user_path
 from ..runtime.surroundings import cache_folder
@@ -21,7 +21,7 @@ _WEIGHTS = (".pt", ".pth", ".safetensors")
 """Files whose sha256 is the fingerprint of the detector in them."""
 
 
-def cached_folder(detector: Detector, settings: Synthesis, seed: int) -> Path:
+def cached_folder(detector: Model, settings: Synthesis, seed: int) -> Path:
     """The folder in the cache of the set that these determine, whether it is there yet or not."""
     cache, name = cache_folder(), set_name(detector, settings, seed)
     if (cache / name).exists():
@@ -45,7 +45,7 @@ class Origin:
     model: str
     fingerprint: str
 
-    def load(self, *, trust: bool, device: str) -> Detector:
+    def load(self, *, trust: bool, device: str) -> Model:
         """The very model.
 
         Raises:
@@ -60,10 +60,12 @@ class Origin:
             if path.suffix.lower() == ".py" and not trust:
                 # The set's manifest is data, and data run nothing.
                 raise UserError(f"{self._said}, a config, which is a program; give --model")
-            if path.is_absolute() and path.suffix in _WEIGHTS:
+            # Of a described classifier, what is told counts too; it is checked below.
+            described = not whole and Path(network).suffix.lower() in (".yaml", ".yml")
+            if path.is_absolute() and path.suffix in _WEIGHTS and not described:
                 self._check(sha256_of(path))
         try:
-            detector = load_detector(self.model, trust=trust, device=device)
+            detector = load_model(self.model, trust=trust, device=device)
         except UserError as error:
             raise UserError(f"{self._said}, and {error}; or give --model") from None
         self._check(detector.fingerprint)

@@ -10,12 +10,14 @@ import torch
 from torch import Generator, Tensor
 
 from ..graph.fold_batchnorm import fold
-from ..models.base import Detections, Detector, Targets
+from ..models import require_detector
+from ..models.base import Detections, Model, Targets
+from ..models.classifying import Classifier
 from ..runtime.precision import computing_in, float32, resolve_precision
 from .adaptive_labels import AdaptiveSampler
 from .augmentation import resized
 from .iteration import own_stream
-from .labels import label_start, teacher_scores
+from .labels import applied, label_start, teacher_scores
 from .loop import LAST_STAGE, Loop, Report
 from .losses.batchnorm import BatchNormStatistics, has_statistics
 from .losses.patch_entropy import PatchSimilarity
@@ -41,15 +43,19 @@ class Inversion:
             that labels are to be taken from cannot be used.
     """
 
-    def __init__(self, detector: Detector, settings: Synthesis) -> None:
+    def __init__(self, detector: Model, settings: Synthesis) -> None:
         # Folded and channels-last, the same function runs about a third faster on a CPU.
         self.detector = fold(detector.clone())
         self.detector.mask_targets = settings.masks
         self.detector.module.to(memory_format=torch.channels_last)
+        settings = applied(detector, settings)
         self.settings = settings
         self.uses_bn = settings.weights.bn > 0 or settings.weights.first_bn > 0
         attention = self.detector.attention_layers() if settings.weights.entropy > 0 else []
-        self.similarity = PatchSimilarity(self.detector.module, attention) if attention else None
+        self.similarity = None
+        if attention:
+            skipped = self.detector.prefix_tokens
+            self.similarity = PatchSimilarity(self.detector.module, attention, skipped)
         self.statistics = None
         # A transformer need not have BatchNorm, which is a mistake to ask for in other networks.
         if self.uses_bn and not (attention and not has_statistics(self.detector.module)):
@@ -206,7 +212,7 @@ class Inversion:
         before = self._side_by_side(1)
         found = []
         for part in images.split(self.settings.micro_batch or len(images)):
-            found += self.detector.detect(part, **thresholds)
+            found += require_detector(self.detector).detect(part, **thresholds)
             if self.statistics is not None:
                 self.statistics.forget()
         self._side_by_side(before)
@@ -377,7 +383,20 @@ class Inversion:
         for index, part in enumerate(images.split(count)):
             rows = labels[index * count : (index + 1) * count]
             stored = (part * 255).round_().clamp_(0, 255).to(torch.uint8)
-            found = self.detect(stored.float() / 255, score_threshold=0.01, iou_threshold=0.6)
-            scores = teacher_scores(rows, found, self.image_size)
-            made.append(Batch(stored.cpu(), list(rows), scores))
+            made.append(Batch(stored.cpu(), list(rows), self._scores(stored.float() / 255, rows)))
         return made
+
+    def _scores(self, images: Tensor, labels: Sequence[Tensor]) -> list[Tensor]:
+        """How sure the teacher is of each label of one shard's images."""
+        if not isinstance(self.detector, Classifier):
+            found = self.detect(images, score_threshold=0.01, iou_threshold=0.6)
+            return teacher_scores(labels, found, self.image_size)
+        before, scores = self._side_by_side(1), []
+        size = self.settings.micro_batch or len(images)
+        for start in range(0, len(images), size):
+            part = slice(start, start + size)
+            scores += self.detector.label_scores(images[part], labels[part])
+            if self.statistics is not None:
+                self.statistics.forget()
+        self._side_by_side(before)
+        return scores

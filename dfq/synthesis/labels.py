@@ -18,7 +18,8 @@ from torchvision.ops import box_iou
 from ..data.image_set import ImageSet, Item
 from ..data.readers import open_set
 from ..errors import UserError
-from ..models.base import Detections
+from ..models.base import Detections, Model
+from ..models.classifying import Classifier, whole_image
 from ..runtime.label_sets import label_set
 from .settings import Synthesis
 
@@ -134,7 +135,17 @@ def none(generator: Generator, images: int, classes: int) -> list[Tensor]:
     return [torch.zeros(0, 5) for _ in range(images)]
 
 
+def whole(generator: Generator, images: int, classes: int) -> list[Tensor]:
+    """One category an image, uniform, of the whole image: what a classifier is asked for."""
+    categories = torch.randint(classes, (images,), generator=generator)
+    return list(whole_image(categories).split(1))
+
+
+CLASS = "class"
+"""Labels of images as a whole, which are a classifier's."""
+
 STARTS: dict[str, Start] = {
+    CLASS: whole,
     "adaptive": single,
     "single": single,
     "multi": multi,
@@ -263,6 +274,23 @@ def label_start(settings: Synthesis, names: Sequence[str]) -> Start:
     if settings.labels == "adaptive" and stage.sampler == "scattered":
         return partial(scattered, most=stage.objects, smallest_area=stage.smallest_area)
     return STARTS[settings.labels]
+
+
+def applied(model: Model, settings: Synthesis) -> Synthesis:
+    """The settings as they apply to a model: images for a classifier have one category each, if
+    they have any, however objects would be placed.
+
+    Raises:
+        UserError: labels are to come from a real set, and the model is a classifier.
+    """
+    if not isinstance(model, Classifier) or settings.labels in ("none", CLASS):
+        return settings
+    if label_set(settings.labels) is not None:
+        raise UserError(
+            f"synthesis.labels: {settings.labels}: boxes are for detectors; leave it out, and the "
+            "categories are drawn evenly"
+        )
+    return settings.model_copy(update={"labels": CLASS})
 
 
 def label_source_identity(settings: Synthesis) -> str | None:

@@ -19,13 +19,13 @@ from ..data.calibration_writer import CalibrationWriter
 from ..data.preview import write_preview
 from ..errors import UserError
 from ..kernels.loader import why_none
-from ..models.base import Detector
+from ..models.base import Model
 from ..models.loading import RANDOM
 from ..runtime.distributed import World, one_thread
 from ..runtime.files import short_name, user_path
 from ..runtime.precision import resolve_precision
 from .inversion import Inversion
-from .labels import label_source_identity
+from .labels import CLASS, applied, label_source_identity
 from .pace import Pace
 from .quality import set_quality
 from .settings import Synthesis, as_recorded
@@ -46,8 +46,9 @@ FOLDER_SECONDS = 30.0
 """How long the folder of the leading process may take to show on another node."""
 
 
-def determinants(detector: Detector, settings: Synthesis, seed: int) -> dict[str, Any]:
+def determinants(detector: Model, settings: Synthesis, seed: int) -> dict[str, Any]:
     """All that decides what is in a set, JSON-able; equal determinants mean an equal set."""
+    settings = applied(detector, settings)
     values = as_recorded(settings)
     values["image_size"] = settings.image_size or detector.image_size
     values["precision"] = resolve_precision(settings.precision, detector.device, "synthesis")
@@ -56,6 +57,8 @@ def determinants(detector: Detector, settings: Synthesis, seed: int) -> dict[str
         del values["weights"]["entropy"]
     if not detector.has_masks:
         del values["masks"]
+    if settings.labels == CLASS:
+        del values["label_stage"]
     if settings.weights.l2 == 0:
         del values["weights"]["l2"]
     identity = label_source_identity(settings)
@@ -74,14 +77,14 @@ def determinants(detector: Detector, settings: Synthesis, seed: int) -> dict[str
     return wanted
 
 
-def without_kernels(detector: Detector, settings: Synthesis) -> bool:
+def without_kernels(detector: Model, settings: Synthesis) -> bool:
     """Whether PyTorch computes what compiled functions could (see `kernels.loader`): its sums end
     in other last bits, and so do the images."""
     optimises = settings.iterations > 0 or settings.labels == "adaptive"
     return optimises and detector.device.type == "cpu" and why_none() is not None
 
 
-def set_name(detector: Detector, settings: Synthesis, seed: int) -> str:
+def set_name(detector: Model, settings: Synthesis, seed: int) -> str:
     """A folder name made from what determines the set."""
     wanted = determinants(detector, settings, seed)
     digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
@@ -103,7 +106,7 @@ def located(source: str) -> str | None:
     return None
 
 
-def check(detector: Detector, settings: Synthesis) -> None:
+def check(detector: Model, settings: Synthesis) -> None:
     """Refuse what cannot work before any work starts.
 
     Raises:
@@ -127,7 +130,7 @@ def check(detector: Detector, settings: Synthesis) -> None:
 
 
 def synthesize_set(
-    detector: Detector,
+    detector: Model,
     settings: Synthesis,
     seed: int,
     out: Path,
@@ -169,6 +172,7 @@ def synthesize_set(
             of the run that died.
         OSError: where the folder cannot be written.
     """
+    settings = applied(detector, settings)
     check(detector, settings)
     world = world or World()
     plan = Plan(seed, settings.images, settings.batch_size)
@@ -272,7 +276,7 @@ class _Progress:
 
 def _maker(
     inversion: Inversion,
-    detector: Detector,
+    detector: Model,
     settings: Synthesis,
     plan: Plan,
     writer: CalibrationWriter,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.base import Detector
+from ..models.base import Model
 from .losses.batchnorm import BatchNormStatistics, has_statistics
 
 FIRST_BOUND, BOUND = 0.3, 0.6
@@ -148,7 +148,7 @@ def _figures(layer: LayerQuality) -> str:
 
 
 @torch.no_grad()
-def set_quality(detector: Detector, images: Tensor, *, batch_size: int = 16) -> Quality | None:
+def set_quality(detector: Model, images: Tensor, *, batch_size: int = 16) -> Quality | None:
     """Compare what a network's BatchNorm layers see in images with their running statistics.
 
     Args:

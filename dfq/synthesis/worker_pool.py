@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..data.calibration_writer import CalibrationWriter
 from ..errors import UserError
-from ..models.base import Detector
+from ..models.base import Model
 from .settings import Synthesis
 from .shards import Plan, ShardReport
 
@@ -38,7 +38,7 @@ _PROCESS_BYTES = 8e8
 def worker_count(
     asked: int | None,
     cores: int,
-    detector: Detector,
+    detector: Model,
     settings: Synthesis,
     plan: Plan,
     missing: list[int],
@@ -75,7 +75,7 @@ def worker_count(
     return max(1, most)
 
 
-def _activation_bytes(detector: Detector, side: int) -> float:
+def _activation_bytes(detector: Model, side: int) -> float:
     """Memory one image takes while its gradient is computed, measured on a small one."""
     small = 2 * detector.stride
     sizes: dict[int, int] = {}
@@ -128,7 +128,7 @@ class Workers:
 
     def __init__(
         self,
-        detector: Detector,
+        detector: Model,
         settings: Synthesis,
         plan: Plan,
         writer: CalibrationWriter,

@@ -152,7 +152,7 @@ def test_a_model_without_batchnorm(
 
     from dfq.runs import loading as models
 
-    plain = models.load_detector
+    plain = models._load
 
     def load(*words: Any, **more: Any) -> Any:
         detector = plain(*words, **more)
@@ -162,7 +162,7 @@ def test_a_model_without_batchnorm(
                     setattr(parent, name, nn.Identity())
         return detector
 
-    monkeypatch.setattr(models, "load_detector", load)
+    monkeypatch.setattr(models, "_load", load)
     words = ("synthesize", "--model", model, "--recipe", "tiny.yaml", "--out", "out")
     line = has_one_error(command(*words))
     assert "no BatchNorm statistics" in line

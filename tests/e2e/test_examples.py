@@ -15,7 +15,7 @@ from dfq.graph import execution
 # In this order: some use what those before them have made.
 NAMES = (
     "synthesize", "quantize", "inspect", "evaluate", "sensitivity", "cost", "compare", "load_run",
-    "load_detector", "load_recipe", "predict", "export", "verify", "report",
+    "load_detector", "load_model", "load_recipe", "predict", "export", "verify", "report",
 )  # fmt: skip
 # What takes minutes is shown in the README and run by `make demo`; types show their functions'.
 ELSEWHERE = {"deploy", "Recipe", "UserError", "__version__"}

@@ -91,8 +91,7 @@ def kernel_entropy(
 def patch_similarity_entropy(tokens: Tensor, **options: Any) -> Tensor:
     """Mean over windows of the entropy of the cosine similarities between their tokens.
 
-    All pairs count, each once; a token's similarity with itself does not. No token is dropped:
-    windows have no class token.
+    All pairs count, each once; a token's similarity with itself does not.
 
     Args:
         tokens: what attention gives, `(windows, tokens, channels)`, two tokens or more.
@@ -115,9 +114,11 @@ class PatchSimilarity:
         module: the network.
         names: qualified names of its attention layers, whose outputs are
             `(windows, tokens, channels)`.
+        skipped: so many tokens that come first count for nothing: they are no patches'.
     """
 
-    def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
+    def __init__(self, module: nn.Module, names: Sequence[str], skipped: int = 0) -> None:
+        self.skipped = skipped
         self.layers = {name: module.get_submodule(name) for name in names}
         self._seen: dict[str, Tensor] = {}
         self._handles: list[Any] = []
@@ -126,7 +127,7 @@ class PatchSimilarity:
         for name, layer in self.layers.items():
 
             def watch(_m: nn.Module, _i: object, tokens: Tensor, name: str = name) -> None:
-                self._seen[name] = patch_similarity_entropy(tokens)
+                self._seen[name] = patch_similarity_entropy(tokens[:, self.skipped :])
 
             self._handles.append(layer.register_forward_hook(watch))
         return self

@@ -1,0 +1,1 @@
+"""Classifiers: networks of torchvision and timm by name, and plain state dicts."""
