@@ -1,13 +1,12 @@
 """COCO average precision of a detector on a labelled image set.
 
-Matching and accumulation are pycocotools' (Lin et al., "Microsoft COCO", 2014; the official
-evaluation code). Only the categories that set and model share are measured.
+Figures are those of pycocotools (Lin et al., "Microsoft COCO", 2014; the official evaluation code).
+Only the categories that set and model share are measured.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +25,8 @@ from ..data.readers import ImageSet, open_set
 from ..errors import UserError
 from ..models.base import Detecting, Detections, Detector
 from .bootstrap import bootstrap_ap
-from .coco_matching import match, require_labels
+from .coco_accumulation import accumulate
+from .coco_matching import require_labels
 from .masks import encode
 
 __all__ = ["Metrics", "bootstrap_ap", "evaluate", "predict", "score"]
@@ -301,13 +301,9 @@ def score(
     Raises:
         UserError: the set is unlabelled, or shares no category with `names`.
     """
-    evaluator, categories = match(imageset, detections, names, segments=segments)
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluator.accumulate()
-    # precision: IoU threshold, recall threshold, category, area range, detection limit.
-    precision, recall = evaluator.eval["precision"][..., -1], evaluator.eval["recall"][..., -1]
-    iou = [round(float(value), 2) for value in evaluator.params.iouThrs]
-    areas = {label: index for index, label in enumerate(evaluator.params.areaRngLbl)}
+    found = accumulate(imageset, detections, names, segments)
+    precision, recall, iou = found.precision, found.recall, found.iou
+    areas = {label: index for index, label in enumerate(found.areas)}
     everywhere = precision[..., areas["all"]]
     mapping = imageset.category_mapping(names)
     return Metrics(
@@ -321,7 +317,7 @@ def score(
         images=len(imageset),
         per_category={
             names[category]: _mean(everywhere[:, :, index])
-            for index, category in enumerate(categories)
+            for index, category in enumerate(found.categories)
         },
         missing_categories=tuple(
             name for name, index in zip(imageset.names, mapping, strict=True) if index is None

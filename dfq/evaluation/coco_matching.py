@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -41,16 +42,16 @@ def match(
         segments: of each image, the masks of its first detections; those, and not the boxes, are
             matched then, and `imageset` states the outline of every object.
     """
-    require_labels(imageset)
-    if len(detections) != len(imageset):
-        raise ValueError(f"{len(detections)} detections for {len(imageset)} images")
-    mapping = imageset.category_mapping(names)
-    categories = sorted({index for index in mapping if index is not None})
+    categories, truth, found = as_annotations(imageset, detections, names, segments)
+    images = [
+        {"id": item.image_id, "width": item.width, "height": item.height} for item in imageset.items
+    ]
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = _index(imageset, categories, list(_truth(imageset, mapping)))
-        rows = _found(imageset, detections, set(categories), segments)
-        found = _index(imageset, categories, list(rows))
-        evaluator = COCOeval(truth, found, "bbox" if segments is None else "segm")
+        evaluator = COCOeval(
+            indexed(COCO(), images, categories, truth),
+            indexed(COCO(), images, categories, found),
+            "bbox" if segments is None else "segm",
+        )
         ranges = dict(zip(evaluator.params.areaRngLbl, evaluator.params.areaRng, strict=True))
         evaluator.params.areaRngLbl = list(areas)
         evaluator.params.areaRng = [ranges[label] for label in areas]
@@ -58,16 +59,38 @@ def match(
     return evaluator, categories
 
 
-def _index(imageset: ImageSet, categories: list[int], annotations: list[dict]) -> COCO:
+def as_annotations(
+    imageset: ImageSet,
+    detections: Sequence[Detections],
+    names: Sequence[str],
+    segments: Sequence[Sequence[Segment]] | None = None,
+) -> tuple[list[int], list[dict], list[dict]]:
+    """The model's categories that the set has, and its objects and the detections of these as
+    COCO's annotations.
+
+    Args:
+        imageset, detections, names, segments: as for `match`.
+
+    Raises:
+        UserError: the set is unlabelled, or shares no category with `names`.
+        ValueError: there are not as many detections as images.
+    """
+    require_labels(imageset)
+    if len(detections) != len(imageset):
+        raise ValueError(f"{len(detections)} detections for {len(imageset)} images")
+    mapping = imageset.category_mapping(names)
+    categories = sorted({index for index in mapping if index is not None})
+    found = _found(imageset, detections, set(categories), segments)
+    return categories, list(_truth(imageset, mapping)), list(found)
+
+
+def indexed(coco: Any, images: list[dict], categories: list[int], rows: list[dict]) -> Any:
+    """An empty COCO data set, pycocotools' or one that is used alike, filled."""
     # Ids start from 1: to pycocotools a match with annotation 0 is no match.
-    coco = COCO()
     coco.dataset = {
-        "images": [
-            {"id": item.image_id, "width": item.width, "height": item.height}
-            for item in imageset.items
-        ],
+        "images": images,
         "categories": [{"id": category} for category in categories],
-        "annotations": [{"id": number, **row} for number, row in enumerate(annotations, 1)],
+        "annotations": [{"id": number, **row} for number, row in enumerate(rows, 1)],
     }
     coco.createIndex()
     return coco

@@ -116,6 +116,7 @@ def require_supported(recipe: Recipe) -> None:
         "distillation.zoom": settings.zoom > 0,
         "distillation.mosaic": settings.mosaic > 0,
         "distillation.colour": settings.colour > 0,
+        "distillation.camera": settings.camera > 0,
         f"distillation.selection: {settings.selection}": settings.selection == "agreement",
         "distillation.select_on": settings.select_on is not None,
     }

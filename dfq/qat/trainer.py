@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from ..data.augment import augment, jitter_colours, mosaic
+from ..data.augment import augment, camera, jitter_colours, mosaic
 from ..data.pixels import LabelledImages
 from ..errors import DivergedError, UserError
 from ..models.base import Model, Targets
@@ -147,7 +147,11 @@ class Trainer:
             images, targets = mosaic(images, targets, generator)
         if settings.colour > 0:
             images = jitter_colours(images, settings.colour, generator)
-        return augment(images, targets, generator, flip=settings.flip, zoom=settings.zoom)
+        images, targets = augment(
+            images, targets, generator, flip=settings.flip, zoom=settings.zoom
+        )
+        # Last: a camera sees the scene as it is by then.
+        return camera(images, settings.camera, generator), targets
 
     def divergence(self) -> float:
         """Mean prediction divergence from the teacher over the whole set, nothing augmented."""

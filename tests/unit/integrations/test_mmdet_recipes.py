@@ -34,6 +34,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "distillation.zoom": (0.1,),
     "distillation.mosaic": (0.5,),
     "distillation.colour": (0.1,),
+    "distillation.camera": (0.5,),
     "distillation.selection": ("agreement",),
     "distillation.select_on": ("real",),
 }

@@ -382,9 +382,9 @@ def test_mistakes(tmp_path: Path) -> None:
         assert ("student.bbox_head.retina_cls.weight" in trained) is train_last
     for override in (
         "distillation.zero_lr=0.01", "distillation.mosaic=0.5", "distillation.zoom=0.1",
-        "distillation.colour=0.1", "distillation.selection=agreement", "method=auto", "method=ptq",
-        "quantization.mixed.budget=w4a8", "distillation.select_on=real", "evaluation.data=real",
-        "distillation.keep_worse=false",
+        "distillation.colour=0.1", "distillation.camera=0.5", "distillation.selection=agreement",
+        "method=auto", "method=ptq", "quantization.mixed.budget=w4a8",
+        "distillation.select_on=real", "evaluation.data=real", "distillation.keep_worse=false",
     ):  # fmt: skip
         key = override.partition("=")[0]
         with pytest.raises(UserError, match=rf"^{key}.*use dfq qat"):

@@ -213,6 +213,47 @@ def test_an_interrupted_training_ends_the_same(
     assert all(torch.equal(a, b) for a, b in shadows)
 
 
+AUGMENTED = {"flip": 0.5, "zoom": 0.3, "mosaic": 0.5, "colour": 0.2, "camera": 0.6}
+
+
+def test_an_interrupted_training_draws_the_same_augmentation(
+    teacher: Detector, data: Blobs, tmp_path: Path
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    broken.mkdir()
+    unbroken = trainer(teacher, data, whole, epochs=2, **AUGMENTED)
+    expected = unbroken.train()
+
+    def stop(*_: Any) -> None:
+        raise Interrupt
+
+    with pytest.raises(Interrupt):
+        trainer(teacher, data, broken, epochs=2, **AUGMENTED).train(stop)
+    torch.manual_seed(99)  # nothing may hang on the global generator
+    resumed = trainer(teacher, data, broken, calibrated=False, epochs=2, **AUGMENTED)
+    assert resumed.train() == expected
+    assert_same(state(resumed.student), state(unbroken.student))
+
+
+def test_a_camera_changes_pixels_and_no_label(
+    teacher: Detector, data: Blobs, tmp_path: Path
+) -> None:
+    batches = []
+    for strength in (0.0, 0.5, 1.0):
+        run = trainer(teacher, data, tmp_path, camera=strength)
+        batches.append(run._batch([3, 1, 4], torch.Generator().manual_seed(1)))
+    (plain, labels), *seen = batches
+    differences = []
+    for images, targets in seen:
+        assert torch.equal(targets.data, labels.data)
+        assert images.shape == plain.shape
+        assert images.min() >= 0
+        assert images.max() <= 1
+        differences.append(float((images - plain).abs().mean()))
+    assert 0.005 < differences[0] < differences[1]
+
+
 def test_epochs_since_the_last_checkpoint_are_done_again(
     teacher: Detector, data: Blobs, tmp_path: Path
 ) -> None:
