@@ -17,7 +17,7 @@ from ..quantization.inspection import list_layers
 from ..recipe import Recipe, changed_recipe, load_recipe
 from ..recipe.overrides import Overrides
 from ..runs.deployment import Deployment, DeploymentFolder, folder_for
-from ..runs.folder import identity_of_recipe
+from ..runs.identity import identity_of_recipe
 from ..runs.inputs import photographs, training_data
 from ..runs.loading import load_float
 from ..runs.pipeline import data_identity

@@ -14,7 +14,8 @@ from ..models.base import Model
 from ..ptq.pipeline import float_start
 from ..quantization.insertion import insert_quantizers
 from ..recipe import Recipe
-from ..runs.folder import check_run, identity_of_recipe, open_run
+from ..runs.folder import check_run, open_run
+from ..runs.identity import identity_of_recipe
 from ..runs.inputs import labelled_set, photographs, remark, require_side, training_data
 from ..runs.loading import require_float
 from ..runs.pipeline import data_identity

@@ -23,7 +23,7 @@ from ..models.checkpoint import sha256_of
 from ..runtime.files import plain_name, read_json, write_json
 from ..runtime.lock import locked
 from ..runtime.plain import brief
-from .folder import in_todays_keys
+from .identity import in_todays_keys
 
 KIND = "dfq deployment"
 FORMAT = 1

@@ -16,7 +16,6 @@ files as an unbroken one.
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import json
 import time
@@ -24,7 +23,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from safetensors.torch import save
 
 from ..errors import UserError, naming
@@ -38,11 +36,11 @@ from ..models.tensors import read_metadata, read_safetensors, require_intact, so
 from ..quantization.insertion import insert_quantizers
 from ..quantization.policy import Policy
 from ..quantization.storage import WEIGHTS_PER_BYTE, restore_state, stored_state
-from ..recipe import Recipe
-from ..recipe.removed import removed_that_matter, under_present_names, without_removed
+from ..recipe.removed import removed_that_matter
 from ..runtime.files import append_line, read_json, write_atomic, write_json
 from ..runtime.lock import locked
 from ..runtime.plain import ODD, brief, one_line
+from .identity import in_todays_keys
 
 FORMAT = 3
 """3: quantized weights are integers, and the model says its format; 2: they are floats, and the
@@ -209,25 +207,6 @@ def identity_of(folder: Path) -> dict[str, Any] | None:
     if not isinstance(found, dict):
         raise UserError(f"{path}: damaged (it does not say what the run is of); restore or delete")
     return found
-
-
-def in_todays_keys(identity: dict[str, Any]) -> dict[str, Any]:
-    """An identity as this version would write it: keys that the recipe did not have yet when the
-    run was made have their defaults, which leave everything as it was; those that it has no more
-    are left out where they changed nothing."""
-    try:
-        values = copy.deepcopy(identity["recipe"])
-        under_present_names(values)
-        without_removed(values, neutral=True)
-        recipe = Recipe.model_validate(values)
-    except (KeyError, ValidationError):
-        return identity
-    return {**identity, "recipe": identity_of_recipe(recipe)}
-
-
-def identity_of_recipe(recipe: Recipe) -> dict[str, Any]:
-    """What of a recipe fixes a run's result."""
-    return recipe.model_dump(mode="json", exclude={"evaluation", "model"})
 
 
 def next_folder(parent: Path, stem: str, identity: dict[str, Any]) -> Path:

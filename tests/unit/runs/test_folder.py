@@ -10,7 +10,8 @@ import pytest
 from dfq.errors import UserError
 from dfq.recipe import Recipe, load_recipe
 from dfq.runs.deployment import KIND, NAME, folder_for
-from dfq.runs.folder import Run, identity_of_recipe, next_folder
+from dfq.runs.folder import Run, next_folder
+from dfq.runs.identity import identity_of_recipe
 from dfq.runtime.files import write_json
 
 GONE = {"drift": 0.5, "dampen": 0.0, "freeze": 0.0, "masks": "ellipse"}

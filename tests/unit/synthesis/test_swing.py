@@ -10,7 +10,7 @@ from torch import Generator, Tensor, nn
 
 from dfq.models.base import Detector
 from dfq.recipe import Recipe
-from dfq.runs.folder import identity_of_recipe, in_todays_keys
+from dfq.runs.identity import identity_of_recipe, in_todays_keys
 from dfq.synthesis.augmentation import initial_images
 from dfq.synthesis.inversion import Inversion
 from dfq.synthesis.pipeline import determinants
