@@ -145,7 +145,6 @@ CLASS = "class"
 """Labels of images as a whole, which are a classifier's."""
 
 STARTS: dict[str, Start] = {
-    CLASS: whole,
     "adaptive": single,
     "single": single,
     "multi": multi,
@@ -273,7 +272,7 @@ def label_start(settings: Synthesis, names: Sequence[str]) -> Start:
     stage = settings.label_stage
     if settings.labels == "adaptive" and stage.sampler == "scattered":
         return partial(scattered, most=stage.objects, smallest_area=stage.smallest_area)
-    return STARTS[settings.labels]
+    return whole if settings.labels == CLASS else STARTS[settings.labels]
 
 
 def applied(model: Model, settings: Synthesis) -> Synthesis:
