@@ -18,6 +18,10 @@ from torch.utils._pytree import tree_leaves
 from ..graph.execution import hooks
 from ..models.base import DistillationPair, Model
 
+DAMPING = 1.0
+"""Added to weights whose mean is 1, as BRECQ's public code adds 1 to gradients: where most images are
+sure of their class, a few would have all the say."""
+
 
 def score(pair: DistillationPair, generator: Generator) -> Tensor:
     """A draw of d log p(y) / d prediction, y from the prediction's own distribution, in its shape;
@@ -109,5 +113,6 @@ def _smoothed(rows: list[list[tuple[Tensor, Tensor]]]) -> list[list[Tensor]]:
             place = batch[index][1]
             shape = [1] * place.ndim
             shape[1 if place.ndim == 4 else place.ndim - 1] = -1
-            result[number].append((channels / mean).view(shape) * (place / mean))
+            smooth = (channels / mean).view(shape) * (place / mean)
+            result[number].append((smooth + DAMPING) / (1 + DAMPING))
     return result
