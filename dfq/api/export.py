@@ -103,6 +103,11 @@ def export(
                 f"{model}: its activations have dynamic ranges, a baseline that dfq does not "
                 "export; make a run with quantization.activation_ranges: static"
             )
+        if policy.softmax != "uniform":
+            raise UserError(
+                f"{model}: outputs of softmax are powers of two in it, a baseline that dfq does "
+                "not export; make a run with quantization.softmax: uniform"
+            )
         if runtime != "torch" and not is_placed_for(policy, runtime):
             told.note(
                 f"ranges: this run has its quantizers where {_where(policy)}; those that {runtime} "

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from ..models.base import Model
+from ..models.nn.matmul import Matmul
 from .execution import blank_images, hooks
 from .outline import WEIGHTED
 
@@ -107,6 +108,7 @@ class Trace(TorchFunctionMode):
     Attributes:
         values: in the order they were computed.
         inputs: by name of a layer, what each of its calls was given; None: nothing of a layer's.
+        products: by name of a product of activations, the left operand of each of its calls.
         silus: by a module and an `nn.SiLU` in it, what each of its calls there was given.
     """
 
@@ -114,6 +116,7 @@ class Trace(TorchFunctionMode):
         super().__init__()
         self.values: list[Value] = []
         self.inputs: dict[str, list[Value | None]] = {}
+        self.products: dict[str, list[Value | None]] = {}
         self.silus: dict[tuple[nn.Module, nn.Module], list[Value | None]] = {}
         self._quantized, self._last = quantized, last
         self._names = {id(child): name for name, child in module.named_modules()}
@@ -174,9 +177,10 @@ class Trace(TorchFunctionMode):
         """Before every module's forward pass."""
         self._stack.append(_Frame(self._runs.total(), module))
         self._runs[id(module)] += 1
-        if isinstance(module, WEIGHTED):
+        if isinstance(module, (*WEIGHTED, Matmul)):
             seen = self._seen.get(id(tree_leaves((args, kwargs))[0]))
-            calls = self.inputs.setdefault(self._names[id(module)], [])
+            given = self.products if isinstance(module, Matmul) else self.inputs
+            calls = given.setdefault(self._names[id(module)], [])
             calls.append(seen.value if seen else None)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -186,6 +190,14 @@ class Trace(TorchFunctionMode):
             name = self._names[id(module)]
             value = Value(name, None, name in self._quantized, name in self._last)
             self._add(_floats(output), value)
+
+    def softmax_products(self) -> frozenset[str]:
+        """Names of the products of activations whose left operand is a softmax in each call."""
+        return frozenset(
+            name
+            for name, lefts in self.products.items()
+            if all(left is not None and left.function == "softmax" for left in lefts)
+        )
 
     def joins(self) -> list[Value]:
         """The sums, concatenations and averages of what quantized layers compute, within some

@@ -60,7 +60,11 @@ def half_with_contrast(images: Tensor, factor: float) -> Tensor:
 
 def narrow_activations(student: Model) -> list[tuple[str, Quantizer]]:
     """(name, quantizer) of those activations whose grids are worth refining; see `BITS`."""
-    return [(name, q) for name, q in activation_quantizers(student.module) if q.bits in BITS]
+    return [
+        (name, quantizer)
+        for name, quantizer in activation_quantizers(student.module)
+        if quantizer.bits in BITS and quantizer.searched
+    ]
 
 
 @torch.no_grad()

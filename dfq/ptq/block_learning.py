@@ -183,7 +183,7 @@ class Block:
         found = {
             child.log_scale: None
             for child in self.module.modules()
-            if isinstance(child, Quantizer) and child.enabled
+            if isinstance(child, Quantizer) and child.enabled and child.searched
         }
         # Those of the weights are out of the network while rounding is learned.
         return list(found)

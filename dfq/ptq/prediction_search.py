@@ -87,7 +87,7 @@ def search_grids(
     quantizers = {
         name: quantizer
         for name, quantizer in activation_quantizers(student.module)
-        if quantizer.bits <= MOST_BITS
+        if quantizer.bits <= MOST_BITS and quantizer.searched
     }
     batches = (images.to(student.device).float() / 255).split(batch_size)
     tried = partial(candidates, factors=FACTORS, hopeless=HOPELESS)

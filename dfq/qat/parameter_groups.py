@@ -24,6 +24,7 @@ def require_gradients(
         parameter.requires_grad_(parameter.is_floating_point())
     for module in student.modules():
         if isinstance(module, Quantizer):
+            module.log_scale.requires_grad_(module.searched)
             module.zero_point.requires_grad_(module.asymmetric and zero_points)
     for _, layer in quantized_layers(student):
         layer.weight_quantizer.zero_point.requires_grad_(False)

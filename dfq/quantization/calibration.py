@@ -11,7 +11,6 @@ from torch import Tensor
 from ..errors import UserError
 from ..graph.execution import hooks
 from ..models.base import Model
-from .dynamic import DynamicQuantizer
 from .factors import bound_factors
 from .layers import QuantConv2d, QuantLinear
 from .quantizers import Quantizer, grid
@@ -165,7 +164,7 @@ def calibrate(
     static = {
         name: quantizer
         for name, quantizer in activation_quantizers(detector.module)
-        if not isinstance(quantizer, DynamicQuantizer)
+        if quantizer.searched
     }
     values = {}
     if static:

@@ -19,6 +19,8 @@ class DynamicQuantizer(Quantizer):
     gradient is that of rounding straight through.
     """
 
+    searched = False
+
     def __init__(self, bits: int, *, asymmetric: bool = False, unsigned: bool = False) -> None:
         super().__init__(bits, asymmetric=asymmetric, unsigned=unsigned)
         self.log_scale.requires_grad_(False)

@@ -27,12 +27,22 @@ def _replace(module: nn.Module, layer: nn.Module, wrapped: nn.Module) -> None:
                 setattr(parent, leaf, wrapped)
 
 
+def _softmaxes(detector: AnyModel) -> frozenset[str]:
+    found = trace(detector, ()).softmax_products()
+    if not found:
+        raise UserError(
+            "quantization.softmax: no softmax of this network goes into a product of activations, "
+            "as in attention; leave it at uniform"
+        )
+    return found
+
+
 def insert_quantizers(detector: AnyModel, policy: Policy) -> AnyModel:
     """Replace the layers of `detector` in place as `policy` says; scales are not set yet.
 
     Raises:
-        UserError: where an override matches no layer, or the scope is a backbone that the network
-            does not have.
+        UserError: where an override matches no layer, the scope is a backbone that the network does
+            not have, or outputs of softmax are to have a grid of their own and there are none.
     """
     if policy.scope == "backbone" and detector.backbone is None:
         raise UserError(
@@ -53,13 +63,15 @@ def insert_quantizers(detector: AnyModel, policy: Policy) -> AnyModel:
         if bits is not None and row.kind not in FLOAT_KINDS:
             chosen[row.name] = bits
     found = trace(detector, chosen) if policy.where.joins else None
+    softmaxes = _softmaxes(detector) if policy.softmax != "uniform" else frozenset()
     for row in layers:
         if row.name not in chosen:
             continue
         bits = chosen[row.name]
         layer = detector.module.get_submodule(row.name)
         if row.kind == "matmul":
-            product = QuantMatmul(policy.quantizer(bits[1]), policy.quantizer(bits[1]))
+            left = policy.softmax_quantizer if row.name in softmaxes else policy.quantizer
+            product = QuantMatmul(left(bits[1]), policy.quantizer(bits[1]))
             _replace(detector.module, layer, product.train(layer.training).to(detector.device))
             continue
         channels = row.weight_shape[0] if policy.weights == "per_channel" else 1

@@ -66,7 +66,11 @@ def keep_within_statistics(detector: Model, images: Tensor, *, batch_size: int =
         images: uint8 `(n, 3, h, w)`, RGB; a few are enough.
         batch_size: images of one forward pass.
     """
-    wide = [(name, q) for name, q in activation_quantizers(detector.module) if q.bits >= BITS]
+    wide = [
+        (name, quantizer)
+        for name, quantizer in activation_quantizers(detector.module)
+        if quantizer.bits >= BITS and quantizer.searched
+    ]
     if not wide:
         return
     least, most = implied_ranges(detector, LEAST), implied_ranges(detector, MOST)

@@ -8,6 +8,7 @@ from typing import Any
 
 from .bit_widths import parse_widths
 from .dynamic import DynamicQuantizer
+from .logarithmic import LogarithmicQuantizer
 from .placement import EVERYWHERE, INPUTS, PLACEMENTS, Placement
 from .quantizers import Quantizer
 
@@ -33,6 +34,8 @@ class Policy:
             needs it to compute in integers (see `placement`).
         runtime: a key of `placement.PLACEMENTS`; counts with "qdq" alone.
         activation_ranges: "static": found once, on a set; "dynamic": in each call anew.
+        softmax: of what a softmax gives to a product: "uniform", as other activations; "log2":
+            powers of two.
     """
 
     weight_bits: int = 4
@@ -46,6 +49,7 @@ class Policy:
     weight_grid: str = "asymmetric"
     runtime: str = "onnxruntime"
     activation_ranges: str = "static"
+    softmax: str = "uniform"
 
     @property
     def where(self) -> Placement:
@@ -70,6 +74,10 @@ class Policy:
         if self.activation_ranges == "dynamic":
             return DynamicQuantizer(bits, asymmetric=self.asymmetric, unsigned=self.unsigned)
         return Quantizer(bits, asymmetric=self.asymmetric, unsigned=self.unsigned)
+
+    def softmax_quantizer(self, bits: int) -> Quantizer:
+        """One of what a softmax gives to a product."""
+        return LogarithmicQuantizer(bits) if self.softmax == "log2" else self.quantizer(bits)
 
     def bits_for(
         self, name: str, boundary: bool, backbone: str | None = None

@@ -161,6 +161,8 @@ class Quantizer(nn.Module):
 
     Attributes:
         strict: see `fake_quantize`.
+        searched: whether its step size and zero point are found from values and may be learned;
+            False for kinds that do without.
         enabled: False disables fake quantization.
         consumer: name of the one function that reads what it gives (as "silu"), which says how much
             which errors matter: see `ranges`. None: nothing is known of what reads it.
@@ -169,6 +171,8 @@ class Quantizer(nn.Module):
     State (all of it in the state dict): `log_scale` `(channels,)`, `zero_point` `(channels,)`,
     `initialised` (bool scalar).
     """
+
+    searched = True
 
     def __init__(
         self,

@@ -70,6 +70,10 @@ class Quantization(Section):
     activation_ranges: Literal["static", "dynamic"] = "static"
     """static: scales of activations are found on the set, once; dynamic: each call takes least and
     greatest value of the tensor at hand: a baseline, with method: ptq, that is not exported."""
+    softmax: Literal["uniform", "log2"] = "uniform"
+    """How outputs of softmax are quantized where a product of attention takes them. uniform: as
+    other activations; log2: to powers of two, 2^-round(-log2 p) (FQ-ViT; beyond the last code to
+    the least of them): a baseline that is not exported."""
     ranges: Literal[
         "mse", "minmax", "percentile", "lsq", "cosine", "mse-output", "cosine-output", "pd"
     ] = "mse"
@@ -152,6 +156,15 @@ class Quantization(Section):
         return self
 
     @property
+    @model_validator(mode="after")
+    def _softmax_in_no_file(self) -> Quantization:
+        if self.softmax != "uniform" and self.placement == "qdq":
+            raise ValueError(
+                f"softmax: {self.softmax} is in no file for a runtime: placement: inputs or "
+                "everywhere"
+            )
+        return self
+
     def equalizes(self) -> bool:
         """Whether the float network is equalised before anything else."""
         return self.start in ("cle", "cle+bias-correction")
@@ -203,3 +216,4 @@ class Quantization(Section):
             runtime=self.runtime,
             activation_ranges=self.activation_ranges,
         )
+            softmax=self.softmax,

@@ -10,7 +10,6 @@ from typing import Any
 from ..models.base import Boundary, Model
 from ..ptq.gptq import is_too_wide
 from ..quantization.bit_widths import format_widths
-from ..quantization.dynamic import DynamicQuantizer
 from ..quantization.inspection import FLOAT_KINDS, LayerInfo
 from ..quantization.layers import QUANTIZED_LAYERS, QuantMatmul
 from ..quantization.policy import Policy
@@ -42,7 +41,7 @@ class LayerRow:
         info: what it is and costs.
         share: of the network's MACs, in [0, 1].
         grids: of its input; of a product of two activations, of both; none in float, nor where
-            each call has its own.
+            each call has its own, nor of powers of two.
         why: why it is in float, or has other bits than the others; empty: as the others.
         divergence: of the predictions with this layer alone at its bits, where it was measured.
     """
@@ -89,7 +88,7 @@ def layer_rows(
             LayerRow(
                 info,
                 info.macs / total,
-                tuple(_grid(q) for q in quantizers if not isinstance(q, DynamicQuantizer)),
+                tuple(_grid(q) for q in quantizers if q.searched),
                 _why(info, policy, boundary, detector.backbone),
                 number(measured.get(info.name), widths),
             )

@@ -319,6 +319,7 @@ def _untouched(found: Material, rows: Sequence[LayerRow], policy: Policy) -> dic
         "joins": joins,
         "placement": policy.placement,
         "dynamic": policy.activation_ranges == "dynamic",
+        "log2": policy.softmax == "log2",
     }
 
 
