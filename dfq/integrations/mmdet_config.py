@@ -7,6 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ..errors import UserError
+from ..ptq.pipeline import reconstructs_blocks
 from ..recipe import Recipe, changed_recipe
 
 _TEMPLATE = """\
@@ -112,6 +113,7 @@ def require_supported(recipe: Recipe) -> None:
         "distillation.keep_worse: false": not settings.keep_worse,
         "evaluation.data": recipe.evaluation.data is not None,
         "quantization.mixed.budget": section.mixed.budget is not None,
+        f"quantization.reconstruction: {section.reconstruction}": reconstructs_blocks(section),
         "distillation.zero_lr": settings.zero_lr > 0,
         "distillation.zoom": settings.zoom > 0,
         "distillation.mosaic": settings.mosaic > 0,

@@ -19,8 +19,8 @@ from ..graph.execution import hooks
 from ..models.base import DistillationPair, Model
 
 DAMPING = 1.0
-"""Added to weights whose mean is 1, as BRECQ's public code adds 1 to gradients: where most images are
-sure of their class, a few would have all the say."""
+"""Added to weights whose mean is 1, as BRECQ's public code adds 1 to gradients: where most images
+are sure of their class, a few would have all the say."""
 
 
 def score(pair: DistillationPair, generator: Generator) -> Tensor:

@@ -13,6 +13,7 @@ from ..errors import UserError
 from ..graph.equalization import equalize
 from ..graph.fold_batchnorm import fold
 from ..models.base import AnyModel, Model, Targets
+from ..models.divergence import total_divergence
 from ..quantization.calibration import calibrate
 from ..quantization.insertion import insert_quantizers
 from ..quantization.margins import keep_within_statistics
@@ -30,6 +31,9 @@ from .blocks import BATCH, reconstruct
 from .gptq import gptq_quantize, is_too_wide
 from .objectives import METHODS
 from .prediction_search import METRICS, search_grids
+
+COMPARED = 64
+"""Images of the set that tell whether reconstruction came closer than the start it had."""
 
 MARGIN_IMAGES = 16
 """Of the calibration, which tell where ranges depend on the contrast."""
@@ -169,7 +173,10 @@ def with_reconstructed_blocks(
         )
     count = min(section.rounding_images, len(data))
     pixels = data.load(list(range(count)))
-    done = 0 if checkpoint is None else _restored(student, checkpoint)
+    begun = clone_state(student)
+    done = 0
+    if checkpoint is not None and checkpoint.is_file():
+        done, begun = _restored(student, checkpoint)
 
     def targets(batch: int) -> Targets:
         assert labels is not None
@@ -180,7 +187,7 @@ def with_reconstructed_blocks(
 
         def after(block: int, blocks: int) -> None:
             if checkpoint is not None:
-                _save(student, checkpoint, block)
+                _save(student, checkpoint, block, begun)
             task.update(block, blocks)
 
         reconstruct(
@@ -195,23 +202,42 @@ def with_reconstructed_blocks(
             first=done,
             after=after,
         )
+    if method.start == "gptq" and not _is_closer(student, begun, teacher, pixels[:COMPARED]):
+        progress.note("reconstruction: no closer to the float network than gptq's start, kept")
     return student
 
 
-def _save(student: Model, checkpoint: Path, done: int) -> None:
+def clone_state(student: Model) -> dict[str, Tensor]:
+    """A copy of what the network is made of."""
+    return {name: value.clone() for name, value in student.module.state_dict().items()}
+
+
+def _is_closer(student: Model, begun: dict[str, Tensor], teacher: Model, pixels: Tensor) -> bool:
+    """Whether a network is closer to its teacher on images than in an earlier state; where it is
+    not, it is in that state afterwards."""
+    after = clone_state(student)
+    end = total_divergence(student, teacher, pixels.split(BATCH))
+    student.module.load_state_dict(begun)
+    if bool(end >= total_divergence(student, teacher, pixels.split(BATCH))):
+        return False
+    student.module.load_state_dict(after)
+    return True
+
+
+def _save(student: Model, checkpoint: Path, done: int, begun: dict[str, Tensor]) -> None:
     buffer = io.BytesIO()
-    torch.save({"done": done, "student": student.module.state_dict()}, buffer)
+    state = student.module.state_dict()
+    torch.save({"done": done, "student": state, "begun": begun}, buffer)
     write_atomic(checkpoint, buffer.getvalue())
 
 
-def _restored(student: Model, checkpoint: Path) -> int:
-    """How many blocks are done, with the student as it was then; 0 where there is no file."""
-    if not checkpoint.is_file():
-        return 0
+def _restored(student: Model, checkpoint: Path) -> tuple[int, dict[str, Tensor]]:
+    """How many blocks are done, with the student as it was then, and its state before the first."""
     try:
         state = torch.load(checkpoint, map_location=student.device, weights_only=True)
+        student.module.load_state_dict(state["begun"])
         student.module.load_state_dict(state["student"])
-        return int(state["done"])
+        return int(state["done"]), state["begun"]
     except Exception as error:
         raise UserError(
             f"{checkpoint}: cannot be read ({type(error).__name__}); delete it to start the "

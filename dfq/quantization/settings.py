@@ -155,7 +155,6 @@ class Quantization(Section):
                 )
         return self
 
-    @property
     @model_validator(mode="after")
     def _softmax_in_no_file(self) -> Quantization:
         if self.softmax != "uniform" and self.placement == "qdq":
@@ -165,6 +164,7 @@ class Quantization(Section):
             )
         return self
 
+    @property
     def equalizes(self) -> bool:
         """Whether the float network is equalised before anything else."""
         return self.start in ("cle", "cle+bias-correction")
@@ -215,5 +215,5 @@ class Quantization(Section):
             placement=self.placement,
             runtime=self.runtime,
             activation_ranges=self.activation_ranges,
-        )
             softmax=self.softmax,
+        )

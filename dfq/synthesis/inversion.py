@@ -27,8 +27,7 @@ from .start import Start, matched_start
 from .swing import swinging
 
 EARLY, EARLY_WEIGHT = 4, 2.0
-"""So many layers after the first count so many times more than later ones: they see most of what
-later ones lack, and images gain contrast there that the first layer does not ask for."""
+"""So many layers after the first count so many times more: they see what later ones lack."""
 
 
 class Inversion:
@@ -394,8 +393,8 @@ class Inversion:
         before, scores = self._side_by_side(1), []
         size = self.settings.micro_batch or len(images)
         for start in range(0, len(images), size):
-            part = slice(start, start + size)
-            scores += self.detector.label_scores(images[part], labels[part])
+            end = start + size
+            scores += self.detector.label_scores(images[start:end], labels[start:end])
             if self.statistics is not None:
                 self.statistics.forget()
         self._side_by_side(before)

@@ -60,8 +60,8 @@ def test_what_was_interrupted_ends_in_the_same_bytes(
     save = pipeline._save
     blocks = []
 
-    def stop(student: Any, checkpoint: Path, done: int) -> None:
-        save(student, checkpoint, done)
+    def stop(student: Any, checkpoint: Path, done: int, begun: Any) -> None:
+        save(student, checkpoint, done, begun)
         blocks.append(done)
         if len(blocks) == 3:
             raise KeyboardInterrupt
@@ -82,7 +82,7 @@ def test_a_damaged_file_to_go_on_from_is_one_line(
 ) -> None:
     words = ("ptq", "--recipe", "ptq-w4a4", "--model", model, "--data", made, *QUICK)
 
-    def stop(student: Any, checkpoint: Path, done: int) -> None:
+    def stop(student: Any, checkpoint: Path, done: int, begun: Any) -> None:
         checkpoint.write_bytes(b"no checkpoint")
         raise KeyboardInterrupt
 

@@ -30,6 +30,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "method": ("ptq",),
     "evaluation.data": ("real",),
     "quantization.mixed.budget": ("w4a8",),
+    "quantization.reconstruction": ("best", "brecq"),
     "distillation.zero_lr": (0.01,),
     "distillation.zoom": (0.1,),
     "distillation.mosaic": (0.5,),
@@ -42,6 +43,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 
 WITHIN: dict[str, tuple[Any, ...]] = {
     "method": ("qat", "auto"),
+    "quantization.reconstruction": ("none", "gptq"),
     "distillation.selection": ("ema", "last"),
 }
 """Of these keys, the values that it does have; of the other ones, what switches them off."""
@@ -57,8 +59,9 @@ CHECKED = {
 SHARED = {
     *(f"quantization.{name}" for name in (
         "weight_bits", "activation_bits", "first_last_bits", "weights", "weight_grid",
-        "activations", "ranges", "calibration_images", "refine_images", "reconstruction",
-        "reconstruction_iterations", "rounding_images", "scope", "placement", "runtime",
+        "activations", "ranges", "calibration_images", "refine_images",
+        "reconstruction_iterations", "rounding_images", "start", "activation_ranges", "softmax",
+        "scope", "placement", "runtime",
         "overrides",
     )),
     *(f"distillation.{name}" for name in (

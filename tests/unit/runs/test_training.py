@@ -56,9 +56,10 @@ def test_the_policy_has_all_that_the_recipe_says_of_it() -> None:
         "weight_bits": 3, "activation_bits": 6, "first_last_bits": "same", "weights": "per_tensor",
         "weight_grid": "symmetric", "activations": "symmetric", "scope": "backbone",
         "placement": "everywhere", "runtime": "litert", "overrides": {"model.0.*": 5},
+        "activation_ranges": "dynamic", "softmax": "log2",
     }  # fmt: skip
     assert set(other) == {field.name for field in fields(Policy)}
-    recipe = load_recipe(None, [f"quantization={json.dumps(other)}"])
+    recipe = load_recipe(None, ["method=ptq", f"quantization={json.dumps(other)}"])
     found = recipe.quantization.policy().to_dict()
     assert found == {**other, "overrides": [["model.0.*", 5]]}
     assert all(found[name] != value for name, value in Policy().to_dict().items())
