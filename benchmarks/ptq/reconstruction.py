@@ -49,7 +49,10 @@ METHODS = {
     "mse": ("quantization.reconstruction=none",),
     **{
         name: (f"quantization.reconstruction={name}",)
-        for name in ("gptq", "adaround", "brecq", "qdrop", "pd", "spq", "mgrq", "task", "best")
+        for name in (
+            *("gptq", "adaround", "adaquant", "brecq", "qdrop"),
+            *("pd", "spq", "mgrq", "task", "best"),
+        )
     },
     "qat": ("method=qat",),
 }

@@ -22,6 +22,7 @@ from ..runtime.precision import computing_in, float32
 from .adaround import SoftRounding
 from .block_cache import BlockOutputCache
 from .block_io import BlockBatch, Call, HostCache, watch_calls
+from .continuous_weights import ContinuousWeight
 from .distribution_correction import corrected
 from .objectives import Method, Step
 
@@ -31,10 +32,11 @@ ROUND_WEIGHT, WARMUP = 0.01, 0.2
 BETA_START, BETA_END = 20.0, 2.0
 """Exponent of the regulariser, linearly from the end of the warm-up to the last iteration."""
 
-ROUND_TRAVEL, SCALE_TRAVEL, BIAS_TRAVEL = 12.0, 0.3, 0.05
-"""Adam's rates times the iterations: how far rounding variables, logarithms of step sizes and
-biases can go at most, the latter two with a cosine to zero. h goes from 0 to 1 within 4.8; in the
-papers' 20,000 iterations rates of 1e-3 and 4e-5 go 20 and 0.8 far."""
+ROUND_TRAVEL, WEIGHT_TRAVEL, SCALE_TRAVEL, BIAS_TRAVEL = 12.0, 2.0, 0.3, 0.05
+"""Adam's rates times the iterations: how far rounding variables, weights (in step sizes),
+logarithms of step sizes, and biases can go at most, all but the first with a cosine to zero. h goes
+from 0 to 1 within 4.8; in the papers' 20,000 iterations rates of 1e-3 and 4e-5 go 20 and 0.8 far.
+"""
 
 POOL_EXTRA = 1 << 20
 """How much longer the draw is that masks are taken from than the largest of them."""
@@ -128,9 +130,12 @@ class Block:
         method = self.shared.method
         soft = self._soften()
         scales = self._scales() if method.scales else []
+        if method.continuous:
+            scales += [variable.quantizer.log_scale for variable in soft.values()]
         biases = [layer.bias for layer in self.layers.values() if layer.bias is not None]
         iterations, batches = self.shared.iterations, len(self.shared.batches)
-        groups = [_group([s.variable for s in soft.values()], ROUND_TRAVEL / iterations)]
+        travel = WEIGHT_TRAVEL if method.continuous else ROUND_TRAVEL
+        groups = [_group([s.variable for s in soft.values()], travel / iterations)]
         if scales:
             groups.append(_group(scales, SCALE_TRAVEL / iterations))
         if method.biases and biases:
@@ -147,14 +152,18 @@ class Block:
                 if not order:
                     order = torch.randperm(batches, generator=cpu).tolist()
                 # Rounding's rate stays, as its regulariser grows.
-                for group in optimizer.param_groups[1:]:
+                for group in optimizer.param_groups[0 if method.continuous else 1 :]:
                     group["lr"] = group["peak"] * _cosine(step / iterations)
                 optimizer.zero_grad(set_to_none=True)
                 loss = method.objective(self._step(order.pop()))
                 beta = _beta(step / iterations)
-                if beta is not None:
-                    terms = torch.stack([s.regulariser(beta) for s in soft.values()])
-                    loss = loss + ROUND_WEIGHT * terms.sum()
+                terms = [
+                    s.regulariser(beta)
+                    for s in soft.values()
+                    if isinstance(s, SoftRounding) and beta is not None
+                ]
+                if terms:
+                    loss = loss + ROUND_WEIGHT * torch.stack(terms).sum()
                 loss.backward()
                 optimizer.step()
         for parameter, wanted in zip(learned, before, strict=True):
@@ -164,17 +173,22 @@ class Block:
             layer.weight.copy_(variable.rounded())
             layer.weight_quantizer = variable.quantizer
 
-    def _soften(self) -> dict[QuantConv2d | QuantLinear, SoftRounding]:
-        """Put rounding variables in the place of the weight quantizers."""
-        soft = {}
+    def _soften(self) -> dict[QuantConv2d | QuantLinear, SoftRounding | ContinuousWeight]:
+        """Put what is learned of the weights in the place of their quantizers."""
+        method = self.shared.method
+        soft: dict[QuantConv2d | QuantLinear, SoftRounding | ContinuousWeight] = {}
         for name, layer in self.layers.items():
             original = self.shared.teacher.module.get_submodule(name)
-            quantizer = layer.weight_quantizer
-            codes = quantizer.integers(layer.weight) if self.shared.method.start == "gptq" else None
-            variable = SoftRounding(quantizer, original.weight, codes).to(layer.weight.device)
-            # Not a submodule of it: it goes back when all is learned.
-            object.__setattr__(variable, "quantizer", quantizer)
-            layer.weight_quantizer = variable
+            quantizer, given = layer.weight_quantizer, method.start == "gptq"
+            variable: SoftRounding | ContinuousWeight
+            if method.continuous:
+                variable = ContinuousWeight(quantizer, layer.weight if given else original.weight)
+            else:
+                codes = quantizer.integers(layer.weight) if given else None
+                variable = SoftRounding(quantizer, original.weight, codes)
+                # Not a submodule of it: it goes back when all is learned.
+                object.__setattr__(variable, "quantizer", quantizer)
+            layer.weight_quantizer = variable.to(layer.weight.device)
             soft[layer] = variable
         return soft
 

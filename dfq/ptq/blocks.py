@@ -2,7 +2,8 @@
 
 Blocks are walked in the order they run. A block of the quantized network is given what the part
 before it, already quantized, gives, and follows what the block of the float network gives there
-(AdaRound, BRECQ, QDrop, PD-Quant, SPQ, MGRQ; see `objectives`). Rounding variables are AdaRound's.
+(AdaRound, AdaQuant, BRECQ, QDrop, PD-Quant, SPQ, MGRQ; see `objectives`). Rounding variables are
+AdaRound's; AdaQuant learns the weights in their place.
 """
 
 from __future__ import annotations

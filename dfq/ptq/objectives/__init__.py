@@ -34,6 +34,8 @@ class Method:
         fisher: whether it looks at the Fisher information.
         labels: whether it looks at the labels of the set.
         start: where rounding starts, "gptq" or "nearest".
+        continuous: whether the weights themselves are learned, straight through rounding, and their
+            step sizes, in place of rounding variables.
     """
 
     objective: Objective
@@ -45,10 +47,12 @@ class Method:
     fisher: bool = False
     labels: bool = False
     start: str = "nearest"
+    continuous: bool = False
 
 
 METHODS: dict[str, Method] = {
     "adaround": Method(block_error, layers=True, scales=False),
+    "adaquant": Method(block_error, layers=True, biases=True, continuous=True),
     "brecq": Method(fisher_error, fisher=True),
     "qdrop": Method(block_error, drop=0.5),
     "pd": Method(prediction_difference, drop=0.5, correct=True),
