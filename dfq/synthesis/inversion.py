@@ -392,9 +392,8 @@ class Inversion:
             return teacher_scores(labels, found, self.image_size)
         before, scores = self._side_by_side(1), []
         size = self.settings.micro_batch or len(images)
-        for start in range(0, len(images), size):
-            end = start + size
-            scores += self.detector.label_scores(images[start:end], labels[start:end])
+        for part in (slice(i, i + size) for i in range(0, len(images), size)):
+            scores += self.detector.label_scores(images[part], labels[part])
             if self.statistics is not None:
                 self.statistics.forget()
         self._side_by_side(before)
