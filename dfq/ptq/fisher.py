@@ -18,9 +18,10 @@ from torch.utils._pytree import tree_leaves
 from ..graph.execution import hooks
 from ..models.base import DistillationPair, Model
 
-DAMPING = 1.0
+DAMPING = 5.0
 """Added to weights whose mean is 1, as BRECQ's public code adds 1 to gradients: where most images
-are sure of their class, a few would have all the say."""
+are sure of their class, a few would have all the say. From 1 to 5 YOLOv5n ends equally close, a
+ResNet-20 of CIFAR-10 at W2A2 closer with more."""
 
 
 def score(pair: DistillationPair, generator: Generator) -> Tensor:
