@@ -16,6 +16,7 @@ from dfq.quantization.calibration import calibrate
 from dfq.quantization.insertion import insert_quantizers
 from dfq.quantization.inspection import list_layers
 from dfq.quantization.layers import QuantMatmul
+from dfq.quantization.logarithmic import LogarithmicQuantizer
 from dfq.quantization.policy import Policy
 from dfq.quantization.quantizers import Quantizer
 from dfq.quantization.traversal import activation_quantizers, float_mode
@@ -92,6 +93,22 @@ def test_products_are_listed_calibrated_and_quantized(swin: Detector, images: Te
     for one, other in zip(student.levels(ours), swin.levels(theirs), strict=True):
         assert not torch.equal(one, other)
         assert float((one - other).norm() / other.norm()) < 0.3
+
+
+@pytest.mark.mmdet
+def test_each_softmax_can_have_powers_of_two(swin: Detector, images: Tensor) -> None:
+    student = insert_quantizers(swin.clone(), Policy(8, 4, softmax="log2"))
+    calibrate(student, [images])
+    found = {
+        name: isinstance(layer.left_quantizer, LogarithmicQuantizer)
+        for name, layer in student.module.named_modules()
+        if isinstance(layer, QuantMatmul)
+    }
+    assert len(found) == 2 * len(swin.attention_layers())
+    assert all(is_softmax == name.endswith(".mix") for name, is_softmax in found.items())
+    with torch.no_grad():
+        levels = student.levels(student.raw(images))
+    assert all(bool(level.isfinite().all()) for level in levels)
 
 
 @pytest.mark.mmdet
