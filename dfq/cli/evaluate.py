@@ -16,7 +16,7 @@ from .options import (
 )
 
 
-@click.command("eval")
+@click.command("eval", short_help="Measure COCO AP, or the accuracy of a classifier.")
 @click.option(
     "--model", required=True, help="A detector or a classifier, a run folder or an exported file."
 )

@@ -134,3 +134,9 @@ def test_no_test_imports_another_test() -> None:
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[-1] in names
     ]
     assert not taken
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    # pytest collects them as modules without packages: the second would not be run.
+    names = [file.name for file in TESTS.rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
