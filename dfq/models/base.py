@@ -232,6 +232,16 @@ class Model(ABC):
         architecture (random weights) without the original checkpoint. Holds at least `family`,
         `names`, `image_size`, `stride`, `fingerprint`, `source`."""
 
+    def stated(self) -> dict[str, Any]:
+        """What every `spec` holds beside the family, and `metadata.stated` reads."""
+        return {
+            "names": list(self.names),
+            "image_size": self.image_size,
+            "stride": self.stride,
+            "fingerprint": self.fingerprint,
+            "source": self.source,
+        }
+
     @classmethod
     @abstractmethod
     def from_spec(cls, spec: dict[str, Any]) -> Model:

@@ -88,11 +88,7 @@ class NetworkClassifier(Classifier):
             "family": self.family,
             "network": self._network,
             "preprocessing": self.preprocessing.to_dict(),
-            "names": list(self.names),
-            "image_size": self.image_size,
-            "stride": self.stride,
-            "fingerprint": self.fingerprint,
-            "source": self.source,
+            **self.stated(),
         }
 
     @classmethod

@@ -98,11 +98,7 @@ class MMDetDetector(Detector):
         return {
             "family": self.family,
             "config": self._config,
-            "names": list(self.names),
-            "image_size": self.image_size,
-            "stride": self.stride,
-            "fingerprint": self.fingerprint,
-            "source": self.source,
+            **self.stated(),
         }
 
     @classmethod

@@ -103,11 +103,7 @@ class TorchvisionDetector(Detector):
             "network": self._name,
             "options": dict(self._options),
             "epsilon": self._epsilon,
-            "names": list(self.names),
-            "image_size": self.image_size,
-            "stride": self.stride,
-            "fingerprint": self.fingerprint,
-            "source": self.source,
+            **self.stated(),
         }
 
     @classmethod

@@ -154,11 +154,7 @@ class YOLOv5(Detector):
     def spec(self) -> dict[str, Any]:
         return {
             "family": self.family,
-            "names": self.names,
-            "image_size": self.image_size,
-            "stride": self.stride,
-            "fingerprint": self.fingerprint,
-            "source": self.source,
+            **self.stated(),
             "description": self._description,
             "anchors": self.module.detect.anchors.tolist(),
             "activation": self._activation,
