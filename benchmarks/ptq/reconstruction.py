@@ -37,7 +37,7 @@ from dfq.data.training_images import open_training_data
 from dfq.evaluation.measuring import RealSet, main_figure, measured, open_labelled
 from dfq.graph.fold_batchnorm import fold
 from dfq.models.base import Model
-from dfq.models.divergence import total_divergence
+from dfq.models.divergence import divergence_per_image
 from dfq.ptq.pipeline import quantized, reconstructs_blocks, with_reconstructed_blocks
 from dfq.qat.trainer import Trainer
 from dfq.recipe import Recipe, load_recipe
@@ -167,7 +167,7 @@ def main(
                 continue
             recipe = recipe_of(width, method, size, (*overrides, f"seed={seed}"))
             student, seconds = made(teacher, images, recipe, method, out)
-            apart = float(total_divergence(student, teacher, pixels.split(16))) / len(pixels)
+            apart = divergence_per_image(student, teacher, pixels)
             row = {"divergence": apart, figure: accuracy(student, labelled, size)}
             keep({"width": width, "method": method, "seconds": seconds, **row})
     print(table(list(results(file)), asked))

@@ -109,3 +109,8 @@ def total_divergence(student: Model, teacher: Model, batches: Iterable[Tensor]) 
         images = batch.to(student.device).float() / 255
         total += summed_divergence(student, student.raw(images), teacher.raw(images))
     return total
+
+
+def divergence_per_image(student: Model, teacher: Model, images: Tensor) -> float:
+    """`total_divergence` on uint8 images `(n, 3, h, w)`, 16 at a time, divided by their number."""
+    return float(total_divergence(student, teacher, images.split(16))) / len(images)

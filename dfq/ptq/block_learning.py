@@ -234,7 +234,6 @@ class Block:
     def _step(self, number: int) -> Step:
         shared = self.shared
         batch = self.io.get(number)
-        inner: list[tuple[Tensor, Tensor]] = []
         outputs = _floating([self._run(*pair) for pair in _zip(batch)])
         images = shared.batches[number]
 
@@ -256,7 +255,7 @@ class Block:
             model=shared.student,
             predictions=predictions,
             float_predictions=lambda: shared.float_predictions(number),
-            layers=lambda: inner or self._layer_outputs(batch),
+            layers=lambda: self._layer_outputs(batch),
             fisher=lambda: shared.fisher[self.name][number],
             targets=lambda: self._targets(number),
             image_shape=(images.shape[2], images.shape[3]),

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..graph.execution import hooks
 from ..models.base import DistillationPair, Model
+from .objectives.block_error import channel_axis
 
 DAMPING = 5.0
 """Added to weights whose mean is 1, as BRECQ's public code adds 1 to gradients: where most images
@@ -97,7 +98,7 @@ def fisher_diagonals(
 
 def _split(gradient: Tensor | None, tensor: Tensor) -> tuple[Tensor, Tensor]:
     """Mean squares by channel `(c,)` and by place, with an axis of 1 for the channels."""
-    axis = 1 if tensor.ndim == 4 else tensor.ndim - 1
+    axis = channel_axis(tensor)
     if gradient is None:
         gradient = torch.zeros_like(tensor)
     square = gradient.float().square()
@@ -113,7 +114,7 @@ def _smoothed(rows: list[list[tuple[Tensor, Tensor]]]) -> list[list[Tensor]]:
         for number, batch in enumerate(rows):
             place = batch[index][1]
             shape = [1] * place.ndim
-            shape[1 if place.ndim == 4 else place.ndim - 1] = -1
+            shape[channel_axis(place)] = -1
             smooth = (channels / mean).view(shape) * (place / mean)
             result[number].append((smooth + DAMPING) / (1 + DAMPING))
     return result

@@ -202,7 +202,7 @@ def with_reconstructed_blocks(
             first=done,
             after=after,
         )
-    if method.start == "gptq" and not _is_closer(student, begun, teacher, pixels[:COMPARED]):
+    if method.start == "gptq" and not _kept_if_closer(student, begun, teacher, pixels[:COMPARED]):
         progress.note("reconstruction: no closer to the float network than gptq's start, kept")
     return student
 
@@ -212,9 +212,11 @@ def clone_state(student: Model) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in student.module.state_dict().items()}
 
 
-def _is_closer(student: Model, begun: dict[str, Tensor], teacher: Model, pixels: Tensor) -> bool:
-    """Whether a network is closer to its teacher on images than in an earlier state; where it is
-    not, it is in that state afterwards."""
+def _kept_if_closer(
+    student: Model, begun: dict[str, Tensor], teacher: Model, pixels: Tensor
+) -> bool:
+    """Put a network back into an earlier state unless it has come closer to its teacher on images
+    since; says whether it has."""
     after = clone_state(student)
     end = total_divergence(student, teacher, pixels.split(BATCH))
     student.module.load_state_dict(begun)

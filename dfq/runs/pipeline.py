@@ -16,7 +16,7 @@ from ..data.pixels import LabelledImages, Pixels
 from ..errors import DivergedError
 from ..evaluation.measuring import RealSet, main_figure, measured
 from ..models.base import Model
-from ..models.divergence import total_divergence
+from ..models.divergence import divergence_per_image
 from ..ptq.block_io import ROOM
 from ..ptq.pipeline import (
     quantized,
@@ -123,8 +123,8 @@ def ptq_then_qat(
         )
         if rounded is None or compared is None:
             return made
-        candidates["gptq"] = _apart(rounded, teacher, compared)
-        candidates[section.reconstruction] = _apart(made, teacher, compared)
+        candidates["gptq"] = divergence_per_image(rounded, teacher, compared)
+        candidates[section.reconstruction] = divergence_per_image(made, teacher, compared)
         return made if candidates[section.reconstruction] < candidates["gptq"] else rounded
 
     if recipe.method == "ptq":
@@ -156,7 +156,7 @@ def ptq_then_qat(
             teacher.module.to(memory_format=torch.contiguous_format)
             start = ptq()
         closest = min(candidates.values())
-        candidates["qat"] = _apart(student, teacher, compared)
+        candidates["qat"] = divergence_per_image(student, teacher, compared)
         if candidates["qat"] >= closest:
             return calibrated(outcome, "closest to the teacher on the held-out images")
         selected = f"qat: {outcome.selected} weights"
@@ -170,11 +170,6 @@ def ptq_then_qat(
         where = recipe.distillation.select_on
         selected = f"qat: epoch {outcome.best[0]}, the best by AP on the real images of {where}"
     return QuantizationResult(student, outcome, f"{selected}; but {worse}" if worse else selected)
-
-
-def _apart(student: Model, teacher: Model, images: Tensor) -> float:
-    """Divergence of the two networks' predictions, an image of uint8 `(n, 3, h, w)`."""
-    return float(total_divergence(student, teacher, images.split(16))) / len(images)
 
 
 def _train(
