@@ -67,12 +67,12 @@ def grouped_sums(x: Tensor, expected: Tensor, total: Tensor, squares: Tensor, si
     if kernels is not None and kernels.fits(x):
         return cast(Tensor, kernels.sums(x, expected, total, squares, silu))
     groups = len(total)
-    found = torch.zeros(2, *total.shape, dtype=total.dtype, device=total.device)
-    where = [(found[0, group], found[1, group]) for group in range(groups)]
+    statistics = torch.zeros(2, *total.shape, dtype=total.dtype, device=total.device)
+    where = [(statistics[0, group], statistics[1, group]) for group in range(groups)]
     out = grouped_moments(x, expected, where, silu)
-    count, away = x.numel() // x.shape[1] // groups, found[0] - expected
+    count, away = x.numel() // x.shape[1] // groups, statistics[0] - expected
     total += away * count
-    squares += (found[1] + away.square()) * count
+    squares += (statistics[1] + away.square()) * count
     return out
 
 
@@ -91,13 +91,13 @@ def grouped_moments(
         return moments(x, expected, *where[0], silu)
     if _fits(x) and silu:
         out = torch.empty_like(x)
-        for part, given, found in zip(
+        for part, out_part, statistics in zip(
             x.chunk(len(where)), out.chunk(len(where)), where, strict=True
         ):
-            _call("silu_and_moments", part, given, expected, *found)
+            _call("silu_and_moments", part, out_part, expected, *statistics)
         return out
-    for part, found in zip(x.chunk(len(where)), where, strict=True):
-        moments(part, expected, *found, silu=False)
+    for part, statistics in zip(x.chunk(len(where)), where, strict=True):
+        moments(part, expected, *statistics, silu=False)
     return F.silu(x) if silu else x
 
 
@@ -112,9 +112,9 @@ def grouped_moments_backward(
     """
     kernels = _fused(x.device)
     if kernels is not None and kernels.fits(x):
-        rows = slope.view(-1, slope.shape[-1]) if slope.ndim == 1 else slope
-        more = offset.view(-1, offset.shape[-1]) if offset.ndim == 1 else offset
-        return cast(Tensor, kernels.backward(x, grad, rows, more, silu))
+        slopes = slope.view(-1, slope.shape[-1]) if slope.ndim == 1 else slope
+        offsets = offset.view(-1, offset.shape[-1]) if offset.ndim == 1 else offset
+        return cast(Tensor, kernels.backward(x, grad, slopes, offsets, silu))
     if slope.ndim == 1:
         return moments_backward(x, grad, slope, offset, silu)
     groups = len(slope)
@@ -127,8 +127,10 @@ def grouped_moments_backward(
             _call(name, *parts, slope[index], offset[index])
         return out
     through = torch.ops.aten.silu_backward(grad, x) if silu else grad.clone()
-    for index, (part, whole) in enumerate(zip(x.chunk(groups), through.chunk(groups), strict=True)):
-        whole += _linear(part, slope[index], offset[index])
+    for index, (part, part_grad) in enumerate(
+        zip(x.chunk(groups), through.chunk(groups), strict=True)
+    ):
+        part_grad += _linear(part, slope[index], offset[index])
     return through
 
 
@@ -156,9 +158,9 @@ def moments(x: Tensor, expected: Tensor, mean: Tensor, var: Tensor, silu: bool) 
         var *= (count - 1) / count
         return F.silu(x) if silu else x
     unused = torch.zeros_like(mean)
-    found = torch.ops.aten.batch_norm_update_stats(x, unused, unused.clone(), 0.0)
-    mean.copy_(found[0])
-    var.copy_(found[1])
+    batch_mean, batch_var = torch.ops.aten.batch_norm_update_stats(x, unused, unused.clone(), 0.0)
+    mean.copy_(batch_mean)
+    var.copy_(batch_var)
     return F.silu(x) if silu else x
 
 
@@ -183,14 +185,14 @@ def moments_backward(x: Tensor, grad: Tensor, slope: Tensor, offset: Tensor, sil
 def _linear(x: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
     """slope * x + offset by the kernel of a BatchNorm in eval mode: it takes half-precision x with
     float32 factors, and a broadcast addcmul is up to ten times slower on a CPU."""
-    zero, one = _zero_one(len(slope), slope.dtype, x.device)
-    return torch.batch_norm(x, slope, offset, zero, one, False, 0.0, 0.0, False)
+    zeros, ones = _zeros_ones(len(slope), slope.dtype, x.device)
+    return torch.batch_norm(x, slope, offset, zeros, ones, False, 0.0, 0.0, False)
 
 
 @functools.lru_cache(maxsize=256)
-def _zero_one(count: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    zero = torch.zeros(count, dtype=dtype, device=device)
-    return zero, torch.ones_like(zero)
+def _zeros_ones(count: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    zeros = torch.zeros(count, dtype=dtype, device=device)
+    return zeros, torch.ones_like(zeros)
 
 
 def gaussian_divergence(offset: Tensor, var: Tensor, expected: Tensor) -> Tensor:

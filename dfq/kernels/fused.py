@@ -152,10 +152,10 @@ def _off(device: torch.device, dtype: torch.dtype) -> float:
             for _ in range(2)
         )
         expected, factors = drawn(channels), drawn(2, 2, channels + 1)[..., :channels]
-        found = torch.zeros(2, 2, channels + 1, device=device)[..., :channels]
+        channel_sums = torch.zeros(2, 2, channels + 1, device=device)[..., :channels]
         for silu in (False, True):
-            found.zero_()
-            out = sums(x, expected, found[0], found[1], silu)
+            channel_sums.zero_()
+            out = sums(x, expected, channel_sums[0], channel_sums[1], silu)
             back = backward(x, grad, factors[0], factors[1], silu)
             parts = x.float().unflatten(0, (2, -1))
             away = parts - expected[:, None, None]
@@ -164,11 +164,13 @@ def _off(device: torch.device, dtype: torch.dtype) -> float:
             linear = factors[0][:, None, :, None, None] * parts
             linear = linear + factors[1][:, None, :, None, None]
             pairs: list[tuple[Any, Any]] = [
-                (found, wanted),
+                (channel_sums, wanted),
                 (out, F.silu(x.float()) if silu else x),
                 (back, through.float() + linear.flatten(0, 1)),
             ]
-            for ours, theirs in pairs:
-                apart = (ours.float() - theirs.float()).abs() / (1 + theirs.float().abs())
+            for from_kernel, from_torch in pairs:
+                apart = (from_kernel.float() - from_torch.float()).abs() / (
+                    1 + from_torch.float().abs()
+                )
                 worst = max(worst, float(apart.max()))
     return worst

@@ -29,7 +29,7 @@ def _view_kernel(
     column = (place // 3) % width
     row = place // 3 // width
     turned = tl.load(flipped + image).to(tl.int32)
-    other = column + turned * (width - 1 - 2 * column)
+    mirrored_column = column + turned * (width - 1 - 2 * column)
     first_row = tl.load(erased + image * 4)
     last_row = tl.load(erased + image * 4 + 1)
     first_column = tl.load(erased + image * 4 + 2)
@@ -37,9 +37,9 @@ def _view_kernel(
     blank = (row >= first_row) & (row < last_row)
     blank = blank & (column >= first_column) & (column < last_column)
     if BACK:
-        read, written = column, other
+        read, written = column, mirrored_column
     else:
-        read, written = other, column
+        read, written = mirrored_column, column
     value = tl.load(
         source + image.to(tl.int64) * source_n + channel * source_c + row * source_h
         + read * source_w,
@@ -68,10 +68,10 @@ def _variation_kernel(
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for down in tl.static_range(-1, 2):
         for across in tl.static_range(-1, 2):
-            there = mask & (row + down >= 0) & (row + down < height)
-            there = there & (column + across >= 0) & (column + across < width)
-            near = tl.load(base + place + down * width + across, mask=there, other=0.0)
-            total += tl.where(there, value - near, 0.0)
+            inside = mask & (row + down >= 0) & (row + down < height)
+            inside = inside & (column + across >= 0) & (column + across < width)
+            near = tl.load(base + place + down * width + across, mask=inside, other=0.0)
+            total += tl.where(inside, value - near, 0.0)
     tl.store(gradient + image.to(tl.int64) * 3 * plane + place, total, mask=mask)
     tl.atomic_add(sums + 2 * image, tl.sum(total * total, 0))
     tl.atomic_add(sums + 2 * image + 1, tl.sum(total * value, 0))
@@ -151,11 +151,11 @@ def _off(device: torch.device) -> float:
         (view_backward(images, flipped, erased), mirrored(blanked(images, erased), flipped)),
     ]
     for layout in (torch.contiguous_format, torch.channels_last):
-        other = images.contiguous(memory_format=layout)
-        pairs.append((view_backward(other, flipped, erased), pairs[1][1]))
+        laid_out = images.contiguous(memory_format=layout)
+        pairs.append((view_backward(laid_out, flipped, erased), pairs[1][1]))
     gradient, sums = variation(images)
     wanted = plain_variation(images)
-    inner = (images * wanted).sum((1, 2, 3))
-    each = torch.stack([wanted.square().sum((1, 2, 3)), inner], dim=1)
-    pairs += [(gradient, wanted), (sums / each, torch.ones_like(each))]
-    return max(float((ours - theirs).abs().max()) for ours, theirs in pairs)
+    inner_product = (images * wanted).sum((1, 2, 3))
+    wanted_sums = torch.stack([wanted.square().sum((1, 2, 3)), inner_product], dim=1)
+    pairs += [(gradient, wanted), (sums / wanted_sums, torch.ones_like(wanted_sums))]
+    return max(float((from_kernel - from_torch).abs().max()) for from_kernel, from_torch in pairs)
