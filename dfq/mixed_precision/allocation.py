@@ -62,7 +62,9 @@ def require_affordable(rows: Sequence[LayerSensitivity], budget: float, kind: st
         UserError: where even the cheapest widths cost more.
     """
     fixed = sum(cost(row, _only(row), kind) for row in rows if not row.free)
-    cheapest = sum(min(cost(row, one, kind) for one in row.widths) for row in rows if row.free)
+    cheapest = sum(
+        min(cost(row, widths, kind) for widths in row.widths) for row in rows if row.free
+    )
     if fixed + cheapest > budget * (1 + 1e-9):
         raise UserError(
             f"quantization.mixed.budget: {budget:.4g} {_words(kind)} cannot be kept: the least is "
@@ -88,11 +90,11 @@ def allocate(rows: Sequence[LayerSensitivity], budget: float, kind: str) -> dict
     Raises:
         UserError: where even the cheapest widths cost more.
     """
-    left = require_affordable(rows, budget, kind)
+    free_budget = require_affordable(rows, budget, kind)
     free = [row for row in rows if row.free]
     costs = [[cost(row, widths, kind) for widths in row.widths] for row in free]
-    chosen = solve(costs, [list(row.divergence) for row in free], left)
-    return {row.name: row.widths[index] for row, index in zip(free, chosen, strict=True)}
+    picks = solve(costs, [list(row.divergence) for row in free], free_budget)
+    return {row.name: row.widths[index] for row, index in zip(free, picks, strict=True)}
 
 
 def _words(kind: str) -> str:
@@ -116,25 +118,25 @@ def solve(
     """
     if not costs:
         return []
-    least = [min(one) for one in costs]
+    least = [min(class_costs) for class_costs in costs]
     spare = max(0.0, budget - sum(least))
-    most = sum(max(one) - low for one, low in zip(costs, least, strict=True))
+    most = sum(max(class_costs) - low for class_costs, low in zip(costs, least, strict=True))
     if most <= spare:
-        return [int(np.argmin(one)) for one in losses]
+        return [int(np.argmin(class_losses)) for class_losses in losses]
 
     def units(row: int, index: int) -> int:
-        more = costs[row][index] - least[row]
-        if more <= 0:
+        extra = costs[row][index] - least[row]
+        if extra <= 0:
             return 0
         # Nothing to spend: whatever costs more is out of reach.
-        return BUCKETS + 1 if more > spare else math.ceil(more / spare * BUCKETS - 1e-6)
+        return BUCKETS + 1 if extra > spare else math.ceil(extra / spare * BUCKETS - 1e-6)
 
     # best[b]: the least loss of the classes so far for at most b units.
     best = np.zeros(BUCKETS + 1)
     picks = np.zeros((len(costs), BUCKETS + 1), np.int16)
-    for row, ours in enumerate(losses):
+    for row, class_losses in enumerate(losses):
         after = np.full(BUCKETS + 1, math.inf)
-        for index, loss in enumerate(ours):
+        for index, loss in enumerate(class_losses):
             price = units(row, index)
             if price > BUCKETS:
                 continue
@@ -144,34 +146,34 @@ def solve(
             after[better] = reached[better]
             picks[row, better] = index
         best = after
-    chosen = []
-    left = BUCKETS
+    choices = []
+    units_left = BUCKETS
     for row in reversed(range(len(costs))):
-        index = int(picks[row, left])
-        left -= units(row, index)
-        chosen.append(index)
-    chosen.reverse()
-    return _spend_rest(chosen, costs, losses, budget)
+        index = int(picks[row, units_left])
+        units_left -= units(row, index)
+        choices.append(index)
+    choices.reverse()
+    return _spend_rest(choices, costs, losses, budget)
 
 
 def _spend_rest(
-    chosen: list[int],
+    choices: list[int],
     costs: Sequence[Sequence[float]],
     losses: Sequence[Sequence[float]],
     budget: float,
 ) -> list[int]:
     """Take single better choices while the budget allows: what rounding left over."""
-    spent = sum(one[index] for one, index in zip(costs, chosen, strict=True))
+    spent = sum(class_costs[index] for class_costs, index in zip(costs, choices, strict=True))
     while True:
         best: tuple[float, int, int] | None = None
-        for row, now in enumerate(chosen):
+        for row, now in enumerate(choices):
             for index, loss in enumerate(losses[row]):
                 gain = losses[row][now] - loss
                 fits = spent + costs[row][index] - costs[row][now] <= budget
                 if gain > 0 and fits and (best is None or gain > best[0]):
                     best = gain, row, index
         if best is None:
-            return chosen
+            return choices
         _, row, index = best
-        spent += costs[row][index] - costs[row][chosen[row]]
-        chosen[row] = index
+        spent += costs[row][index] - costs[row][choices[row]]
+        choices[row] = index

@@ -53,9 +53,12 @@ def choose_bits(
         if world.is_main_process:
             path = folder / "sensitivity.json"
             if not path.is_file():
-                found = find_bits(teacher, policy, section, data, progress)
-                write_json(path, found.to_dict())
-                log(f"bits by layer: {found.spent:.4g} of {found.budget:.4g} {found.kind}")
+                sensitivity = find_bits(teacher, policy, section, data, progress)
+                write_json(path, sensitivity.to_dict())
+                log(
+                    f"bits by layer: {sensitivity.spent:.4g} of {sensitivity.budget:.4g} "
+                    f"{sensitivity.kind}"
+                )
             overrides = read_bits(path)["overrides"]
             policy = replace(policy, overrides=(*policy.overrides, *overrides.items()))
     shared: Policy = world.broadcast(policy)
@@ -68,11 +71,11 @@ def read_bits(path: Path) -> dict[str, Any]:
     Raises:
         UserError: where it is broken.
     """
-    found = read_json(path)
+    sensitivity = read_json(path)
     try:
-        if not {"cost", "budget", "spent", "divergence"} <= found.keys():
+        if not {"cost", "budget", "spent", "divergence"} <= sensitivity.keys():
             raise KeyError
-        Quantization.model_validate({"overrides": found["overrides"]})
+        Quantization.model_validate({"overrides": sensitivity["overrides"]})
     except (AttributeError, KeyError, ValidationError):
         raise UserError(f"{path}: not as dfq wrote it; delete it to measure again") from None
-    return dict(found)
+    return dict(sensitivity)

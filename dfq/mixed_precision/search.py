@@ -27,7 +27,7 @@ class Sensitivity:
         kind: what costs are in: "bit_operations" of an image, or "bytes" of the weights.
         images: on how many it was measured.
         budget: for all layers together; None where none was asked for.
-        chosen: layer name -> (weight bits, activation bits) of the free layers; empty without a
+        allocated: layer name -> (weight bits, activation bits) of the free layers; None without a
             budget.
     """
 
@@ -35,34 +35,33 @@ class Sensitivity:
     kind: str
     images: int
     budget: float | None = None
-    chosen: dict[str, Widths] | None = None
+    allocated: dict[str, Widths] | None = None
 
     def widths(self, row: LayerSensitivity) -> Widths | None:
         """The bits a layer is given; None: float, or there was no budget to choose under."""
         if row.free:
-            return (self.chosen or {}).get(row.name)
+            return (self.allocated or {}).get(row.name)
         return row.widths[0] if row.widths else None
 
     @property
     def overrides(self) -> dict[str, str]:
         """What to write into a recipe's `quantization.overrides`."""
-        chosen = self.chosen or {}
-        return {name: format_widths(widths) for name, widths in chosen.items()}
+        return {name: format_widths(widths) for name, widths in (self.allocated or {}).items()}
 
     @property
     def spent(self) -> float | None:
         """What all layers together cost as they were chosen; None without a budget."""
-        if self.chosen is None:
+        if self.allocated is None:
             return None
         return sum(cost(row, self.widths(row), self.kind) for row in self.layers)
 
     @property
     def divergence(self) -> float | None:
         """Sum of the chosen layers' divergences: what the choice made least."""
-        if self.chosen is None:
+        if self.allocated is None:
             return None
         return sum(
-            row.divergence[row.widths.index(self.chosen[row.name])]
+            row.divergence[row.widths.index(self.allocated[row.name])]
             for row in self.layers
             if row.free
         )
@@ -118,8 +117,8 @@ def find_bits(
     mixed = settings.mixed
     check_budget_can_be_kept(teacher, policy, settings)
     count = min(mixed.images, len(data))
-    seen = min(max(mixed.images, settings.calibration_images), len(data))
-    images = data.load(list(range(seen))).float() / 255
+    calibration_count = min(max(mixed.images, settings.calibration_images), len(data))
+    images = data.load(list(range(calibration_count))).float() / 255
     with progress.task("sensitivity", 1, "measurements") as task:
         rows = measure(
             teacher,

@@ -61,8 +61,8 @@ class LayerSensitivity:
             "macs": self.macs,
             "weights": self.weights,
             "divergence": {
-                format_widths(widths): value
-                for widths, value in zip(self.widths, self.divergence, strict=True)
+                format_widths(widths): divergence
+                for widths, divergence in zip(self.widths, self.divergence, strict=True)
             },
         }
 
@@ -72,19 +72,19 @@ def choices(
 ) -> list[tuple[LayerInfo, tuple[Widths, ...]]]:
     """Every layer and the widths it may have under `policy`; see `LayerSensitivity.widths`."""
     edge = outline(detector).edge
-    found: list[tuple[LayerInfo, tuple[Widths, ...]]] = []
+    options: list[tuple[LayerInfo, tuple[Widths, ...]]] = []
     for row in list_layers(detector):
         fixed = policy.bits_for(row.name, row.name in edge, detector.backbone)
         if row.kind in FLOAT_KINDS:
-            found.append((row, ()))
+            options.append((row, ()))
         elif row.kind == "matmul" and fixed is not None:
             # Two activations, and no weight whose width there would be to choose.
-            found.append((row, ((fixed[1], fixed[1]),)))
+            options.append((row, ((fixed[1], fixed[1]),)))
         elif fixed is None or policy.is_fixed(row.name, row.name in edge):
-            found.append((row, (fixed,) if fixed else ()))
+            options.append((row, (fixed,) if fixed else ()))
         else:
-            found.append((row, tuple(dict.fromkeys(candidates))))
-    return found
+            options.append((row, tuple(dict.fromkeys(candidates))))
+    return options
 
 
 def unmeasured(
@@ -137,9 +137,9 @@ def measure(
     grids = "asymmetric" if policy.asymmetric else "symmetric"
     alone = replace(policy, placement="inputs", activations=grids)
     student = insert_quantizers(teacher.clone(), alone)
-    for _, each in quantized_layers(student.module):
+    for _, module in quantized_layers(student.module):
         # Of the placement, this is what a layer has of its own.
-        each.weight_quantizer.narrow = policy.where.narrow_weights
+        module.weight_quantizer.narrow = policy.where.narrow_weights
     for _, quantizer in activation_quantizers(student.module):
         quantizer.unsigned = policy.unsigned
     values = run_observers(student, known)
@@ -151,37 +151,45 @@ def measure(
     blocks = student.blocks()
     ended = last_layer_of_block(order, blocks)
     expected = [teacher.raw(batch) for batch in images]
-    found = {info.name: [0.0] * len(widths) for info, widths in options}
+    divergences = {info.name: [0.0] * len(widths) for info, widths in options}
     count = sum(len(batch) for batch in images)
     done, total = 0, sum(len(widths) for widths in free.values())
     with (
         float_mode(student.module),
-        BlockOutputCache.of(student, images, blocks) as ours,
+        BlockOutputCache.of(student, images, blocks) as student_outputs,
         # Nothing but rounding looks at the float network's features.
-        BlockOutputCache.of(teacher, known, blocks if rounding == "gptq" else ()) as theirs,
+        BlockOutputCache.of(
+            teacher, known, blocks if rounding == "gptq" else ()
+        ) as teacher_outputs,
     ):
         for name in order:
             widths = free.get(name, ())
             layer = _Layer(student, teacher, name, values[name], widths, search)
             moments = {}
             if rounding == "gptq" and widths and calls[name] and not is_too_wide(layer.layer):
-                moments = layer.moments(theirs, len(known), calls[name])
-            for index, pair in enumerate(widths):
-                with layer.quantized(pair, policy.shifts_weights(pair[0]), moments.get(pair[1])):
+                moments = layer.moments(teacher_outputs, len(known), calls[name])
+            for index, candidate in enumerate(widths):
+                with layer.quantized(
+                    candidate, policy.shifts_weights(candidate[0]), moments.get(candidate[1])
+                ):
                     sums = [
-                        summed_divergence(student, ours.run(number), raw)
+                        summed_divergence(student, student_outputs.run(number), raw)
                         for number, raw in enumerate(expected)
                     ]
-                found[name][index] = float(torch.stack(sums).sum()) / count
+                divergences[name][index] = float(torch.stack(sums).sum()) / count
                 done += 1
                 if progress is not None:
                     progress(done, total)
             if name in ended:
-                ours.finish(ended[name])
-                theirs.finish(ended[name])
+                student_outputs.finish(ended[name])
+                teacher_outputs.finish(ended[name])
     return [
         LayerSensitivity(
-            info.name, info.macs, math.prod(info.weight_shape), widths, tuple(found[info.name])
+            info.name,
+            info.macs,
+            math.prod(info.weight_shape),
+            widths,
+            tuple(divergences[info.name]),
         )
         for info, widths in options
     ]
@@ -244,9 +252,9 @@ class _Layer:
         off = self.layer.input_quantizer
         for number in range(batches):
             for x in inputs_of(self.original, calls, partial(network.run, number)):
-                for bits, some in sums.items():
+                for bits, moment_sums in sums.items():
                     # As in `gptq_quantize`.
                     self.layer.input_quantizer = off if bits >= FINE else self.inputs[bits]
-                    some.add(x, x)
+                    moment_sums.add(x, x)
         self.layer.input_quantizer = off
-        return {bits: some.moments() for bits, some in sums.items()}
+        return {bits: moment_sums.moments() for bits, moment_sums in sums.items()}

@@ -121,7 +121,7 @@ def test_a_budget_may_buy_activations_of_sixteen_bits(
         weight_bits=8, placement="qdq", runtime=runtime, calibration_images=4, mixed=mixed
     )
     found = find_bits(teacher, base, settings, Images(), Silent())
-    chosen = found.chosen or {}
+    chosen = found.allocated or {}
     wide = {name for name, widths in chosen.items() if widths == (8, 16)}
     assert wide
     assert wide < set(chosen)
