@@ -204,9 +204,9 @@ class World:
             if self.is_main_process:
                 self._wait(lambda: store.add(key, 0) >= self.size)
 
-    def _next(self, what: str) -> str:
+    def _next(self, name: str) -> str:
         self._turn += 1
-        return f"{self._turn}/{what}"
+        return f"{self._turn}/{name}"
 
     def _wait(
         self, condition: Callable[[], bool], meanwhile: Callable[[], None] | None = None

@@ -56,24 +56,24 @@ def reason(error: OSError) -> str:
     return known or shown(error.strerror or error)
 
 
-def user_path(given: str | Path, what: str = "", *, file: bool = False) -> Path:
+def user_path(path: str | Path, prefix: str = "", *, file: bool = False) -> Path:
     """A path as a user wrote it, with `~` as the home folder.
 
     Args:
-        given: the path.
-        what: begins the message.
+        path: as it was written.
+        prefix: begins the message.
         file: it is of a file to be written, and no folder's: pathlib drops a slash at the end.
 
     Raises:
         UserError: for the home folder of somebody who is not known here.
     """
-    if file and str(given).endswith((os.sep, f"{os.sep}.")):
-        raise UserError(f"{what} {shown(given)}: is how a folder is named; name a file".lstrip())
+    if file and str(path).endswith((os.sep, f"{os.sep}.")):
+        raise UserError(f"{prefix} {shown(path)}: is how a folder is named; name a file".lstrip())
     try:
-        return Path(given).expanduser()
+        return Path(path).expanduser()
     except RuntimeError:
         raise UserError(
-            f"{what + ' ' if what else ''}{shown(given)}: there is no home folder of that user "
+            f"{prefix + ' ' if prefix else ''}{shown(path)}: there is no home folder of that user "
             "here; write the path in full"
         ) from None
 
@@ -150,12 +150,12 @@ def keys_once(where: str) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
     """
 
     def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+        entries = dict(pairs)
+        if len(entries) < len(pairs):
             keys = [key for key, _ in pairs]
-            twice = next(key for key in found if keys.count(key) > 1)
+            twice = next(key for key in entries if keys.count(key) > 1)
             raise UserError(f"{where}: the key {shown(repr(twice))} is there twice: keep one")
-        return found
+        return entries
 
     return mapping
 
@@ -239,8 +239,8 @@ def require_output_file(path: Path, name: str, inputs: Iterable[str | Path | Non
         raise UserError(f"{where}: is a device or a pipe and no regular file; name a file")
     if not os.access(path, os.W_OK):
         raise UserError(f"{where}: permission denied: it is read-only; name another file")
-    for given in inputs:
-        for source in _parts(given):
+    for named_input in inputs:
+        for source in _parts(named_input):
             if _holds(source, path, status):
                 raise UserError(
                     f"{where}: is one of the inputs ({shown(source)}), and would be replaced; name "
@@ -278,16 +278,16 @@ def require_apart(*outputs: tuple[str, Path | None]) -> None:
     Args:
         outputs: the argument's name, and the file it gave.
     """
-    taken: dict[Path, str] = {}
+    argument_of: dict[Path, str] = {}
     for name, path in outputs:
         if path is not None:
             place = path.parent.resolve() / path.name
-            if place in taken:
+            if place in argument_of:
                 raise UserError(
-                    f"{argument(name, path)}: is what {argument(taken[place])} names too; give two "
-                    "files"
+                    f"{argument(name, path)}: is what {argument(argument_of[place])} names too; "
+                    "give two files"
                 )
-            taken[place] = name
+            argument_of[place] = name
 
 
 def require_not_read(path: Path | None, name: str, files: Iterable[Path]) -> None:
@@ -353,13 +353,13 @@ def _require_room(folder: Path, where: str) -> None:
             ) from None
 
 
-def _parts(given: str | Path | None) -> Iterator[Path]:
+def _parts(named_input: str | Path | None) -> Iterator[Path]:
     """The files and folders that an input may name: `network@weights` names two."""
-    if given is None or str(given) == "":
+    if named_input is None or str(named_input) == "":
         return
-    network, _, weights = str(given).rpartition("@")
-    labels = label_set(str(given))
-    for text in {str(given), network, weights, labels[1] if labels else ""} - {""}:
+    network, _, weights = str(named_input).rpartition("@")
+    labels = label_set(str(named_input))
+    for text in {str(named_input), network, weights, labels[1] if labels else ""} - {""}:
         yield user_path(text)
 
 
@@ -367,13 +367,13 @@ def _holds(source: Path, path: Path, status: os.stat_result) -> bool:
     """Whether the file `path` is the input `source`, is read with the folder `source`, or belongs
     to the set that the file `source` describes; by whichever name."""
     try:
-        found = source.stat()
+        source_status = source.stat()
     except (OSError, ValueError):
         return False
-    if os.path.samestat(found, status):
+    if os.path.samestat(source_status, status):
         return True
     place, root = path.resolve(), source.resolve()
-    if not stat.S_ISDIR(found.st_mode):
+    if not stat.S_ISDIR(source_status.st_mode):
         # It may describe a set whose images and labels are around it.
         root = root.parent
         of_a_set = IMAGE_SUFFIXES | {".txt", ".xml"}

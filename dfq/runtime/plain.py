@@ -148,12 +148,12 @@ def check_keys(root: yaml.Node, construct: Callable[..., Any], where: str) -> No
     Raises:
         UserError: names the key and both lines.
     """
-    nodes, seen = [root], set()
+    nodes, visited = [root], set()
     while nodes:
         node = nodes.pop()
-        if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+        if id(node) in visited or not isinstance(node, yaml.CollectionNode):
             continue
-        seen.add(id(node))
+        visited.add(id(node))
         if isinstance(node, yaml.SequenceNode):
             nodes += node.value
             continue
@@ -200,12 +200,12 @@ def plain_tree(value: Any, where: str) -> Any:
         UserError: it holds an object or a number that is not finite or of over 64 bits, is too
             large or nested too deeply. The message says where.
     """
-    left = MOST_NODES
+    nodes_left = MOST_NODES
 
     def copy(item: Any, path: tuple[str, ...]) -> Any:
-        nonlocal left
-        left -= 1
-        if left < 0:
+        nonlocal nodes_left
+        nodes_left -= 1
+        if nodes_left < 0:
             raise UserError(f"{where}: holds more than {MOST_NODES} values")
         if len(path) > DEEPEST:
             raise UserError(f"{where}: is nested more than {DEEPEST} deep")

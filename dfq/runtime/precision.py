@@ -27,8 +27,8 @@ def resolve_precision(wanted: str, device: torch.device, section: str) -> str:
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         # Older torch does not tell.
-        found: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-        native = bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+        capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+        native = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
     if wanted == "auto":
         return "bfloat16" if native else "float32"
     if wanted == "bfloat16" and not native:

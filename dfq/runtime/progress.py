@@ -97,9 +97,9 @@ class _Rate:
         elif done > self.done:
             # Work that reports once an hour is averaged over hours.
             memory = max(_MEMORY_SECONDS, (now - self.started) / 4)
-            kept = 0.5 ** ((now - self.at) / memory)
-            self._units = kept * self._units + done - self.done
-            self._seconds = kept * self._seconds + now - self.at
+            decay = 0.5 ** ((now - self.at) / memory)
+            self._units = decay * self._units + done - self.done
+            self._seconds = decay * self._seconds + now - self.at
             self.at, self.done = now, done
 
     def tell(self, left: float) -> None:
@@ -111,8 +111,8 @@ class _Rate:
         if self.done is None or self.done >= total:
             return None if self.done is None else 0.0
         if self._left is not None:
-            told, left = self._left
-            return max(0.0, left - (time.monotonic() - told))
+            told_at, left = self._left
+            return max(0.0, left - (time.monotonic() - told_at))
         if self._units <= 0 or self._seconds <= 0:
             return None
         return (total - self.done) * self._seconds / self._units

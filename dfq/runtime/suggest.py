@@ -6,9 +6,9 @@ import difflib
 from collections.abc import Iterable
 
 
-def suggestion(given: str, known: Iterable[str]) -> str:
-    """`; did you mean X?` for the known name that is closest to the given one, or nothing."""
+def suggestion(unknown: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` for the known name that is closest to the unknown one, or nothing."""
     names = list(dict.fromkeys(known))
     lowered = {name.lower(): name for name in reversed(names)}
-    close = difflib.get_close_matches(given[:100].lower(), lowered, n=1, cutoff=0.7)
+    close = difflib.get_close_matches(unknown[:100].lower(), lowered, n=1, cutoff=0.7)
     return f"; did you mean {lowered[close[0]]}?" if close else ""
