@@ -133,7 +133,7 @@ class Pass:
 
 
 @dataclass
-class _Made:
+class _Computed:
     """How an activation came to be: by which operation, of which others, and whether number by
     number and into the memory of one of them."""
 
@@ -153,7 +153,7 @@ class _Watching(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.made: list[_Made] = []
+        self.computed: list[_Computed] = []
         self.places = [""]
         self.calls: dict[str, list[Call]] = defaultdict(list)
         self.within: list[str] = []
@@ -170,8 +170,8 @@ class _Watching(TorchDispatchMode):
         """Take these tensors to be what the network gives."""
         self.places.append("")
         for tensor in outputs:
-            if (found := self.look(tensor)) is not None:
-                self._read(found[0], {found[1]})
+            if (known := self.look(tensor)) is not None:
+                self._read(known[0], {known[1]})
 
     def look(self, tensor: Tensor) -> tuple[Activation, Grid | None] | None:
         """What a tensor is, or is a view of, and the grid it was put on; None: no activation."""
@@ -188,10 +188,10 @@ class _Watching(TorchDispatchMode):
             if isinstance(leaf, Tensor) and (known := self.look(leaf)) is not None:
                 read[known[0]].add(known[1])
         writes = func._schema.is_mutable
-        given = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        new = [tensor for tensor in given if writes or self.look(tensor) is None]
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        new = [tensor for tensor in outputs if writes or self.look(tensor) is None]
         # Whatever gives nothing but tensors that are there is a view.
-        if not read or (given and not new):
+        if not read or (outputs and not new):
             return result
         self.places.append(self.within[-1] if self.within else "")
         for activation, grids in read.items():
@@ -201,11 +201,11 @@ class _Watching(TorchDispatchMode):
         for tensor in new:
             replaced = self.look(tensor)
             within = replaced[0] if replaced else None
-            made = self._new(tensor, list(read), pointwise=pointwise, within=within)
+            output = self._new(tensor, list(read), pointwise=pointwise, within=within)
             if tensor.is_floating_point() and name in _CHOOSING and len(read) == 1:
                 (grids,) = read.values()
                 (grid,) = grids if len(grids) == 1 else (None,)
-                self._kept[tensor.untyped_storage()._cdata] = made, grid
+                self._kept[tensor.untyped_storage()._cdata] = output, grid
         return result
 
     def _new(
@@ -220,7 +220,7 @@ class _Watching(TorchDispatchMode):
         now = len(self.places) - 1
         size = tensor.element_size()
         activation = Activation(storage.nbytes() // size, size * _BYTE, now, now)
-        self.made.append(_Made(activation, operands, pointwise, within))
+        self.computed.append(_Computed(activation, operands, pointwise, within))
         self._kept[storage._cdata] = activation, None
         self._references.append(StorageWeakRef(storage))
         return activation
@@ -242,14 +242,14 @@ class _Watching(TorchDispatchMode):
         """What follows is done inside a quantizer."""
         self._silent += 1
 
-    def put_on_grid(self, quantizer: Quantizer, given: Tensor, result: Tensor) -> None:
+    def put_on_grid(self, quantizer: Quantizer, operand: Tensor, result: Tensor) -> None:
         """The end of that: its result is what it was given, on a grid."""
         self._silent -= 1
-        found = self.look(given)
+        known = self.look(operand)
         storage = result.untyped_storage()
-        if found is None or storage._cdata == given.untyped_storage()._cdata:
+        if known is None or storage._cdata == operand.untyped_storage()._cdata:
             return
-        activation, before = found
+        activation, before = known
         state = (quantizer.log_scale.item(), quantizer.zero_point.item())
         grid = (quantizer.bits, *state)
         # On its second grid, it is still kept on the first.
@@ -292,15 +292,15 @@ def _hook_layer(name: str, layer: nn.Module, watch: _Watching, stack: ExitStack)
         begun.append(len(watch.places))
 
     def after(_m: nn.Module, inputs: Any, named: dict[str, Any], result: Any) -> None:
-        given = [leaf for leaf in (*inputs, *named.values()) if isinstance(leaf, Tensor)]
-        first = result[0] if isinstance(result, tuple) else result
-        found = watch.look(first)
+        operands = [leaf for leaf in (*inputs, *named.values()) if isinstance(leaf, Tensor)]
+        output = result[0] if isinstance(result, tuple) else result
+        known = watch.look(output)
         watch.calls[name].append(
             Call(
                 begun.pop(),
                 len(watch.places) - 1,
-                tuple(tensor.numel() for tensor in given),
-                (found[0],) if found else (),
+                tuple(tensor.numel() for tensor in operands),
+                (known[0],) if known else (),
             )
         )
 
@@ -318,25 +318,27 @@ def watch_activations(detector: Model, image_size: int) -> Pass:
     """
     watch = _Watching()
     image = torch.zeros(1, 3, image_size, image_size, device=detector.device)
-    given = watch.begin(image)
+    input_activation = watch.begin(image)
     with _hooked(detector.module, watch), watch:
         raw = detector.raw(image)
     watch.end([leaf for leaf in tree_leaves(raw) if isinstance(leaf, Tensor)])
-    for made in watch.made:
-        _settle(made, given)
-    return Pass([made.activation for made in watch.made], watch.places, dict(watch.calls))
+    for computed in watch.computed:
+        _settle(computed, input_activation)
+    return Pass(
+        [computed.activation for computed in watch.computed], watch.places, dict(watch.calls)
+    )
 
 
-def _settle(made: _Made, image: Activation) -> None:
+def _settle(computed: _Computed, image: Activation) -> None:
     """See whether an activation is one tensor with what it was computed from."""
-    activation = made.activation
-    operand = made.operands[0] if made.pointwise and len(made.operands) == 1 else image
+    activation = computed.activation
+    operand = computed.operands[0] if computed.pointwise and len(computed.operands) == 1 else image
     # The caller's image is there whatever is computed from it.
     alone = operand is not image and operand.reads == 1
     if alone and operand.elements == activation.elements:
         operand.into = activation
         activation.born = operand.born
-    elif made.within is not None:
+    elif computed.within is not None:
         # Its place is the other's until this is written.
         activation.born += 1
         activation.last = max(activation.last, activation.born)

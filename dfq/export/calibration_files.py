@@ -56,7 +56,7 @@ def export_for(
     Raises:
         UserError: there is no such tool, something is in the way of `out`, or the set is damaged.
     """
-    chosen = find_tool(tool)
+    entry = find_tool(tool)
     out = require_new_folder(out)
     images = CalibrationImages.open(data, image_size)
     _require_apart(images.source, out)
@@ -64,9 +64,9 @@ def export_for(
         export_yolo(images.source, out)
     else:
         with new_folder(out) as folder:
-            chosen.write(images, folder)
-    command = chosen.command.format(out=shlex.quote(str(out)), side=images.side)
-    return out / chosen.result, len(images), command
+            entry.write(images, folder)
+    command = entry.command.format(out=shlex.quote(str(out)), side=images.side)
+    return out / entry.result, len(images), command
 
 
 def find_tool(name: str) -> Tool:

@@ -67,24 +67,24 @@ class CalibrationImages:
         """
         if layout not in ("nchw", "nhwc") or values not in ("float32", "uint8"):
             raise ValueError(f"no such layout or values: {layout!r}, {values!r}")
-        found = _opened(data)
-        own = _own_side(found)
+        source = _opened(data)
+        side = _common_side(source)
         if image_size is not None and not 0 < image_size <= LARGEST_SIDE:
             raise UserError(f"--image-size {image_size}: must be from 1 to {LARGEST_SIDE}")
-        if isinstance(found, CalibrationSet):
-            if own is None:
-                raise UserError(f"{found.root}: its images are no squares of one size")
-            if image_size not in (None, own):
+        if isinstance(source, CalibrationSet):
+            if side is None:
+                raise UserError(f"{source.root}: its images are no squares of one size")
+            if image_size not in (None, side):
                 raise UserError(
-                    f"--image-size {image_size}: the images of {found.root} are {own} x {own}; "
+                    f"--image-size {image_size}: the images of {source.root} are {side} x {side}; "
                     "leave it out, or make another set with dfq synthesize"
                 )
-        elif image_size is None and own is None:
+        elif image_size is None and side is None:
             raise UserError(
-                f"{shown(found.source)}: its images are no squares of one size; give the side of "
+                f"{shown(source.source)}: its images are no squares of one size; give the side of "
                 "the network's input as --image-size"
             )
-        return cls(found, image_size or own or 0, layout, values)
+        return cls(source, image_size or side or 0, layout, values)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -136,11 +136,11 @@ def _opened(data: Source) -> CalibrationSet | ImageSet:
     if isinstance(data, ImageSet):
         return data
     # First as what it is in any case: this says what is wrong with a path.
-    found = open_set(data)
+    image_set = open_set(data)
     path = user_path(data)
     if path.is_dir() and CalibrationSet.is_one(path):
         return CalibrationSet.open(path).require_intact()
-    return found
+    return image_set
 
 
 def _clipped(label: Tensor) -> Tensor:
@@ -151,11 +151,11 @@ def _clipped(label: Tensor) -> Tensor:
     return cut[(cut[:, 3:] > 0).all(dim=1)]
 
 
-def _own_side(found: CalibrationSet | ImageSet) -> int | None:
+def _common_side(source: CalibrationSet | ImageSet) -> int | None:
     """The side of all images, where they are squares of one size."""
-    if isinstance(found, CalibrationSet):
-        sizes = {image_size(found.root / name) for name in found.files}
+    if isinstance(source, CalibrationSet):
+        sizes = {image_size(source.root / name) for name in source.files}
     else:
-        sizes = {(item.width, item.height) for item in found.items}
+        sizes = {(image.width, image.height) for image in source.items}
     width, height = next(iter(sizes), (0, 1))
     return width if len(sizes) == 1 and width == height else None

@@ -64,14 +64,14 @@ def onnxruntime_reader(
             return len(images)
 
         def set_range(self, start_index: int, end_index: int) -> None:
-            self.chosen = range(start_index, min(end_index, len(images)))
+            self.indices = range(start_index, min(end_index, len(images)))
             self.rewind()
 
         def rewind(self) -> None:
-            self.left = iter(self.chosen)
+            self.remaining = iter(self.indices)
 
         def get_next(self) -> dict[str, np.ndarray] | None:
-            index = next(self.left, None)
+            index = next(self.remaining, None)
             return None if index is None else {input_name: images[index]}
 
     return Reader()

@@ -80,10 +80,10 @@ class Figures:
     activation_bytes: int
     energy_joules: float
 
-    def ratio(self, other: Figures) -> dict[str, float | None]:
+    def ratio(self, reference: Figures) -> dict[str, float | None]:
         """Each figure as a share of another's; None where that is 0."""
-        pairs = zip(asdict(self).items(), asdict(other).values(), strict=True)
-        return {key: value / whole if whole else None for (key, value), whole in pairs}
+        pairs = zip(asdict(self).items(), asdict(reference).values(), strict=True)
+        return {key: value / base if base else None for (key, value), base in pairs}
 
 
 @dataclass(frozen=True)
@@ -149,12 +149,12 @@ class FileCost:
 
 def detector_cost(detector: Model, image_size: int) -> Cost:
     """What a detector costs for an image of so many pixels a side."""
-    seen = watch_activations(detector, image_size)
-    alive, as_float = seen.alive(), seen.alive(as_float=True)
+    forward_pass = watch_activations(detector, image_size)
+    alive, as_float = forward_pass.alive(), forward_pass.alive(as_float=True)
     layers, floats = [], []
     for row in list_layers(detector, image_size):
         weights = _weights(detector.module.get_submodule(row.name))
-        calls = seen.calls.get(row.name, [])
+        calls = forward_pass.calls.get(row.name, [])
         layers.append(
             LayerCost(
                 row.name,
@@ -173,7 +173,7 @@ def detector_cost(detector: Model, image_size: int) -> Cost:
         layers,
         _sum((layer.figures for layer in layers), peak),
         _sum(floats, max(as_float)),
-        seen.places[alive.index(peak)],
+        forward_pass.places[alive.index(peak)],
     )
 
 
@@ -263,8 +263,8 @@ def file_cost(model: str | Path, image_size: int | None) -> FileCost:
             "the size on disk is all that is told; give the model or the run it was made from"
         )
     files = [path]
-    if (second := BESIDE.get(path.suffix.lower())) is not None:
-        files.append(path.with_suffix(second))
+    if (weights_suffix := BESIDE.get(path.suffix.lower())) is not None:
+        files.append(path.with_suffix(weights_suffix))
     for file in files:
         if not file.is_file():
             raise UserError(f"{shown(file)}: there is no such file; check the path")

@@ -44,7 +44,8 @@ class IntegerShare:
     def share_of_macs(self) -> float:
         """In [0, 1]; 0 where there is nothing to multiply."""
         total = sum(operation.macs for operation in self.operations)
-        return sum(one.macs for one in self.operations if one.integers) / total if total else 0.0
+        in_integers = sum(operation.macs for operation in self.operations if operation.integers)
+        return in_integers / total if total else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -53,9 +54,14 @@ class IntegerShare:
             "counted_from": self.counted_from,
             "operations": len(self.operations),
             "float_operations": [
-                {"name": one.name, "type": one.type, "macs": one.macs, "reason": one.reason}
-                for one in self.operations
-                if not one.integers
+                {
+                    "name": operation.name,
+                    "type": operation.type,
+                    "macs": operation.macs,
+                    "reason": operation.reason,
+                }
+                for operation in self.operations
+                if not operation.integers
             ],
         }
 

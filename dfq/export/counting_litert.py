@@ -19,33 +19,35 @@ def count_litert(file: LiteRtFile) -> IntegerShare:
     XNNPACK takes over whole stretches of them."""
     interpreter = file.interpreter
     operations = interpreter._get_ops_details()
-    taken = any(one["op_name"] == "DELEGATE" for one in operations)
-    found = []
-    for one in operations:
-        if one["op_name"] not in _LAYERS:
+    delegated = any(operation["op_name"] == "DELEGATE" for operation in operations)
+    layers = []
+    for operation in operations:
+        if operation["op_name"] not in _LAYERS:
             continue
         # The first of a transposed convolution's inputs is the shape of its output.
-        inputs = list(one["inputs"])
-        data, weight = inputs[:2] if one["op_name"] != "TRANSPOSE_CONV" else (inputs[2], inputs[1])
+        inputs = list(operation["inputs"])
+        data, weight = (
+            inputs[:2] if operation["op_name"] != "TRANSPOSE_CONV" else (inputs[2], inputs[1])
+        )
         shapes = [_tensor(interpreter, index)["shape"] for index in (data, weight)]
         kinds = [_tensor(interpreter, index)["dtype"] for index in (data, weight)]
-        target = _tensor(interpreter, one["outputs"][0])
-        macs = _macs(one["op_name"], shapes[0], shapes[1], target["shape"])
+        target = _tensor(interpreter, operation["outputs"][0])
+        macs = _macs(operation["op_name"], shapes[0], shapes[1], target["shape"])
         integers = all(kind in _INTEGER for kind in kinds)
         reason = None
         if not integers:
-            said = [np.dtype(kind).name for kind in kinds]
-            reason = f"its input is {said[0]} and its weight {said[1]}"
-            if said[0] == "float32" and kinds[1] in _INTEGER:
+            kind_names = [np.dtype(kind).name for kind in kinds]
+            reason = f"its input is {kind_names[0]} and its weight {kind_names[1]}"
+            if kind_names[0] == "float32" and kinds[1] in _INTEGER:
                 reason = "its input is on no grid"
-        found.append(Operation(target["name"], one["op_name"], macs, integers, reason))
-    by = ", executed by XNNPACK" if taken else ", executed by LiteRT's own kernels"
-    return IntegerShare(tuple(found), f"types of the file's operations{by}")
+        layers.append(Operation(target["name"], operation["op_name"], macs, integers, reason))
+    by = ", executed by XNNPACK" if delegated else ", executed by LiteRT's own kernels"
+    return IntegerShare(tuple(layers), f"types of the file's operations{by}")
 
 
 def _tensor(interpreter: Any, index: int) -> dict[str, Any]:
-    found: dict[str, Any] = interpreter._get_tensor_details(int(index), 0)
-    return found
+    details: dict[str, Any] = interpreter._get_tensor_details(int(index), 0)
+    return details
 
 
 def _macs(kind: str, data: Any, weight: Any, out: Any) -> int:

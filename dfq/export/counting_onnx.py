@@ -37,7 +37,7 @@ def count_onnx(file: OnnxFile) -> IntegerShare:
     for node in graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
-    found = []
+    layers = []
     for node in graph.node:
         if node.op_type not in _CONVOLUTIONS | _PRODUCTS:
             continue
@@ -48,15 +48,15 @@ def count_onnx(file: OnnxFile) -> IntegerShare:
             size = math.prod(of_weight[1:])
             macs = math.prod(shapes[node.input[0]] if transposed else out) * size
         else:
-            given = shapes[node.input[0]]
+            input_shape = shapes[node.input[0]]
             turned = any(a.name == "transA" and a.i for a in node.attribute)
-            macs = math.prod(out) * (given[-2] if turned else given[-1])
+            macs = math.prod(out) * (input_shape[-2] if turned else input_shape[-1])
         integers = node.op_type in _INTEGER
         reason = None if integers else _reason(node, weight, makers, readers, constants)
-        found.append(
+        layers.append(
             Operation(node.name or node.output[0], node.op_type, macs // out[0], integers, reason)
         )
-    return IntegerShare(tuple(found), "onnxruntime's optimised graph")
+    return IntegerShare(tuple(layers), "onnxruntime's optimised graph")
 
 
 def optimised_graph(path: Path, image: np.ndarray) -> tuple[Any, dict[str, list[int]]]:
@@ -80,22 +80,22 @@ def optimised_graph(path: Path, image: np.ndarray) -> tuple[Any, dict[str, list[
         graph.CopyFrom(model.graph)
         constants = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
         named = {output.name for output in graph.output}
-        made = {name for node in graph.node for name in node.output}
+        computed = {name for node in graph.node for name in node.output}
         wanted: dict[str, None] = {}
         for node in graph.node:
             if node.op_type in _CONVOLUTIONS | _PRODUCTS:
                 for name in (*node.input, node.output[0]):
-                    if name in made and name not in named:
+                    if name in computed and name not in named:
                         wanted[name] = None
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
         onnx.save(model, str(target))
         options = _options(ort, levels.ORT_DISABLE_ALL)
         session = ort.InferenceSession(str(target), options, providers=["CPUExecutionProvider"])
         names = [output.name for output in session.get_outputs()]
-        given = session.get_inputs()[0].name
-        values = session.run(names, {given: image})
+        input_name = session.get_inputs()[0].name
+        values = session.run(names, {input_name: image})
     shapes = {name: list(value.shape) for name, value in zip(names, values, strict=True)}
-    return graph, {given: list(image.shape), **constants, **shapes}
+    return graph, {input_name: list(image.shape), **constants, **shapes}
 
 
 def _options(ort: Any, level: Any) -> Any:
@@ -131,17 +131,20 @@ def _reason(
     data, of_weight = source(node.input[0]), source(weight)
     if node.op_type == "MatMulNBits":
         return "its weights alone are integers"
-    quantized = [one is not None and one.op_type == "DequantizeLinear" for one in (data, of_weight)]
+    quantized = [
+        operand is not None and operand.op_type == "DequantizeLinear"
+        for operand in (data, of_weight)
+    ]
     if not any(quantized):
         return "it is not quantized"
     if not quantized[0]:
         return "its input is on no grid"
     if not quantized[1]:
         return "its weight is on no grid"
-    for what, one in (("activations", data), ("weights", of_weight)):
-        kind = bits(one)
+    for role, operand in (("activations", data), ("weights", of_weight)):
+        kind = bits(operand)
         if kind not in ("INT8", "UINT8", None):
-            return f"{what} of {kind}: there are kernels for 8 bits alone"
+            return f"{role} of {kind}: there are kernels for 8 bits alone"
     if bits(data) == "INT8":
         return "signed activations: it has integer kernels for unsigned ones"
     after = readers.get(node.output[0], [])
@@ -155,13 +158,13 @@ def _reason(
 
 def _leads_out(node: Any, readers: dict[str, list[Any]]) -> bool:
     """Whether no other layer depends on the node's output."""
-    seen, left = set(), list(node.output)
-    while left:
-        for reader in readers.get(left.pop(), []):
+    visited, pending = set(), list(node.output)
+    while pending:
+        for reader in readers.get(pending.pop(), []):
             if reader.op_type in _CONVOLUTIONS | _PRODUCTS:
                 return False
             for name in reader.output:
-                if name not in seen:
-                    seen.add(name)
-                    left.append(name)
+                if name not in visited:
+                    visited.add(name)
+                    pending.append(name)
     return True

@@ -19,7 +19,7 @@ def count_openvino(file: OpenVinoFile) -> IntegerShare:
     model = core.read_model(str(file.path))
     model.reshape(list(file.image.shape))
     compiled = compile_openvino(core, model)
-    found = []
+    layers = []
     for operation in compiled.get_runtime_model().get_ordered_ops():
         info = _info(operation)
         if info["layerType"] not in _LAYERS:
@@ -37,21 +37,21 @@ def count_openvino(file: OpenVinoFile) -> IntegerShare:
         reason = None if integers else _reason(operation, info)
         kind = f"{info['layerType']} ({info.get('primitiveType', '?')})"
         name = str(operation.get_friendly_name())
-        found.append(Operation(name, kind, macs // out[0], integers, reason))
-    return IntegerShare(tuple(found), "OpenVINO's executable graph (runtimePrecision)")
+        layers.append(Operation(name, kind, macs // out[0], integers, reason))
+    return IntegerShare(tuple(layers), "OpenVINO's executable graph (runtimePrecision)")
 
 
 def _info(operation: Any) -> dict[str, str]:
-    found = operation.get_rt_info()
-    return {key: str(getattr(found[key], "value", found[key])) for key in found}
+    rt_info = operation.get_rt_info()
+    return {key: str(getattr(rt_info[key], "value", rt_info[key])) for key in rt_info}
 
 
 def _reason(operation: Any, info: dict[str, str]) -> str:
     precision = info.get("runtimePrecision", "?")
     sources = [_info(value.get_node()) for value in operation.input_values()[:2]]
-    given = [source.get("outputPrecisions", "?").split(",")[0] for source in sources]
-    if given[0] not in _INTEGER and given[1] not in _INTEGER:
+    precisions = [source.get("outputPrecisions", "?").split(",")[0] for source in sources]
+    if precisions[0] not in _INTEGER and precisions[1] not in _INTEGER:
         return f"in {precision}: neither its input nor its weight comes as 8-bit integers"
-    what = "input" if given[0] not in _INTEGER else "weight"
-    comes = given[0] if what == "input" else given[1]
-    return f"in {precision}: its {what} comes as {comes} and not as 8-bit integers"
+    operand = "input" if precisions[0] not in _INTEGER else "weight"
+    comes = precisions[0] if operand == "input" else precisions[1]
+    return f"in {precision}: its {operand} comes as {comes} and not as 8-bit integers"

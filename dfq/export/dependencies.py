@@ -13,12 +13,12 @@ from ..runtime.processes import keeping_signal_stack
 _EXTRAS = {"litert_torch": "litert", "ai_edge_litert": "litert"}
 
 
-def require(name: str, what: str) -> ModuleType:
+def require(name: str, purpose: str) -> ModuleType:
     """An optional package or one of its modules.
 
     Args:
         name: as in an import.
-        what: what it is needed for, for the message.
+        purpose: what it is needed for, for the message.
 
     Raises:
         UserError: it is not installed; says how to.
@@ -33,7 +33,7 @@ def require(name: str, what: str) -> ModuleType:
             raise
         extra = _EXTRAS.get(root, "export")
         raise UserError(
-            f"{what} needs the package {root.replace('_', '-')}, which is not installed: "
+            f"{purpose} needs the package {root.replace('_', '-')}, which is not installed: "
             f"pip install 'dfq[{extra}]'"
         ) from None
 

@@ -33,47 +33,51 @@ SHRUNK = 0.8
 """Of the sides of large boxes, what has to be left."""
 
 
-def of_parity(found: Parity | None) -> list[str]:
+def of_parity(parity: Parity | None) -> list[str]:
     """Outputs that are not those of the reference program."""
-    if found is None:
+    if parity is None:
         return []
     faults = []
-    for name, held in found.held.items():
-        one = found.outputs[name]
-        if held is not None:
+    for name, verdict in parity.held.items():
+        distance = parity.outputs[name]
+        if verdict is not None:
             continue
-        what = "not finite, or of another shape"
-        if one.finite:
-            floor = found.floor.get(name)
+        problem = "not finite, or of another shape"
+        if distance.finite:
+            floor = parity.floor.get(name)
             alone = "" if floor is None else f"; rounding alone: {floor.mean_steps:.2f}"
-            what = (
-                f"{one.share_within_one:.1%} of its values within one step, {one.mean_steps:.2f} "
-                f"steps apart on average{alone}"
+            problem = (
+                f"{distance.share_within_one:.1%} of its values within one step, "
+                f"{distance.mean_steps:.2f} steps apart on average{alone}"
             )
-        faults.append(f"parity: the output {name} is not what PyTorch computes ({what})")
+        faults.append(f"parity: the output {name} is not what PyTorch computes ({problem})")
     return faults
 
 
-def of_integers(info: ExportInfo | None, found: IntegerShare) -> list[str]:
+def of_integers(info: ExportInfo | None, integers: IntegerShare) -> list[str]:
     """A file of dfq's that was to be computed in integers, and is not."""
     if info is None or (info.weight_bits, info.activation_bits) != (8, 8):
         return []
-    if info.format == "torch" or info.runtime == "tensorrt" or found.share_of_macs >= LEAST_SHARE:
+    if (
+        info.format == "torch"
+        or info.runtime == "tensorrt"
+        or integers.share_of_macs >= LEAST_SHARE
+    ):
         return []
     return [
-        f"integers: {found.share_of_macs:.1%} of the MACs are computed in integers, and "
+        f"integers: {integers.share_of_macs:.1%} of the MACs are computed in integers, and "
         f"{LEAST_SHARE:.0%} should be"
     ]
 
 
-def of_scores(found: Candidates, best: float) -> list[str]:
+def of_scores(candidates: Candidates, best: float) -> list[str]:
     """Scores that a grid made for boxes has taken.
 
     Args:
-        found: what the file gives.
+        candidates: what the file gives.
         best: highest score of the float model on the same images.
     """
-    levels = np.unique(np.round(found.scores.astype(np.float64), 6))
+    levels = np.unique(np.round(candidates.scores.astype(np.float64), 6))
     if best < 0.25 or len(levels) >= LEAST_LEVELS:
         return []
     gaps = np.diff(levels)
@@ -126,11 +130,11 @@ def of_ranges(fits: Sequence[Fit] | None, moved: Moved | None) -> list[str]:
 
 def _as_before(moved: Moved) -> bool:
     """Whether the detections hardly changed."""
-    whole = moved.all
+    overall = moved.all
     return (
-        whole.share >= 0.98
-        and (whole.box_iou or 0.0) >= 0.8
-        and abs(whole.score_shift or 0.0) <= 0.05
+        overall.share >= 0.98
+        and (overall.box_iou or 0.0) >= 0.8
+        and abs(overall.score_shift or 0.0) <= 0.05
         and (moved.side_ratio or 1.0) >= SHRUNK
     )
 

@@ -157,9 +157,11 @@ class LiteRtKernels(OnnxRuntimeKernels):
     def average(
         self, x: OnGrid, function: Callable[[Tensor], Tensor], grid: Grid, *, pools: bool
     ) -> Tensor:
-        found = function(x.integers)
+        averages = function(x.integers)
         # Halves go away from the integer 0 in a pooling, which knows of no zero point, else up.
-        nearest = found.sign() * (found.abs() + 0.5).floor() if pools else (found + 0.5).floor()
+        nearest = (
+            averages.sign() * (averages.abs() + 0.5).floor() if pools else (averages + 0.5).floor()
+        )
         return _clamped(nearest, grid)
 
 
@@ -187,8 +189,8 @@ def run_in_integers(program: Program, images: Tensor, runtime: str) -> dict[str,
         Outputs by name, as the runtime's file has them.
     """
     interpreter = _Interpreter(program, KERNELS[runtime])
-    found = _values(interpreter.run(images))
-    return dict(zip(program.outputs, found, strict=True))
+    outputs = _values(interpreter.run(images))
+    return dict(zip(program.outputs, outputs, strict=True))
 
 
 class _Interpreter(fx.Interpreter):
@@ -226,9 +228,9 @@ class _Interpreter(fx.Interpreter):
             return self._keep(n, args, kwargs)
         if n in self.fused:
             grid: Grid = tuple(self.fused[n].args[1:6])
-            done = self._kernel(n, args, grid)
-            if done is not None:
-                return _Done(done)
+            requantized = self._kernel(n, args, grid)
+            if requantized is not None:
+                return _Done(requantized)
         if n.target is _ATEN.matmul.default and all(isinstance(a, OnGrid) for a in args):
             a, b = args
             sums = (a.integers - a.zero_point) @ (b.integers - b.zero_point)
@@ -241,11 +243,10 @@ class _Interpreter(fx.Interpreter):
         x = args[0]
         if isinstance(x, OnGrid) and x.axis is None:
             # Padding of a pool is below all; of zeros there is none among these.
-            found = n.target(x.integers, *args[1:], **kwargs)
-            if isinstance(found, list | tuple):
-                return [x.with_integers(part) for part in found]
-            kept = x.with_integers(found)
-            return _Done(found) if self._same_grid(n, x) else kept
+            integers = n.target(x.integers, *args[1:], **kwargs)
+            if isinstance(integers, list | tuple):
+                return [x.with_integers(part) for part in integers]
+            return _Done(integers) if self._same_grid(n, x) else x.with_integers(integers)
         if isinstance(x, list | tuple) and n.target is operator.getitem:
             part = x[args[1]]
             same = isinstance(part, OnGrid) and self._same_grid(n, part)

@@ -64,7 +64,7 @@ def in_turns(
         start = clock()
         run()
         counts.append(max(1, round(seconds / max(clock() - start, 1e-9))))
-    found: list[list[float]] = [[] for _ in runs]
+    medians: list[list[float]] = [[] for _ in runs]
     for _ in range(rounds):
         for place, (run, count) in enumerate(zip(runs, counts, strict=True)):
             times = []
@@ -72,5 +72,5 @@ def in_turns(
                 start = clock()
                 run()
                 times.append(clock() - start)
-            found[place].append(statistics.median(times))
-    return found
+            medians[place].append(statistics.median(times))
+    return medians

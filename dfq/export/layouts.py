@@ -58,8 +58,8 @@ def candidates(outputs: dict[str, np.ndarray], classes: int | None, side: int) -
 
 
 def _widest(values: dict[str, np.ndarray]) -> str | None:
-    whole = [name for name, value in values.items() if value.ndim == 3]
-    return max(whole, key=lambda name: values[name].size, default=None)
+    names = [name for name, value in values.items() if value.ndim == 3]
+    return max(names, key=lambda name: values[name].size, default=None)
 
 
 def _together(value: np.ndarray, classes: int | None, side: int) -> Candidates | None:
@@ -130,10 +130,11 @@ def _apart(values: dict[str, np.ndarray], classes: int | None, side: int) -> Can
             return None
         return Candidates(_pixels(_corners(boxes), side), scores)
     flat = [value for value in by_name.values() if value.shape[1:] == (count,)]
-    whole = [np.array_equal(value, value.round()) for value in flat]
-    if len(flat) < 2 or sorted(whole)[:2] == [True, True]:
+    integral = [np.array_equal(value, value.round()) for value in flat]
+    if len(flat) < 2 or sorted(integral)[:2] == [True, True]:
         return None
-    score, label = flat[whole.index(False)], flat[whole.index(True)] if True in whole else None
+    score = flat[integral.index(False)]
+    label = flat[integral.index(True)] if True in integral else None
     if label is None:
         return None
     return Candidates(_pixels(_corners(boxes), side), score[..., None], label.astype(np.int64))
@@ -154,31 +155,32 @@ def _pixels(boxes: np.ndarray, side: int) -> np.ndarray:
 
 
 def choose(
-    found: Candidates,
+    predictions: Candidates,
     score_threshold: float = 0.001,
     iou_threshold: float = 0.6,
     max_detections: int = 300,
 ) -> list[Detections]:
     """Detections, one an image: non-maximum suppression within each category, unless the file has
     chosen itself; thresholds are those of `Detector.decode`."""
-    made = []
-    for index in range(len(found.boxes)):
-        boxes, scores = torch.from_numpy(found.boxes[index]), torch.from_numpy(found.scores[index])
-        if found.labels is None:
+    detections = []
+    for index in range(len(predictions.boxes)):
+        boxes = torch.from_numpy(predictions.boxes[index])
+        scores = torch.from_numpy(predictions.scores[index])
+        if predictions.labels is None:
             rows, labels = (scores > score_threshold).nonzero(as_tuple=True)
-            kept = scores[rows, labels]
+            kept_scores = scores[rows, labels]
         else:
             rows = (scores[:, 0] > score_threshold).nonzero()[:, 0]
-            labels, kept = torch.from_numpy(found.labels[index])[rows], scores[rows, 0]
-        order = kept.argsort(descending=True, stable=True)[:_MOST_BOXES]
-        rows, labels, kept = rows[order], labels[order], kept[order]
-        if found.labels is None:
-            chosen = batched_nms(boxes[rows].float(), kept.float(), labels, iou_threshold)
+            labels, kept_scores = torch.from_numpy(predictions.labels[index])[rows], scores[rows, 0]
+        order = kept_scores.argsort(descending=True, stable=True)[:_MOST_BOXES]
+        rows, labels, kept_scores = rows[order], labels[order], kept_scores[order]
+        if predictions.labels is None:
+            keep = batched_nms(boxes[rows].float(), kept_scores.float(), labels, iou_threshold)
         else:
-            chosen = torch.arange(len(kept))
-        chosen = chosen[:max_detections]
-        made.append(Detections(boxes[rows][chosen], kept[chosen], labels[chosen]))
-    return made
+            keep = torch.arange(len(kept_scores))
+        keep = keep[:max_detections]
+        detections.append(Detections(boxes[rows][keep], kept_scores[keep], labels[keep]))
+    return detections
 
 
 class ForeignModel(ExportedModel):
@@ -216,8 +218,8 @@ class ForeignModel(ExportedModel):
         grey = np.full((self._batch or 1, 3, size, size), 0.45, np.float32)
         self._classes = None if names is None else len(names)
         outputs = file.run(grey)
-        found = candidates(outputs, self._classes, size)
-        if found is None:
+        predictions = candidates(outputs, self._classes, size)
+        if predictions is None:
             listed = ", ".join(f"{shown(n, 40)} {list(v.shape)}" for n, v in outputs.items())
             of = "" if names is None else f" of {len(names)} categories"
             raise UserError(
@@ -225,7 +227,7 @@ class ForeignModel(ExportedModel):
                 "(n, 4 + classes, A), (n, A, 5 + classes), (n, A, 6), or boxes and scores apart"
             )
         if names is None:
-            count = found.scores.shape[2] if found.labels is None else 1000
+            count = predictions.scores.shape[2] if predictions.labels is None else 1000
             names = [str(index) for index in range(count)]
         self.info = ExportInfo(
             format=_FORMATS[self.path.suffix.lower()],
@@ -250,15 +252,15 @@ class ForeignModel(ExportedModel):
         rows = []
         for start in range(0, len(images), fixed):
             part = images[start : start + fixed]
-            whole = np.concatenate([part, np.repeat(part[:1], fixed - len(part), axis=0)])
-            rows.append({n: v[: len(part)] for n, v in self.file.run(whole).items()})
+            full_batch = np.concatenate([part, np.repeat(part[:1], fixed - len(part), axis=0)])
+            rows.append({n: v[: len(part)] for n, v in self.file.run(full_batch).items()})
         return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
     def candidates(self, images: np.ndarray) -> Candidates:
         """What it gives before suppression, of images as for `run`."""
-        found = candidates(self.run(images), self._classes, images.shape[-1])
-        assert found is not None
-        return found
+        predictions = candidates(self.run(images), self._classes, images.shape[-1])
+        assert predictions is not None
+        return predictions
 
     def detect(self, images: Tensor, *, masks: bool = False, **thresholds: Any) -> list[Detections]:
         return choose(self.candidates(images.detach().cpu().numpy()), **thresholds)

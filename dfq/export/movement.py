@@ -86,7 +86,7 @@ class Moved:
 
 def moved(
     reference: Sequence[Detections],
-    found: Sequence[Detections],
+    detections: Sequence[Detections],
     names: Sequence[str],
     against: str,
     above: float = THRESHOLD,
@@ -95,22 +95,22 @@ def moved(
 
     Args:
         reference: the float model's.
-        found: the file's, with any score.
+        detections: the file's, with any score.
         names: of the categories.
         against: what the float model is, for the record.
         above: detections of the float model with a lower score do not count.
     """
     # Row of the float model's detections: area, label, IoU (NaN: lost), shift of the score.
     rows: list[tuple[float, int, float, float]] = []
-    for wanted, given in zip(reference, found, strict=True):
-        pairs = {row: (mine, iou) for mine, row, iou in matches(wanted, given, above)}
-        areas = (wanted.boxes[:, 2:] - wanted.boxes[:, :2]).prod(dim=1)
-        for row in (wanted.scores > above).nonzero()[:, 0].tolist():
+    for expected, actual in zip(reference, detections, strict=True):
+        matched = {row: (match, iou) for match, row, iou in matches(expected, actual, above)}
+        areas = (expected.boxes[:, 2:] - expected.boxes[:, :2]).prod(dim=1)
+        for row in (expected.scores > above).nonzero()[:, 0].tolist():
             iou = shift = math.nan
-            if row in pairs:
-                mine, iou = pairs[row]
-                shift = float(given.scores[mine] - wanted.scores[row])
-            rows.append((float(areas[row]), int(wanted.labels[row]), iou, shift))
+            if row in matched:
+                match, iou = matched[row]
+                shift = float(actual.scores[match] - expected.scores[row])
+            rows.append((float(areas[row]), int(expected.labels[row]), iou, shift))
     table = np.array(rows, dtype=np.float64).reshape(-1, 4)
     sizes = {
         name: _group(table[(table[:, 0] >= low) & (table[:, 0] < high)])
@@ -123,7 +123,7 @@ def moved(
         (item for item in groups.items() if item[1].detections >= _FEWEST),
         key=lambda item: (item[1].share, item[1].box_iou or 0.0),
     )
-    ratio = _side_ratio(reference, found, above)
+    ratio = _side_ratio(reference, detections, above)
     return Moved(_group(table), sizes, dict(worst[:_WORST]), ratio, len(reference), against)
 
 
@@ -135,19 +135,19 @@ def _group(table: np.ndarray) -> Group:
 
 
 def _side_ratio(
-    reference: Sequence[Detections], found: Sequence[Detections], above: float
+    reference: Sequence[Detections], detections: Sequence[Detections], above: float
 ) -> float | None:
     """Sides of large boxes, the file's over the float model's; see `Moved.side_ratio`."""
     pairs = []
-    for wanted, given in zip(reference, found, strict=True):
-        if not len(given.boxes):
+    for expected, actual in zip(reference, detections, strict=True):
+        if not len(actual.boxes):
             continue
-        overlaps = box_iou(wanted.boxes, given.boxes).nan_to_num(0.0)
-        overlaps[wanted.labels[:, None] != given.labels] = 0.0
-        for row in (wanted.scores > above).nonzero()[:, 0].tolist():
+        overlaps = box_iou(expected.boxes, actual.boxes).nan_to_num(0.0)
+        overlaps[expected.labels[:, None] != actual.labels] = 0.0
+        for row in (expected.scores > above).nonzero()[:, 0].tolist():
             if overlaps[row].max() > 0:
                 match = int(overlaps[row].argmax())
-                sides = [b[2:] - b[:2] for b in (wanted.boxes[row], given.boxes[match])]
+                sides = [b[2:] - b[:2] for b in (expected.boxes[row], actual.boxes[match])]
                 pairs.append([float(torch.linalg.vector_norm(side)) for side in sides])
     if not pairs:
         return None
@@ -157,7 +157,7 @@ def _side_ratio(
 
 
 def same_number(
-    reference: Sequence[Detections], found: Sequence[Detections], at: float = THRESHOLD
+    reference: Sequence[Detections], detections: Sequence[Detections], at: float = THRESHOLD
 ) -> float | None:
     """A score from which on a file has as many detections as its float model has from `at` on: `at`
     itself where that is so, else the least. Suppression keeps whatever scores higher, so the number
@@ -167,8 +167,10 @@ def same_number(
         As few digits as give that number, or the nearest there is; None where the float model has
         none, or the file cannot reach half as many.
     """
-    wanted = sum(int((one.scores >= at).sum()) for one in reference)
-    scores = np.sort(np.concatenate([one.scores.numpy() for one in found]).astype(np.float64))[::-1]
+    wanted = sum(int((of_image.scores >= at).sum()) for of_image in reference)
+    scores = np.sort(
+        np.concatenate([of_image.scores.numpy() for of_image in detections]).astype(np.float64)
+    )[::-1]
     scores = scores[np.isfinite(scores)]
     if not wanted or len(scores) < wanted / 2:
         return None
@@ -184,7 +186,7 @@ def same_number(
     cut = int(ends[np.abs(ends - wanted).argmin()])
     high, low = scores[cut - 1], scores[cut]
     for digits in range(2, 8):
-        value = round((high + low) / 2, digits)
-        if low < value <= high:
-            return float(value)
+        threshold = round((high + low) / 2, digits)
+        if low < threshold <= high:
+            return float(threshold)
     return float(high)

@@ -117,8 +117,8 @@ class RuntimeFile:
         """A blank batch of the shape and dtype of the runtime's input; free sides are those that
         dfq exported for."""
         side = self.says.image_size if self.says is not None else 640
-        free = [1, *[3 if n == 3 else side for n in self.input_shape[1:]]]
-        shape = [given or own for given, own in zip(self.input_shape, free, strict=True)]
+        defaults = [1, *[3 if n == 3 else side for n in self.input_shape[1:]]]
+        shape = [size or default for size, default in zip(self.input_shape, defaults, strict=True)]
         return np.zeros(shape, self.input_dtype)
 
     def fitted(self, images: np.ndarray) -> np.ndarray:
@@ -181,8 +181,8 @@ class OnnxFile(RuntimeFile):
         self._read(self._session.get_modelmeta().custom_metadata_map.get(KEY))
 
     def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        found = self._session.run(self._outputs, {self._input: self.fitted(images)})
-        return dict(zip(self._outputs, found, strict=True))
+        arrays = self._session.run(self._outputs, {self._input: self.fitted(images)})
+        return dict(zip(self._outputs, arrays, strict=True))
 
 
 class OpenVinoFile(RuntimeFile):
@@ -207,8 +207,8 @@ class OpenVinoFile(RuntimeFile):
             self._read(str(model.get_rt_info([KEY]).value))
 
     def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        found = self.compiled([self.fitted(images)])
-        return {name: found[index].copy() for index, name in enumerate(self._outputs)}
+        arrays = self.compiled([self.fitted(images)])
+        return {name: arrays[index].copy() for index, name in enumerate(self._outputs)}
 
 
 def _ov_name(output: Any, index: int) -> str:
@@ -244,13 +244,17 @@ class LiteRtFile(RuntimeFile):
     def _run_one(self, image: np.ndarray) -> dict[str, np.ndarray]:
         self.interpreter.set_tensor(self._input["index"], self.fitted(image))
         self.interpreter.invoke()
-        names = list(self.says.outputs) if self.says else [one["name"] for one in self._outputs]
-        found = {}
+        names = (
+            list(self.says.outputs) if self.says else [output["name"] for output in self._outputs]
+        )
+        outputs = {}
         for name, output in zip(names, self._outputs, strict=True):
             value = self.interpreter.get_tensor(output["index"])
             scale, zero = output["quantization"]
-            found[name] = (value.astype(np.float32) - zero) * np.float32(scale) if scale else value
-        return found
+            outputs[name] = (
+                (value.astype(np.float32) - zero) * np.float32(scale) if scale else value
+            )
+        return outputs
 
 
 def _litert_metadata(path: Path) -> str | None:
@@ -281,9 +285,9 @@ class TorchFile(RuntimeFile):
 
     def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
         with torch.no_grad():
-            found = self._module(torch.from_numpy(images))
-        names = list(self.says.outputs) if self.says else map(str, range(len(found)))
-        return {name: value.numpy() for name, value in zip(names, found, strict=True)}
+            outputs = self._module(torch.from_numpy(images))
+        names = list(self.says.outputs) if self.says else map(str, range(len(outputs)))
+        return {name: tensor.numpy() for name, tensor in zip(names, outputs, strict=True)}
 
 
 _KINDS: dict[str, type[Any]] = {
@@ -329,11 +333,11 @@ class Opened(ExportedModel):
         return {name: np.concatenate([row[name] for row in rows])[:count] for name in rows[0]}
 
     def detect(self, images: Tensor, *, masks: bool = False, **thresholds: Any) -> list[Detections]:
-        found = self.run(images.detach().cpu().numpy())
+        arrays = self.run(images.detach().cpu().numpy())
         if self.info.nms is not None:
             least, most = thresholds.get("score_threshold", 0.0), thresholds.get("max_detections")
-            return detections(found, len(images), max(least, self.info.nms), most or MOST)
-        outputs = {name: torch.from_numpy(value) for name, value in found.items()}
+            return detections(arrays, len(images), max(least, self.info.nms), most or MOST)
+        outputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
         shape = (images.shape[2], images.shape[3])
         if masks and self.has_masks:
             thresholds["masks"] = True
@@ -346,8 +350,8 @@ def _runner(file: RuntimeFile) -> Callable[[Tensor], tuple[Tensor, ...]]:
     def run(pooled: Tensor) -> tuple[Tensor, ...]:
         rows = pooled.detach().float().cpu().contiguous().numpy()
         # Runtimes do not all take none.
-        found = file.run(rows if len(rows) else np.zeros((1, *rows.shape[1:]), rows.dtype))
-        return tuple(torch.from_numpy(value)[: len(rows)] for value in found.values())
+        outputs = file.run(rows if len(rows) else np.zeros((1, *rows.shape[1:]), rows.dtype))
+        return tuple(torch.from_numpy(array)[: len(rows)] for array in outputs.values())
 
     return run
 

@@ -76,38 +76,38 @@ class Parity:
     def is_exact(self) -> bool:
         """Whether every output is the reference's but for its last bits. What AP then differs by
         from PyTorch's own run is how roundings fell there, and no doing of the file."""
-        return all(one.max_steps < EXACT for one in self.outputs.values())
+        return all(output.max_steps < EXACT for output in self.outputs.values())
 
     def to_dict(self) -> dict[str, Any]:
         rows = asdict(self)
-        for one in (*rows["outputs"].values(), *rows["floor"].values()):
+        for row in (*rows["outputs"].values(), *rows["floor"].values()):
             # JSON has no infinity.
-            one.update({k: None for k, v in one.items() if v == math.inf})
+            row.update({k: None for k, v in row.items() if v == math.inf})
         return {**rows, "holds": self.holds}
 
 
-def distance(reference: np.ndarray, found: np.ndarray) -> Distance:
+def distance(reference: np.ndarray, output: np.ndarray) -> Distance:
     """How far an output is from its reference, of the same shape."""
-    wanted, given = reference.astype(np.float64).ravel(), found.astype(np.float64).ravel()
-    finite = bool(np.isfinite(given).all() and np.isfinite(wanted).all())
+    expected, actual = reference.astype(np.float64).ravel(), output.astype(np.float64).ravel()
+    finite = bool(np.isfinite(actual).all() and np.isfinite(expected).all())
     if not finite:
-        return _apart(len(wanted))
-    low, high = float(wanted.min()), float(wanted.max())
+        return _apart(len(expected))
+    low, high = float(expected.min()), float(expected.max())
     step = (high - low) / 255 or max(abs(high), 1e-6) / 255
-    steps = np.abs(given - wanted) / step
-    median = np.median(wanted)
-    counts = (np.abs(wanted - median) > step) | (np.abs(given - median) > step)
+    steps = np.abs(actual - expected) / step
+    median = np.median(expected)
+    counts = (np.abs(expected - median) > step) | (np.abs(actual - median) > step)
     if not counts.any():
         return Distance(step, float(steps.max()), float(steps.mean()), 0.0, 1.0, 0, True)
-    chosen = steps[counts]
-    quantile = max(0.5, min(0.999, 1 - _BEYOND / len(chosen)))
+    counted = steps[counts]
+    quantile = max(0.5, min(0.999, 1 - _BEYOND / len(counted)))
     return Distance(
         step,
         float(steps.max()),
-        float(chosen.mean()),
-        float(np.quantile(chosen, quantile)),
-        float((chosen <= 1).mean()),
-        len(chosen),
+        float(counted.mean()),
+        float(np.quantile(counted, quantile)),
+        float((counted <= 1).mean()),
+        len(counted),
         True,
     )
 
@@ -119,7 +119,7 @@ def _apart(values: int) -> Distance:
 
 def parity(
     reference: dict[str, np.ndarray],
-    found: dict[str, np.ndarray],
+    actual: dict[str, np.ndarray],
     otherwise: dict[str, np.ndarray] | None,
     times: float = TIMES_FLOOR,
 ) -> Parity:
@@ -127,7 +127,7 @@ def parity(
 
     Args:
         reference: outputs of the program, by name, of any shape.
-        found: those of the file, of the same shapes; `reference` names all that count.
+        actual: those of the file, of the same shapes; `reference` names all that count.
         otherwise: those of the program computed in another valid way; None: there is no numerical
             floor.
         times: how many times that floor a file may be away.
@@ -136,11 +136,11 @@ def parity(
     floor: dict[str, Distance] = {}
     held: dict[str, str | None] = {}
     for name, wanted in reference.items():
-        if name not in found or found[name].shape != wanted.shape:
+        if name not in actual or actual[name].shape != wanted.shape:
             outputs[name] = _apart(wanted.size)
             held[name] = None
             continue
-        outputs[name] = of_file = distance(wanted, found[name])
+        outputs[name] = of_file = distance(wanted, actual[name])
         held[name] = None
         if otherwise is not None:
             floor[name] = distance(wanted, otherwise[name])

@@ -105,8 +105,8 @@ def _drop_idle_relus(graph: fx.Graph) -> None:
 def keeps(node: fx.Node) -> bool:
     """Whether a node gives values of its first argument, or zero, and nothing else."""
     if node.target is _ATEN.pad.default:
-        given: list[Any] = [*node.args[2:], *("constant", None)[len(node.args) - 2 :]]
-        return given[0] != "constant" or not given[1]
+        options: list[Any] = [*node.args[2:], *("constant", None)[len(node.args) - 2 :]]
+        return options[0] != "constant" or not options[1]
     return node.target in KEEPING
 
 
@@ -197,16 +197,16 @@ def _hand_on(graph: fx.Graph, whole: fx.Node, parts: list[fx.Node], axis: int) -
     shape = whole.meta["val"].shape
     for user in list(whole.users):
         if user.target is _ATEN.slice.Tensor:
-            given: list[Any] = [*user.args[1:], *(0, 0, None, 1)[len(user.args) - 1 :]]
-            dim, start, end, step = given
+            slicing: list[Any] = [*user.args[1:], *(0, 0, None, 1)[len(user.args) - 1 :]]
+            dim, start, end, step = slicing
             if dim % len(shape) != axis or step != 1:
                 continue
             start, end = start or 0, shape[axis] if end is None else min(end, shape[axis])
             sizes = [part.meta["val"].shape[axis] for part in parts]
             ends = list(itertools.accumulate(sizes, initial=0))
             if start in ends and end in ends and 0 < end - start < ends[-1]:
-                chosen = parts[ends.index(start) : ends.index(end)]
-                user.replace_all_uses_with(_side_by_side(graph, user, chosen, axis))
+                inside = parts[ends.index(start) : ends.index(end)]
+                user.replace_all_uses_with(_side_by_side(graph, user, inside, axis))
         elif user.target is _ATEN.permute.default:
             order = [dim % len(shape) for dim in user.args[1]]
             moved = [_applied(graph, user, part) for part in parts]
@@ -224,18 +224,18 @@ def _side_by_side(graph: fx.Graph, before: fx.Node, parts: list[fx.Node], axis: 
     if len(parts) == 1:
         return parts[0]
     with graph.inserting_before(before):
-        made = graph.call_function(_ATEN.cat.default, (parts, axis))
-    made.meta["val"] = _ATEN.cat.default([part.meta["val"] for part in parts], axis)
-    return made
+        joined = graph.call_function(_ATEN.cat.default, (parts, axis))
+    joined.meta["val"] = _ATEN.cat.default([part.meta["val"] for part in parts], axis)
+    return joined
 
 
 def _applied(graph: fx.Graph, function: fx.Node, node: fx.Node) -> fx.Node:
     """What a node does to its first argument, done to another one."""
     rest = function.args[1:]
     with graph.inserting_before(function):
-        made = graph.call_function(function.target, (node, *rest), dict(function.kwargs))
-    made.meta["val"] = function.target(node.meta["val"], *rest, **function.kwargs)
-    return made
+        applied = graph.call_function(function.target, (node, *rest), dict(function.kwargs))
+    applied.meta["val"] = function.target(node.meta["val"], *rest, **function.kwargs)
+    return applied
 
 
 def _keep_apart(graph: fx.Graph) -> None:
@@ -262,7 +262,7 @@ def _keep_apart(graph: fx.Graph) -> None:
 def _merge(graph: fx.Graph) -> None:
     """One operation where several do the same to one tensor, and none where a tensor is on that
     very grid already."""
-    seen: dict[Any, fx.Node] = {}
+    by_key: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
         if node.target not in (QUANTIZE, DEQUANTIZE):
             continue
@@ -271,11 +271,11 @@ def _merge(graph: fx.Graph) -> None:
             graph.erase_node(node)
             continue
         key = (node.target, *node.args)
-        if key in seen:
-            node.replace_all_uses_with(seen[key])
+        if key in by_key:
+            node.replace_all_uses_with(by_key[key])
             graph.erase_node(node)
         else:
-            seen[key] = node
+            by_key[key] = node
 
 
 def has_wide_grids(graph: fx.Graph) -> bool:

@@ -92,12 +92,12 @@ def as_program(detector: Model, runtime: str) -> Model:
         if quantizer is None:
             return nn.Identity()
         if quantizer not in grids:
-            made = grid_of(quantizer, signed=signed)
+            integer_grid = grid_of(quantizer, signed=signed)
             # OpenVINO 2026.4 computes wrong values of some grids of 16 bits, by up to half of the
             # output's deviation. It computes them in float anyway, where steps so small hardly
             # matter.
             in_float = runtime == "openvino" and quantizer.bits > 8
-            grids[quantizer] = Ends(made) if in_float else QuantizeDequantize(made)
+            grids[quantizer] = Ends(integer_grid) if in_float else QuantizeDequantize(integer_grid)
         return grids[quantizer]
 
     def write(child: nn.Module) -> nn.Module | None:
@@ -122,10 +122,10 @@ def as_program(detector: Model, runtime: str) -> Model:
             if child is None:
                 continue
             if child not in written:
-                made = write(child)
-                if made is None:
+                replacement = write(child)
+                if replacement is None:
                     continue
-                written[child] = made
+                written[child] = replacement
             setattr(parent, name, written[child])
     return detector
 
@@ -167,12 +167,13 @@ def build(
     Raises:
         UserError: where the family cannot be exported.
     """
-    made = as_program(detector, runtime)
+    lowered = as_program(detector, runtime)
     shape: tuple[int, ...] = (3, image_size, image_size)
-    graph: nn.Module = _Graph(made)
+    graph: nn.Module = _Graph(lowered)
     if part is not None:
-        chosen = made.parts(image_size)[part]
-        graph, shape, names = _PartGraph(made, chosen), chosen.shape, chosen.outputs
+        detector_part = lowered.parts(image_size)[part]
+        graph = _PartGraph(lowered, detector_part)
+        shape, names = detector_part.shape, detector_part.outputs
     else:
         with torch.no_grad():
             raw = detector.exportable(torch.zeros(1, *shape))

@@ -42,7 +42,7 @@ class Fit:
         return asdict(self)
 
 
-class Seen:
+class GridObserver:
     """What was seen of a tensor so far, on a grid from `low` to `high` in steps."""
 
     def __init__(self, name: str, low: float, high: float, step: float, branch: str | None) -> None:
@@ -104,17 +104,17 @@ def fits(file: RuntimeFile, images: Iterable[np.ndarray]) -> list[Fit] | None:
 def _of_onnx(file: OnnxFile, images: Iterator[np.ndarray]) -> list[Fit] | None:
     from .ranges_onnx import without_grids
 
-    made = without_grids(file.path)
-    if made is None:
+    opened = without_grids(file.path)
+    if opened is None:
         return None
-    session, seen = made
-    given = session.get_inputs()[0].name
-    names = list(seen)
+    session, observers = opened
+    input_name = session.get_inputs()[0].name
+    names = list(observers)
     for image in images:
-        for name, value in zip(names, session.run(names, {given: image}), strict=True):
-            for one in seen[name]:
-                one.add(value)
-    return [one.fit() for name in names for one in seen[name]]
+        for name, value in zip(names, session.run(names, {input_name: image}), strict=True):
+            for observer in observers[name]:
+                observer.add(value)
+    return [observer.fit() for name in names for observer in observers[name]]
 
 
 def _of_openvino(file: OpenVinoFile, images: Iterator[np.ndarray]) -> list[Fit] | None:
@@ -123,7 +123,7 @@ def _of_openvino(file: OpenVinoFile, images: Iterator[np.ndarray]) -> list[Fit] 
     core = openvino.Core()
     model = core.read_model(str(file.path))
     model.reshape(list(file.image.shape))
-    seen = []
+    observers = []
     for node in model.get_ordered_ops():
         if node.get_type_name() != "FakeQuantize":
             continue
@@ -134,16 +134,16 @@ def _of_openvino(file: OpenVinoFile, images: Iterator[np.ndarray]) -> list[Fit] 
         low, high = (float(np.ravel(source.get_data())[0]) for source in sources[1:3])
         step = (high - low) / (int(node.get_attributes()["levels"]) - 1)
         model.add_outputs([node.input_value(0)])
-        seen.append(Seen(node.get_friendly_name(), low, high, step or 1e-30, None))
-    if not seen:
+        observers.append(GridObserver(node.get_friendly_name(), low, high, step or 1e-30, None))
+    if not observers:
         return None
     compiled = compile_openvino(core, model)
-    first = len(compiled.outputs) - len(seen)
+    first_output = len(compiled.outputs) - len(observers)
     for image in images:
-        found = compiled([image])
-        for index, one in enumerate(seen):
-            one.add(found[first + index])
-    return [one.fit() for one in seen]
+        outputs = compiled([image])
+        for index, observer in enumerate(observers):
+            observer.add(outputs[first_output + index])
+    return [observer.fit() for observer in observers]
 
 
 def _of_litert(file: LiteRtFile, images: Iterator[np.ndarray]) -> list[Fit] | None:
@@ -175,12 +175,12 @@ def _of_litert(file: LiteRtFile, images: Iterator[np.ndarray]) -> list[Fit] | No
             row[0] += values.size
             row[1] += int((values == np.iinfo(detail["dtype"]).max).sum())
             row[2], row[3] = min(row[2], values.min()), max(row[3], values.max())
-    found = []
+    tensor_fits = []
     for index, detail in tensors:
         (scale, zero), limits = detail["quantization"], np.iinfo(detail["dtype"])
         low, high, least, most = (
             float(scale * (float(n) - zero)) for n in (limits.min, limits.max, *counts[index][2:])
         )
         share = counts[index][1] / max(counts[index][0], 1)
-        found.append(Fit(detail["name"], low, high, least, most, share, 0.0, None))
-    return found
+        tensor_fits.append(Fit(detail["name"], low, high, least, most, share, 0.0, None))
+    return tensor_fits

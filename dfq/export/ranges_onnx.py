@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from .dependencies import require
-from .ranges import Seen
+from .ranges import GridObserver
 
 _MOVING = {"Transpose", "Reshape", "QuantizeLinear", "DequantizeLinear", "Identity", "Cast"}
 
 
-def without_grids(path: Path) -> tuple[Any, dict[str, list[Seen]]] | None:
+def without_grids(path: Path) -> tuple[Any, dict[str, list[GridObserver]]] | None:
     """The file with its activations left in float, in onnxruntime.
 
     So each grid is judged by what the network has there, and not by what other grids left of it.
@@ -54,7 +54,7 @@ def without_grids(path: Path) -> tuple[Any, dict[str, list[Seen]]] | None:
         return name
 
     branches = _branches(graph)
-    seen: dict[str, list[Seen]] = {}
+    observers: dict[str, list[GridObserver]] = {}
     for node in quantizers.values():
         scale = numpy_helper.to_array(constants[node.input[1]]).astype(np.float64)
         if scale.size != 1:
@@ -66,11 +66,15 @@ def without_grids(path: Path) -> tuple[Any, dict[str, list[Seen]]] | None:
         limits = np.iinfo(kind)
         low, high = step * (limits.min - zero), step * (limits.max - zero)
         tensor = origin(node.input[0])
-        if any((one.low, one.high) == (low, high) for one in seen.get(tensor, [])):
+        if any(
+            (observer.low, observer.high) == (low, high) for observer in observers.get(tensor, [])
+        ):
             continue
         branch = branches.get(node.input[0])
-        seen.setdefault(tensor, []).append(Seen(node.input[0], low, high, step or 1e-30, branch))
-    if not seen:
+        observers.setdefault(tensor, []).append(
+            GridObserver(node.input[0], low, high, step or 1e-30, branch)
+        )
+    if not observers:
         return None
     outputs = {output.name for output in graph.output}
     for node in graph.node:
@@ -80,15 +84,15 @@ def without_grids(path: Path) -> tuple[Any, dict[str, list[Seen]]] | None:
             node.input[index] = origin(name)
     for name in outputs & set(instead):
         _rename(graph, name, onnx.helper.make_node("Identity", [origin(name)], [name]))
-    wanted = [name for name in seen if name not in outputs]
-    inputs = {one.name for one in graph.input}
+    wanted = [name for name in observers if name not in outputs]
+    inputs = {entry.name for entry in graph.input}
     for name in wanted:
         if name in inputs:
             # An input cannot be an output too.
-            kept = f"{name}/seen"
-            graph.node.append(onnx.helper.make_node("Identity", [name], [kept]))
-            seen[kept] = seen.pop(name)
-            name = kept
+            copied = f"{name}/seen"
+            graph.node.append(onnx.helper.make_node("Identity", [name], [copied]))
+            observers[copied] = observers.pop(name)
+            name = copied
         graph.output.append(onnx.ValueInfoProto(name=name))
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -97,7 +101,7 @@ def without_grids(path: Path) -> tuple[Any, dict[str, list[Seen]]] | None:
         target = Path(folder) / "model.onnx"
         onnx.save(model, str(target))
         session = ort.InferenceSession(str(target), options, providers=["CPUExecutionProvider"])
-    return session, seen
+    return session, observers
 
 
 def _rename(graph: Any, name: str, identity: Any) -> None:
@@ -134,11 +138,11 @@ def _branches(graph: Any) -> dict[str, str]:
 
 
 def _ancestors(names: list[str], makers: dict[str, Any]) -> set[str]:
-    found, left = set(names), list(names)
-    while left:
-        maker = makers.get(left.pop())
+    ancestors, pending = set(names), list(names)
+    while pending:
+        maker = makers.get(pending.pop())
         for name in maker.input if maker is not None else ():
-            if name not in found:
-                found.add(name)
-                left.append(name)
-    return found
+            if name not in ancestors:
+                ancestors.add(name)
+                pending.append(name)
+    return ancestors

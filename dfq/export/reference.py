@@ -48,9 +48,9 @@ def reference_outputs(
     rows = []
     for part in images.split(fixed):
         filled = torch.cat([part, part[:1].expand(fixed - len(part), -1, -1, -1)])
-        rows.append([value[: len(part)] for value in execute(filled)])
-    whole = [torch.cat(parts).float().numpy() for parts in zip(*rows, strict=True)]
-    return dict(zip(program.outputs, whole, strict=True))
+        rows.append([output[: len(part)] for output in execute(filled)])
+    arrays = [torch.cat(parts).float().numpy() for parts in zip(*rows, strict=True)]
+    return dict(zip(program.outputs, arrays, strict=True))
 
 
 def parity_of(file: ExportedModel, source: Detector, images: np.ndarray) -> Parity:
@@ -70,17 +70,17 @@ def parity_of(file: ExportedModel, source: Detector, images: np.ndarray) -> Pari
         batch=info.batch or 1,
     )
     pixels = torch.from_numpy(images)
-    wanted, given = reference_outputs(program, pixels, info.runtime), file.run(images)
+    expected, actual = reference_outputs(program, pixels, info.runtime), file.run(images)
     same = all(
-        name in given
-        and given[name].shape == value.shape
-        and distance(value, given[name]).share_within_one >= WITHIN_ONE
-        for name, value in wanted.items()
+        name in actual
+        and actual[name].shape == output.shape
+        and distance(output, actual[name]).share_within_one >= WITHIN_ONE
+        for name, output in expected.items()
     )
     # The floor takes its time, and has a say only where outputs differ.
     floor = None if same else reference_outputs(program, pixels, info.runtime, otherwise=True)
     times = TIMES_FLOOR if info.runtime in KERNELS else TIMES_FLOOR_APPROXIMATE
-    return parity(wanted, given, floor, times)
+    return parity(expected, actual, floor, times)
 
 
 def _is_quantized(program: Program) -> bool:

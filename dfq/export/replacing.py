@@ -43,40 +43,40 @@ def place_for(
         The network, and its policy.
     """
     wanted = replace(policy, placement="qdq", runtime=runtime)
-    made = insert_quantizers(fold(from_spec(detector.spec())), wanted)
-    given = {
+    placed = insert_quantizers(fold(from_spec(detector.spec())), wanted)
+    originals = {
         name: module
         for name, module in detector.module.named_modules(remove_duplicate=False)
         if isinstance(module, Quantizer)
     }
-    kept: dict[Quantizer, list[Quantizer]] = defaultdict(list)
-    for name, module in made.module.named_modules(remove_duplicate=False):
-        if isinstance(module, Quantizer) and name in given:
-            kept[module].append(given[name])
+    originals_of: dict[Quantizer, list[Quantizer]] = defaultdict(list)
+    for name, module in placed.module.named_modules(remove_duplicate=False):
+        if isinstance(module, Quantizer) and name in originals:
+            originals_of[module].append(originals[name])
     state = detector.module.state_dict()
-    for name, tensor in made.module.state_dict().items():
+    for name, tensor in placed.module.state_dict().items():
         # Of quantizers only those of weights: all others may have come to be shared.
         if name in state and (".weight_quantizer." in name or "_quantizer" not in name):
             tensor.copy_(state[name])
-    values = run_observers(made, batches)
-    for name, quantizer in activation_quantizers(made.module):
-        before = kept[quantizer]
-        alike = before and all(_agree(before[0], other) for other in before)
+    values = run_observers(placed, batches)
+    for name, quantizer in activation_quantizers(placed.module):
+        before = originals_of[quantizer]
+        alike = before and all(_agree(before[0], original) for original in before)
         if alike and _can_have(quantizer, before[0]):
             quantizer.load_state_dict(before[0].state_dict())
         else:
             set_range(quantizer, values[name], "mse")
-    bound_factors(made.module)
-    return made, wanted
+    bound_factors(placed.module)
+    return placed, wanted
 
 
-def _can_have(quantizer: Quantizer, other: Quantizer) -> bool:
+def _can_have(quantizer: Quantizer, original: Quantizer) -> bool:
     """Whether the grid of another quantizer is one that this one may have."""
-    placed = quantizer.asymmetric or quantizer.unsigned or not other.zero_point.any()
-    return bool(placed) and other.bounds == quantizer.bounds
+    placed = quantizer.asymmetric or quantizer.unsigned or not original.zero_point.any()
+    return bool(placed) and original.bounds == quantizer.bounds
 
 
-def _agree(one: Quantizer, other: Quantizer) -> bool:
-    return torch.equal(one.log_scale, other.log_scale) and torch.equal(
-        one.zero_point, other.zero_point
+def _agree(first: Quantizer, second: Quantizer) -> bool:
+    return torch.equal(first.log_scale, second.log_scale) and torch.equal(
+        first.zero_point, second.zero_point
     )

@@ -25,7 +25,7 @@ def structure_faults(file: Path) -> list[str]:
     onnx = require("onnx", "An .onnx file")
     arrays = require("onnx.numpy_helper", "An .onnx file")
     graph = onnx.load(str(file)).graph
-    made = {output: node for node in graph.node for output in node.output}
+    makers = {output: node for node in graph.node for output in node.output}
     constants = {tensor.name: tensor for tensor in graph.initializer}
 
     def values(name: str) -> Any:
@@ -49,26 +49,26 @@ def structure_faults(file: Path) -> list[str]:
     for node in graph.node:
         if node.op_type not in _LAYERS:
             continue
-        sides = [_on_grid(name, made) for name in node.input[:2]]
+        sides = [_on_grid(name, makers) for name in node.input[:2]]
         if any(sides) and not all(sides):
             single.append(node.name)
-    for names, what in (
+    for names, problem in (
         (zero, "have a zero point, and TensorRT takes symmetric grids alone"),
         (unsigned, "are not of int8"),
         (spread, "on activations have no single scale that is a constant"),
         (single, "have a grid on one input alone, and would be computed in float"),
     ):
         if names:
-            which = ", ".join(names[:MOST_NAMED])
+            listed = ", ".join(names[:MOST_NAMED])
             subject = "layers" if names is single else "grids"
-            faults.append(f"{len(names)} {subject} {what}: {which}")
+            faults.append(f"{len(names)} {subject} {problem}: {listed}")
     return faults
 
 
-def _on_grid(name: str, made: dict[str, Any]) -> bool:
+def _on_grid(name: str, makers: dict[str, Any]) -> bool:
     """Whether a value comes from a grid, through what only moves it."""
-    while name in made:
-        node = made[name]
+    while name in makers:
+        node = makers[name]
         if node.op_type == "DequantizeLinear":
             return True
         if node.op_type not in ("Reshape", "Transpose", "Slice", "Squeeze", "Unsqueeze", "Split"):

@@ -49,8 +49,8 @@ def append_nms(model: Any, score: float) -> None:
         "nms.image_class_box": np.array([0, 1, 2], np.int64),
         "nms.last": np.array([1], np.int64),
     }
-    for name, value in constants.items():
-        graph.initializer.append(numpy_helper.from_array(value, name))
+    for name, array in constants.items():
+        graph.initializer.append(numpy_helper.from_array(array, name))
     make = helper.make_node
     limits = ["nms.most", "nms.iou", "nms.score"]
     by_class = ["nms.by_class", *limits]
@@ -90,7 +90,7 @@ def detections(
         score: detections below it are left out.
         most: detections kept of an image.
     """
-    found = []
+    by_image = []
     for image in range(count):
         rows = np.flatnonzero((outputs["images_of"] == image) & (outputs["scores"] > score))
         rows = rows[np.argsort(-outputs["scores"][rows], kind="stable")][:most]
@@ -98,5 +98,5 @@ def detections(
             torch.from_numpy(np.ascontiguousarray(outputs[name][rows]))
             for name in ("boxes", "scores", "labels")
         )
-        found.append(Detections(boxes.float().reshape(-1, 4), scores.float(), labels.long()))
-    return found
+        by_image.append(Detections(boxes.float().reshape(-1, 4), scores.float(), labels.long()))
+    return by_image

@@ -91,7 +91,7 @@ class Target(Section):
         """
         quoted = {name: shlex.quote(path) for name, path in places.items()}
         return [
-            _BRACES.sub(lambda found: quoted[found[1]], command)
+            _BRACES.sub(lambda match: quoted[match[1]], command)
             for command in self.next
             if quoted.keys() >= set(_BRACES.findall(command))
         ]
@@ -126,14 +126,14 @@ def load_target(name: str | Path) -> Target:
     if not isinstance(data, dict):
         raise UserError(f"{shown(path)}: a target is a mapping of keys, not {brief(data)}")
     try:
-        found = Target.model_validate(data)
+        target = Target.model_validate(data)
     except ValidationError as error:
         lines = [f"{shown(path)}: {_explain(problem)}" for problem in error.errors()]
         raise UserError(*dict.fromkeys(lines)) from None
-    if not found.name:
-        found.name = path.stem
-    _check(found, shown(path))
-    return found
+    if not target.name:
+        target.name = path.stem
+    _check(target, shown(path))
+    return target
 
 
 def _explain(problem: Any) -> str:
@@ -143,9 +143,9 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{where}: missing"
     message = problem["msg"].removeprefix("Value error, ")
-    got = problem.get("input")
-    given = f", got {brief(got)}" if not isinstance(got, dict | list) else ""
-    return f"{where}: {message[:1].lower()}{message[1:]}{given}"
+    received = problem.get("input")
+    ending = f", got {brief(received)}" if not isinstance(received, dict | list) else ""
+    return f"{where}: {message[:1].lower()}{message[1:]}{ending}"
 
 
 def _check(target: Target, where: str) -> None:

@@ -115,69 +115,71 @@ class Verification:
         if self.faults:
             count = len(self.faults)
             return f"{self.file}: {count} fault{'s' if count > 1 else ''}"
-        said = [f"{self.file}: good"]
+        clauses = [f"{self.file}: good"]
         if self.parity is not None:
-            said.append("computes what PyTorch does")
+            clauses.append("computes what PyTorch does")
         if self.integers.operations:
-            said.append(f"{self.integers.share_of_macs:.1%} of the MACs in integers")
+            clauses.append(f"{self.integers.share_of_macs:.1%} of the MACs in integers")
         if self.moved is not None and self.moved.all.detections:
-            said.append(f"{self.moved.all.share:.1%} of the {self.moved.against}'s detections kept")
+            clauses.append(
+                f"{self.moved.all.share:.1%} of the {self.moved.against}'s detections kept"
+            )
         if self.accuracy is not None and self.accuracy.AP is not None:
-            said.append(f"AP {self.accuracy.AP:.4f}")
-        return ", ".join(said)
+            clauses.append(f"AP {self.accuracy.AP:.4f}")
+        return ", ".join(clauses)
 
     def _parity(self) -> list[str]:
         if self.parity is None:
             return []
         text = []
-        for name, one in self.parity.outputs.items():
-            held, floor = self.parity.held[name], self.parity.floor.get(name)
+        for name, distance in self.parity.outputs.items():
+            verdict, floor = self.parity.held[name], self.parity.floor.get(name)
             rounding = "" if floor is None else f"; rounding alone: mean {floor.mean_steps:.3f}"
             text.append(
-                f"parity {name}: {one.share_within_one:.2%} within one step of {one.step:.3g}, "
-                f"mean {one.mean_steps:.3f}, most {one.max_steps:.1f} steps "
-                f"({held or 'FAILS'}{rounding})"
+                f"parity {name}: {distance.share_within_one:.2%} within one step of "
+                f"{distance.step:.3g}, mean {distance.mean_steps:.3f}, most {distance.max_steps:.1f} "
+                f"steps ({verdict or 'FAILS'}{rounding})"
             )
         return text
 
     def _integers(self) -> list[str]:
-        found = self.integers
-        if not found.operations:
-            return [f"integers: none ({found.counted_from})"]
+        integers = self.integers
+        if not integers.operations:
+            return [f"integers: none ({integers.counted_from})"]
         text = [
-            f"integers: {found.share_of_macs:.1%} of the MACs of {len(found.operations)} layers "
-            f"({found.counted_from})"
+            f"integers: {integers.share_of_macs:.1%} of the MACs of {len(integers.operations)} "
+            f"layers ({integers.counted_from})"
         ]
-        floats = [one for one in found.operations if not one.integers]
-        shown = floats if found.share_of_macs else floats[:3]
-        text += [f"  in float: {one.name} ({one.type}): {one.reason}" for one in shown[:20]]
-        left = len(floats) - len(shown[:20])
-        return [*text, f"  and {left} more in float"] if left else text
+        floats = [layer for layer in integers.operations if not layer.integers]
+        shown = floats if integers.share_of_macs else floats[:3]
+        text += [f"  in float: {layer.name} ({layer.type}): {layer.reason}" for layer in shown[:20]]
+        unlisted = len(floats) - len(shown[:20])
+        return [*text, f"  and {unlisted} more in float"] if unlisted else text
 
     def _accuracy(self) -> list[str]:
-        found = self.accuracy
-        if found is None:
+        accuracy = self.accuracy
+        if accuracy is None:
             return []
-        if found.agreement is not None:
-            measured = found.agreement["AP"]
-            said = "none, as it detects nothing" if measured is None else f"{measured:.4f}"
-            return [f"AP against the float model's detections on {found.data}: {said}"]
-        cells = {"file": found.AP, "PyTorch": found.reference_AP, "float": found.float_AP}
-        said = ", ".join(f"{k} {v:.4f}" for k, v in cells.items() if v is not None)
-        if found.difference is not None:
-            low, high = found.difference
-            said += f"; file minus PyTorch, 95 % interval: {low:+.4f} to {high:+.4f}"
-        return [f"AP on {found.images} images of {found.data}: {said}"]
+        if accuracy.agreement is not None:
+            measured = accuracy.agreement["AP"]
+            text = "none, as it detects nothing" if measured is None else f"{measured:.4f}"
+            return [f"AP against the float model's detections on {accuracy.data}: {text}"]
+        cells = {"file": accuracy.AP, "PyTorch": accuracy.reference_AP, "float": accuracy.float_AP}
+        text = ", ".join(f"{k} {v:.4f}" for k, v in cells.items() if v is not None)
+        if accuracy.difference is not None:
+            low, high = accuracy.difference
+            text += f"; file minus PyTorch, 95 % interval: {low:+.4f} to {high:+.4f}"
+        return [f"AP on {accuracy.images} images of {accuracy.data}: {text}"]
 
     def _moved(self) -> list[str]:
         if self.moved is None:
             return []
-        whole, against = self.moved.all, self.moved.against
-        if not whole.detections:
+        overall, against = self.moved.all, self.moved.against
+        if not overall.detections:
             return [f"moved: the {against} detects nothing above {THRESHOLD} on these images"]
         text = [
-            f"moved: {whole.kept} of {whole.detections} detections of the {against} kept on "
-            f"{self.moved.images} images{_words(whole)}"
+            f"moved: {overall.kept} of {overall.detections} detections of the {against} kept on "
+            f"{self.moved.images} images{_words(overall)}"
         ]
         for name, group in [*self.moved.sizes.items(), *self.moved.worst.items()]:
             if group.detections and (group.share < 1 or name in self.moved.sizes):

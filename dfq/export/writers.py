@@ -65,11 +65,11 @@ def write(
         target = Path(folder) / path.name
         info = info.model_copy(update={"parts": list(parts or ())})
         try:
-            made = writer(program, info, target, int4)
+            files = writer(program, info, target, int4)
             for name, part in (parts or {}).items():
-                said = {"part": name, "parts": [], "outputs": dict.fromkeys(part.outputs, name)}
-                of_part = info.model_copy(update=said)
-                made += writer(part, of_part, path_of_part(target, name), int4)
+                changes = {"part": name, "parts": [], "outputs": dict.fromkeys(part.outputs, name)}
+                of_part = info.model_copy(update=changes)
+                files += writer(part, of_part, path_of_part(target, name), int4)
         except UserError:
             raise
         except Exception as error:
@@ -78,7 +78,7 @@ def write(
                 f"({type(error).__name__}: {one_line(error)[:300]})"
             ) from error
         written = []
-        for file in made:
+        for file in files:
             shutil.move(file, path.parent / file.name)
             written.append(path.parent / file.name)
     return written
@@ -103,7 +103,7 @@ def _to_onnx(program: Program, *, int4: bool = False) -> Any:
     require("onnx", "ONNX")
     require("onnxscript", "ONNX")
     with _quietly():
-        made = torch.onnx.export(
+        onnx_program = torch.onnx.export(
             program.exported,
             dynamo=True,
             opset_version=opset,
@@ -112,8 +112,8 @@ def _to_onnx(program: Program, *, int4: bool = False) -> Any:
             verbose=False,
             external_data=False,
         )
-    assert made is not None
-    return made.model_proto
+    assert onnx_program is not None
+    return onnx_program.model_proto
 
 
 def _write_onnx(program: Program, info: ExportInfo, path: Path, int4: bool) -> list[Path]:
@@ -159,9 +159,9 @@ def _pack_int4(model: Any) -> None:
         node, values = weights[tensor.name], numpy_helper.to_array(tensor).astype(int)
         if values.ndim < 2:
             continue
-        channel = next((one.i for one in node.attribute if one.name == "axis"), 1)
-        others = tuple(axis for axis in range(values.ndim) if axis != channel)
-        least = values.min(axis=others, keepdims=True).clip(max=0)
+        channel = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
+        other_axes = tuple(axis for axis in range(values.ndim) if axis != channel)
+        least = values.min(axis=other_axes, keepdims=True).clip(max=0)
         # Its zero point, all zeros, would have to be of the same type.
         del node.input[2:]
         if values.min() >= -8 and values.max() <= 7:
@@ -215,10 +215,10 @@ def _write_litert(program: Program, info: ExportInfo, path: Path, int4: bool) ->
     example = torch.zeros(1, *program.shape)
     options = {"quant_config": config.QuantConfig(pt2e_quantizer=strict)}
     with _quietly(), _native_quietly():
-        made = litert.convert(
+        edge_model = litert.convert(
             program.module(), (example,), **(options if info.weight_bits < 32 else {})
         )
-        made.export(str(path))
+        edge_model.export(str(path))
     path.write_bytes(_with_metadata(path.read_bytes(), info))
     return [path]
 

@@ -122,7 +122,7 @@ class Layer(nn.Module):
         groups: list[Tensor | None] = [None]
         if isinstance(split, SplitOutput):
             # Each group is a layer of its own, which alone has its output on one grid.
-            self.on_output = nn.ModuleList(grid(one) for one in split)
+            self.on_output = nn.ModuleList(grid(quantizer) for quantizer in split)
             kinds = range(len(split))
             groups = [torch.tensor(split.kinds.channels(kind)) for kind in kinds]
             self.repeats, self.channel_axis = split.kinds.repeats, split.axis
@@ -158,8 +158,8 @@ class Layer(nn.Module):
         if len(parts) == 1:
             return parts[0]
         # Which a pass takes apart again, or keeps in float: see `passes`.
-        every = [part.unflatten(self.channel_axis, (self.repeats, -1)) for part in parts]
-        return kinds_together(every, self.channel_axis)
+        by_kind = [part.unflatten(self.channel_axis, (self.repeats, -1)) for part in parts]
+        return kinds_together(by_kind, self.channel_axis)
 
     def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.as_product:

@@ -15,14 +15,14 @@ name = next(entry.name for entry in graph.input if entry.name not in constants)
 
 
 class Images(CalibrationDataReader):
-    left = iter(images)
+    remaining = iter(images)
 
     def get_next(self):
-        image = next(self.left, None)
+        image = next(self.remaining, None)
         return None if image is None else {name: image[None].astype(np.float32) / 255}
 
 
 # What follows the layers, boxes and scores in one tensor, stays float: on one grid, scores vanish.
-kept = [node.name for node in graph.node if node.op_type not in ("Conv", "Gemm", "MatMul")]
+float_nodes = [node.name for node in graph.node if node.op_type not in ("Conv", "Gemm", "MatMul")]
 unsigned = {"activation_type": QuantType.QUInt8}  # CPUs are fast with these
-quantize_static(model, out, Images(), per_channel=True, nodes_to_exclude=kept, **unsigned)
+quantize_static(model, out, Images(), per_channel=True, nodes_to_exclude=float_nodes, **unsigned)

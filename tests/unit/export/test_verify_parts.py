@@ -11,7 +11,7 @@ from dfq.export.faults import of_integers, of_ranges, of_scores
 from dfq.export.layouts import Candidates, candidates, choose
 from dfq.export.movement import moved, same_number
 from dfq.export.parity import distance, parity
-from dfq.export.ranges import Seen
+from dfq.export.ranges import GridObserver
 from dfq.models.base import Detections
 
 # Files of the runtimes, which take their time.
@@ -170,8 +170,8 @@ def test_scores_on_a_grid_for_boxes_are_named() -> None:
 
 
 def test_clipped_tensors_are_named_by_branch() -> None:
-    def fit(high: float, branch: str | None) -> Seen:
-        seen = Seen("conv", -1.0, high, (high + 1) / 255, branch)
+    def fit(high: float, branch: str | None) -> GridObserver:
+        seen = GridObserver("conv", -1.0, high, (high + 1) / 255, branch)
         seen.add(np.linspace(-1, 8, 1000))
         return seen
 
@@ -183,9 +183,9 @@ def test_clipped_tensors_are_named_by_branch() -> None:
 
 
 def test_one_clipped_tensor_without_consequences_is_no_fault() -> None:
-    seen = Seen("conv", -1.0, 1.0, 2 / 255, None)
+    seen = GridObserver("conv", -1.0, 1.0, 2 / 255, None)
     seen.add(np.linspace(-1, 8, 1000))
-    good = Seen("other", -1.0, 8.0, 9 / 255, None)
+    good = GridObserver("other", -1.0, 8.0, 9 / 255, None)
     good.add(np.linspace(-1, 8, 1000))
     rows = [seen.fit(), *[good.fit()] * 99]
     wanted = [_detections(np.full(50, 0.8))]
