@@ -281,20 +281,20 @@ def _follow(
     data = {"bbox": corners * side - 0.5}
     if masks is not None:
         data["mask"] = masks[:, None]
-    moved, *rest = _apply([(module, drawn)], (len(targets), 3, *size), data)
+    moved, *moved_masks = _apply([(module, drawn)], (len(targets), 3, *size), data)
     moved = (moved[:, 0] + 0.5) / side
     boxes = box_convert(torch.cat([moved.amin(1), moved.amax(1)], dim=1), "xyxy", "cxcywh")
-    kept = Targets(torch.cat([targets.data[:, :2], boxes], dim=1))
-    return kept, rest[0][:, 0] if rest else None
+    moved_targets = Targets(torch.cat([targets.data[:, :2], boxes], dim=1))
+    return moved_targets, moved_masks[0][:, 0] if moved_masks else None
 
 
 def _clip(targets: Targets, masks: Tensor | None) -> tuple[Targets, Tensor | None]:
     """Boxes clipped to their image, without those of which hardly anything is left there."""
     boxes = box_convert(targets.data[:, 2:], "cxcywh", "xyxy").clamp(0, 1)
     boxes = box_convert(boxes, "xyxy", "cxcywh")
-    seen = (boxes[:, 2:] > 0.25 * targets.data[:, 4:]).all(dim=1)
-    kept = Targets(torch.cat([targets.data[:, :2], boxes], dim=1)[seen])
-    return kept, None if masks is None else masks[seen]
+    visible = (boxes[:, 2:] > 0.25 * targets.data[:, 4:]).all(dim=1)
+    visible_targets = Targets(torch.cat([targets.data[:, :2], boxes], dim=1)[visible])
+    return visible_targets, None if masks is None else masks[visible]
 
 
 def _apply(parts: list[Part], shape: Sequence[int], data: dict[str, Tensor]) -> list[Tensor]:
@@ -317,5 +317,5 @@ def _apply(parts: list[Part], shape: Sequence[int], data: dict[str, Tensor]) -> 
         for (name, _), (_, drawn) in zip(sequence.named_children(), parts, strict=True)
     ]
     # Not called as a module, which would keep the batch for a later look.
-    found: Any = sequence.forward(*data.values(), params=params, data_keys=list(data))
-    return list(found) if len(data) > 1 else [found]
+    transformed: Any = sequence.forward(*data.values(), params=params, data_keys=list(data))
+    return list(transformed) if len(data) > 1 else [transformed]

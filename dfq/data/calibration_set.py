@@ -87,9 +87,11 @@ class CalibrationSet:
         if not is_set_manifest(manifest):
             raise UserError(f"{root}: no calibration set here (manifest.json is of something else)")
         manifest = checked_manifest(manifest_file, manifest)
-        found = cls(root, *parse_annotations(annotations, read_json(annotations)), manifest)
-        require_own_files(root, found.files)
-        return found
+        calibration_set = cls(
+            root, *parse_annotations(annotations, read_json(annotations)), manifest
+        )
+        require_own_files(root, calibration_set.files)
+        return calibration_set
 
     def require_intact(self) -> CalibrationSet:
         """This set, where it is what it was made as; asked by all that use it. Images are hashed at
@@ -125,8 +127,10 @@ class CalibrationSet:
     def _label_problems(self) -> list[str]:
         """What is wrong but for the images' pixels, one line each."""
         problems = label_problems(self.files, self.labels, self.scores, len(self.names))
-        made = [f"images/{name}" for shard in self.manifest["shards"] for name in shard["files"]]
-        if sorted(made) != sorted(self.files):
+        recorded = [
+            f"images/{name}" for shard in self.manifest["shards"] for name in shard["files"]
+        ]
+        if sorted(recorded) != sorted(self.files):
             problems.append("annotations.json: its images are not those that the manifest records")
         digest = hashlib.sha256(read_regular(self.root / "annotations.json")).hexdigest()
         if digest != self.manifest["annotations_sha256"]:

@@ -94,13 +94,15 @@ class CalibrationWriter:
             return self._is_ours()
         raise UserError(f"{self.root}: not empty and no calibration set; choose another --out")
 
-    def _check(self, found: dict[str, Any]) -> None:
-        if found == self.determinants:
+    def _check(self, recorded: dict[str, Any]) -> None:
+        if recorded == self.determinants:
             return
-        if not isinstance(found, dict):
+        if not isinstance(recorded, dict):
             raise UserError(f"{self.root}: damaged (what determines the set is lost); delete it")
         keys = sorted(
-            k for k in {*found, *self.determinants} if found.get(k) != self.determinants.get(k)
+            k
+            for k in {*recorded, *self.determinants}
+            if recorded.get(k) != self.determinants.get(k)
         )
         raise UserError(
             f"{self.root}: holds a set made with another {', '.join(keys)}; "
@@ -134,8 +136,8 @@ class CalibrationWriter:
             parse_annotations(self._record(index), {**record, "categories": []})
         except (OSError, KeyError, TypeError, UserError):
             return False
-        named = [image["file_name"] for image in record["images"]]
-        return files == named and is_as_made(self.root, record["shard"])
+        annotated = [image["file_name"] for image in record["images"]]
+        return files == annotated and is_as_made(self.root, record["shard"])
 
     def recorded(self, index: int) -> bool:
         """Whether shard `index` is committed, by whichever process; quick to ask."""

@@ -92,13 +92,20 @@ def open_class_set(source: str | Path) -> ClassSet:
     names, folders, packed, passed_over = _listed(path)
     parts = [PurePosixPath(name).parts for name in names]
     depth = _common(parts)
-    loose = next((name for name, one in zip(names, parts, strict=True) if len(one) < depth + 2), "")
+    loose = next(
+        (
+            name
+            for name, path_parts in zip(names, parts, strict=True)
+            if len(path_parts) < depth + 2
+        ),
+        "",
+    )
     if loose:
         raise UserError(
             f"{where}: the image {shown(loose)} lies in no category's folder; each image goes in "
             "a folder with the name of its category"
         )
-    categories = sorted({one[depth] for one in parts})
+    categories = sorted({path_parts[depth] for path_parts in parts})
     if len(categories) > 1 and all(name.casefold() in _SPLITS for name in categories):
         raise UserError(
             f"{where}: holds the splits {', '.join(map(shown, categories))}; name one of them"
@@ -107,7 +114,9 @@ def open_class_set(source: str | Path) -> ClassSet:
         raise UserError(f"{where}: has {len(categories)} categories, over {MOST_CLASSES}")
     above = parts[0][:depth]
     beside = {
-        one[depth] for one in map(_parts, folders) if len(one) > depth and one[:depth] == above
+        path_parts[depth]
+        for path_parts in map(_parts, folders)
+        if len(path_parts) > depth and path_parts[:depth] == above
     }
     empty = sorted(beside - set(categories))
     if empty:
@@ -115,7 +124,9 @@ def open_class_set(source: str | Path) -> ClassSet:
             f"{where}: the category {shown(empty[0])} has no images; add some, or delete its folder"
         )
     places = {name: index for index, name in enumerate(categories)}
-    files = [(name, places[one[depth]]) for name, one in zip(names, parts, strict=True)]
+    files = [
+        (name, places[path_parts[depth]]) for name, path_parts in zip(names, parts, strict=True)
+    ]
     return ClassSet(path, categories, files, packed, passed_over)
 
 
@@ -146,9 +157,9 @@ def match_classes(
         UserError: no name is shared, and the numbers of categories differ.
     """
     known = {name: index for index, name in reversed(list(enumerate(model_names)))}
-    found = [known.get(name) for name in set_names]
-    if any(index is not None for index in found):
-        return found, False
+    indices = [known.get(name) for name in set_names]
+    if any(index is not None for index in indices):
+        return indices, False
     count = len(model_names)
     if len(set_names) != count:
         raise UserError(
@@ -173,7 +184,10 @@ def _parts(name: str) -> tuple[str, ...]:
 def _common(parts: Sequence[tuple[str, ...]]) -> int:
     """How many folders all images are in, without that of a category."""
     depth = 0
-    while all(len(one) > depth + 2 for one in parts) and len({one[depth] for one in parts}) == 1:
+    while (
+        all(len(path_parts) > depth + 2 for path_parts in parts)
+        and len({path_parts[depth] for path_parts in parts}) == 1
+    ):
         depth += 1
     return depth
 
@@ -193,16 +207,16 @@ def _listed(path: Path) -> tuple[list[str], list[str], bool, int]:
         raise UserError(
             f"{where}: is a calibration set; give real images, in a folder for each category"
         )
-    found = image_files(path)
-    if not found:
+    images = image_files(path)
+    if not images:
         raise UserError(f"{where}: holds no images (files that end in {_endings()})")
-    if len(found) > MOST_IMAGES:
+    if len(images) > MOST_IMAGES:
         raise UserError(f"{where}: holds more than {MOST_IMAGES} images")
-    names = [file.relative_to(path).as_posix() for file in found]
-    inside = [one for one in path.rglob("*") if not _hidden(one.relative_to(path).as_posix())]
-    folders = [one.relative_to(path).as_posix() for one in inside if one.is_dir()]
-    files = sum(is_file(one) for one in inside)
-    return names, folders, False, max(0, files - len(names))
+    names = [file.relative_to(path).as_posix() for file in images]
+    inside = [entry for entry in path.rglob("*") if not _hidden(entry.relative_to(path).as_posix())]
+    folders = [entry.relative_to(path).as_posix() for entry in inside if entry.is_dir()]
+    file_count = sum(is_file(entry) for entry in inside)
+    return names, folders, False, max(0, file_count - len(names))
 
 
 def _of_archive(path: Path) -> tuple[list[str], list[str], bool, int]:

@@ -22,26 +22,26 @@ _FILTERS = {
 }
 
 
-def cropped(image: np.ndarray, wanted: Preprocessing, size: int) -> np.ndarray:
+def cropped(image: np.ndarray, preprocessing: Preprocessing, size: int) -> np.ndarray:
     """The middle of an image, as torchvision's `Resize` and `CenterCrop` give it.
 
     Args:
         image: uint8 `(h, w, 3)`.
-        wanted: how it is cut and resized.
+        preprocessing: how it is cut and resized.
         size: side of the result, pixels.
 
     Returns:
         uint8 `(size, size, 3)`.
     """
     height, width = image.shape[:2]
-    short = max(size, round(size / wanted.crop))
+    short = max(size, round(size / preprocessing.crop))
     # Rounded down, as torchvision does.
     if width <= height:
         target = (short, max(size, int(short * height / width)))
     else:
         target = (max(size, int(short * width / height)), short)
     if target != (width, height):
-        resample = _FILTERS[wanted.interpolation]
+        resample = _FILTERS[preprocessing.interpolation]
         image = np.asarray(Image.fromarray(image).resize(target, resample))
     left, top = round((target[0] - size) / 2), round((target[1] - size) / 2)
     return image[top : top + size, left : left + size]
@@ -83,9 +83,9 @@ class CroppedImages:
             UserError: an image cannot be read.
         """
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="decode") as pool:
-            return torch.from_numpy(np.stack(list(pool.map(self._one, indices))))
+            return torch.from_numpy(np.stack(list(pool.map(self._load_cropped, indices))))
 
-    def _one(self, index: int) -> np.ndarray:
+    def _load_cropped(self, index: int) -> np.ndarray:
         image = cropped(self.images.load_image(index), self.preprocessing, self.size)
         return np.ascontiguousarray(image.transpose(2, 0, 1))
 
@@ -98,7 +98,7 @@ class CroppedImages:
         """Labels whose boxes are the whole image."""
         labels = [self.label(index) for index in indices]
         return Targets.from_per_image(
-            [whole_image(torch.tensor([] if one is None else [one])) for one in labels]
+            [whole_image(torch.tensor([] if label is None else [label])) for label in labels]
         )
 
 

@@ -59,11 +59,11 @@ def draw_boxes(
     edge, line = round(0.3 * text_size), max(2, round(0.23 * text_size))
     for box, label in reversed(list(zip(corners, labels, strict=True))):
         pen.rectangle([*box], outline=colour(label), width=line)
-    taken: list[Place] = []
+    occupied: list[Place] = []
     for box, label, text in zip(corners, labels, texts, strict=True):
         size = (pen.textlength(text, letters) + 2 * edge, tag_height(text_size))
-        place = place_tag(box, size, image.size, taken)
-        taken.append(place)
+        place = place_tag(box, size, image.size, occupied)
+        occupied.append(place)
         pen.rectangle(place, fill=colour(label))
         pen.text((place[0] + edge, place[1] + text_size // 13), text, PAPER, letters)
 
@@ -72,7 +72,7 @@ def place_tag(
     box: np.ndarray | Sequence[float],
     tag: tuple[float, float],
     image: tuple[float, float],
-    taken: Sequence[Place],
+    occupied: Sequence[Place],
 ) -> Place:
     """Where the tag of a box covers no other tag, if there is such a place at its edges.
 
@@ -80,7 +80,7 @@ def place_tag(
         box: `(4,)`, x1 y1 x2 y2 in pixels.
         tag: its width and height.
         image: width and height of the image, which no tag leaves unless it is the larger.
-        taken: where tags are already.
+        occupied: where tags are already.
     """
     x1, y1, x2, y2 = map(float, box)
     width, height = tag
@@ -90,10 +90,15 @@ def place_tag(
             left = max(0.0, min(x, image[0] - 1 - width))
             above = max(0.0, min(y, image[1] - 1 - height))
             places.append((left, above, left + width, above + height))
-    free = [place for place in places if not any(meet(place, other) for other in taken)]
+    free = [place for place in places if not any(meet(place, tag_place) for tag_place in occupied)]
     return (free or places)[0]
 
 
-def meet(one: Place, other: Place) -> bool:
+def meet(first: Place, second: Place) -> bool:
     """Whether two places overlap."""
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+    return (
+        first[0] < second[2]
+        and second[0] < first[2]
+        and first[1] < second[3]
+        and second[1] < first[3]
+    )

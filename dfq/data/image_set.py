@@ -164,8 +164,8 @@ class ImageSet:
     def subset(self, n: int, seed: int = 0) -> ImageSet:
         """`n` images drawn without replacement (all if there are fewer), in the set's order."""
         count = min(_at_least_one(n), len(self.items))
-        chosen = sorted(random.Random(seed).sample(range(len(self.items)), count))
-        return replace(self, items=[self.items[index] for index in chosen])
+        indices = sorted(random.Random(seed).sample(range(len(self.items)), count))
+        return replace(self, items=[self.items[index] for index in indices])
 
     def category_mapping(self, model_names: Sequence[str]) -> list[int | None]:
         """For each of `names`, the index of the model's category of that name, or None.
@@ -275,21 +275,21 @@ def image_files(folder: Path) -> list[Path]:
 def walk(folder: Path, suffixes: frozenset[str]) -> list[Path]:
     """All files under `folder` whose names end so (lower case), sorted by path; hidden ones are
     left out, and folders that links lead to are searched too, each once."""
-    found, seen = [], set()
+    files, visited = [], set()
     for place, folders, names in os.walk(folder, followlinks=True):
         # A link to a folder above leads here for ever.
-        seen.add(os.path.realpath(place))
+        visited.add(os.path.realpath(place))
         folders[:] = [
             name
             for name in sorted(folders)
-            if os.path.realpath(os.path.join(place, name)) not in seen
+            if os.path.realpath(os.path.join(place, name)) not in visited
         ]
-        found += [
+        files += [
             Path(place, name)
             for name in names
             if os.path.splitext(name)[1].lower() in suffixes and not name.startswith(".")
         ]
-    return sorted(path for path in found if is_file(path))
+    return sorted(path for path in files if is_file(path))
 
 
 def is_file(path: Path) -> bool:
@@ -334,11 +334,11 @@ def make_item(
     with np.errstate(over="ignore", invalid="ignore"):
         corners = np.asarray(boxes, dtype=np.float64).reshape(-1, 4).astype(np.float32)
         sides = corners[:, 2:] - corners[:, :2]
-        given = np.array(
+        stated = np.array(
             [np.nan if value is None else value for value in area or [None] * len(corners)],
             np.float64,
         ).astype(np.float32)
-        areas = np.where(np.isfinite(given), given, sides.prod(axis=1)).astype(np.float32)
+        areas = np.where(np.isfinite(stated), stated, sides.prod(axis=1)).astype(np.float32)
     flags = np.zeros(len(corners), bool) if ignore is None else np.asarray(ignore, bool)
     item = Item(
         path=path,
@@ -374,8 +374,8 @@ def read_bytes(path: Path) -> bytes:
         if not path.exists():
             raise UserError(f"{shown(path)}: no such file")
         if not path.is_file():
-            what = "a folder" if path.is_dir() else "no regular file"
-            raise UserError(f"{shown(path)}: cannot be read: it is {what}")
+            kind = "a folder" if path.is_dir() else "no regular file"
+            raise UserError(f"{shown(path)}: cannot be read: it is {kind}")
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"{shown(path)}: cannot be read: {reason(error)}") from None

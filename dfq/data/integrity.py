@@ -169,8 +169,8 @@ def _parse(path: Path, document: Any) -> Parsed:
         raise ValueError("two images of one id")
     for annotation in document["annotations"]:
         by_image[annotation["image_id"]].append(annotation)
-    given = [image["file_name"] for image in document["images"]]
-    _check_names(path, given)
+    file_names = [image["file_name"] for image in document["images"]]
+    _check_names(path, file_names)
     labels, scores = [], []
     for image in document["images"]:
         rows = by_image[image["id"]]
@@ -181,7 +181,7 @@ def _parse(path: Path, document: Any) -> Parsed:
         category = _numbers([[row["category_id"]] for row in rows], 1) - 1
         labels.append(torch.cat([category, boxes], dim=1).float())
         scores.append(_numbers([[row["score"]] for row in rows], 1)[:, 0].float())
-    return names, [f"images/{name}" for name in given], labels, scores
+    return names, [f"images/{name}" for name in file_names], labels, scores
 
 
 def _numbers(rows: list[Any], columns: int) -> Tensor:
@@ -272,12 +272,12 @@ def changed_shard(root: Path, manifest: dict[str, Any]) -> dict[str, Any] | None
             return dict(shard)
     memory.pop(place, None)
     memory[place] = state
-    kept = dict(list(memory.items())[-_REMEMBERED:])
+    recent = dict(list(memory.items())[-_REMEMBERED:])
     # It only saves time.
     with contextlib.suppress(OSError):
         path = _memory()
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, kept)
+        write_json(path, recent)
     return None
 
 
@@ -299,7 +299,7 @@ def _memory() -> Path:
 
 def _recall() -> dict[str, str]:
     try:
-        found = json.loads(_memory().read_text())
+        memory = json.loads(_memory().read_text())
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return memory if isinstance(memory, dict) else {}

@@ -20,31 +20,31 @@ class BrokenOutline:
     problem: str
 
 
-def outline(given: Any, width: int, height: int) -> Segment | None:
+def outline(segmentation: Any, width: int, height: int) -> Segment | None:
     """The outline of an object; None where there is none (some tools write `[]`).
 
     Args:
-        given: what the file says.
+        segmentation: what the file says.
         width, height: of the image, pixels.
 
     Raises:
         ValueError: it is broken.
     """
-    if not given:
+    if not segmentation:
         return None
-    if isinstance(given, dict):
-        return _run_lengths(given, width, height)
-    if not isinstance(given, list) or not all(_is_polygon(part) for part in given):
+    if isinstance(segmentation, dict):
+        return _run_lengths(segmentation, width, height)
+    if not isinstance(segmentation, list) or not all(_is_polygon(part) for part in segmentation):
         raise ValueError(
             "is neither a list of polygons x1 y1 x2 y2 ... nor run lengths with 'size' and 'counts'"
         )
     margin = max(width, height)
-    for part in given:
+    for part in segmentation:
         # Its edges are walked along pixel by pixel.
         if not all(-margin <= value <= 2 * margin for value in part):
             raise ValueError("has a corner that is not finite or far out of the image")
     # Fewer than three corners enclose nothing, and pycocotools takes four numbers for a box.
-    return [part for part in given if len(part) >= 6] or None
+    return [part for part in segmentation if len(part) >= 6] or None
 
 
 def _is_polygon(part: Any) -> bool:
@@ -52,8 +52,8 @@ def _is_polygon(part: Any) -> bool:
     return numbers and len(part) % 2 == 0
 
 
-def _run_lengths(given: dict[str, Any], width: int, height: int) -> Segment:
-    size, counts = given.get("size"), given.get("counts")
+def _run_lengths(segmentation: dict[str, Any], width: int, height: int) -> Segment:
+    size, counts = segmentation.get("size"), segmentation.get("counts")
     if not isinstance(counts, str | list):
         raise ValueError(
             "is neither a list of polygons x1 y1 x2 y2 ... nor run lengths with 'size' and 'counts'"

@@ -32,7 +32,7 @@ def list_photos(sources: Sequence[str | Path], without: Path | None = None) -> l
     Raises:
         UserError: one is not there or is neither, or there is no image in any of them.
     """
-    found: dict[Path, None] = {}
+    files: dict[Path, None] = {}
     for source in sources:
         path = user_path(source)
         try:
@@ -44,17 +44,17 @@ def list_photos(sources: Sequence[str | Path], without: Path | None = None) -> l
             if without is not None and without.is_dir():
                 place = os.path.realpath(without)
                 inside = [file for file in inside if not _is_under(file, place)]
-            found.update(dict.fromkeys(inside))
+            files.update(dict.fromkeys(inside))
         elif _is_file(path):
-            found[path] = None
+            files[path] = None
         else:
-            there = os.path.lexists(path) if "\0" not in str(path) else False
-            problem = "is no regular file and no folder" if there else "no such file or folder"
+            exists = os.path.lexists(path) if "\0" not in str(path) else False
+            problem = "is no regular file and no folder" if exists else "no such file or folder"
             raise UserError(f"{shown(path)}: {problem}; name images, or folders of them")
-    if not found:
+    if not files:
         where = ", ".join(shown(source) for source in sources[:3])
         raise UserError(f"{where}: no images there; files of folders count by their endings")
-    return list(found)
+    return list(files)
 
 
 def read_photo(path: Path) -> np.ndarray:
@@ -96,8 +96,8 @@ def _eight_bit(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I;16"):
         return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
     # Pillow warns of palettes whose transparency is not a colour unless alpha is asked for first.
-    wanted = "RGBA" if "transparency" in image.info else "RGB"
-    return np.ascontiguousarray(np.asarray(image.convert(wanted))[:, :, :3])
+    mode = "RGBA" if "transparency" in image.info else "RGB"
+    return np.ascontiguousarray(np.asarray(image.convert(mode))[:, :, :3])
 
 
 def _is_file(path: Path) -> bool:

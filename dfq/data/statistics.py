@@ -124,13 +124,13 @@ class Objects:
         """How many images the set has."""
         return len(self.counts)
 
-    def where(self, chosen: np.ndarray) -> Objects:
-        """Those of the images for which `chosen`, bool `(images,)`, is true."""
-        rows = np.repeat(chosen, self.counts)
+    def where(self, selected: np.ndarray) -> Objects:
+        """Those of the images for which `selected`, bool `(images,)`, is true."""
+        rows = np.repeat(selected, self.counts)
         return Objects(
             names=self.names,
-            sizes=self.sizes[chosen],
-            counts=self.counts[chosen],
+            sizes=self.sizes[selected],
+            counts=self.counts[selected],
             categories=self.categories[rows],
             sides=self.sides[rows],
             scores=None if self.scores is None else self.scores[rows],
@@ -178,7 +178,7 @@ class Summary:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; quantiles as a mapping from "0.05" and so on."""
 
-        def named(values: Sequence[float] | None) -> dict[str, float] | None:
+        def by_quantile(values: Sequence[float] | None) -> dict[str, float] | None:
             return None if values is None else dict(zip(map(str, QUANTILES), values, strict=True))
 
         return {
@@ -194,10 +194,10 @@ class Summary:
             ],
             "objects_per_image": {str(count): images for count, images in self.per_image.items()},
             "categories": [{"name": name, "objects": objects} for name, objects in self.categories],
-            "box_side_pixels": named(self.side),
-            "box_area_share": named(self.area),
+            "box_side_pixels": by_quantile(self.side),
+            "box_area_share": by_quantile(self.area),
             "by_size": self.by_size,
-            "score": named(self.score),
+            "score": by_quantile(self.score),
             "mean_score": self.mean_score,
         }
 

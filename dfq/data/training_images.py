@@ -96,17 +96,17 @@ def open_training_data(
         if isinstance(detector, Classifier):
             return CroppedImages(_classes_or_photos(path), detector, side)
         return LetterboxedImages(open_set(path), detector, side)
-    found = CalibrationSet.open(path)
-    made_from = str(found.manifest["determinants"].get("checkpoint"))
+    calibration_set = CalibrationSet.open(path)
+    made_from = str(calibration_set.manifest["determinants"].get("checkpoint"))
     if made_from != detector.fingerprint:
         raise UserError(
             f"{path}: this set was made from another checkpoint (sha256 {shown(made_from, 15)}, "
             f"the model's is {detector.fingerprint[:12]}...); make one with dfq synthesize"
         )
-    found.require_intact()
-    for side in image_size(path / found.files[0]):
+    calibration_set.require_intact()
+    for side in image_size(path / calibration_set.files[0]):
         detector.check_size(side, f"{path}: the side of its images")
-    return found
+    return calibration_set
 
 
 def _classes_or_photos(path: Path) -> ClassSet:

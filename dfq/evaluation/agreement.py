@@ -81,7 +81,7 @@ class Agreement(Kept):
 
 def kept_of(
     reference: Sequence[Detections],
-    found: Sequence[Detections],
+    detections: Sequence[Detections],
     above: float = REFERENCE_SCORE,
 ) -> Kept:
     """What of a float network's detections another network has.
@@ -91,63 +91,67 @@ def kept_of(
 
     Args:
         reference: the float network's, one an image, on the CPU.
-        found: the other network's on the same images.
+        detections: the other network's on the same images.
         above: detections of the float network whose score is not above it are no objects.
     """
     objects, shifts, again = 0, [], 0
-    for wanted, given in zip(reference, found, strict=True):
-        rows = _certain(wanted, above)
+    for reference_detections, image_detections in zip(reference, detections, strict=True):
+        rows = _certain(reference_detections, above)
         objects += int(rows.sum())
-        for row, match, _ in matches(wanted, given, above):
-            shifts.append(float(given.scores[row]) - float(wanted.scores[match]))
-            again += bool(given.scores[row] > above)
+        for row, match, _ in matches(reference_detections, image_detections, above):
+            shifts.append(
+                float(image_detections.scores[row]) - float(reference_detections.scores[match])
+            )
+            again += bool(image_detections.scores[row] > above)
     # Rounded: the last bits are those of the order in which sums are taken.
     shift = round(float(np.mean(shifts)), 6) if shifts else None
     return Kept(objects, len(shifts), again, shift, len(reference))
 
 
-def matches(wanted: Detections, given: Detections, above: float) -> list[tuple[int, int, float]]:
+def matches(
+    reference: Detections, detections: Detections, above: float
+) -> list[tuple[int, int, float]]:
     """Which detections of two networks in one image are of one object, as `kept_of` has it.
 
     Returns:
-        Row in `given`, row in `wanted`, and IoU.
+        Row in `detections`, row in `reference`, and IoU.
     """
-    rows = _certain(wanted, above).nonzero()[:, 0]
-    boxes, labels = wanted.boxes[rows], wanted.labels[rows]
+    rows = _certain(reference, above).nonzero()[:, 0]
+    boxes, labels = reference.boxes[rows], reference.labels[rows]
     # A network that has diverged gives NaN, which overlaps nothing.
-    overlaps = box_iou(given.boxes, boxes).nan_to_num(0.0)
-    overlaps[given.labels[:, None] != labels] = 0.0
-    overlaps[~given.scores.isfinite()] = 0.0
-    found = []
-    for row in given.scores.argsort(descending=True, stable=True).tolist():
+    overlaps = box_iou(detections.boxes, boxes).nan_to_num(0.0)
+    overlaps[detections.labels[:, None] != labels] = 0.0
+    overlaps[~detections.scores.isfinite()] = 0.0
+    pairs = []
+    for row in detections.scores.argsort(descending=True, stable=True).tolist():
         if not len(boxes) or overlaps[row].max() < SAME_BOX:
             continue
         match = int(overlaps[row].argmax())
-        found.append((row, int(rows[match]), float(overlaps[row, match])))
+        pairs.append((row, int(rows[match]), float(overlaps[row, match])))
         overlaps[:, match] = 0.0
-    return found
+    return pairs
 
 
-def sentence(found: Kept, where: str) -> str:
+def sentence(counts: Kept, where: str) -> str:
     """What was found, for people.
 
     Args:
-        found: the figures.
+        counts: the figures.
         where: the images, as in "12 held-out synthetic images".
     """
-    if not found.objects:
+    if not counts.objects:
         return (
             f"the float network detects nothing with a score above {REFERENCE_SCORE} on {where}: "
             "how close the low-bit one is cannot be said from them"
         )
     text = (
-        f"of the float network's {found.objects} detections with a score above {REFERENCE_SCORE} "
-        f"on {where}, {found.kept} are kept (same category, IoU at least {SAME_BOX}), "
-        f"{found.kept_above} of them with a score above {REFERENCE_SCORE} again"
+        f"of the float network's {counts.objects} detections with a score above {REFERENCE_SCORE} "
+        f"on {where}, {counts.kept} are kept (same category, IoU at least {SAME_BOX}), "
+        f"{counts.kept_above} of them with a score above {REFERENCE_SCORE} again"
     )
-    if found.score_shift is None:
+    if counts.score_shift is None:
         return text
-    return f"{text}; scores shifted by {found.score_shift:+.3f} on average"
+    return f"{text}; scores shifted by {counts.score_shift:+.3f} on average"
 
 
 def check_categories(model: Detecting, reference: Detecting, name: str = "against") -> None:
@@ -204,40 +208,46 @@ def agreement(
     size = model.image_size if image_size is None else image_size
     for detector in (reference, model):
         detector.check_size(size)
-    both = []
+    detections_by_network = []
     for name, detector in (("float", reference), ("quantized", model)):
         with progress.task(f"agreement ({name})", len(images), "images") as task:
-            both.append(
+            detections_by_network.append(
                 predict(
                     detector, images, image_size=size, batch_size=batch_size, progress=task.update
                 )
             )
-    wanted, given = both
-    counts = kept_of(wanted, given)
-    labelled = pseudo_labelled(images, wanted, len(reference.names))
+    reference_detections, detections = detections_by_network
+    counts = kept_of(reference_detections, detections)
+    labelled = pseudo_labelled(images, reference_detections, len(reference.names))
     # Numbers stand for the categories: two may have one name.
-    found = score(labelled, given, labelled.names)
-    between = None
+    metrics = score(labelled, detections, labelled.names)
+    ap_interval = None
     if interval and counts.objects and len(images) > 1:
-        between = bootstrap_ap(labelled, given, labelled.names)
+        ap_interval = bootstrap_ap(labelled, detections, labelled.names)
     return Agreement(
         **counts.to_dict(),
-        AP=found.AP,
-        AP50=found.AP50,
+        AP=metrics.AP,
+        AP50=metrics.AP50,
         image_size=size,
-        AP_interval=between,
+        AP_interval=ap_interval,
     )
 
 
-def pseudo_labelled(images: ImageSet, found: Sequence[Detections], categories: int) -> ImageSet:
+def pseudo_labelled(
+    images: ImageSet, detections: Sequence[Detections], categories: int
+) -> ImageSet:
     """The set with a network's detections as its objects, and numbers as its categories.
 
     Args:
         images: labelled or not; labels of its own are dropped.
-        found: one an image, in pixels of the original images; those above `REFERENCE_SCORE` count.
+        detections: one an image, in pixels of the original images; those above `REFERENCE_SCORE`
+            count.
         categories: how many the network has.
     """
-    items = [_labelled(item, one) for item, one in zip(images.items, found, strict=True)]
+    items = [
+        _labelled(item, image_detections)
+        for item, image_detections in zip(images.items, detections, strict=True)
+    ]
     return replace(
         unlabelled(images),
         names=[str(index) for index in range(categories)],
@@ -270,22 +280,22 @@ def _bare(item: Item) -> Item:
     )
 
 
-def _labelled(item: Item, found: Detections) -> Item:
-    rows = _certain(found)
-    boxes = found.boxes[rows].numpy().astype(np.float32)
+def _labelled(item: Item, detections: Detections) -> Item:
+    rows = _certain(detections)
+    boxes = detections.boxes[rows].numpy().astype(np.float32)
     return replace(
         item,
         boxes=boxes,
-        labels=found.labels[rows].numpy(),
+        labels=detections.labels[rows].numpy(),
         ignore=np.zeros(len(boxes), dtype=bool),
         area=(boxes[:, 2:] - boxes[:, :2]).prod(axis=1),
         segments=(),
     )
 
 
-def _certain(found: Detections, above: float = REFERENCE_SCORE) -> Tensor:
+def _certain(detections: Detections, above: float = REFERENCE_SCORE) -> Tensor:
     """Which of a float network's detections are taken for objects: bool `(n,)`."""
-    return (found.scores > above) & torch.from_numpy(usable(found.boxes.numpy()))
+    return (detections.scores > above) & torch.from_numpy(usable(detections.boxes.numpy()))
 
 
 def on_squares(model: Detector, reference: Detector, pixels: Tensor) -> Kept:
@@ -295,14 +305,14 @@ def on_squares(model: Detector, reference: Detector, pixels: Tensor) -> Kept:
         model, reference: on one device, in eval mode.
         pixels: uint8 `(n, 3, h, w)`.
     """
-    wanted: list[Detections] = []
-    given: list[Detections] = []
+    reference_detections: list[Detections] = []
+    detections: list[Detections] = []
     for batch in pixels.split(BATCH_SIZE):
         images = batch.to(model.device).float() / 255
-        for detector, rows in ((reference, wanted), (model, given)):
-            rows += [_on_cpu(one) for one in detector.detect(images)]
-    return kept_of(wanted, given)
+        for detector, by_image in ((reference, reference_detections), (model, detections)):
+            by_image += [_on_cpu(image_detections) for image_detections in detector.detect(images)]
+    return kept_of(reference_detections, detections)
 
 
-def _on_cpu(one: Detections) -> Detections:
-    return Detections(one.boxes.cpu(), one.scores.cpu(), one.labels.cpu())
+def _on_cpu(detections: Detections) -> Detections:
+    return Detections(detections.boxes.cpu(), detections.scores.cpu(), detections.labels.cpu())

@@ -65,7 +65,8 @@ def bootstrap_difference(
         UserError: as `score`.
     """
     first, second = (
-        _draws(imageset, found, names, samples, seed, None) for found in (detections, others)
+        _draws(imageset, network_detections, names, samples, seed, None)
+        for network_detections in (detections, others)
     )
     return _interval(first - second)
 
@@ -118,19 +119,30 @@ def _tables(evaluator: COCOeval) -> list[_Table]:
     thresholds = len(evaluator.params.iouThrs)
     tables: list[_Table] = []
     for start in range(0, len(evaluator.evalImgs), images):
-        results = evaluator.evalImgs[start : start + images]
+        evaluations = evaluator.evalImgs[start : start + images]
         objects = np.array(
-            [0 if one is None else int((one["gtIgnore"] == 0).sum()) for one in results]
+            [
+                0 if evaluation is None else int((evaluation["gtIgnore"] == 0).sum())
+                for evaluation in evaluations
+            ]
         )
         if not objects.any():
             continue
-        present = [(position, one) for position, one in enumerate(results) if one is not None]
-        scores = np.concatenate([one["dtScores"] for _, one in present])
-        image = np.concatenate([[position] * len(one["dtScores"]) for position, one in present])
-        matched = np.concatenate(
-            [one["dtMatches"].reshape(thresholds, -1) for _, one in present], 1
+        present = [
+            (position, evaluation)
+            for position, evaluation in enumerate(evaluations)
+            if evaluation is not None
+        ]
+        scores = np.concatenate([evaluation["dtScores"] for _, evaluation in present])
+        image = np.concatenate(
+            [[position] * len(evaluation["dtScores"]) for position, evaluation in present]
         )
-        ignored = np.concatenate([one["dtIgnore"].reshape(thresholds, -1) for _, one in present], 1)
+        matched = np.concatenate(
+            [evaluation["dtMatches"].reshape(thresholds, -1) for _, evaluation in present], 1
+        )
+        ignored = np.concatenate(
+            [evaluation["dtIgnore"].reshape(thresholds, -1) for _, evaluation in present], 1
+        )
         right = (matched > 0) & ~ignored.astype(bool)
         wrong = (matched == 0) & ~ignored.astype(bool)
         order = np.argsort(-scores, kind="stable")

@@ -66,10 +66,9 @@ class ClassificationMetrics:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON can hold them."""
-        found = asdict(self)
         interval = self.top1_interval
         return {
-            **found,
+            **asdict(self),
             "missing_categories": list(self.missing_categories),
             "top1_interval": None if interval is None else list(interval),
         }
@@ -136,7 +135,7 @@ def evaluate_classifier(
     require_classes(images)
     labels = [images.label(index) for index in range(len(images))]
     measured = [index for index, label in enumerate(labels) if label is not None]
-    wanted = torch.tensor([label for label in labels if label is not None])
+    targets = torch.tensor([label for label in labels if label is not None])
     began = time.monotonic()
     best, done = [], 0
     for batch in _batches(images, measured, batch_size):
@@ -147,13 +146,13 @@ def evaluate_classifier(
             progress(done, len(measured))
     seconds = time.monotonic() - began
     ranked = torch.cat(best)
-    right = ranked[:, 0] == wanted
-    per_category, f1 = _by_category(wanted, ranked[:, 0])
+    right = ranked[:, 0] == targets
+    per_category, f1 = _by_category(targets, ranked[:, 0])
     top1 = int(right.sum()) / len(measured)
     return ClassificationMetrics(
         top1=top1,
-        top5=int((ranked == wanted[:, None]).any(dim=1).sum()) / len(measured),
-        f1_micro=_micro(wanted, ranked[:, 0]),
+        top5=int((ranked == targets[:, None]).any(dim=1).sum()) / len(measured),
+        f1_micro=_micro(targets, ranked[:, 0]),
         f1_macro=float(np.mean(f1)),
         images=len(measured),
         image_size=size,
@@ -169,22 +168,22 @@ def evaluate_classifier(
     )
 
 
-def _micro(wanted: Tensor, given: Tensor) -> float:
+def _micro(targets: Tensor, predicted: Tensor) -> float:
     """F1 of the counts of all categories together."""
-    true = int((wanted == given).sum())
-    wrong = len(wanted) - true
+    true = int((targets == predicted).sum())
+    wrong = len(targets) - true
     # What is wrong was given for one category and missed for another.
     return 2 * true / (2 * true + 2 * wrong)
 
 
-def _by_category(wanted: Tensor, given: Tensor) -> tuple[dict[int, float], list[float]]:
+def _by_category(targets: Tensor, predicted: Tensor) -> tuple[dict[int, float], list[float]]:
     """Recall and F1 of each category that occurs."""
     recall, f1 = {}, []
-    for category in wanted.unique().tolist():
-        is_one, said = wanted == category, given == category
-        true = int((is_one & said).sum())
-        recall[category] = true / int(is_one.sum())
-        f1.append(2 * true / (int(is_one.sum()) + int(said.sum())))
+    for category in targets.unique().tolist():
+        is_target, is_predicted = targets == category, predicted == category
+        true = int((is_target & is_predicted).sum())
+        recall[category] = true / int(is_target.sum())
+        f1.append(2 * true / (int(is_target.sum()) + int(is_predicted.sum())))
     return recall, f1
 
 
@@ -209,8 +208,8 @@ def _batches(images: CroppedImages, indices: list[int], size: int) -> Iterator[T
 
 @torch.no_grad()
 def _logits(model: Classifier, batch: Tensor) -> Tensor:
-    found: Tensor = model.raw(batch.to(model.device).float() / 255)
-    return found.float().cpu()
+    logits: Tensor = model.raw(batch.to(model.device).float() / 255)
+    return logits.float().cpu()
 
 
 def agreed_on_pixels(model: Classifier, reference: Classifier, pixels: Tensor) -> Agreed:
@@ -238,8 +237,8 @@ def class_agreement(
         UserError: an image cannot be read, or the size is none that both can take.
     """
     size = image_size or model.image_size
-    for one in (reference, model):
-        one.check_size(size)
+    for classifier in (reference, model):
+        classifier.check_size(size)
     bare = ClassSet(images.source, [], [(name, -1) for name, _ in images.files], images.packed)
     batches = _batches(CroppedImages(bare, model, size), list(range(len(bare))), BATCH_SIZE)
     with progress.task("agreement", len(bare), "images") as task:

@@ -138,20 +138,20 @@ def evaluate(
     detections, segments = map(list, zip(*rows, strict=True))
     seconds = time.perf_counter() - start
     names = detector.names
-    between = masks = None
+    ap_interval = masks = None
     if interval and len(imageset) > 1:
-        between = bootstrap_ap(imageset, detections, names)
+        ap_interval = bootstrap_ap(imageset, detections, names)
     if outlined is not None:
-        chosen = [index for index, item in enumerate(imageset.items) if item.segmented]
-        found = [detections[index] for index in chosen]
-        shapes = [segments[index] for index in chosen]
-        masks = score(outlined, found, names, shapes)
+        outlined_indices = [index for index, item in enumerate(imageset.items) if item.segmented]
+        outlined_detections = [detections[index] for index in outlined_indices]
+        shapes = [segments[index] for index in outlined_indices]
+        masks = score(outlined, outlined_detections, names, shapes)
         if interval and len(outlined) > 1:
-            of_masks = bootstrap_ap(outlined, found, names, segments=shapes)
+            of_masks = bootstrap_ap(outlined, outlined_detections, names, segments=shapes)
             masks = replace(masks, AP_interval=of_masks)
     return replace(
         score(imageset, detections, names),
-        AP_interval=between,
+        AP_interval=ap_interval,
         image_size=size,
         seconds=seconds,
         images_per_second=len(imageset) / seconds,
@@ -198,7 +198,7 @@ def predict(
         masks=False,
         progress=progress,
     )
-    return [one for one, _ in rows]
+    return [detections for detections, _ in rows]
 
 
 def _predict(
@@ -218,10 +218,10 @@ def _predict(
     detector.check_size(size)
     if batch_size < 1:
         raise UserError(f"the batch size must be at least 1, got {batch_size}")
-    found: list[tuple[Detections, list[Segment]]] = []
+    rows: list[tuple[Detections, list[Segment]]] = []
     with eval_mode(detector):
         for images, transforms in _batches(imageset, size, detector.stride, batch_size, rect):
-            found += detect_batch(
+            rows += detect_batch(
                 detector,
                 images,
                 transforms,
@@ -230,8 +230,8 @@ def _predict(
                 masks=masks,
             )
             if progress is not None:
-                progress(len(found), len(imageset))
-    return found
+                progress(len(rows), len(imageset))
+    return rows
 
 
 def detect_batch(
@@ -256,28 +256,34 @@ def detect_batch(
     fixed = detector.fixed_batch
     batch: list[Detections] = []
     for part in images.split(fixed or len(images)):
-        given = part
+        padded = part
         if fixed is not None and len(part) < fixed:
             # What takes so many images and no fewer is given blank ones at the end.
-            given = torch.cat([part, part.new_zeros(fixed - len(part), *part.shape[1:])])
+            padded = torch.cat([part, part.new_zeros(fixed - len(part), *part.shape[1:])])
         # `detect` runs without gradients but not in inference mode: YOLO heads keep tensors (anchor
         # grids) between calls, and inference tensors would break a later backward.
         batch += detector.detect(
-            given.to(detector.device),
+            padded.to(detector.device),
             score_threshold=score_threshold,
             iou_threshold=iou_threshold,
             masks=masks,
         )[: len(part)]
-    return [_original(one, transform) for one, transform in zip(batch, transforms, strict=True)]
+    return [
+        _original(detections, transform)
+        for detections, transform in zip(batch, transforms, strict=True)
+    ]
 
 
-def _original(one: Detections, transform: LetterboxTransform) -> tuple[Detections, list[Segment]]:
+def _original(
+    detections: Detections, transform: LetterboxTransform
+) -> tuple[Detections, list[Segment]]:
     """Detections on a canvas as boxes and masks on the original image."""
-    boxes, segments = one.boxes.cpu(), []
-    if one.masks is not None:
-        whole = transform.undo(boxes[: len(one.masks)], clip=False)
-        segments = encode(one.masks, whole, *transform.original)
-    return Detections(transform.undo(boxes), one.scores.cpu(), one.labels.cpu()), segments
+    boxes, segments = detections.boxes.cpu(), []
+    if detections.masks is not None:
+        whole = transform.undo(boxes[: len(detections.masks)], clip=False)
+        segments = encode(detections.masks, whole, *transform.original)
+    on_image = Detections(transform.undo(boxes), detections.scores.cpu(), detections.labels.cpu())
+    return on_image, segments
 
 
 def score(
@@ -301,9 +307,9 @@ def score(
     Raises:
         UserError: the set is unlabelled, or shares no category with `names`.
     """
-    found = accumulate(imageset, detections, names, segments)
-    precision, recall, iou = found.precision, found.recall, found.iou
-    areas = {label: index for index, label in enumerate(found.areas)}
+    accumulated = accumulate(imageset, detections, names, segments)
+    precision, recall, iou = accumulated.precision, accumulated.recall, accumulated.iou
+    areas = {label: index for index, label in enumerate(accumulated.areas)}
     everywhere = precision[..., areas["all"]]
     mapping = imageset.category_mapping(names)
     return Metrics(
@@ -317,7 +323,7 @@ def score(
         images=len(imageset),
         per_category={
             names[category]: _mean(everywhere[:, :, index])
-            for index, category in enumerate(found.categories)
+            for index, category in enumerate(accumulated.categories)
         },
         missing_categories=tuple(
             name for name, index in zip(imageset.names, mapping, strict=True) if index is None

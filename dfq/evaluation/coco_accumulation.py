@@ -60,15 +60,15 @@ def accumulate(
         UserError: the set is unlabelled, or shares no category with `names`.
 
     Example:
-        >>> found = accumulate(imageset, predict(detector, imageset), detector.names)
-        >>> found.precision[found.iou.index(0.5), ..., found.areas.index("all")].mean()
+        >>> figures = accumulate(imageset, predict(detector, imageset), detector.names)
+        >>> figures.precision[figures.iou.index(0.5), ..., figures.areas.index("all")].mean()
     """
-    categories, truth, found = as_annotations(imageset, detections, names, segments)
+    categories, truth, detected = as_annotations(imageset, detections, names, segments)
     # Images by their place in the order of their ids: ids go through float64, which does not hold
     # all of them.
     ids = sorted(item.image_id for item in imageset.items)
     place = {image_id: number for number, image_id in enumerate(ids)}
-    for row in (*truth, *found):
+    for row in (*truth, *detected):
         row["image_id"] = place[row["image_id"]]
     images = [
         {"id": place[item.image_id], "width": item.width, "height": item.height}
@@ -76,7 +76,7 @@ def accumulate(
     ]
     evaluator = COCOeval_faster(
         indexed(COCO(), images, categories, truth),
-        indexed(COCO(), images, categories, found),
+        indexed(COCO(), images, categories, detected),
         "bbox" if segments is None else "segm",
         print_function=lambda *_: None,
     )
@@ -105,9 +105,9 @@ def _objects(
     """How many objects there are to find: int `(categories, areas)`."""
     counted = [row for row in truth if not row["iscrowd"]]
     area = np.array([row["area"] for row in counted], dtype=float)
-    category = np.array([row["category_id"] for row in counted], dtype=int)
+    category_ids = np.array([row["category_id"] for row in counted], dtype=int)
     within = np.stack([(area >= low) & (area <= high) for low, high in ranges], axis=1)
-    return np.stack([within[category == one].sum(axis=0) for one in categories])
+    return np.stack([within[category_ids == category].sum(axis=0) for category in categories])
 
 
 def _as_pycocotools(
@@ -130,9 +130,9 @@ def _as_pycocotools(
         between: of each category and area, one that takes two objects to reach, among them.
         objects: how many there are of each.
     """
-    wanted = precision[:, np.searchsorted(measured, recalls)]
+    at_recalls = precision[:, np.searchsorted(measured, recalls)]
     probe = np.searchsorted(measured, between)[None, None]
     beyond = np.take_along_axis(precision, probe, axis=1)
-    one = recalls[:, None, None] <= 1 / np.maximum(objects, 1)
-    single = one & (wanted == 1) & (beyond != 1)
-    return np.where(single, 1 / (1 + np.spacing(1)), wanted)
+    reached_by_one_object = recalls[:, None, None] <= 1 / np.maximum(objects, 1)
+    single = reached_by_one_object & (at_recalls == 1) & (beyond != 1)
+    return np.where(single, 1 / (1 + np.spacing(1)), at_recalls)

@@ -42,14 +42,14 @@ def match(
         segments: of each image, the masks of its first detections; those, and not the boxes, are
             matched then, and `imageset` states the outline of every object.
     """
-    categories, truth, found = as_annotations(imageset, detections, names, segments)
+    categories, truth, detected = as_annotations(imageset, detections, names, segments)
     images = [
         {"id": item.image_id, "width": item.width, "height": item.height} for item in imageset.items
     ]
     with contextlib.redirect_stdout(io.StringIO()):
         evaluator = COCOeval(
             indexed(COCO(), images, categories, truth),
-            indexed(COCO(), images, categories, found),
+            indexed(COCO(), images, categories, detected),
             "bbox" if segments is None else "segm",
         )
         ranges = dict(zip(evaluator.params.areaRngLbl, evaluator.params.areaRng, strict=True))
@@ -80,8 +80,8 @@ def as_annotations(
         raise ValueError(f"{len(detections)} detections for {len(imageset)} images")
     mapping = imageset.category_mapping(names)
     categories = sorted({index for index in mapping if index is not None})
-    found = _found(imageset, detections, set(categories), segments)
-    return categories, list(_truth(imageset, mapping)), list(found)
+    detected = _detected(imageset, detections, set(categories), segments)
+    return categories, list(_truth(imageset, mapping)), list(detected)
 
 
 def indexed(coco: Any, images: list[dict], categories: list[int], rows: list[dict]) -> Any:
@@ -113,14 +113,16 @@ def _truth(imageset: ImageSet, mapping: list[int | None]) -> Iterator[dict]:
                 }
 
 
-def _found(
+def _detected(
     imageset: ImageSet,
     detections: Sequence[Detections],
     categories: set[int],
     segments: Sequence[Sequence[Segment]] | None,
 ) -> Iterator[dict]:
-    for index, (item, one) in enumerate(zip(imageset.items, detections, strict=True)):
-        boxes, scores, labels = (part.cpu().numpy() for part in (one.boxes, one.scores, one.labels))
+    for index, (item, image_detections) in enumerate(zip(imageset.items, detections, strict=True)):
+        boxes = image_detections.boxes.cpu().numpy()
+        scores = image_detections.scores.cpu().numpy()
+        labels = image_detections.labels.cpu().numpy()
         # A network that has diverged gives NaN, which would match anything.
         usable = np.isfinite(boxes).all(axis=1) & np.isfinite(scores)
         if segments is not None:

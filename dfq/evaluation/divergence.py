@@ -19,5 +19,5 @@ def mean_divergence(student: Model, teacher: Model, data: Pixels) -> float:
         data: all of its images count; its labels do not.
     """
     batches = torch.arange(len(data)).split(16)
-    total = total_divergence(student, teacher, (data.load(chosen.tolist()) for chosen in batches))
+    total = total_divergence(student, teacher, (data.load(indices.tolist()) for indices in batches))
     return float(total) / len(data)

@@ -54,9 +54,9 @@ def jensen_shannon(p: np.ndarray, q: np.ndarray) -> float:
     middle = (p + q) / 2
 
     def entropy_to_middle(distribution: np.ndarray) -> float:
-        seen = distribution > 0
-        ratio = distribution[seen] / middle[seen]
-        return float((distribution[seen] * np.log2(ratio)).sum())
+        positive = distribution > 0
+        ratio = distribution[positive] / middle[positive]
+        return float((distribution[positive] * np.log2(ratio)).sum())
 
     # Rounding can leave a tiny negative sum.
     return min(1.0, max(0.0, (entropy_to_middle(p) + entropy_to_middle(q)) / 2))
@@ -107,10 +107,10 @@ def compare(
     )
 
 
-def _objects(data: CalibrationSet | ImageSet | Objects, what: str) -> Objects:
+def _objects(data: CalibrationSet | ImageSet | Objects, name: str) -> Objects:
     objects = data if isinstance(data, Objects) else Objects.of(data)
     if not len(objects):
-        raise UserError(f"{what} holds no objects to compare")
+        raise UserError(f"{name} holds no objects to compare")
     return objects
 
 

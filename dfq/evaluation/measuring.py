@@ -120,6 +120,8 @@ def close_on_images(
     raise TypeError(f"{model.family}: {UNKNOWN}")
 
 
-def closeness_sentence(found: Kept | Agreed, where: str) -> str:
+def closeness_sentence(closeness: Kept | Agreed, where: str) -> str:
     """What was found, for people; `where` are the images."""
-    return found.sentence(where) if isinstance(found, Agreed) else sentence(found, where)
+    return (
+        closeness.sentence(where) if isinstance(closeness, Agreed) else sentence(closeness, where)
+    )

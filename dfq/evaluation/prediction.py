@@ -61,10 +61,10 @@ class Prediction:
         """Instance masks, bool `(n, height, width)`; None where the detector predicts none."""
         if self.segments is None:
             return None
-        found = np.zeros((len(self), self.height, self.width), bool)
+        masks = np.zeros((len(self), self.height, self.width), bool)
         for index, segment in enumerate(self.segments):
-            found[index] = coco_mask.decode(segment).astype(bool)
-        return found
+            masks[index] = coco_mask.decode(segment).astype(bool)
+        return masks
 
     def to_supervision(self) -> supervision.Detections:
         """The detections as the `supervision` library takes them, for its trackers, zones and
@@ -96,15 +96,15 @@ class Prediction:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it; the masks as COCO's run lengths."""
-        found: dict[str, Any] = {
+        document: dict[str, Any] = {
             "file": self.file,
             "width": self.width,
             "height": self.height,
             "detections": self._rows(),
         }
         if self.reference is not None:
-            found["compare"] = {**counts([self]), "float": self.reference._rows()}
-        return found
+            document["compare"] = {**counts([self]), "float": self.reference._rows()}
+        return document
 
     def _rows(self) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = [
@@ -148,11 +148,11 @@ class Predictions(list[Prediction]):
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""
-        images = [one.to_dict() for one in self]
+        images = [prediction.to_dict() for prediction in self]
         for image in images:
             if image["file"] in self.pictures:
                 image["picture"] = self.pictures[image["file"]]
-        found: dict[str, Any] = {
+        document: dict[str, Any] = {
             "kind": KIND,
             "version": 1,
             "model": self.model,
@@ -162,14 +162,14 @@ class Predictions(list[Prediction]):
             "unreadable": [{"file": file, "problem": why} for file, why in self.unreadable.items()],
         }
         if self.compared is not None:
-            found["compare"] = {"model": self.compared, **counts(self)}
-        return found
+            document["compare"] = {"model": self.compared, **counts(self)}
+        return document
 
 
 def prediction(
     file: str,
     size: tuple[int, int],
-    found: Detections,
+    detections: Detections,
     names: Sequence[str],
     segments: Sequence[Any] | None = None,
 ) -> Prediction:
@@ -178,12 +178,12 @@ def prediction(
     Args:
         file: the image.
         size: its width and height, pixels.
-        found: in its pixels, on the CPU.
+        detections: in its pixels, on the CPU.
         names: category names by index.
         segments: masks of the first detections; None where the detector predicts none.
     """
-    scores = found.scores.numpy().astype(np.float32)
-    rows = usable(found.boxes.numpy()) & np.isfinite(scores)
+    scores = detections.scores.numpy().astype(np.float32)
+    rows = usable(detections.boxes.numpy()) & np.isfinite(scores)
     shapes = None
     if segments is not None:
         empty = coco_mask.encode(np.zeros((size[1], size[0]), np.uint8, order="F"))
@@ -192,22 +192,22 @@ def prediction(
     return Prediction(
         file,
         *size,
-        found.boxes.numpy().astype(np.float32)[rows],
+        detections.boxes.numpy().astype(np.float32)[rows],
         scores[rows],
-        found.labels.numpy().astype(np.int64)[rows],
+        detections.labels.numpy().astype(np.int64)[rows],
         names,
         shapes,
     )
 
 
-def counts(found: Sequence[Prediction]) -> dict[str, Any]:
+def counts(predictions: Sequence[Prediction]) -> dict[str, Any]:
     """Of images that were compared: how much the float detector found, how much this one, how many
     detections are in both, and how far the scores of those shifted (None where there are none), as
     JSON has it."""
-    kept = _kept(found)
+    kept = _kept(predictions)
     return {
         "float_detections": kept.objects,
-        "detections": sum(map(len, found)),
+        "detections": sum(map(len, predictions)),
         "agree": kept.kept,
         "score_shift": kept.score_shift,
     }
@@ -221,12 +221,20 @@ def agreed(counted: dict[str, Any]) -> str:
     )
 
 
-def _kept(found: Sequence[Prediction]) -> Kept:
-    pairs = [(one.reference, one) for one in found if one.reference is not None]
-    reference = [_detections(wanted) for wanted, _ in pairs]
+def _kept(predictions: Sequence[Prediction]) -> Kept:
+    pairs = [
+        (prediction.reference, prediction)
+        for prediction in predictions
+        if prediction.reference is not None
+    ]
+    references = [_detections(reference) for reference, _ in pairs]
     # All that was found is above the threshold that the user set.
-    return kept_of(reference, [_detections(given) for _, given in pairs], above=-math.inf)
+    return kept_of(
+        references, [_detections(prediction) for _, prediction in pairs], above=-math.inf
+    )
 
 
-def _detections(one: Prediction) -> Detections:
-    return Detections(*map(torch.from_numpy, (one.boxes, one.scores, one.labels)))
+def _detections(prediction: Prediction) -> Detections:
+    return Detections(
+        *map(torch.from_numpy, (prediction.boxes, prediction.scores, prediction.labels))
+    )

@@ -35,19 +35,21 @@ _MARK = b"dfq predict"
 _QUALITY = 92
 
 
-def draw_prediction(pixels: np.ndarray, found: Prediction, title: str | None = None) -> Image.Image:
+def draw_prediction(
+    pixels: np.ndarray, prediction: Prediction, title: str | None = None
+) -> Image.Image:
     """An image with boxes, categories and scores, and masks where there are any.
 
     Args:
-        pixels: uint8 `(height, width, 3)`, RGB, the image of `found`.
-        found: what was found in it.
+        pixels: uint8 `(height, width, 3)`, RGB, the image of `prediction`.
+        prediction: what was found in it.
         title: stands above; None for none.
     """
     height, width = pixels.shape[:2]
     side = max(height, width)
     scale = min(max(side, _SMALLEST), _LARGEST) / side
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    image = Image.fromarray(_with_masks(pixels, found))
+    image = Image.fromarray(_with_masks(pixels, prediction))
     if image.size != size:
         # Pixels of what is hardly anything stay what they are.
         way = Image.Resampling.BICUBIC if side > 16 else Image.Resampling.NEAREST
@@ -60,10 +62,10 @@ def draw_prediction(pixels: np.ndarray, found: Prediction, title: str | None = N
     factor = [size[0] / width, size[1] / height] * 2
     texts = [
         f"{shown(name, limit=40)} {score:.2f}"
-        for name, score in zip(found.categories, found.scores.tolist(), strict=True)
+        for name, score in zip(prediction.categories, prediction.scores.tolist(), strict=True)
     ]
-    boxes = found.boxes * np.array(factor)
-    draw_boxes(sheet, boxes, found.labels.tolist(), texts, text_size=text_size, room=size)
+    boxes = prediction.boxes * np.array(factor)
+    draw_boxes(sheet, boxes, prediction.labels.tolist(), texts, text_size=text_size, room=size)
     return sheet if title is None else _titled(sheet, title, text_size)
 
 
@@ -86,7 +88,7 @@ def encode_picture(picture: Image.Image) -> bytes:
 
 def name_pictures(files: Sequence[Path]) -> list[str]:
     """A name for the picture of each image: its own, numbered where several have one."""
-    taken: set[str] = set()
+    used_names: set[str] = set()
     names = []
     for file in files:
         stem = file.stem if file.suffix.lower() in IMAGE_SUFFIXES else file.name
@@ -94,10 +96,10 @@ def name_pictures(files: Sequence[Path]) -> list[str]:
         stem = short_name(stem.lstrip("."), 200) or "image"
         number, name = 1, f"{stem}.jpg"
         # Case does not tell files apart everywhere.
-        while name.casefold() in taken:
+        while name.casefold() in used_names:
             number += 1
             name = f"{stem}-{number}.jpg"
-        taken.add(name.casefold())
+        used_names.add(name.casefold())
         names.append(name)
     return names
 
@@ -114,13 +116,13 @@ def require_pictures(folder: Path, names: Sequence[str], inputs: Sequence[Path])
     Raises:
         UserError: a file is in the way that is not of an earlier call, or is one of the inputs.
     """
-    there = set(os.listdir(folder)) if folder.is_dir() else set()
+    present = set(os.listdir(folder)) if folder.is_dir() else set()
     listed = folder / LIST
-    if LIST in there:
+    if LIST in present:
         require_output_file(listed, "out")
         if not _is_list(listed):
             raise _in_the_way(listed)
-    for name in there.intersection(names):
+    for name in present.intersection(names):
         path = folder / name
         require_not_read(path, "out", inputs)
         require_output_file(path, "out")
@@ -135,10 +137,10 @@ def _is_picture(path: Path) -> bool:
 
 def _is_list(path: Path) -> bool:
     try:
-        found = read_json(path)
+        document = read_json(path)
     except UserError:
         return False
-    return isinstance(found, dict) and found.get("kind") == KIND
+    return isinstance(document, dict) and document.get("kind") == KIND
 
 
 def _in_the_way(path: Path) -> UserError:
@@ -148,11 +150,11 @@ def _in_the_way(path: Path) -> UserError:
     )
 
 
-def _with_masks(pixels: np.ndarray, found: Prediction) -> np.ndarray:
-    if not found.segments:
+def _with_masks(pixels: np.ndarray, prediction: Prediction) -> np.ndarray:
+    if not prediction.segments:
         return pixels
     drawn = pixels.copy()
-    for segment, label in zip(found.segments, found.labels.tolist(), strict=True):
+    for segment, label in zip(prediction.segments, prediction.labels.tolist(), strict=True):
         # One at a time: all of a large image take gigabytes.
         inside = coco_mask.decode(segment).astype(bool)
         paint = np.array(ImageColor.getrgb(colour(label)))

@@ -107,11 +107,11 @@ def _by_id(path: Path, data: dict[str, Any], part: str) -> dict[Identity, dict[s
 def _numbers(images: dict[Identity, Any]) -> dict[Identity, int]:
     """A number for each image: its id where that is one, and else one that is not taken."""
     # NumPy, with which pycocotools sorts them, holds no longer ones.
-    given = {key for key in images if isinstance(key, int) and abs(key) < 2**62}
-    free = max(given, default=0) + 1
+    numeric_ids = {key for key in images if isinstance(key, int) and abs(key) < 2**62}
+    free = max(numeric_ids, default=0) + 1
     numbers: dict[Identity, int] = {}
     for key in images:
-        if key in given:
+        if key in numeric_ids:
             numbers[key] = int(key)
         else:
             numbers[key] = free
@@ -184,17 +184,19 @@ def _group(
     grouped: defaultdict[Identity, list[_Row]] = defaultdict(list)
     for number, row in enumerate(data["annotations"]):
         where = f"{path}: annotations[{number}] (id {shown(row.get('id'), limit=40)})"
-        found: dict[str, Identity] = {}
+        identities: dict[str, Identity] = {}
         for key, known, part in (
             ("image_id", images, "images"),
             ("category_id", categories, "categories"),
         ):
             identity = _identity(row.get(key))
             if identity is None or identity not in known:
-                given = shown(repr(row.get(key)), limit=60)
-                raise UserError(f"{where} has {key} {given}, which is not in {part!r}")
-            found[key] = identity
-        grouped[found["image_id"]].append(_Row(where, row, found["category_id"]))
+                raise UserError(
+                    f"{where} has {key} {shown(repr(row.get(key)), limit=60)}, which is not in "
+                    f"{part!r}"
+                )
+            identities[key] = identity
+        grouped[identities["image_id"]].append(_Row(where, row, identities["category_id"]))
     return grouped
 
 
@@ -204,7 +206,7 @@ def _locate(path: Path, images: dict[Identity, dict[str, Any]]) -> dict[Identity
         # COCO itself: annotations/instances_val2017.json beside val2017/ or images/val2017/.
         root, split = path.parent.parent, path.stem.rpartition("_")[2]
         folders += [root / split, root / "images" / split, root / "images"]
-    found: dict[Identity, Path] = {}
+    files: dict[Identity, Path] = {}
     for image_id, image in images.items():
         name = image["file_name"].replace("\\", "/")
         if _leads_out(name):
@@ -214,13 +216,13 @@ def _locate(path: Path, images: dict[Identity, dict[str, Any]]) -> dict[Identity
                 "images relative to it, without '..'"
             )
         candidates = [folder / name for folder in folders]
-        found[image_id] = next((file for file in candidates if is_file(file)), candidates[0])
+        files[image_id] = next((file for file in candidates if is_file(file)), candidates[0])
         # The folder that held one image most likely holds the next: try it first.
-        if is_file(found[image_id]):
-            hit = folders[candidates.index(found[image_id])]
+        if is_file(files[image_id]):
+            hit = folders[candidates.index(files[image_id])]
             folders = [hit, *(folder for folder in folders if folder != hit)]
-    require_images(path, list(found.values()))
-    return found
+    require_images(path, list(files.values()))
+    return files
 
 
 def _leads_out(name: str) -> bool:

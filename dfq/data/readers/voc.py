@@ -63,8 +63,8 @@ def find_voc(folder: Path) -> Layout | None:
     for place in (folder / "Annotations", folder / "annotations"):
         # Elsewhere this is where COCO's JSON is.
         if walk(place, _XML) and not list(place.glob("*.json")):
-            images = [folder / name for name in ("JPEGImages", "images", "Images")]
-            return Layout(folder, place, next((one for one in images if one.is_dir()), folder))
+            image_folders = [folder / name for name in ("JPEGImages", "images", "Images")]
+            return Layout(folder, place, next(filter(Path.is_dir, image_folders), folder))
     # Cameras put XML beside their pictures too.
     if any(_is_annotation(path) for path in walk(folder, _XML)[:20]):
         return Layout(folder, folder, folder)
@@ -100,28 +100,28 @@ def read_voc(layout: Layout, split: str | None = None) -> ImageSet:
     folder = layout.root
     annotations = _Index(layout.annotations, walk(layout.annotations, _XML))
     images = _Index(layout.images, image_files(layout.images))
-    chosen, stems = _stems(layout, annotations, images, split)
+    split, stems = _stems(layout, annotations, images, split)
     files = [_annotation(layout, annotations, stem) for stem in stems]
-    found = [images.find(layout.stem(file)) for file in files]
+    candidates = [images.find(layout.stem(file)) for file in files]
     expected = [layout.images / f"{layout.stem(file)}.jpg" for file in files]
-    require_images(folder, [*map(_first, found, expected)])
+    require_images(folder, [*map(_first, candidates, expected)])
     parsed = [_parse(file) for file in files]
-    paths = [*map(_image, files, found, parsed)]
+    paths = [*map(_image, files, candidates, parsed)]
 
-    names = sorted({name for one in parsed for name, *_ in one.objects})
+    names = sorted({name for annotation in parsed for name, *_ in annotation.objects})
     index_of = {name: index for index, name in enumerate(names)}
     gathered = Gathered(folder)
-    for image_id, (path, file, one) in enumerate(zip(paths, files, parsed, strict=True), 1):
+    for image_id, (path, file, annotation) in enumerate(zip(paths, files, parsed, strict=True), 1):
         gathered.add(
             path,
-            one.size or image_size(path),
+            annotation.size or image_size(path),
             image_id,
-            [box for _, box, _ in one.objects],
-            [index_of[name] for name, _, _ in one.objects],
-            [f"{shown(file)}: object {number}" for number in range(1, len(one.objects) + 1)],
-            ignore=[difficult for _, _, difficult in one.objects],
+            [box for _, box, _ in annotation.objects],
+            [index_of[name] for name, _, _ in annotation.objects],
+            [f"{shown(file)}: object {number}" for number in range(1, len(annotation.objects) + 1)],
+            ignore=[difficult for _, _, difficult in annotation.objects],
         )
-    return gathered.image_set(names, split=chosen)
+    return gathered.image_set(names, split=split)
 
 
 class _Index:
@@ -159,62 +159,63 @@ def _stems(
             f"{layout.root}: ImageSets/Main has no list {split!r}; it has: "
             f"{', '.join(sorted(known)) or 'none'}"
         )
-    chosen = split or next((name for name in _SPLITS if name in known), None)
-    if chosen is None:
+    split = split or next((name for name in _SPLITS if name in known), None)
+    if split is None:
         stems = sorted(annotations.paths)
-    elif chosen in lists:
-        lines = [line.strip() for line in read_text(lists[chosen]).splitlines()]
+    elif split in lists:
+        lines = [line.strip() for line in read_text(lists[split]).splitlines()]
         stems = [_listed(line, annotations, images) for line in lines if line]
     else:
-        stems = [stem for stem in sorted(annotations.paths) if stem.startswith(f"{chosen}/")]
+        stems = [stem for stem in sorted(annotations.paths) if stem.startswith(f"{split}/")]
     if not stems:
         raise UserError(f"{layout.root}: the set holds no images")
-    return chosen, stems
+    return split, stems
 
 
 def _listed(line: str, annotations: _Index, images: _Index) -> str:
     """What a line of a list names: the name may have spaces, and in a category's own list
     ("cat_val.txt") a second column follows it, -1, 0 or 1."""
     line = line.replace("\\", "/")
-    without = re.sub(r"\s+(-1|0|1)$", "", line)
-    for name in (line, without):
+    without_flag = re.sub(r"\s+(-1|0|1)$", "", line)
+    for name in (line, without_flag):
         ending = Path(name).suffix.lower()
         plain = name[: -len(ending)] if ending in IMAGE_SUFFIXES | _XML else name
         for stem in (name, plain):
             if annotations.find(stem) or images.find(stem):
                 return stem
-    return without
+    return without_flag
 
 
 def _annotation(layout: Layout, annotations: _Index, stem: str) -> Path:
-    found = annotations.find(stem)
-    if len(found) > 1:
+    candidates = annotations.find(stem)
+    if len(candidates) > 1:
         raise UserError(
-            f"{layout.root}: {shown(repr(stem))} may be {shown(found[0])} or {shown(found[1])}; "
-            "write its folder too"
+            f"{layout.root}: {shown(repr(stem))} may be {shown(candidates[0])} or "
+            f"{shown(candidates[1])}; write its folder too"
         )
-    if not found:
+    if not candidates:
         raise UserError(
             f"{layout.root}: there is no annotation of {shown(repr(stem))} in "
             f"{layout.annotations.name}/"
         )
-    return found[0]
+    return candidates[0]
 
 
-def _first(found: list[Path], expected: Path) -> Path:
-    return found[0] if found else expected
+def _first(candidates: list[Path], expected: Path) -> Path:
+    return candidates[0] if candidates else expected
 
 
-def _image(file: Path, found: list[Path], one: _Annotation) -> Path:
+def _image(file: Path, candidates: list[Path], annotation: _Annotation) -> Path:
     """The image of an annotation, of those that have its name."""
-    if len(found) > 1:
+    if len(candidates) > 1:
         # Then the name that the annotation itself gives decides.
-        found = [path for path in found if path.name == one.filename] or found
-    if len(found) > 1:
+        candidates = [path for path in candidates if path.name == annotation.filename] or candidates
+    if len(candidates) > 1:
         raise UserError(
-            f"{shown(file)}: its image may be {shown(found[0])} or {shown(found[1])}; keep one"
+            f"{shown(file)}: its image may be {shown(candidates[0])} or "
+            f"{shown(candidates[1])}; keep one"
         )
-    return found[0]
+    return candidates[0]
 
 
 _Object = tuple[str, tuple[float, float, float, float], bool]
@@ -245,8 +246,8 @@ def _parse(path: Path) -> _Annotation:
         )
         difficult = (node.findtext("difficult") or "0").strip().casefold() in ("1", "true")
         objects.append((name, (x1 - 1, y1 - 1, x2, y2), difficult))
-    given = (root.findtext("filename") or "").strip().replace("\\", "/")
-    return _Annotation(objects, _size(root), given.rpartition("/")[2] or None)
+    filename = (root.findtext("filename") or "").strip().replace("\\", "/")
+    return _Annotation(objects, _size(root), filename.rpartition("/")[2] or None)
 
 
 def _root(path: Path) -> ElementTree.Element:
@@ -266,8 +267,10 @@ def _decoded(path: Path) -> str:
     if wide or data[:4] in (b"<\0?\0", b"\0<\0?"):
         name = "utf-16" if wide else ("utf-16-le" if data[:1] == b"<" else "utf-16-be")
     else:
-        found = re.match(rb"""\s*<\?xml[^>]{0,200}?\bencoding\s*=\s*["']([\w.:-]+)["']""", data)
-        declared = found[1].decode("ascii").lower() if found else "utf-8"
+        declaration = re.match(
+            rb"""\s*<\?xml[^>]{0,200}?\bencoding\s*=\s*["']([\w.:-]+)["']""", data
+        )
+        declared = declaration[1].decode("ascii").lower() if declaration else "utf-8"
         name = _WIDER.get(declared, declared)
         # It could be read as far as here: programs that write UTF-8 declare what they have inside.
         if name.startswith(("utf-16", "utf-32", "utf-8", "utf8", "ucs-2")):

@@ -121,12 +121,12 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _root(path: Path, data: dict[str, Any]) -> Path:
-    given = data.get("path")
-    if given in (None, ""):
+    stated_root = data.get("path")
+    if stated_root in (None, ""):
         return path.parent
-    if not isinstance(given, str):
-        raise UserError(f"{path}: its 'path' is no name of a folder: {shown(given)}")
-    names = dict.fromkeys((given, given.replace("\\", "/")))
+    if not isinstance(stated_root, str):
+        raise UserError(f"{path}: its 'path' is no name of a folder: {shown(stated_root)}")
+    names = dict.fromkeys((stated_root, stated_root.replace("\\", "/")))
     candidates = [folder / name for name in names for folder in (path.parent, Path())]
     for candidate in candidates:
         if _is_folder(candidate):
@@ -219,8 +219,8 @@ def _is_there(label: Path) -> bool:
     except OSError as error:
         raise UserError(f"{shown(label)}: cannot be read: {reason(error)}") from None
     if not stat.S_ISREG(status.st_mode):
-        what = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
-        raise UserError(f"{shown(label)}: is {what}, where the labels of an image should be")
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
+        raise UserError(f"{shown(label)}: is {kind}, where the labels of an image should be")
     return True
 
 
