@@ -124,7 +124,7 @@ def candidates(
     zeros = zero.round()
     if quantizer.asymmetric:
         zeros = torch.arange(qmin, qmax + 1, device=values.device, dtype=values.dtype)
-    found = {(1.0, int(zero.round())): _errors(values, present, zero, qmin, qmax).sum()}
+    errors = {(1.0, int(zero.round())): _errors(values, present, zero, qmin, qmax).sum()}
     for factor in factors:
         scale = present * factor
         # More levels below zero than the least value needs cost some above, and gain nothing.
@@ -133,11 +133,11 @@ def candidates(
         # What a mean over all values takes for the best, and what leaves nothing below zero out.
         total, whole = below + above, below <= ENOUGH * below.amin()
         for index in (int(total.argmin()), int(whole.int().argmax())):
-            found.setdefault((factor, int(zeros[index])), total[index])
-    limit = hopeless * torch.stack(list(found.values())).amin()
+            errors.setdefault((factor, int(zeros[index])), total[index])
+    limit = hopeless * torch.stack(list(errors.values())).amin()
     return [
         (present * factor, torch.full_like(zero, level))
-        for (factor, level), error in found.items()
+        for (factor, level), error in errors.items()
         if error <= limit
     ]
 
@@ -146,8 +146,8 @@ def _errors(values: Tensor, scale: Tensor, zeros: Tensor, qmin: int, qmax: int) 
     """Mean squared errors `(2, zero points)` of values below zero, and of the others."""
     steps = (values / scale).round()
     sides = (values < 0).to(values.dtype)
-    found = []
+    errors = []
     for zero in zeros.round():
         square = (steps.clamp(qmin - zero, qmax - zero) * scale - values).square()
-        found.append(torch.stack([(square * sides).mean(), (square * (1 - sides)).mean()]))
-    return torch.stack(found, dim=1)
+        errors.append(torch.stack([(square * sides).mean(), (square * (1 - sides)).mean()]))
+    return torch.stack(errors, dim=1)

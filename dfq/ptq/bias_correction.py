@@ -35,18 +35,18 @@ def rectified_mean(mean: Tensor, deviation: Tensor, slope: float) -> Tensor:
     return above + slope * (mean - above)
 
 
-def known_mean(name: str, found: dict[str, Link]) -> Tensor | None:
+def known_mean(name: str, layer_links: dict[str, Link]) -> Tensor | None:
     """E[x] of each input channel of a layer, `(channels,)`, by the BatchNorm in front; None: there
     is none, or more than one rectifier behind it.
 
     Args:
         name: of the layer.
-        found: what `links` says of the network.
+        layer_links: what `links` says of the network.
     """
-    source = found[name].source if name in found else None
+    source = layer_links[name].source if name in layer_links else None
     if source is None or len(source[1]) > 1:
         return None
-    norm = found[source[0]].batchnorm
+    norm = layer_links[source[0]].batchnorm
     if norm is None:
         return None
     return rectified_mean(*_normal(norm), slope=source[1][0] if source[1] else 1.0)
@@ -73,7 +73,7 @@ def correct_biases(
     Returns:
         By name of the layers that were corrected: whether BatchNorm told E[x].
     """
-    found = links(teacher)
+    layer_links = links(teacher)
     corrected: dict[str, bool] = {}
     rest: dict[str, tuple[QuantConv2d | QuantLinear, Tensor]] = {}
     for name, layer in quantized_layers(student.module):
@@ -82,7 +82,7 @@ def correct_biases(
         original = teacher.module.get_submodule(name)
         assert isinstance(original, nn.Conv2d | nn.Linear)
         error = layer.weight_quantizer(layer.weight) - original.weight
-        mean = known_mean(name, found)
+        mean = known_mean(name, layer_links)
         if mean is None:
             rest[name] = layer, error
             continue

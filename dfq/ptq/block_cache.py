@@ -114,7 +114,7 @@ class BlockOutputCache:
         del self._kept[name]
 
     def _bytes(self) -> int:
-        tensors = (leaf for kept in self._kept.values() for leaf in tree_leaves(kept))
+        tensors = (leaf for outputs in self._kept.values() for leaf in tree_leaves(outputs))
         return sum(t.untyped_storage().nbytes() for t in tensors if isinstance(t, Tensor))
 
     def _make_room(self) -> None:
@@ -123,21 +123,21 @@ class BlockOutputCache:
         expected = tree_leaves(self.run(0))
         generator = torch.Generator().manual_seed(0)
 
-        def other(value: Tensor) -> Tensor:
+        def perturbed(value: Tensor) -> Tensor:
             noise = torch.rand(2, *value.shape, generator=generator).to(value)
             return value * noise[0] + noise[1]
 
-        for name, kept in self._kept.items():
-            if not all(isinstance(leaf, Tensor) for leaf in tree_leaves(kept)):
+        for name, outputs in self._kept.items():
+            if not all(isinstance(leaf, Tensor) for leaf in tree_leaves(outputs)):
                 continue
-            first, kept[0] = kept[0], tree_map_only(Tensor, other, kept[0])
-            found = tree_leaves(self.run(0))
-            kept[0] = first
-            if len(found) == len(expected) and all(map(_same, found, expected)):
+            first, outputs[0] = outputs[0], tree_map_only(Tensor, perturbed, outputs[0])
+            predictions = tree_leaves(self.run(0))
+            outputs[0] = first
+            if len(predictions) == len(expected) and all(map(_same, predictions, expected)):
                 # Of the same shape, and no size.
                 self._kept[name] = [
                     tree_map_only(Tensor, lambda t: t.new_zeros(()).expand_as(t), batch)
-                    for batch in kept
+                    for batch in outputs
                 ]
 
 

@@ -57,18 +57,18 @@ def watch_calls(
         run: the forward pass.
         outputs: whether the block is run in its last call too, for what it gives.
     """
-    seen: list[Call] = []
-    given: list[Any] = []
+    call_inputs: list[Call] = []
+    call_outputs: list[Any] = []
 
     def before(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Copies: what follows may write into them.
-        seen.append(Call(_copied(args), _copied(kwargs)))
-        if len(seen) == calls and not outputs:
+        call_inputs.append(Call(_copied(args), _copied(kwargs)))
+        if len(call_inputs) == calls and not outputs:
             raise StopForward
 
     def after(_m: nn.Module, _i: object, output: Any) -> None:
-        given.append(_copied(output))
-        if len(given) == calls:
+        call_outputs.append(_copied(output))
+        if len(call_outputs) == calls:
             raise StopForward
 
     handles = [block.register_forward_pre_hook(before, with_kwargs=True)]
@@ -76,7 +76,7 @@ def watch_calls(
         handles.append(block.register_forward_hook(after))
     with hooks(handles), contextlib.suppress(StopForward), torch.no_grad():
         run()
-    return seen, given
+    return call_inputs, call_outputs
 
 
 def _copied(value: Any) -> Any:
@@ -102,15 +102,15 @@ class HostCache:
     def get(self, number: int) -> BlockBatch:
         """The value; the first time it is asked for it is computed, and kept if there is room. It
         goes through half precision either way, so that the room changes nothing but the time."""
-        kept = self._kept[number]
-        if kept is None:
+        stored = self._kept[number]
+        if stored is None:
             value = self._compute(number)
-            kept = _map_batch(value, _halved)
-            size = sum(t.numel() * t.element_size() for t in _tensors(kept))
+            stored = _map_batch(value, _halved)
+            size = sum(t.numel() * t.element_size() for t in _tensors(stored))
             if size <= self._left:
                 self._left -= size
-                self._kept[number] = kept
-        return _map_batch(kept, lambda t: _restored(t, self._device))
+                self._kept[number] = stored
+        return _map_batch(stored, lambda t: _restored(t, self._device))
 
 
 def _tensors(batch: BlockBatch) -> list[Tensor]:

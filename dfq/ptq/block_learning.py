@@ -117,11 +117,11 @@ class Block:
 
     def _unit(self) -> list[float]:
         """Variances of the float outputs, over a few batches."""
-        seen = [
+        variances = [
             [float(t.float().var()) for t in _floating(self.io.get(number).outputs)]
             for number in range(min(4, len(self.shared.batches)))
         ]
-        return [max(sum(column) / len(column), 1e-12) for column in zip(*seen, strict=True)]
+        return [max(sum(column) / len(column), 1e-12) for column in zip(*variances, strict=True)]
 
     def learn(self) -> None:
         """Learn rounding and scales, and leave them in the network."""
@@ -179,12 +179,14 @@ class Block:
         soft: dict[QuantConv2d | QuantLinear, SoftRounding | ContinuousWeight] = {}
         for name, layer in self.layers.items():
             original = self.shared.teacher.module.get_submodule(name)
-            quantizer, given = layer.weight_quantizer, method.start == "gptq"
+            quantizer, from_gptq = layer.weight_quantizer, method.start == "gptq"
             variable: SoftRounding | ContinuousWeight
             if method.continuous:
-                variable = ContinuousWeight(quantizer, layer.weight if given else original.weight)
+                variable = ContinuousWeight(
+                    quantizer, layer.weight if from_gptq else original.weight
+                )
             else:
-                codes = quantizer.integers(layer.weight) if given else None
+                codes = quantizer.integers(layer.weight) if from_gptq else None
                 variable = SoftRounding(quantizer, original.weight, codes)
                 # Not a submodule of it: it goes back when all is learned.
                 object.__setattr__(variable, "quantizer", quantizer)
@@ -194,13 +196,13 @@ class Block:
 
     def _scales(self) -> list[nn.Parameter]:
         """Logarithms of the step sizes of the activations in the block."""
-        found = {
+        scales = {
             child.log_scale: None
             for child in self.module.modules()
             if isinstance(child, Quantizer) and child.enabled and child.searched
         }
         # Those of the weights are out of the network while rounding is learned.
-        return list(found)
+        return list(scales)
 
     @contextlib.contextmanager
     def _dropped(self, share: float) -> Iterator[None]:
@@ -219,8 +221,8 @@ class Block:
     def _mix(self, quantized: Tensor, plain: Tensor, share: float) -> Tensor:
         if not self.dropping or share <= 0:
             return quantized
-        kept = self._mask(quantized.numel(), share).view(quantized.shape)
-        return torch.where(kept, plain.to(quantized.dtype), quantized)
+        dropped = self._mask(quantized.numel(), share).view(quantized.shape)
+        return torch.where(dropped, plain.to(quantized.dtype), quantized)
 
     def _mask(self, count: int, share: float) -> Tensor:
         """Booleans `(count,)`, true with probability `share`: somewhere in one long draw, as
@@ -313,14 +315,14 @@ def _mixed(ours: Call, theirs: Call, mix: Callable[[Tensor, Tensor], Tensor]) ->
     shape, are ours."""
     flat = iter(tree_leaves((theirs.args, theirs.kwargs)))
 
-    def one(value: Any) -> Any:
-        other = next(flat)
+    def mixed(value: Any) -> Any:
+        counterpart = next(flat)
         same = isinstance(value, Tensor) and value.is_floating_point()
-        if same and isinstance(other, Tensor) and value.shape == other.shape:
-            return mix(value, other)
+        if same and isinstance(counterpart, Tensor) and value.shape == counterpart.shape:
+            return mix(value, counterpart)
         return value
 
-    return tree_map(one, (ours.args, ours.kwargs))
+    return tree_map(mixed, (ours.args, ours.kwargs))
 
 
 def _floating(values: Any) -> list[Tensor]:

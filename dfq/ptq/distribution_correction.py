@@ -97,8 +97,8 @@ def _replaced(call: Call, tensors: list[Tensor]) -> Call:
     """The call with other floating tensors, in their order."""
     left = iter(tensors)
 
-    def one(value: Any) -> Any:
+    def replaced(value: Any) -> Any:
         floating = isinstance(value, Tensor) and value.is_floating_point()
         return next(left) if floating else value
 
-    return Call(*tree_map(one, (call.args, call.kwargs)))
+    return Call(*tree_map(replaced, (call.args, call.kwargs)))

@@ -41,8 +41,8 @@ def score(pair: DistillationPair, generator: Generator) -> Tensor:
     elif pair.kind == "categorical":
         # Gumbel's rule: the largest of logits and independent noise is a draw of the softmax.
         noisy = logits - torch.log(-torch.log(uniform.clamp(1e-12, 1 - 1e-7)))
-        chosen = torch.zeros_like(logits).scatter_(pair.dim, noisy.argmax(pair.dim, True), 1.0)
-        drawn = chosen - logits.softmax(pair.dim)
+        one_hot = torch.zeros_like(logits).scatter_(pair.dim, noisy.argmax(pair.dim, True), 1.0)
+        drawn = one_hot - logits.softmax(pair.dim)
     else:
         # A squared distance has a Hessian of 2: signs of this size have that for a covariance.
         drawn = torch.where(uniform < 0.5, -1.0, 1.0).to(logits.dtype) * 2**0.5
@@ -68,9 +68,9 @@ def fisher_diagonals(
     generator = Generator().manual_seed(seed)
     squares: dict[str, list[list[tuple[Tensor, Tensor]]]] = {name: [] for name in names}
     for batch in batches:
-        seen: dict[str, list[Tensor]] = {name: [] for name in names}
+        outputs: dict[str, list[Tensor]] = {name: [] for name in names}
 
-        def after(_m: nn.Module, _i: object, output: Any, name: str, into: Any = seen) -> None:
+        def after(_m: nn.Module, _i: object, output: Any, name: str, into: Any = outputs) -> None:
             leaves = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
             into[name].extend(t for t in leaves if t.requires_grad)
 
@@ -87,11 +87,10 @@ def fisher_diagonals(
             raw = model.raw(batch.clone().requires_grad_(True))
             pairs = model.distillation_pairs(raw, raw)
             total = torch.stack([(p.student * score(p, generator)).sum() for p in pairs]).sum()
-            tensors = [t for name in names for t in seen[name]]
-            gradients = torch.autograd.grad(total, tensors, allow_unused=True)
-        found = iter(gradients)
+            tensors = [t for name in names for t in outputs[name]]
+            gradients = iter(torch.autograd.grad(total, tensors, allow_unused=True))
         for name in names:
-            rows = [_split(next(found), tensor) for tensor in seen[name]]
+            rows = [_split(next(gradients), tensor) for tensor in outputs[name]]
             squares[name].append(rows)
     return {name: _smoothed(rows) for name, rows in squares.items()}
 

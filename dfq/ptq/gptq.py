@@ -190,7 +190,7 @@ def best_grid(quantizer: Quantizer, target: Tensor, hessian: Tensor, *, damping:
     scales, zeros = _candidates(quantizer, target)
     elimination = _elimination(hessian, damping)
     best = torch.full((groups, outputs), torch.inf, device=target.device)
-    result, chosen = torch.empty_like(target), torch.zeros_like(best, dtype=torch.long)
+    result, best_index = torch.empty_like(target), torch.zeros_like(best, dtype=torch.long)
     qmin, qmax = quantizer.bounds
     at_once = max(1, MAX_WEIGHTS_PER_CHUNK // target.numel())
     for start in range(0, len(scales), at_once):
@@ -207,10 +207,10 @@ def best_grid(quantizer: Quantizer, target: Tensor, hessian: Tensor, *, damping:
         least, where = error.min(dim=1)
         better = least < best
         best = torch.where(better, least, best)
-        chosen = torch.where(better, start + where, chosen)
+        best_index = torch.where(better, start + where, best_index)
         where = where[:, None, :, None].expand(groups, 1, outputs, inputs)
         result = torch.where(better.unsqueeze(2), rounded.gather(1, where).squeeze(1), result)
-    scale, zero = (v.gather(0, chosen.unsqueeze(0)).reshape(-1) for v in (scales, zeros))
+    scale, zero = (v.gather(0, best_index.unsqueeze(0)).reshape(-1) for v in (scales, zeros))
     quantizer.initialise(scale[:1] if single else scale, zero[:1] if single else zero)
     return result
 
@@ -225,15 +225,15 @@ def _candidates(quantizer: Quantizer, target: Tensor) -> tuple[Tensor, Tensor]:
     present = quantizer.scale.detach(), quantizer.zero_point.detach()
     if quantizer.channels == 1:
         low, high = low.amin().expand_as(low), high.amax().expand_as(high)
-        found = [tuple(v.expand(groups, outputs) for v in present)]
+        grids = [tuple(v.expand(groups, outputs) for v in present)]
     else:
-        found = [tuple(v.reshape(groups, outputs) for v in present)]
+        grids = [tuple(v.reshape(groups, outputs) for v in present)]
     sides = SIDES if quantizer.asymmetric else SIDES[:1]
     for share in CLIP_RATIOS:
         for below, above in sides:
             ends = low * (share * below), high * (share * above)
-            found.append(grid_between(*ends, quantizer.bits, quantizer.asymmetric))
-    scales, zeros = (torch.stack(v) for v in zip(*found, strict=True))
+            grids.append(grid_between(*ends, quantizer.bits, quantizer.asymmetric))
+    scales, zeros = (torch.stack(v) for v in zip(*grids, strict=True))
     return scales, zeros
 
 
@@ -254,9 +254,9 @@ def gptq_quantize_layer(
     groups = moments.hessian.shape[0]
     start = weight.detach().float().reshape(groups, shape[0] // groups, -1)
     # A bias corrects any means; without one the weights have to.
-    seen = moments if bias is None else moments.centred()
-    target = target_weights(start, seen, ridge)
-    rounded = best_grid(layer.weight_quantizer, target, seen.hessian, damping=damping)
+    fitted_moments = moments if bias is None else moments.centred()
+    target = target_weights(start, fitted_moments, ridge)
+    rounded = best_grid(layer.weight_quantizer, target, fitted_moments.hessian, damping=damping)
     layer.weight.copy_(rounded.reshape(shape))
     if bias is not None:
         assert isinstance(bias, Tensor)

@@ -55,11 +55,11 @@ class GridWalk:
 
     def distance(self) -> float:
         """How far the predictions are from the teacher's, with the network as it is."""
-        each = [
+        distances = [
             self._apart(self._network.run(number), wanted)
             for number, wanted in enumerate(self._expected)
         ]
-        return float(torch.stack(each).sum())
+        return float(torch.stack(distances).sum())
 
     def enable(self, enabled: bool) -> None:
         """Turn all the quantizers on or off."""
@@ -91,12 +91,12 @@ class GridWalk:
             progress: called with quantizers done and quantizers in all.
         """
         for done, (name, quantizer) in enumerate(self.quantizers.items()):
-            found = []
+            scored_grids = []
             quantizer.enabled = True
             for grid in tried(quantizer, self._values[name]):
                 quantizer.initialise(*grid)
-                found.append((self.distance(), grid))
-            quantizer.initialise(*min(found, key=lambda each: each[0])[1])
+                scored_grids.append((self.distance(), grid))
+            quantizer.initialise(*min(scored_grids, key=lambda scored: scored[0])[1])
             quantizer.enabled = stay_on
             for block in self._ended.get(name, ()):
                 self._network.finish(block)

@@ -27,16 +27,16 @@ def execution_order(module: nn.Module, run: Callable[[], object]) -> dict[str, i
 def inputs_of(layer: nn.Module, calls: int, run: Callable[[], object]) -> list[Tensor]:
     """The first argument of the layer in each of its `calls` calls of one forward pass, which is
     stopped after the last: `(n, c, h, w)`, or `(..., c)` of a linear layer."""
-    seen: list[Tensor] = []
+    layer_inputs: list[Tensor] = []
 
     def before(_m: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen.append(inputs[0])
-        if len(seen) == calls:
+        layer_inputs.append(inputs[0])
+        if len(layer_inputs) == calls:
             raise StopForward
 
     with hooks([layer.register_forward_pre_hook(before)]), contextlib.suppress(StopForward):
         run()
-    return seen
+    return layer_inputs
 
 
 def columns(layer: nn.Module, x: Tensor, samples: Tensor) -> Tensor:
@@ -64,10 +64,10 @@ def columns(layer: nn.Module, x: Tensor, samples: Tensor) -> Tensor:
     rows = top[:, None] + dilation_y * torch.arange(kernel_y, device=x.device)
     across = left[:, None] + dilation_x * torch.arange(kernel_x, device=x.device)
     # (m, ky, kx, c) of a view with the channels last.
-    taken = padded.permute(0, 2, 3, 1)[image[:, None, None], rows[:, :, None], across[:, None, :]]
+    patches = padded.permute(0, 2, 3, 1)[image[:, None, None], rows[:, :, None], across[:, None, :]]
     groups = layer.groups
-    taken = taken.unflatten(3, (groups, x.shape[1] // groups)).permute(3, 0, 4, 1, 2)
-    return taken.reshape(groups, len(samples), -1).float()
+    patches = patches.unflatten(3, (groups, x.shape[1] // groups)).permute(3, 0, 4, 1, 2)
+    return patches.reshape(groups, len(samples), -1).float()
 
 
 def output_size(layer: nn.Conv2d, x: Tensor) -> tuple[int, int]:

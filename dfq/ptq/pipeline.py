@@ -80,8 +80,8 @@ def calibrate_and_round(
     calibrate(student, batches, search=section.local_search)
     if section.ranges in METRICS:
         with progress.task("ranges", 1, "activations") as task:
-            seen = pixels[: section.refine_images]
-            search_grids(student, teacher, seen, section.ranges, progress=task.update)
+            images = pixels[: section.refine_images]
+            search_grids(student, teacher, images, section.ranges, progress=task.update)
     # The other searches are rules of their own, to be compared with.
     least_squares = section.ranges == "mse" and section.activation_ranges == "static"
     if least_squares:
@@ -180,8 +180,8 @@ def with_reconstructed_blocks(
 
     def targets(batch: int) -> Targets:
         assert labels is not None
-        found: Targets = labels(list(range(batch * BATCH, min((batch + 1) * BATCH, count))))
-        return found.to(student.device)
+        batch_targets: Targets = labels(list(range(batch * BATCH, min((batch + 1) * BATCH, count))))
+        return batch_targets.to(student.device)
 
     with progress.task("reconstruction", 1, "blocks") as task, freed_memory_kept():
 

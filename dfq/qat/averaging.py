@@ -27,9 +27,9 @@ class ExponentialMovingAverage:
     def swap(self) -> None:
         """Exchange the averages with the module's own values."""
         for parameter, average in zip(self.parameters, self.shadow, strict=True):
-            kept = parameter.detach().clone()
+            current = parameter.detach().clone()
             parameter.copy_(average)
-            average.copy_(kept)
+            average.copy_(current)
 
 
 class BestCheckpoint:

@@ -35,12 +35,12 @@ def distilled_layers(detector: Model, settings: Distillation) -> list[str]:
     """
     if settings.weights.feature == 0:
         return []
-    own = detector.feature_layers()
+    names = detector.feature_layers()
     if settings.feature_form == "relative":
-        return own
+        return names
     if detector.attention_layers():
         backbone = detector.backbone
-        return [name for name in own if backbone is None or name.startswith(f"{backbone}.")]
+        return [name for name in names if backbone is None or name.startswith(f"{backbone}.")]
     calls: Counter[str] = Counter()
     whole: set[str] = set()
 

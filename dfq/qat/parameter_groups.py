@@ -49,7 +49,11 @@ def parameter_groups(student: nn.Module, settings: Distillation) -> list[dict[st
             for width in sorted(set(widths.values()))
         ),
     )
-    return [{"params": found, "lr": rate, "peak": rate} for rate, found in groups if found and rate]
+    return [
+        {"params": parameters, "lr": rate, "peak": rate}
+        for rate, parameters in groups
+        if parameters and rate
+    ]
 
 
 def rate_at(step: int, steps: int, warmup: float) -> float:

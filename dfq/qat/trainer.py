@@ -257,11 +257,11 @@ class Trainer:
         order = torch.randperm(len(self.data), generator=generator).tolist()
         sums = torch.zeros(len(self._term_names), device=self.student.device)
         for number in range(self.steps):
-            chosen = order[number * self.batch_size : (number + 1) * self.batch_size]
+            indices = order[number * self.batch_size : (number + 1) * self.batch_size]
             step = epoch * self.steps + number
             if within is not None:
                 within(epoch, number / self.steps)
-            sums += self.step(step, chosen, generator, ours, theirs)
+            sums += self.step(step, indices, generator, ours, theirs)
         means = dict(zip(self._term_names, (sums / self.steps).tolist(), strict=True))
         # What the last step broke is not in a loss yet, but would be in the checkpoint.
         with torch.no_grad():
@@ -278,7 +278,7 @@ class Trainer:
     def step(
         self,
         step: int,
-        chosen: list[int],
+        indices: list[int],
         generator: Generator,
         ours: FeatureHooks,
         theirs: FeatureHooks,
@@ -287,7 +287,7 @@ class Trainer:
 
         Args:
             step: its number, from 0, over all epochs.
-            chosen: images of the batch, all processes' parts of it.
+            indices: images of the batch, all processes' parts of it.
             generator: on the CPU; draws the augmentation.
             ours, theirs: feature_hooks on the distilled layers of student and teacher.
 
@@ -296,7 +296,7 @@ class Trainer:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * self._rate(step)
-        values = self._gradient(chosen, generator, ours, theirs)
+        values = self._gradient(indices, generator, ours, theirs)
         nn.utils.clip_grad_norm_(
             self.average.parameters, self.settings.clip, error_if_nonfinite=False
         )
@@ -311,17 +311,17 @@ class Trainer:
         return FeatureHooks(student, self._names), FeatureHooks(teacher, self._names)
 
     def _gradient(
-        self, chosen: list[int], generator: Generator, ours: FeatureHooks, theirs: FeatureHooks
+        self, indices: list[int], generator: Generator, ours: FeatureHooks, theirs: FeatureHooks
     ) -> Tensor:
-        """Leave the gradient of the loss on the images `chosen` in the parameters.
+        """Leave the gradient of the loss on the images `indices` in the parameters.
 
         Returns:
             The terms of the loss and the loss itself, `(terms + 1,)`.
         """
         # All of the batch, whatever the share: the draws, and what mosaics are made of, are its.
-        images, targets = self._batch(chosen, generator)
-        mine = self.world.shard(len(chosen))
-        share = (mine.stop - mine.start) / len(chosen)
+        images, targets = self._batch(indices, generator)
+        mine = self.world.shard(len(indices))
+        share = (mine.stop - mine.start) / len(indices)
         self.optimizer.zero_grad(set_to_none=True)
         if self.world.size > 1:
             images, targets = images[mine], targets.rows(mine.start, mine.stop)

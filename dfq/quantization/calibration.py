@@ -79,10 +79,10 @@ def run_observers(
         UserError: if there is no image at all.
     """
     activations = list(activation_quantizers(detector.module))
-    taken: dict[str, Observer] = {name: Observer(samples) for name, _ in activations}
+    observers: dict[str, Observer] = {name: Observer(samples) for name, _ in activations}
     watched = hooks(
         quantizer.register_forward_pre_hook(
-            lambda _m, inputs, name=name: taken[name].add(inputs[0])
+            lambda _m, inputs, name=name: observers[name].add(inputs[0])
         )
         for name, quantizer in activations
     )
@@ -95,7 +95,7 @@ def run_observers(
                 progress(images)
     if images == 0:
         raise UserError("calibration: the set has no images")
-    return {name: sampled.values(samples) for name, sampled in taken.items()}
+    return {name: sampled.values(samples) for name, sampled in observers.items()}
 
 
 @torch.no_grad()

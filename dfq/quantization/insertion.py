@@ -28,13 +28,13 @@ def _replace(module: nn.Module, layer: nn.Module, wrapped: nn.Module) -> None:
 
 
 def _softmaxes(detector: AnyModel) -> frozenset[str]:
-    found = trace(detector, ()).softmax_products()
-    if not found:
+    products = trace(detector, ()).softmax_products()
+    if not products:
         raise UserError(
             "quantization.softmax: no softmax of this network goes into a product of activations, "
             "as in attention; leave it at uniform"
         )
-    return found
+    return products
 
 
 def insert_quantizers(detector: AnyModel, policy: Policy) -> AnyModel:
@@ -57,17 +57,17 @@ def insert_quantizers(detector: AnyModel, policy: Policy) -> AnyModel:
                 f"quantization.overrides: no layer is called '{pattern}' "
                 f"(for example '{layers[0].name}'; dfq inspect lists them all)"
             )
-    chosen: dict[str, Widths] = {}
+    widths: dict[str, Widths] = {}
     for row in layers:
         bits = policy.bits_for(row.name, row.name in edge, detector.backbone)
         if bits is not None and row.kind not in FLOAT_KINDS:
-            chosen[row.name] = bits
-    found = trace(detector, chosen) if policy.where.joins else None
+            widths[row.name] = bits
+    traced = trace(detector, widths) if policy.where.joins else None
     softmaxes = _softmaxes(detector) if policy.softmax != "uniform" else frozenset()
     for row in layers:
-        if row.name not in chosen:
+        if row.name not in widths:
             continue
-        bits = chosen[row.name]
+        bits = widths[row.name]
         layer = detector.module.get_submodule(row.name)
         if row.kind == "matmul":
             left = policy.softmax_quantizer if row.name in softmaxes else policy.quantizer
@@ -87,6 +87,6 @@ def insert_quantizers(detector: AnyModel, policy: Policy) -> AnyModel:
             wrapped = QuantLinear.wrap(layer, inputs, weights)
         wrapped.train(layer.training).to(detector.device)
         _replace(detector.module, layer, wrapped)
-    if found is not None:
-        insert_output_quantizers(detector, found, policy.where, policy.quantizer)
+    if traced is not None:
+        insert_output_quantizers(detector, traced, policy.where, policy.quantizer)
     return detector

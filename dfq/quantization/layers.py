@@ -35,8 +35,8 @@ class SplitOutput(nn.ModuleList):
 
     def forward(self, x: Tensor) -> Tensor:
         parts = kinds_apart(x, self.kinds, self.axis)
-        given = [quantizer(part) for quantizer, part in zip(self, parts, strict=True)]
-        return kinds_together(given, self.axis)
+        quantized = [quantizer(part) for quantizer, part in zip(self, parts, strict=True)]
+        return kinds_together(quantized, self.axis)
 
 
 def kinds_apart(x: Tensor, kinds: Kinds, axis: int) -> Sequence[Tensor]:

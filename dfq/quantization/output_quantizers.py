@@ -121,18 +121,18 @@ def _watch(owner: nn.Module) -> dict[tuple[str, int], Quantizer]:
 
 
 def insert_output_quantizers(
-    detector: Model, found: Trace, where: Placement, make: Callable[[int], Quantizer]
+    detector: Model, traced: Trace, where: Placement, make: Callable[[int], Quantizer]
 ) -> None:
     """Put quantizers on the outputs of layers and on the operands and results of sums and
     concatenations, in place; scales are not set yet.
 
     Args:
         detector: its layers quantized.
-        found: what `trace` saw before they were.
+        traced: what `trace` saw before they were.
         where: which of these.
         make: a quantizer of so many bits.
     """
-    wide = _wide_values(detector.module, found)
+    wide = _wide_values(detector.module, traced)
 
     def quantizer_of(value: Value) -> Quantizer:
         made = make(WIDE_BITS if value in wide else RESULT_BITS)
@@ -141,10 +141,10 @@ def insert_output_quantizers(
 
     last = detector.boundary_layers().last
     kinds = detector.prediction_kinds() if where.predictions else {}
-    chosen = _joined(found, where)
-    joined = {value for join in chosen for value in (*chosen[join], join)}
+    joins = _joined(traced, where)
+    joined = {value for join in joins for value in (*joins[join], join)}
     grids: dict[Value, Quantizer] = {}
-    for value in found.values:
+    for value in traced.values:
         if value.layer is None or (value.layer in last and not where.predictions):
             continue
         if not where.outputs and value not in joined:
@@ -163,12 +163,12 @@ def insert_output_quantizers(
             if layer.output_quantizer.consumer != consumer:
                 layer.output_quantizer.consumer = None
             grids[value] = layer.output_quantizer
-    _quantize_functions(detector, found, grids, chosen, quantizer_of)
+    _quantize_functions(detector, traced, grids, joins, quantizer_of)
     if where.one_grid:
-        _unite(detector.module, chosen, grids)
+        _unite(detector.module, joins, grids)
     if where.sigmoid_step is not None:
-        _quantize_sigmoids(found, grids, where.sigmoid_step)
-    _share_inputs(detector.module, found, grids)
+        _quantize_sigmoids(traced, grids, where.sigmoid_step)
+    _share_inputs(detector.module, traced, grids)
     # An activation function that writes into a quantizer's output destroys what its gradient needs.
     for module in detector.module.modules():
         if getattr(module, "inplace", False) is True:
@@ -184,62 +184,62 @@ def _split(
     return SplitOutput(quantizers, kinds, 1 if isinstance(layer, QuantConv2d) else -1)
 
 
-def _wide_values(module: nn.Module, found: Trace) -> set[Value]:
+def _wide_values(module: nn.Module, traced: Trace) -> set[Value]:
     """Values that layers of more than 8 bits give or are given, and what functions make of them."""
 
     def is_wide(name: str) -> bool:
         layer = module.get_submodule(name)
         return isinstance(layer, QUANTIZED_LAYERS) and layer.input_quantizer.bits > RESULT_BITS
 
-    read = {value for name, values in found.inputs.items() if is_wide(name) for value in values}
+    read = {value for name, values in traced.inputs.items() if is_wide(name) for value in values}
     wide: set[Value] = set()
-    for value in found.values:
+    for value in traced.values:
         if value.layer is not None:
-            given = is_wide(value.layer)
+            from_wide = is_wide(value.layer)
         else:
-            given = any(source in wide for source in value.sources)
-        if given or value in read:
+            from_wide = any(source in wide for source in value.sources)
+        if from_wide or value in read:
             wide.add(value)
     return wide
 
 
-def _joined(found: Trace, where: Placement) -> dict[Value, list[Value]]:
+def _joined(traced: Trace, where: Placement) -> dict[Value, list[Value]]:
     """Sums, concatenations and averages that are quantized, and which of their operands are."""
-    number = {value: place for place, value in enumerate(found.values)}
-    chosen = {}
-    for join in found.joins():
+    number = {value: place for place, value in enumerate(traced.values)}
+    joins = {}
+    for join in traced.joins():
         if join.function in AVERAGES and not where.averages:
             continue
         operands = list(join.operands)
         if where.fused_sums and join.function in SUMS:
             operands = sorted(operands, key=number.__getitem__)[:-1]
         # What is computed outside of every module cannot be reached.
-        if all(value.layer is not None or found.owner_of(value) for value in (*operands, join)):
-            chosen[join] = operands
-    return chosen
+        if all(value.layer is not None or traced.owner_of(value) for value in (*operands, join)):
+            joins[join] = operands
+    return joins
 
 
 def _unite(
-    module: nn.Module, chosen: dict[Value, list[Value]], grids: dict[Value, Quantizer]
+    module: nn.Module, joins: dict[Value, list[Value]], grids: dict[Value, Quantizer]
 ) -> None:
     """One quantizer for all operands and the result of a concatenation, and for those of the
     concatenations that share a tensor with it."""
-    one: dict[Quantizer, Quantizer] = {}
+    parents: dict[Quantizer, Quantizer] = {}
 
     def root(quantizer: Quantizer) -> Quantizer:
-        while quantizer in one:
-            quantizer = one[quantizer]
+        while quantizer in parents:
+            quantizer = parents[quantizer]
         return quantizer
 
-    for join, operands in chosen.items():
+    for join, operands in joins.items():
         if join.function in CONCATENATIONS:
             kept = root(grids[join])
             for operand in operands:
-                other = root(grids[operand])
-                if other is not kept:
-                    if other.bits > kept.bits:
-                        kept, other = other, kept
-                    one[other] = kept
+                merged = root(grids[operand])
+                if merged is not kept:
+                    if merged.bits > kept.bits:
+                        kept, merged = merged, kept
+                    parents[merged] = kept
                     # Its errors matter to several readers.
                     kept.consumer = None
     for value in grids:
@@ -248,17 +248,17 @@ def _unite(
         if isinstance(child, QUANTIZED_LAYERS) and isinstance(child.output_quantizer, Quantizer):
             child.output_quantizer = root(child.output_quantizer)
         if isinstance(child, _Watched):
-            found = child._quantized_results
-            found.update({key: root(quantizer) for key, quantizer in found.items()})
+            quantizers = child._quantized_results
+            quantizers.update({key: root(quantizer) for key, quantizer in quantizers.items()})
     holder = getattr(module, RESULTS)
     for name, quantizer in list(holder.items()):
         holder[name] = root(quantizer)
 
 
-def _quantize_sigmoids(found: Trace, grids: dict[Value, Quantizer], step: float) -> None:
+def _quantize_sigmoids(traced: Trace, grids: dict[Value, Quantizer], step: float) -> None:
     """Put the sigmoid within SiLU on a grid of 8 bits where what it is computed of is on one."""
     quantized: dict[nn.Module, QuantSiLU] = {}
-    for (parent, silu), values in found.silus.items():
+    for (parent, silu), values in traced.silus.items():
         grid_of = [grids.get(value) if value is not None else None for value in values]
         if all(grid is not None and grid.bits <= RESULT_BITS for grid in grid_of):
             made = quantized.setdefault(silu, QuantSiLU(step).train(silu.training))
@@ -269,18 +269,18 @@ def _quantize_sigmoids(found: Trace, grids: dict[Value, Quantizer], step: float)
 
 def _quantize_functions(
     detector: Model,
-    found: Trace,
+    traced: Trace,
     grids: dict[Value, Quantizer],
-    joined: dict[Value, list[Value]],
+    joins: dict[Value, list[Value]],
     quantizer_of: Callable[[Value], Quantizer],
 ) -> None:
     """Quantize sums, concatenations, and what goes into them; `grids` is added to."""
-    chosen: dict[Value, None] = {}
-    for join, operands in joined.items():
-        chosen |= dict.fromkeys([*(one for one in operands if one not in grids), join])
+    values: dict[Value, None] = {}
+    for join, operands in joins.items():
+        values |= dict.fromkeys([*(operand for operand in operands if operand not in grids), join])
     holder = _Holder()
     quantizers: dict[Key, Quantizer] = {}
-    for value, key in zip(chosen, found.keys(list(chosen)), strict=True):
+    for value, key in zip(values, traced.keys(list(values)), strict=True):
         grid_of = {grids.get(operand) for operand in value.operands}
         if key not in quantizers:
             only = grid_of.pop() if len(grid_of) == 1 else None
@@ -289,13 +289,13 @@ def _quantize_functions(
                 quantizers[key] = only
             else:
                 quantizers[key] = quantizer_of(value)
-            owner = found.owner_of(value)
+            owner = traced.owner_of(value)
             assert owner is not None
             _watch(owner)[key.function, key.number] = quantizers[key]
             holder[_name(key)] = quantizers[key]
         grids[value] = quantizers[key]
     # So that their calls are not taken for those of the modules they are in.
-    for module in found.bystanders(list(chosen)):
+    for module in traced.bystanders(list(values)):
         _watch(module)
     detector.module.add_module(RESULTS, holder)
 
@@ -305,31 +305,33 @@ def _name(key: Key) -> str:
     return f"{key.owner.replace('.', '/')}:{key.function}:{key.number}"
 
 
-def _share_inputs(module: nn.Module, found: Trace, grids: dict[Value, Quantizer]) -> None:
+def _share_inputs(module: nn.Module, traced: Trace, grids: dict[Value, Quantizer]) -> None:
     """Give layers that read the same tensor one input quantizer, the tensor's own if it has one:
     on the same grid for the second time, rounding changes nothing."""
     first: dict[tuple[Value, int], Quantizer] = {}
-    for name, values in found.inputs.items():
+    for name, values in traced.inputs.items():
         layer = module.get_submodule(name)
         value = values[0]
         if not isinstance(layer, QUANTIZED_LAYERS) or value is None:
             continue
-        own = layer.input_quantizer
+        input_quantizer = layer.input_quantizer
         if value in grids:
             wanted = grids[value]
-            if any(other is None or grids.get(other) is not wanted for other in values):
+            if any(
+                call_input is None or grids.get(call_input) is not wanted for call_input in values
+            ):
                 continue
-        elif all(other is value for other in values):
-            wanted = first.setdefault((value, own.bits), own)
+        elif all(call_input is value for call_input in values):
+            wanted = first.setdefault((value, input_quantizer.bits), input_quantizer)
         else:
             continue
-        if (wanted.bits, wanted.asymmetric) == (own.bits, own.asymmetric):
+        if (wanted.bits, wanted.asymmetric) == (input_quantizer.bits, input_quantizer.asymmetric):
             layer.input_quantizer = wanted
 
 
 def output_quantizers(module: nn.Module) -> list[tuple[str, Quantizer]]:
     """(name, quantizer) of every layer's output and every function's result that is quantized."""
-    found = []
+    quantizers = []
     for name, layer in module.named_modules():
         if not isinstance(layer, (QuantConv2d, QuantLinear)) or layer.output_quantizer is None:
             continue
@@ -337,22 +339,22 @@ def output_quantizers(module: nn.Module) -> list[tuple[str, Quantizer]]:
             prefix=f"{name}.output_quantizer"
         ):
             if isinstance(quantizer, Quantizer):
-                found.append((inner, quantizer))
+                quantizers.append((inner, quantizer))
     holder = getattr(module, RESULTS, None)
     if isinstance(holder, nn.ModuleDict):
         for name, quantizer in holder.items():
             assert isinstance(quantizer, Quantizer)
-            found.append((f"{RESULTS}.{name}", quantizer))
-    return found
+            quantizers.append((f"{RESULTS}.{name}", quantizer))
+    return quantizers
 
 
 def count_adds_and_concats(detector: Model) -> tuple[int, int]:
     """How many of a detector's sums and concatenations of activations are quantized, and how many
     there are. BatchNorm may be unfolded."""
     layers = dict(detector.module.named_modules())
-    found = trace(detector, layers, through=lambda m: isinstance(m, Quantizer))
-    joins = [join for join in found.joins() if join.function not in AVERAGES]
-    every = {_name(key) for key in found.keys(joins)}
+    traced = trace(detector, layers, through=lambda m: isinstance(m, Quantizer))
+    joins = [join for join in traced.joins() if join.function not in AVERAGES]
+    every = {_name(key) for key in traced.keys(joins)}
     holder = getattr(detector.module, RESULTS, None)
     there = set(holder) if isinstance(holder, nn.ModuleDict) else set()
     return len(every & there), len(every)
@@ -362,5 +364,5 @@ def requantize_results(module: nn.Module, replace: Callable[[Quantizer], nn.Modu
     """Put something else in the places of the quantizers of functions' results, in place."""
     for child in module.modules():
         if isinstance(child, _Watched):
-            found: dict[Any, Any] = child._quantized_results
-            found.update({key: replace(quantizer) for key, quantizer in found.items()})
+            quantizers: dict[Any, Any] = child._quantized_results
+            quantizers.update({key: replace(quantizer) for key, quantizer in quantizers.items()})

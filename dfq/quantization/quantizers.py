@@ -84,9 +84,9 @@ def _inner(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
     """Sum of a * b over the axes that `like` does not have, in its shape."""
     if like.numel() == 1 and a.stride() == b.stride():
         # Dense tensors of one layout, in the order of memory: without writing the product down.
-        flat, other = _flat(a), _flat(b)
-        if flat is not None and other is not None:
-            return torch.dot(flat, other).view(like.shape)
+        flat_a, flat_b = _flat(a), _flat(b)
+        if flat_a is not None and flat_b is not None:
+            return torch.dot(flat_a, flat_b).view(like.shape)
     return (a * b).sum_to_size(like.shape)
 
 

@@ -124,11 +124,11 @@ def restore_state(
     plain, codes = _by_kind(module, state), {}
     for name, layer in _layers(module):
         key = f"{name}.weight"
-        found = state.get(key)
-        if found is None or (floats and found.is_floating_point()):
+        tensor = state.get(key)
+        if tensor is None or (floats and tensor.is_floating_point()):
             continue
         try:
-            codes[key] = (layer, _codes(layer, found))
+            codes[key] = (layer, _codes(layer, tensor))
         except ValueError as error:
             raise UserError(
                 f"{source}: the tensor {shown(key)} {error}: the file is damaged; restore it, or "
@@ -138,10 +138,10 @@ def restore_state(
         plain[key] = layer.weight
     check_kinds(module.state_dict(), plain, source)
     module.load_state_dict(plain)
-    for layer, found in codes.values():
+    for layer, integers in codes.values():
         quantizer = layer.weight_quantizer
         lowest, _ = quantizer.limits_of(layer.weight)
-        layer.weight.copy_(quantizer.scale_of(layer.weight) * (found + lowest))
+        layer.weight.copy_(quantizer.scale_of(layer.weight) * (integers + lowest))
 
 
 def _by_kind(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -60,14 +60,14 @@ class AdaptiveSampler:
         stage, size = self.stage, images.shape[2]
         scattered = stage.sampler == "scattered"
         first = scattered and step == min(self.updates)
-        found = self.detect(
+        detections = self.detect(
             images, score_threshold=FAINT if first else stage.score_threshold, iou_threshold=0.6
         )
         if first:
-            self.labels = draw_categories(self.labels, found, size, self.generator)
+            self.labels = draw_categories(self.labels, detections, size, self.generator)
         else:
             self.labels = update_adaptive(
-                self.labels, found, size, smallest_area=stage.smallest_area, drop=not scattered
+                self.labels, detections, size, smallest_area=stage.smallest_area, drop=not scattered
             )
         return self.labels
 
@@ -89,8 +89,8 @@ def draw_categories(
         size: side of the images, pixels.
         generator: makes the draws.
     """
-    categories = torch.cat([found.labels.cpu() for found in detections])
-    boxes = torch.cat([found.boxes.float().cpu() for found in detections]) / size
+    categories = torch.cat([detected.labels.cpu() for detected in detections])
+    boxes = torch.cat([detected.boxes.float().cpu() for detected in detections]) / size
     sides = boxes[:, 2:] - boxes[:, :2]
     usable = (sides > 0).all(dim=1)
     if not usable.any():
@@ -142,10 +142,10 @@ def update_adaptive(
             at low resolution before it has had time to, though nearly all do in the end.
     """
     updated = []
-    for label, found in zip(labels, detections, strict=True):
-        boxes = (found.boxes.float().cpu() / size).clamp(0, 1)
+    for label, detected in zip(labels, detections, strict=True):
+        boxes = (detected.boxes.float().cpu() / size).clamp(0, 1)
         kept = label
-        if drop and len(label) and len(found):
+        if drop and len(label) and len(detected):
             best = box_iou(to_corners(label[:, 1:]), boxes).amax(dim=1)
             keep = best >= iou
             keep[best.argmax()] = True
@@ -153,14 +153,14 @@ def update_adaptive(
         rows = [kept]
         present = to_corners(kept[:, 1:])
         area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-        for index in range(len(found)):
+        for index in range(len(detected)):
             box = boxes[index : index + 1]
             if not smallest_area < float(area[index]) < largest_area:
                 continue
             if len(present) and float(box_iou(present, box).max()) >= iou:
                 continue
             centre, sides = (box[:, :2] + box[:, 2:]) / 2, box[:, 2:] - box[:, :2]
-            category = found.labels[index : index + 1, None].float().cpu()
+            category = detected.labels[index : index + 1, None].float().cpu()
             rows.append(torch.cat([category, centre, sides], dim=1))
             present = torch.cat([present, box])
         updated.append(torch.cat(rows))

@@ -126,14 +126,14 @@ class Inversion:
         if self.settings.weights.task == 0 or self.settings.labels == "none":
             return None
         size = images.shape[2], images.shape[2]
-        given = raw if self.detector.half_loss else float32(raw)
+        raw = raw if self.detector.half_loss else float32(raw)
         if self.static:
-            each = self.detector.shard_losses(given, targets, size, self.shards)
-            return each[0] if self.shards == 1 else each
+            shard_losses = self.detector.shard_losses(raw, targets, size, self.shards)
+            return shard_losses[0] if self.shards == 1 else shard_losses
         if self.shards == 1:
-            return torch.stack(list(self.detector.task_loss(given, targets, size).values())).sum()
+            return torch.stack(list(self.detector.task_loss(raw, targets, size).values())).sum()
         count, losses = len(images) // self.shards, []
-        for shard, part in enumerate(split(given, self.shards)):
+        for shard, part in enumerate(split(raw, self.shards)):
             labels = targets.rows(shard * count, (shard + 1) * count)
             losses.append(sum(self.detector.task_loss(part, labels, size).values()))
         return torch.stack(losses)
@@ -209,13 +209,13 @@ class Inversion:
             thresholds: of `Detector.decode`.
         """
         before = self._side_by_side(1)
-        found = []
+        detections = []
         for part in images.split(self.settings.micro_batch or len(images)):
-            found += require_detector(self.detector).detect(part, **thresholds)
+            detections += require_detector(self.detector).detect(part, **thresholds)
             if self.statistics is not None:
                 self.statistics.forget()
         self._side_by_side(before)
-        return found
+        return detections
 
     def optimise(
         self,
@@ -277,8 +277,8 @@ class Inversion:
             return joined(labels)
         noise = [self.start.noise(count, stage.image_size, g) for g in generators]
         samplers = [
-            AdaptiveSampler(self.detect, stage, each, g)
-            for each, g in zip(labels, generators, strict=True)
+            AdaptiveSampler(self.detect, stage, shard_labels, g)
+            for shard_labels, g in zip(labels, generators, strict=True)
         ]
 
         def after(step: int, images: Tensor) -> list[Tensor] | None:
@@ -388,8 +388,8 @@ class Inversion:
     def _scores(self, images: Tensor, labels: Sequence[Tensor]) -> list[Tensor]:
         """How sure the teacher is of each label of one shard's images."""
         if not isinstance(self.detector, Classifier):
-            found = self.detect(images, score_threshold=0.01, iou_threshold=0.6)
-            return teacher_scores(labels, found, self.image_size)
+            detections = self.detect(images, score_threshold=0.01, iou_threshold=0.6)
+            return teacher_scores(labels, detections, self.image_size)
         before, scores = self._side_by_side(1), []
         size = self.settings.micro_batch or len(images)
         for part in (slice(i, i + size) for i in range(0, len(images), size)):

@@ -75,11 +75,11 @@ class Iteration:
             inputs: of this iteration.
             step: its number, of which counts whether it is one that measures; see `LossWeighting`.
         """
-        seen = inputs.targets
+        targets = inputs.targets
         if inputs.flipped is not None:
-            seen = seen.flip_horizontal(inputs.flipped)
+            targets = targets.flip_horizontal(inputs.flipped)
         view = augmented_view(self.pixels, inputs.flipped, inputs.erased, self.seen_in)
-        gradient, terms = self.combine(self.parts(view, seen), step)
+        gradient, terms = self.combine(self.parts(view, targets), step)
         (gradient,) = torch.autograd.grad(view, self.pixels, gradient)
         gradient, terms["tv"] = self.combine.smoothed(gradient, self.pixels)
         if self.darkens:
@@ -118,53 +118,53 @@ class Recorded:
             step: its number.
             kind: of iteration: those of one kind do the same with their inputs.
         """
-        own = self._take(inputs)
-        key = kind, inputs.flipped is None, inputs.erased is None, len(own.targets)
+        buffers = self._take(inputs)
+        key = kind, inputs.flipped is None, inputs.erased is None, len(buffers.targets)
         if key not in self._recordings:
             # Once or more as it is, for what is done in the first iterations alone.
             if self.failed is not None or self._ran.get(key, 0) < self.record.warm_up(step):
                 self._ran[key] = self._ran.get(key, 0) + 1
-                return self.run(own, step)
+                return self.run(buffers, step)
             try:
-                self._recordings[key] = self.record(lambda: self.run(own, step))
+                self._recordings[key] = self.record(lambda: self.run(buffers, step))
             except RuntimeError as error:
                 self.failed = " ".join(str(error).split())[:200] or type(error).__name__
                 self._recordings.clear()
-                return self.run(own, step)
+                return self.run(buffers, step)
         play, terms = self._recordings[key]
         play()
         return terms
 
     def _take(self, inputs: Inputs) -> Inputs:
         """Copies in tensors that stay the same from one iteration to the next."""
-        own = self._inputs
-        if own is None or len(own.targets) != len(inputs.targets):
+        buffers = self._inputs
+        if buffers is None or len(buffers.targets) != len(inputs.targets):
             device = inputs.targets.data.device
-            own = Inputs(
-                torch.zeros((), device=device) if own is None else own.rate,
-                None if own is None else own.flipped,
-                None if own is None else own.erased,
+            buffers = Inputs(
+                torch.zeros((), device=device) if buffers is None else buffers.rate,
+                None if buffers is None else buffers.flipped,
+                None if buffers is None else buffers.erased,
                 Targets(torch.empty_like(inputs.targets.data)),
             )
-            self._inputs = own
+            self._inputs = buffers
             self.forget()
         for name in ("flipped", "erased"):
-            given = getattr(inputs, name)
-            if given is not None:
-                if getattr(own, name) is None:
-                    setattr(own, name, torch.empty_like(given))
-                getattr(own, name).copy_(given, non_blocking=True)
-        assert isinstance(own.rate, Tensor)
+            tensor = getattr(inputs, name)
+            if tensor is not None:
+                if getattr(buffers, name) is None:
+                    setattr(buffers, name, torch.empty_like(tensor))
+                getattr(buffers, name).copy_(tensor, non_blocking=True)
+        assert isinstance(buffers.rate, Tensor)
         if isinstance(inputs.rate, Tensor):
-            own.rate.copy_(inputs.rate, non_blocking=True)
+            buffers.rate.copy_(inputs.rate, non_blocking=True)
         else:
-            own.rate.fill_(inputs.rate)
-        own.targets.data.copy_(inputs.targets.data, non_blocking=True)
+            buffers.rate.fill_(inputs.rate)
+        buffers.targets.data.copy_(inputs.targets.data, non_blocking=True)
         return Inputs(
-            own.rate,
-            own.flipped if inputs.flipped is not None else None,
-            own.erased if inputs.erased is not None else None,
-            own.targets,
+            buffers.rate,
+            buffers.flipped if inputs.flipped is not None else None,
+            buffers.erased if inputs.erased is not None else None,
+            buffers.targets,
         )
 
 
@@ -245,15 +245,15 @@ def recorder(device: torch.device) -> Recorder | None:
 def own_stream(device: torch.device) -> Iterator[None]:
     """On a GPU the stream on which iterations can be recorded; what is under way elsewhere comes
     before, and what comes after waits for it."""
-    found = recorder(device)
-    if found is None:
+    graph_recorder = recorder(device)
+    if graph_recorder is None:
         yield
         return
     with torch.cuda.device(device):
         before = torch.cuda.current_stream()
-        found.stream.wait_stream(before)
+        graph_recorder.stream.wait_stream(before)
         try:
-            with torch.cuda.stream(found.stream):
+            with torch.cuda.stream(graph_recorder.stream):
                 yield
         finally:
-            before.wait_stream(found.stream)
+            before.wait_stream(graph_recorder.stream)

@@ -212,8 +212,8 @@ class DrawnLike:
             counts = [self.counts[i] for i in drawn.tolist()]
         result = []
         for side, count in zip(sides, counts, strict=True):
-            chosen = torch.randint(len(self.objects), (count,), generator=generator)
-            categories, sizes = self.objects[chosen].split([1, 2], dim=1)
+            indices = torch.randint(len(self.objects), (count,), generator=generator)
+            categories, sizes = self.objects[indices].split([1, 2], dim=1)
             sizes = sizes * side
             boxes = _placed(generator, sizes / sizes.amax(dim=1, keepdim=True).clamp_min(1))
             boxes = _in_cells(boxes, side) if self.tiled else boxes
@@ -240,11 +240,11 @@ def _letterboxed(item: Item, mapping: Sequence[int | None]) -> Tensor:
 
 def _open_source(labels: str) -> ImageSet | None:
     """The set that `real:SET` and the like name; None for the built-in starts."""
-    found = label_set(labels)
-    if found is None:
+    kind_and_source = label_set(labels)
+    if kind_and_source is None:
         return None
     try:
-        images = open_set(found[1])
+        images = open_set(kind_and_source[1])
     except UserError as error:
         raise UserError(f"synthesis.labels: {error}") from None
     if not images.labelled:
@@ -322,12 +322,12 @@ def teacher_scores(
     """How sure the teacher is of each label: the best score among its detections of the same
     category that overlap the label by `iou`; 0 where there is none. `(n,)` per image."""
     result = []
-    for label, found in zip(labels, detections, strict=True):
-        if not len(label) or not len(found):
+    for label, detected in zip(labels, detections, strict=True):
+        if not len(label) or not len(detected):
             result.append(torch.zeros(len(label)))
             continue
-        overlap = box_iou(to_corners(label[:, 1:]), found.boxes.float().cpu() / size)
-        same = label[:, :1].long() == found.labels.cpu()[None]
-        score = torch.where((overlap >= iou) & same, found.scores.float().cpu()[None], 0.0)
+        overlap = box_iou(to_corners(label[:, 1:]), detected.boxes.float().cpu() / size)
+        same = label[:, :1].long() == detected.labels.cpu()[None]
+        score = torch.where((overlap >= iou) & same, detected.scores.float().cpu()[None], 0.0)
         result.append(score.amax(dim=1))
     return result

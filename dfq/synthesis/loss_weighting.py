@@ -122,8 +122,8 @@ class FixedWeighting:
         with torch.enable_grad():
             leaf = pixels.detach().requires_grad_()
             value = prior(leaf, self.shards)
-            (own,) = torch.autograd.grad(value.sum(), leaf)
-        return gradient.add_(own, alpha=weight), value.detach()
+            (prior_gradient,) = torch.autograd.grad(value.sum(), leaf)
+        return gradient.add_(prior_gradient, alpha=weight), value.detach()
 
 
 def by_image(values: Tensor, images: int) -> Tensor:
@@ -185,22 +185,24 @@ class GradientNormWeighting:
             if step % MEASURE_EVERY == 0 and len(groups) > 1:
                 for name, (share, term) in groups.items():
                     more = name != list(groups)[-1]
-                    (one,) = torch.autograd.grad(term.sum(), view, retain_graph=more)
-                    apart.setdefault(name, []).append(one)
+                    (gradient,) = torch.autograd.grad(term.sum(), view, retain_graph=more)
+                    apart.setdefault(name, []).append(gradient)
                     shares[name] = share
             else:
                 scaled = [self._factor(n, share) * term for n, (share, term) in groups.items()]
                 gradients.append(_gradient(scaled, view))
         if apart:
             # Of half-precision images they are of that type: too coarse for sums over all pixels.
-            whole = {name: torch.cat(ones).float() for name, ones in apart.items()}
-            for name, one in whole.items():
-                norm, seen = batch_norms(one, self.shards), self.norms.get(name)
-                if seen is None:
+            whole = {
+                name: torch.cat(view_gradients).float() for name, view_gradients in apart.items()
+            }
+            for name, gradient in whole.items():
+                norm, average = batch_norms(gradient, self.shards), self.norms.get(name)
+                if average is None:
                     self.norms[name] = norm
                 else:
-                    seen.copy_(torch.lerp(norm, seen, _DECAY))
-            total = [self._scaled(name, shares[name], one) for name, one in whole.items()]
+                    average.copy_(torch.lerp(norm, average, _DECAY))
+            total = [self._scaled(name, shares[name], gradient) for name, gradient in whole.items()]
             return torch.stack(total).sum(0).to(view.dtype), logged
         return torch.cat(gradients), logged
 

@@ -51,9 +51,9 @@ class Pace:
         self._left[shard][stage] = self.stages[stage].iterations - step
         if before is None or before[0] != stage or step <= before[1]:
             return
-        found = (now - before[2]) / (step - before[1]) / self._images[shard]
-        known = self._cost.get(stage, found)
-        self._cost[stage] = known + _NEW * (found - known)
+        cost = (now - before[2]) / (step - before[1]) / self._images[shard]
+        known = self._cost.get(stage, cost)
+        self._cost[stage] = known + _NEW * (cost - known)
 
     def written(self, shard: int) -> None:
         """A shard is done."""
@@ -65,12 +65,12 @@ class Pace:
         if not self._cost:
             return None
         costs = {name: self._cost_of(stage) for name, stage in self.stages.items()}
-        each = [
+        shard_seconds = [
             sum(costs[name] * steps for name, steps in left.items()) * self._images[shard]
             for shard, left in self._left.items()
         ]
         # The last shards are not made by more processes than there are of them.
-        return max(sum(each) / self.processes, max(each, default=0.0))
+        return max(sum(shard_seconds) / self.processes, max(shard_seconds, default=0.0))
 
     def _cost_of(self, stage: Stage) -> float:
         if stage.name in self._cost:

@@ -78,11 +78,13 @@ class Quality:
         lines = []
         first = self.first
         if first.off > FIRST_BOUND:
-            what = "contrast" if abs(first.log_variance) >= first.shift else "colour or brightness"
+            aspect = (
+                "contrast" if abs(first.log_variance) >= first.shift else "colour or brightness"
+            )
             way = "too little" if first.log_variance < 0 else "too much"
             lines.append(
-                f"the first BatchNorm ({first.name}) sees other {what} than in training"
-                + (f", {way} of it" if what == "contrast" else "")
+                f"the first BatchNorm ({first.name}) sees other {aspect} than in training"
+                + (f", {way} of it" if aspect == "contrast" else "")
                 + f" ({_figures(first)}): on real images early activations may be clipped"
             )
         others = [layer for layer in self.worst(len(self.layers)) if layer.off > BOUND]
@@ -113,8 +115,8 @@ class Quality:
         return {
             "images": self.images,
             "layers": [
-                {"name": one.name, "shift": one.shift, "log_variance": one.log_variance}
-                for one in self.layers
+                {"name": layer.name, "shift": layer.shift, "log_variance": layer.log_variance}
+                for layer in self.layers
             ],
             "warnings": self.warnings(),
         }
@@ -127,8 +129,8 @@ class Quality:
             KeyError, TypeError, ValueError: where it is not that.
         """
         layers = [
-            LayerQuality(str(one["name"]), float(one["shift"]), float(one["log_variance"]))
-            for one in values["layers"]
+            LayerQuality(str(entry["name"]), float(entry["shift"]), float(entry["log_variance"]))
+            for entry in values["layers"]
         ]
         if not layers:
             raise ValueError("no layers")
@@ -171,5 +173,5 @@ def set_quality(detector: Model, images: Tensor, *, batch_size: int = 16) -> Qua
         for batch in images.split(batch_size):
             detector.raw(batch.to(detector.device).float() / 255)
             statistics.gather()
-        found = statistics.compared()
-    return Quality([LayerQuality(*one) for one in found], len(images))
+        compared = statistics.compared()
+    return Quality([LayerQuality(*row) for row in compared], len(images))

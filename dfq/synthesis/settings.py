@@ -133,8 +133,8 @@ class Synthesis(Section):
     @classmethod
     def _known_labels(cls, value: str) -> str:
         # Whether the set is there shows when it is opened: a recipe outlives it.
-        found = label_set(value)
-        if value not in LABELS and not (found and found[1]):
+        kind_and_source = label_set(value)
+        if value not in LABELS and not (kind_and_source and kind_and_source[1]):
             *drawn, none = LABELS
             names = ", ".join(f"'{name}'" for name in (*drawn, "multi:SET", "tile:SET", none))
             raise ValueError(f"should be {names} or 'real:SET'")

@@ -42,7 +42,7 @@ def several(value: Any) -> list[Any]:
 
 def joined(rows: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     """The lists of all shards as one, shard after shard; the tensors in them have any shape."""
-    return [one for some in rows for one in some]
+    return [tensor for shard in rows for tensor in shard]
 
 
 def split(raw: Any, shards: int) -> list[Any]:

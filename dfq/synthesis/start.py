@@ -71,26 +71,26 @@ def matched_start(
         What to start from.
     """
 
-    def seen(images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def first_layer_moments(images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with statistics:
             run(images)
             mean, var, expected, spread = (v.double().cpu() for v in statistics.first_layer())
         return mean, var, expected, spread.clamp_min(1e-12)
 
     flat = torch.zeros(1, 3, side, side)
-    black, _, expected, spread = seen(flat)
+    black, _, expected, spread = first_layer_moments(flat)
     columns = []
     for colour in range(3):
         primary = flat.clone()
         primary[:, colour] = 1
-        columns.append((seen(primary)[0] - black) / spread.sqrt())
+        columns.append((first_layer_moments(primary)[0] - black) / spread.sqrt())
     effect = torch.stack(columns, dim=1)
     wanted = (expected - black) / spread.sqrt() - effect.sum(dim=1) / 2
     square = effect.T @ effect
     square += RIDGE * square.diagonal().mean().clamp_min(1e-12) * torch.eye(3, dtype=square.dtype)
     mean = (torch.linalg.solve(square, effect.T @ wanted) + 0.5).clamp(0.02, 0.98).float()
     noise = initial_images(4, side, kind, Generator().manual_seed(0)) - 0.5
-    _, var, _, _ = seen(mean[:, None, None] + _PROBE * noise)
+    _, var, _, _ = first_layer_moments(mean[:, None, None] + _PROBE * noise)
     ratio = (spread / var.clamp_min(1e-12)).log().mean().exp()
     contrast = _PROBE * float(ratio.sqrt())
     return Start(kind, mean, min(max(contrast, FAINTEST), STRONGEST))

@@ -75,13 +75,13 @@ def _quickest(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         try:
-            taken = seconds_of(inversion, count, number) * -(-shards // number)
+            estimate = seconds_of(inversion, count, number) * -(-shards // number)
         except torch.OutOfMemoryError:
             break
         need = torch.cuda.max_memory_reserved(device) - before
-        enough = taken > GAIN * seconds
-        if taken < seconds:
-            best, seconds = number, taken
+        enough = estimate > GAIN * seconds
+        if estimate < seconds:
+            best, seconds = number, estimate
         if enough or 2 * need > USABLE * free:
             break
         number *= 2
@@ -123,6 +123,6 @@ def seconds_of(inversion: Inversion, count: int, shards: int) -> float:
             torch.cuda.synchronize(device)
         begin = time.perf_counter()
         inversion.optimise(images, labels, TIMED, 1e-3, generators, stage="timing", after=after)
-        each = (marks[TIMED - 1] - marks[FROM - 1]) / (TIMED - FROM)
-        total += marks[FROM - 1] - begin + each * max(stage.iterations - FROM, 0)
+        per_iteration = (marks[TIMED - 1] - marks[FROM - 1]) / (TIMED - FROM)
+        total += marks[FROM - 1] - begin + per_iteration * max(stage.iterations - FROM, 0)
     return total

@@ -63,10 +63,10 @@ def worker_count(
         return 1
     stage = settings.label_stage
     side = settings.image_size or detector.image_size
-    each = settings.iterations * side**2
+    image_work = settings.iterations * side**2
     if settings.labels == "adaptive":
-        each += stage.iterations * stage.image_size**2
-    if sum(plan.count(index) for index in missing) * each < WORTHWHILE:
+        image_work += stage.iterations * stage.image_size**2
+    if sum(plan.count(index) for index in missing) * image_work < WORTHWHILE:
         return 1
     most = min(cores, len(missing))
     if most > 1:

@@ -15,8 +15,10 @@ def task_guided(step: Step) -> Tensor:
     targets = step.targets()
     loss = _summed(step.model.task_loss(step.predictions(), targets, step.image_shape))
     with torch.no_grad():
-        own = _summed(step.model.task_loss(step.float_predictions(), targets, step.image_shape))
-    return block_error(step) + loss / own.clamp_min(1e-6)
+        float_loss = _summed(
+            step.model.task_loss(step.float_predictions(), targets, step.image_shape)
+        )
+    return block_error(step) + loss / float_loss.clamp_min(1e-6)
 
 
 def _summed(terms: dict[str, Tensor]) -> Tensor:

@@ -59,9 +59,9 @@ class _Watch(torch.autograd.Function):
             through = torch.ops.aten.silu_backward(grad, x) if ctx.silu else grad
             return through, None, None, None
         channels = ctx.passed.known.channels[ctx.run]
-        given = torch.zeros_like(x) if grad is None else grad
+        output_grad = torch.zeros_like(x) if grad is None else grad
         slope, offset = ctx.passed.slope[..., channels], ctx.passed.offset[..., channels]
-        return grouped_moments_backward(x, given, slope, offset, ctx.silu), None, None, None
+        return grouped_moments_backward(x, output_grad, slope, offset, ctx.silu), None, None, None
 
 
 class _Join(torch.autograd.Function):
@@ -160,8 +160,8 @@ class BatchNormStatistics:
         ):
             run()
         # All of them are still alive, so that no two have one id.
-        seen = {id(tensor) for tensor in activated}
-        stray = {layer for layer, output, _ in passed if id(output) not in seen}
+        activated_ids = {id(tensor) for tensor in activated}
+        stray = {layer for layer, output, _ in passed if id(output) not in activated_ids}
         self._fused = frozenset(layer for layer, _, _ in passed) - stray
         changed = frozenset(layer for layer, output, then in passed if output._version != then)
         self._overwritten = changed - self._fused
@@ -280,8 +280,8 @@ class BatchNormStatistics:
             (known.sums(ratio * alive) / count).tolist(),
             strict=True,
         )
-        found = [(name, *row) for name, row in zip(self._runs, rows, strict=True)]
-        return [found[index] for index in self._tokens]
+        layers = [(name, *row) for name, row in zip(self._runs, rows, strict=True)]
+        return [layers[index] for index in self._tokens]
 
     def release(self) -> None:
         """Forget the parts: `distances` again tells of the last forward pass."""
@@ -329,8 +329,8 @@ class BatchNormStatistics:
         """
         mean, var, known, ran = self._moments(relative=True)
         alive = known.to_mean > 0
-        each = torch.where(alive, gaussian_divergence(mean - known.mean, var, known.var), 0.0)
-        return known.chosen(known.sums(each) / known.alive, ran)
+        divergence = torch.where(alive, gaussian_divergence(mean - known.mean, var, known.var), 0.0)
+        return known.of_runs(known.sums(divergence) / known.alive, ran)
 
     def distances(self, *, relative: bool = False) -> Tensor:
         """Of the last forward pass: ||mu - mu_l||_2 + ||var - var_l||_2 of each layer, each time it
@@ -344,4 +344,4 @@ class BatchNormStatistics:
         mean, var, known, ran = self._moments(relative)
         to_mean = known.norms((mean - known.mean) * known.to_mean)
         to_var = known.norms((var - known.var) * known.to_var)
-        return known.chosen(to_mean + to_var, ran)
+        return known.of_runs(to_mean + to_var, ran)

@@ -83,7 +83,7 @@ class Expected:
         self.channels = [slice(end - len(mean), end) for end, mean in zip(ends, means, strict=True)]
 
         self._counted: dict[tuple[int, ...], Tensor] = {}
-        self._chosen: dict[tuple[int, ...], Tensor] = {}
+        self._orders: dict[tuple[int, ...], Tensor] = {}
 
     def zeros(self) -> Tensor:
         """Zeros `(channels,)`, or `(groups, channels)` where there are several groups."""
@@ -104,14 +104,14 @@ class Expected:
         living = (self.to_mean > 0).to(self.mean.dtype)
         return sums.index_add(0, self.run, living).clamp_min(1)
 
-    def chosen(self, values: Tensor, runs: list[int]) -> Tensor:
+    def of_runs(self, values: Tensor, runs: list[int]) -> Tensor:
         """Values `(..., runs)` in another order, or of some runs."""
         if runs == list(range(self.count)):
             return values
         key = tuple(runs)
-        if key not in self._chosen:
-            self._chosen = {key: torch.tensor(runs, device=values.device)}
-        return values.index_select(-1, self._chosen[key])
+        if key not in self._orders:
+            self._orders = {key: torch.tensor(runs, device=values.device)}
+        return values.index_select(-1, self._orders[key])
 
     def sums(self, values: Tensor) -> Tensor:
         """Over the channels of each run: `(runs,)` of `(channels of all,)`, by group where there

@@ -146,6 +146,6 @@ class PatchSimilarity:
         """
         if not self._seen:
             raise RuntimeError("no forward pass to tell of")
-        found = torch.stack(list(self._seen.values()))
+        entropies = torch.stack(list(self._seen.values()))
         self._seen.clear()
-        return found.sum() if summed else found.mean()
+        return entropies.sum() if summed else entropies.mean()

@@ -81,8 +81,8 @@ def squared_variation(images: Tensor, shards: int = 1) -> tuple[Tensor, Tensor, 
     else:
         gradient = plain_variation(images)
         norms = torch.linalg.vector_norm(gradient, dim=(1, 2, 3))
-        each = zip(images.chunk(shards), gradient.chunk(shards), strict=True)
-        inner = torch.stack([torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in each])
+        shard_pairs = zip(images.chunk(shards), gradient.chunk(shards), strict=True)
+        inner = torch.stack([torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in shard_pairs])
     # For a quadratic form, the value is half the inner product with the gradient.
     value = inner / (images.numel() // shards)
     return (value[0] if shards == 1 else value), gradient, norms
