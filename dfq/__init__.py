@@ -64,16 +64,16 @@ __all__ = ["__version__", *sorted(_HOMES)]
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'dfq' has no attribute '{name}'")
-    found = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-    if isinstance(found, type):
-        return found
+    member = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    if isinstance(member, type):
+        return member
     if name in ("export", "report"):
         # A package has this name too, which importing it gives back in any case.
         return importlib.import_module(f".{name}", __name__)
     from .errors import for_python
 
     # Kept, so that the name stands for one function.
-    return globals().setdefault(name, for_python(found))
+    return globals().setdefault(name, for_python(member))
 
 
 def __dir__() -> list[str]:

@@ -57,7 +57,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     ) -> importlib.machinery.ModuleSpec | None:
         if name not in MOVED:
             return None
-        inner = any(other.startswith(f"{name}.") for other in MOVED)
+        inner = any(moved.startswith(f"{name}.") for moved in MOVED)
         return importlib.machinery.ModuleSpec(name, self, is_package=inner)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType | None:
@@ -69,8 +69,8 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
         def get(name: str) -> Any:
             for home in homes if not name.startswith("__") else ():
-                found = getattr(importlib.import_module(home), name, None)
-                if found is None:
+                member = getattr(importlib.import_module(home), name, None)
+                if member is None:
                     continue
                 if not told:
                     told.add(name)
@@ -80,7 +80,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
                         FutureWarning,
                         stacklevel=2,
                     )
-                return found
+                return member
             raise AttributeError(f"module '{module.__name__}' has no attribute '{name}'")
 
         module.__getattr__ = get  # type: ignore[method-assign]

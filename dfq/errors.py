@@ -61,15 +61,15 @@ _FLAG = re.compile(
 def in_python(message: str) -> str:
     """A message that names flags, for a caller who has arguments."""
     message = _WEIGHTS.sub(r"model='\1'", message)
-    message = _SET.sub(lambda found: f"overrides={{'{found[1]}': {found[2]}}}", message)
+    message = _SET.sub(lambda match: f"overrides={{'{match[1]}': {match[2]}}}", message)
 
-    def name(found: re.Match[str]) -> str:
+    def name(match: re.Match[str]) -> str:
         # A whole command line in a message stays one.
-        clause = re.split(r"[;:]\s|[()]", message[: found.start()])[-1]
+        clause = re.split(r"[;:]\s|[()]", message[: match.start()])[-1]
         if re.search(r"\b(dfq|torchrun) ", clause):
-            return found[0]
+            return match[0]
         known = {"set": "'overrides'", "trust": "trust=True"}
-        return known.get(found[1], f"'{found[1].replace('-', '_')}'")
+        return known.get(match[1], f"'{match[1].replace('-', '_')}'")
 
     return _FLAG.sub(name, message)
 
@@ -103,7 +103,8 @@ def shown(value: object, limit: int = 200) -> str:
     if text.isprintable():
         return text
     return "".join(
-        one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text
+        char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
+        for char in text
     )
 
 

@@ -38,17 +38,17 @@ class Column:
     Attributes:
         title: what it is.
         figure: how good it is.
-        found: its detections, one an image of the scenes, in their pixels.
+        detections: its own, one an image of the scenes, in their pixels.
     """
 
     title: str
     figure: str
-    found: Sequence[Detections]
+    detections: Sequence[Detections]
 
 
 def draw_picture(
     scenes: ImageSet,
-    chosen: Sequence[int],
+    indices: Sequence[int],
     columns: tuple[Column, Column],
     made: CalibrationSet,
 ) -> Image.Image:
@@ -56,11 +56,11 @@ def draw_picture(
 
     Args:
         scenes: the images.
-        chosen: which are shown, an even number.
+        indices: which are shown, an even number.
         columns: left and right side of each pair.
         made: the synthetic set, of at least one image.
     """
-    rows = len(chosen) // 2
+    rows = len(indices) // 2
     pair = 2 * _TILE + _GAP
     width = 2 * _MARGIN + 2 * pair + _BETWEEN
     top = 76
@@ -70,14 +70,14 @@ def draw_picture(
     pen = ImageDraw.Draw(sheet)
     pen.text((_MARGIN, 24), _TITLE, INK, font(28))
     pen.text((width - _MARGIN, 34), _SHOWN, FAINT, font(15), anchor="ra")
-    for number, index in enumerate(chosen):
+    for number, index in enumerate(indices):
         row, side = divmod(number, 2)
         for place, column in enumerate(columns):
             x = _MARGIN + side * (pair + _BETWEEN) + place * (_TILE + _GAP)
             if row == 0:
                 pen.text((x, top), column.title, INK, font(17))
                 pen.text((x, top + 23), column.figure, FAINT, font(15))
-            image = _scene(scenes.load_image(index), column.found[index], scenes.names)
+            image = _scene(scenes.load_image(index), column.detections[index], scenes.names)
             sheet.paste(image, (x, top + header + row * (_TILE + _GAP)))
     pen.text((_MARGIN, below), _MADE, INK, font(17))
     side = (width - 2 * _MARGIN - (_SYNTHETIC - 1) * _GAP) // _SYNTHETIC
@@ -94,15 +94,15 @@ def _with_labels(made: CalibrationSet) -> list[int]:
     return (sure + rest)[:_SYNTHETIC]
 
 
-def _scene(pixels: np.ndarray, found: Detections, names: Sequence[str]) -> Image.Image:
+def _scene(pixels: np.ndarray, detections: Detections, names: Sequence[str]) -> Image.Image:
     """A scene as a tile, with boxes, categories and scores."""
-    shown = found.scores > SHOWN_SCORE
+    shown = detections.scores > SHOWN_SCORE
     height, width = pixels.shape[:2]
-    boxes = found.boxes[shown].numpy() / np.array([width, height] * 2)
-    labels = found.labels[shown].tolist()
+    boxes = detections.boxes[shown].numpy() / np.array([width, height] * 2)
+    labels = detections.labels[shown].tolist()
     texts = [
         f"{names[label]} {score:.2f}"
-        for label, score in zip(labels, found.scores[shown].tolist(), strict=True)
+        for label, score in zip(labels, detections.scores[shown].tolist(), strict=True)
     ]
     return _tile(pixels, _TILE, boxes, labels, texts)
 

@@ -26,13 +26,13 @@ DEAD = 1e-5
 would grow beyond all others if they were brought up."""
 
 
-def equal_pairs(found: dict[str, Link]) -> list[tuple[str, str]]:
+def equal_pairs(layer_links: dict[str, Link]) -> list[tuple[str, str]]:
     """(layer, next layer) wherever the outputs of the one go, rectified at most, into the other
     alone, and nothing else does."""
     pairs = []
-    for name, link in found.items():
+    for name, link in layer_links.items():
         source = link.source
-        if source is not None and found[source[0]].readers == {name}:
+        if source is not None and layer_links[source[0]].readers == {name}:
             pairs.append((source[0], name))
     return pairs
 
@@ -45,17 +45,18 @@ def equalize(model: Model) -> list[tuple[str, str]]:
     Args:
         model: float, BatchNorm folded; what folded BatchNorm remembers is kept in step.
     """
-    found = links(model)
-    pairs = equal_pairs(found)
+    layer_links = links(model)
+    pairs = equal_pairs(layer_links)
     for _ in range(SWEEPS):
         most = 0.0
-        for first, second in pairs:
-            one, two = model.module.get_submodule(first), model.module.get_submodule(second)
-            assert isinstance(one, nn.Conv2d | nn.Linear)
-            assert isinstance(two, nn.Conv2d | nn.Linear)
-            scale = equal_scale(output_ranges(one), input_ranges(two))
-            _rescale(one, two, scale)
-            norm = found[first].batchnorm
+        for name, next_name in pairs:
+            layer = model.module.get_submodule(name)
+            next_layer = model.module.get_submodule(next_name)
+            assert isinstance(layer, nn.Conv2d | nn.Linear)
+            assert isinstance(next_layer, nn.Conv2d | nn.Linear)
+            scale = equal_scale(output_ranges(layer), input_ranges(next_layer))
+            _rescale(layer, next_layer, scale)
+            norm = layer_links[name].batchnorm
             if norm is not None:
                 norm.factor /= scale
                 norm.shift /= scale
@@ -87,10 +88,12 @@ def equal_scale(first: Tensor, second: Tensor) -> Tensor:
     return torch.where(alive, (first / second).sqrt(), torch.ones_like(first))
 
 
-def _rescale(one: nn.Conv2d | nn.Linear, two: nn.Conv2d | nn.Linear, scale: Tensor) -> None:
-    one.weight /= scale.view(-1, *[1] * (one.weight.ndim - 1))
-    if one.bias is not None:
-        one.bias /= scale
-    groups, rows = _groups(two), len(two.weight)
+def _rescale(
+    layer: nn.Conv2d | nn.Linear, next_layer: nn.Conv2d | nn.Linear, scale: Tensor
+) -> None:
+    layer.weight /= scale.view(-1, *[1] * (layer.weight.ndim - 1))
+    if layer.bias is not None:
+        layer.bias /= scale
+    groups, rows = _groups(next_layer), len(next_layer.weight)
     by_row = scale.view(groups, -1).repeat_interleave(rows // groups, dim=0)
-    two.weight *= by_row.view(*by_row.shape, *[1] * (two.weight.ndim - 2))
+    next_layer.weight *= by_row.view(*by_row.shape, *[1] * (next_layer.weight.ndim - 2))

@@ -27,10 +27,10 @@ def hooks(handles: Iterable[RemovableHandle]) -> Iterator[None]:
             them one by one may fail in the middle and leaves none behind.
 
     Example:
-        >>> layer, seen = nn.Linear(2, 1), []
-        >>> with hooks([layer.register_forward_hook(lambda _m, _i, out: seen.append(out.shape))]):
+        >>> layer, shapes = nn.Linear(2, 1), []
+        >>> with hooks([layer.register_forward_hook(lambda _m, _i, out: shapes.append(out.shape))]):
         ...     _ = layer(torch.zeros(3, 2))
-        >>> seen, len(layer._forward_hooks)
+        >>> shapes, len(layer._forward_hooks)
         ([torch.Size([3, 1])], 0)
     """
     held: list[RemovableHandle] = []

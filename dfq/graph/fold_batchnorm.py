@@ -42,7 +42,7 @@ def _pairs(module: nn.Module, run: Callable[[], object]) -> list[tuple[str, str]
     """
     # id() alone would be reused once a tensor is freed, so the outputs are kept alive.
     produced: dict[int, tuple[str, Tensor]] = {}
-    taken: dict[int, str] = {}
+    norm_of: dict[int, str] = {}
     stray: set[str] = set()
     readers = _Readers()
 
@@ -59,7 +59,7 @@ def _pairs(module: nn.Module, run: Callable[[], object]) -> list[tuple[str, str]
 
                 def before(_m: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
                     if id(inputs[0]) in produced:
-                        taken[id(inputs[0])] = name
+                        norm_of[id(inputs[0])] = name
                     else:
                         stray.add(name)
 
@@ -71,8 +71,8 @@ def _pairs(module: nn.Module, run: Callable[[], object]) -> list[tuple[str, str]
     # cannot be folded into one weight.
     pairs: dict[tuple[str, str], None] = {}
     for key, (conv, _) in produced.items():
-        alone = readers.count[key] == 1 and key in taken and taken[key] not in stray
-        pairs[conv, taken[key] if alone else ""] = None
+        alone = readers.count[key] == 1 and key in norm_of and norm_of[key] not in stray
+        pairs[conv, norm_of[key] if alone else ""] = None
     convs, norms = Counter(c for c, _ in pairs), Counter(b for _, b in pairs)
     return [(c, b) for c, b in pairs if b and convs[c] == norms[b] == 1]
 

@@ -68,15 +68,15 @@ class _Flow(TorchFunctionMode):
         self.links: dict[str, Link] = {}
         self.inside = False
         # By id; kept alive, as ids are used again.
-        self._seen: dict[int, tuple[Tensor, str, Slopes]] = {}
+        self._origins: dict[int, tuple[Tensor, str, Slopes]] = {}
 
     def give(self, tensor: Tensor, layer: str, slopes: Slopes = ()) -> None:
         """`tensor` is what `layer` gave, through rectifiers."""
-        self._seen[id(tensor)] = (tensor, layer, slopes)
+        self._origins[id(tensor)] = (tensor, layer, slopes)
 
     def of(self, tensor: Any) -> tuple[str, Slopes] | None:
         """Which layer gave a tensor, and through which rectifiers."""
-        return self._seen[id(tensor)][1:] if id(tensor) in self._seen else None
+        return self._origins[id(tensor)][1:] if id(tensor) in self._origins else None
 
     def read(self, value: Any, reader: str) -> None:
         """Note who reads a value, or all that it holds."""
@@ -102,7 +102,7 @@ class _Flow(TorchFunctionMode):
             self.read((args, kwargs), OTHER)
             for leaf in tree_leaves(result):
                 # What was written into is no longer what a layer gave.
-                self._seen.pop(id(leaf), None)
+                self._origins.pop(id(leaf), None)
         return result
 
 
@@ -115,14 +115,14 @@ def _slope(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | 
     return None
 
 
-def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+def _tensors(value: Any, visited: set[int]) -> Iterator[Tensor]:
     """All tensors that a structure or the attributes of an object hold; not a network's own."""
     if isinstance(value, Tensor):
         yield value
         return
-    if isinstance(value, nn.Module | Model) or id(value) in seen:
+    if isinstance(value, nn.Module | Model) or id(value) in visited:
         return
-    seen.add(id(value))
+    visited.add(id(value))
     if isinstance(value, dict):
         parts = list(value.values())
     elif isinstance(value, list | tuple | set):
@@ -130,7 +130,7 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
     else:
         parts = list(getattr(value, "__dict__", {}).values())
     for part in parts:
-        yield from _tensors(part, seen)
+        yield from _tensors(part, visited)
 
 
 @torch.no_grad()

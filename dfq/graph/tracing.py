@@ -90,7 +90,7 @@ class _Frame(NamedTuple):
     module: nn.Module
 
 
-class _Seen(NamedTuple):
+class _Activation(NamedTuple):
     """A value as one tensor has it: all of it, or its positive part after a ReLU."""
 
     value: Value
@@ -123,7 +123,7 @@ class Trace(TorchFunctionMode):
         self._calls: list[tuple[str, tuple[_Frame, ...]]] = []
         self._stack: list[_Frame] = []
         self._runs: Counter[int] = Counter()
-        self._seen: dict[int, _Seen] = {}
+        self._activations: dict[int, _Activation] = {}
         # id() alone would be reused once a tensor is freed.
         self._alive: list[Tensor] = []
 
@@ -136,9 +136,11 @@ class Trace(TorchFunctionMode):
         if self._stack:
             call = len(self._calls)
             self._calls.append((name, tuple(self._stack)))
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         # Before the call, which may write into what it is given.
-        known = [self._seen[id(tensor)] for tensor in given if id(tensor) in self._seen]
+        known = [
+            self._activations[id(tensor)] for tensor in tensors if id(tensor) in self._activations
+        ]
         if name == "silu" and len(self._stack) > 1 and type(self._stack[-1].module) is nn.SiLU:
             pair = (self._stack[-2].module, self._stack[-1].module)
             self.silus.setdefault(pair, []).append(known[0].value if known else None)
@@ -149,16 +151,16 @@ class Trace(TorchFunctionMode):
         if _keeps(name, args, kwargs):
             self._note(outputs, known[0])
             return result
-        for seen in known:
-            if not seen.rectified:
-                seen.value.consumers.add(name)
+        for activation in known:
+            if not activation.rectified:
+                activation.value.consumers.add(name)
         if name == "relu":
-            self._note(outputs, _Seen(known[0].value, True))
+            self._note(outputs, _Activation(known[0].value, True))
         else:
-            values = [seen.value for seen in known]
+            values = [activation.value for activation in known]
             live = all(value.live for value in values)
             predicted = any(value.predicted for value in values)
-            joins = call is not None and len(known) == len(given) and _joins(name, given)
+            joins = call is not None and len(known) == len(tensors) and _joins(name, tensors)
             operands = tuple(values) if joins and live and not predicted else ()
             value = Value(None, call, live, predicted, operands, name, sources=tuple(values))
             self._add(outputs, value)
@@ -166,22 +168,22 @@ class Trace(TorchFunctionMode):
 
     def _add(self, tensors: Iterable[Tensor], value: Value) -> None:
         self.values.append(value)
-        self._note(tensors, _Seen(value, False))
+        self._note(tensors, _Activation(value, False))
 
-    def _note(self, tensors: Iterable[Tensor], seen: _Seen) -> None:
+    def _note(self, tensors: Iterable[Tensor], activation: _Activation) -> None:
         for tensor in tensors:
             self._alive.append(tensor)
-            self._seen[id(tensor)] = seen
+            self._activations[id(tensor)] = activation
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Before every module's forward pass."""
         self._stack.append(_Frame(self._runs.total(), module))
         self._runs[id(module)] += 1
         if isinstance(module, (*WEIGHTED, Matmul)):
-            seen = self._seen.get(id(tree_leaves((args, kwargs))[0]))
-            given = self.products if isinstance(module, Matmul) else self.inputs
-            calls = given.setdefault(self._names[id(module)], [])
-            calls.append(seen.value if seen else None)
+            activation = self._activations.get(id(tree_leaves((args, kwargs))[0]))
+            inputs_by_layer = self.products if isinstance(module, Matmul) else self.inputs
+            calls = inputs_by_layer.setdefault(self._names[id(module)], [])
+            calls.append(activation.value if activation else None)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """After every module's forward pass."""
@@ -225,16 +227,16 @@ class Trace(TorchFunctionMode):
 
     def keys(self, values: Sequence[Value]) -> list[Key]:
         """The key of each of `values`, which all have owners: one for all calls of a module."""
-        found: list[Key | None] = []
+        key_of_call: list[Key | None] = []
         counts: Counter[tuple[int, str]] = Counter()
         for function, stack in self._calls:
             frame = self._owner(stack)
-            found.append(None)
+            key_of_call.append(None)
             if frame is not None:
                 number = counts[frame.number, function]
-                found[-1] = Key(self._names[id(frame.module)], function, number)
+                key_of_call[-1] = Key(self._names[id(frame.module)], function, number)
                 counts[frame.number, function] += 1
-        keys = (found[value.call] for value in values if value.call is not None)
+        keys = (key_of_call[value.call] for value in values if value.call is not None)
         return [key for key in keys if key is not None]
 
     def bystanders(self, values: Sequence[Value]) -> list[nn.Module]:
@@ -244,19 +246,19 @@ class Trace(TorchFunctionMode):
             if value.call is not None:
                 owner = id(self.owner_of(value))
                 functions.setdefault(owner, set()).add(self._calls[value.call][0])
-        found: dict[nn.Module, None] = {}
+        modules: dict[nn.Module, None] = {}
         for function, stack in self._calls:
             frame = self._owner(stack)
-            inside = any(function in functions.get(id(one.module), ()) for one in stack)
+            inside = any(function in functions.get(id(caller.module), ()) for caller in stack)
             if frame is not None and inside and id(frame.module) not in functions:
-                found[frame.module] = None
-        return list(found)
+                modules[frame.module] = None
+        return list(modules)
 
     def follow(self, tensor: Tensor, output: Tensor) -> None:
         """`output` is `tensor` for all that comes."""
-        seen = self._seen.get(id(tensor))
-        if seen is not None:
-            self._note([output], seen)
+        activation = self._activations.get(id(tensor))
+        if activation is not None:
+            self._note([output], activation)
 
 
 def _floats(result: Any) -> list[Tensor]:
@@ -264,14 +266,14 @@ def _floats(result: Any) -> list[Tensor]:
     return [leaf for leaf in leaves if leaf.is_floating_point()]
 
 
-def _joins(name: str, given: Sequence[Tensor]) -> bool:
+def _joins(name: str, tensors: Sequence[Tensor]) -> bool:
     """Whether a function of these tensors, all of them of layers, is a sum or a concatenation of
     feature maps or rows of tokens, or averages one feature map."""
-    if len(given) == 1:
-        return name in AVERAGES and given[0].ndim == 4
-    if any(tensor.ndim < 3 for tensor in given):
+    if len(tensors) == 1:
+        return name in AVERAGES and tensors[0].ndim == 4
+    if any(tensor.ndim < 3 for tensor in tensors):
         return False
-    return name in CONCATENATIONS or (name in SUMS and len(given) == 2)
+    return name in CONCATENATIONS or (name in SUMS and len(tensors) == 2)
 
 
 def _keeps(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -301,15 +303,15 @@ def trace(
         through: modules whose output is their input for this purpose: quantizers that are there.
     """
     module = detector.module
-    found = Trace(module, quantized, frozenset(detector.boundary_layers().last))
+    recording = Trace(module, quantized, frozenset(detector.boundary_layers().last))
 
     def before(child: nn.Module, args: Any, kwargs: Any) -> None:
-        found.enter(child, args, kwargs)
+        recording.enter(child, args, kwargs)
 
     def after(child: nn.Module, args: Any, output: Any) -> None:
-        found.leave(child, args, output)
+        recording.leave(child, args, output)
         if through(child):
-            found.follow(args[0], output)
+            recording.follow(args[0], output)
 
     def watch() -> Iterator[RemovableHandle]:
         for child in module.modules():
@@ -318,6 +320,6 @@ def trace(
 
     with hooks(watch()), torch.no_grad():
         images = blank_images(detector, detector.stride * 2)
-        with found:
+        with recording:
             detector.raw(images)
-    return found
+    return recording

@@ -87,9 +87,9 @@ def shipped_recipes() -> dict[str, Path]:
     here = Path(__file__).resolve().parents[1]
     # An installed package holds them inside; a checkout beside it.
     for folder in (here / "recipes", here.parent / "recipes"):
-        found = {p.stem: p for p in sorted(folder.glob("*.yaml"))}
-        if found:
-            return found
+        recipes = {p.stem: p for p in sorted(folder.glob("*.yaml"))}
+        if recipes:
+            return recipes
     return {}
 
 
@@ -180,9 +180,9 @@ def _with_extended(path: Path) -> list[tuple[str, dict[str, Any]]]:
         UserError: a file cannot be read or found, or extends itself.
     """
     chain: list[tuple[str, dict[str, Any]]] = []
-    seen: list[Path] = []
+    visited: list[Path] = []
     while True:
-        seen.append(path.resolve())
+        visited.append(path.resolve())
         data = _read(path)
         # Here, where the file's own value is not yet one among those that it extends.
         under_present_names(data, path.name)
@@ -191,8 +191,8 @@ def _with_extended(path: Path) -> list[tuple[str, dict[str, Any]]]:
         if base is None:
             return chain
         following = _extended(base, path)
-        if following.resolve() in seen:
-            way = " extends ".join(file.name for file in (*seen, following))
+        if following.resolve() in visited:
+            way = " extends ".join(file.name for file in (*visited, following))
             raise UserError(f"{path}: extends goes in a circle: {way}")
         path = following
 
@@ -230,12 +230,12 @@ def as_noise(
     if init != "noise":
         return init, iterations, labels
     if isinstance(overrides, Mapping):
-        given = {key for key, _ in flat(overrides, Recipe)}
+        overridden = {key for key, _ in flat(overrides, Recipe)}
     else:
-        given = {text.partition("=")[0] for text in overrides}
-    if iterations or "synthesis.iterations" in given:
+        overridden = {text.partition("=")[0] for text in overrides}
+    if iterations or "synthesis.iterations" in overridden:
         raise UserError("--init noise stays as it is: leave the iterations out")
-    return "gaussian", 0, labels or (None if "synthesis.labels" in given else "none")
+    return "gaussian", 0, labels or (None if "synthesis.labels" in overridden else "none")
 
 
 def _validated(
@@ -255,15 +255,15 @@ def _validated(
 def _origin(problem: Any, chain: Sequence[tuple[str, dict[str, Any]]], otherwise: str) -> str:
     """Which of several files says what is wrong."""
     place = problem["loc"]
-    having = []
+    candidates = []
     for name, data in chain:
-        found: Any = data
+        value: Any = data
         for part in place:
-            found = found.get(part, _NOT_THERE) if isinstance(found, dict) else _NOT_THERE
-        if place and found is not _NOT_THERE:
-            having.append((found != problem["input"], name))
+            value = value.get(part, _NOT_THERE) if isinstance(value, dict) else _NOT_THERE
+        if place and value is not _NOT_THERE:
+            candidates.append((value != problem["input"], name))
     # What none of them says has been changed since.
-    return min(having, key=lambda pair: pair[0])[1] if having else otherwise
+    return min(candidates, key=lambda pair: pair[0])[1] if candidates else otherwise
 
 
 _NOT_THERE = object()
@@ -277,8 +277,8 @@ def _explain(problem: Any) -> str:
         return f"{where}: unknown key{_meant(where)}"
     message = problem["msg"].removeprefix("Value error, ")
     got = problem.get("input")
-    given = f", got {brief(got)}" if not isinstance(got, dict | list | BaseModel) else ""
-    return f"{where + ': ' if where else ''}{message[:1].lower()}{message[1:]}{given}"
+    clause = f", got {brief(got)}" if not isinstance(got, dict | list | BaseModel) else ""
+    return f"{where + ': ' if where else ''}{message[:1].lower()}{message[1:]}{clause}"
 
 
 def _meant(key: str) -> str:

@@ -38,9 +38,9 @@ def override(
         overrides = (overrides,)
     for text in overrides:
         _assign(data, *parse_override(text))
-    for key, given in values.items():
-        if given is not None:
-            _assign(data, key.replace("__", "."), given)
+    for key, value in values.items():
+        if value is not None:
+            _assign(data, key.replace("__", "."), value)
 
 
 def merged(layers: Sequence[dict[str, Any]], kind: type[Section]) -> dict[str, Any]:

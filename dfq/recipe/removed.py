@@ -125,14 +125,14 @@ def without_removed(data: dict[str, Any], *, neutral: bool = False) -> list[str]
     Returns:
         The keys that were taken out.
     """
-    found = [
+    removed = [
         (key, section, name)
         for key, section, name in _places(data)
         if not neutral or REMOVED[key].neutral(section[name], data)
     ]
-    for _, section, name in found:
+    for _, section, name in removed:
         del section[name]
-    return [key for key, _, _ in found]
+    return [key for key, _, _ in removed]
 
 
 def removed_that_matter(data: Any) -> list[str]:
@@ -149,7 +149,7 @@ def warn_of_removed(data: dict[str, Any], origin: str) -> None:
         data: the sections, changed in place.
         origin: what the line begins with.
     """
-    found = without_removed(data)
-    if found and is_main_process():
-        keys = ", ".join(f"{key} ({REMOVED[key].why})" for key in found)
+    removed = without_removed(data)
+    if removed and is_main_process():
+        keys = ", ".join(f"{key} ({REMOVED[key].why})" for key in removed)
         print(f"warning: {origin}: ignored, as removed: {keys}", file=sys.stderr)

@@ -105,7 +105,7 @@ def read_exports(run: Path) -> tuple[list[Export], list[str]]:
         names = sorted(path.name for path in folder.iterdir() if path.name.endswith(SUFFIX))
     except OSError:
         return [], []
-    found, problems = [], []
+    exports, problems = [], []
     for name in names[:MOST]:
         try:
             content = plain_tree(read_json(folder / name), name)
@@ -115,12 +115,12 @@ def read_exports(run: Path) -> tuple[list[Export], list[str]]:
             problems.append(f"{FOLDER}/{name}: {problem}")
             continue
         if isinstance(content, dict):
-            found.append(parse(content, name))
+            exports.append(parse(content, name))
         else:
             problems.append(f"{FOLDER}/{name}: not as dfq wrote it")
     if len(names) > MOST:
         problems.append(f"{FOLDER}: {len(names) - MOST} of {len(names)} files were not read")
-    return found, problems
+    return exports, problems
 
 
 def parse(content: Mapping[str, Any], source: str) -> Export:
@@ -140,24 +140,24 @@ def parse(content: Mapping[str, Any], source: str) -> Export:
         integer_share=_number(integers.get("share_of_macs")),
         counted_from=_text(integers.get("counted_from")),
         float_operations=[
-            FloatOperation(*(_text(one.get(key)) or "" for key in ("name", "type", "reason")))
-            for one in map(_mapping, _list(integers.get("float_operations")))
+            FloatOperation(*(_text(operation.get(key)) or "" for key in ("name", "type", "reason")))
+            for operation in map(_mapping, _list(integers.get("float_operations")))
         ],
         latency=[
             Latency(
                 *(
-                    _number(one.get(key))
+                    _number(measurement.get(key))
                     for key in ("image_size", "threads", "float_ms", "file_ms", "ratio")
                 )
             )
-            for one in map(_mapping, _list(content.get("latency")))
+            for measurement in map(_mapping, _list(content.get("latency")))
         ],
         AP=_number(accuracy.get("AP")),
         float_AP=_number(accuracy.get("float_AP")),
         accuracy_data=_text(accuracy.get("data")),
         threshold_float=_number(threshold.get("float")),
         threshold=_number(threshold.get("this")),
-        faults=[text for one in _list(content.get("faults")) if (text := _text(one))],
+        faults=[text for fault in _list(content.get("faults")) if (text := _text(fault))],
         command=_text(content.get("command")),
     )
 

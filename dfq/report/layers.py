@@ -132,9 +132,9 @@ def _why(info: LayerInfo, policy: Policy, boundary: Boundary, backbone: str | No
 def _divergences(sensitivity: Mapping[str, Any] | None) -> dict[str, Any]:
     """Layer -> widths -> divergence, of what was measured: layers that had a choice."""
     rows = sensitivity.get("layers") if isinstance(sensitivity, Mapping) else None
-    found = {}
+    divergences = {}
     for row in rows if isinstance(rows, list) else []:
         values = row.get("divergence") if isinstance(row, Mapping) else None
         if isinstance(values, Mapping) and len(values) > 1 and isinstance(row.get("name"), str):
-            found[row["name"]] = dict(values)
-    return found
+            divergences[row["name"]] = dict(values)
+    return divergences

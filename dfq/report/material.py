@@ -139,23 +139,23 @@ def gather(
         problem = str(error).removeprefix(f"{folder / 'recipe.yaml'}: ")
         raise UserError(f"{folder / 'recipe.yaml'}: damaged ({problem}); restore it") from None
     exports, problems = read_exports(folder)
-    found = Material(
+    material = Material(
         manifest, metrics, recipe, student, layers or list_layers(student), _origin(folder),
         teacher, data, photos, exports=exports, comparison=comparison, missing=problems,
     )  # fmt: skip
-    search = _Search(folder, found)
+    search = _Search(folder, material)
     if (folder / "sensitivity.json").exists():
         read = search.tried("sensitivity.json", search.sensitivity)
-        found = replace(found, sensitivity=read)
+        material = replace(material, sensitivity=read)
     if data is None:
         # The next ones may be named by it.
-        search.found = found = replace(found, data=search.tried("the set", search.set))
+        search.material = material = replace(material, data=search.tried("the set", search.set))
     looked = "photos" in _mapping(metrics.get("closeness"))
     if photos is None and looked and isinstance(student, Detector):
-        found = replace(found, photos=search.tried("the photos", search.photos))
+        material = replace(material, photos=search.tried("the photos", search.photos))
     if teacher is None:
-        found = replace(found, teacher=search.tried("the float network", search.float))
-    return found
+        material = replace(material, teacher=search.tried("the float network", search.float))
+    return material
 
 
 def _origin(folder: Path) -> str | None:
@@ -164,26 +164,26 @@ def _origin(folder: Path) -> str | None:
         lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return None
-    found = [match[1] for line in lines if (match := _ORIGIN.search(line))]
-    return found[-1] if found else None
+    origins = [match[1] for line in lines if (match := _ORIGIN.search(line))]
+    return origins[-1] if origins else None
 
 
 class _Search:
     """Finds what a run was made from."""
 
-    def __init__(self, folder: Path, found: Material) -> None:
-        self.folder, self.found = folder, found
-        self.identity = _mapping(found.manifest.get("identity"))
+    def __init__(self, folder: Path, material: Material) -> None:
+        self.folder, self.material = folder, material
+        self.identity = _mapping(material.manifest.get("identity"))
 
-    def tried(self, what: str, find: Callable[[], T]) -> T | None:
+    def tried(self, subject: str, find: Callable[[], T]) -> T | None:
         """What is found; where it is not, `missing` says why."""
         try:
             return find()
         except (UserError, OSError) as error:
             text = error.args[0] if isinstance(error, UserError) else str(error)
             # The folder has another name for everybody.
-            text = str(text).removeprefix(f"{self.folder / what}: ")
-            self.found.missing.append(f"{what}: {text}")
+            text = str(text).removeprefix(f"{self.folder / subject}: ")
+            self.material.missing.append(f"{subject}: {text}")
             return None
 
     def sensitivity(self) -> Mapping[str, Any]:
@@ -197,18 +197,18 @@ class _Search:
         wanted = self.identity.get("data")
         for path in self._sets(wanted):
             with contextlib.suppress(UserError, OSError):
-                size = self.found.recipe.synthesis.image_size
-                opened = open_training_data(path, self.found.student, size)
-                source = path if isinstance(opened, CalibrationSet) else self.found.origin
+                size = self.material.recipe.synthesis.image_size
+                opened = open_training_data(path, self.material.student, size)
+                source = path if isinstance(opened, CalibrationSet) else self.material.origin
                 if data_identity(opened, source) == wanted:
                     return opened
-        name = self.found.origin or "its name is not known"
+        name = self.material.origin or "its name is not known"
         where = "the cache" if name == SYNTHESIS else name
         raise UserError(f"not found, or changed since ({where})")
 
     def _sets(self, wanted: Any) -> Iterator[Path]:
-        if self.found.origin not in (None, SYNTHESIS):
-            yield from self._places(str(self.found.origin))
+        if self.material.origin not in (None, SYNTHESIS):
+            yield from self._places(str(self.material.origin))
         if not isinstance(wanted, list) or not wanted:
             return
         cache = cache_folder()
@@ -233,42 +233,42 @@ class _Search:
         for path in self._places(source):
             if not path.exists():
                 continue
-            found = unlabelled(open_set(path))
-            if len(found) != count:
-                raise UserError(f"{source}: {len(found)} images, and there were {count}")
-            joined = set(joining(len(found)))
-            left = [item for index, item in enumerate(found.items) if index not in joined]
-            return replace(found, items=left)
+            photos = unlabelled(open_set(path))
+            if len(photos) != count:
+                raise UserError(f"{source}: {len(photos)} images, and there were {count}")
+            joined = set(joining(len(photos)))
+            left = [item for index, item in enumerate(photos.items) if index not in joined]
+            return replace(photos, items=left)
         raise UserError(f"not found ({source})")
 
     def float(self) -> Model:
         """The very network. Nothing is fetched for it, and no program run."""
         wanted = self.identity.get("checkpoint")
-        name = self.found.recipe.model
+        name = self.material.recipe.model
         for source in self._networks(name):
             with contextlib.suppress(UserError, OSError):
                 detector = load_model(source)
                 if detector.fingerprint == wanted:
-                    return fold(detector).to(self.found.student.device)
+                    return fold(detector).to(self.material.student.device)
         raise UserError(f"not found, or changed since ({name})")
 
     def _networks(self, name: str | None) -> Iterator[str]:
         names = [name] if name else []
-        data = self.found.data
+        data = self.material.data
         if isinstance(data, CalibrationSet):
             with contextlib.suppress(UserError):
                 names.append(origin_of(data.root).model)
-        for one in names:
-            network, apart, weights = one.rpartition("@")
-            if one == "demo":
-                yield one
+        for source in names:
+            network, apart, weights = source.rpartition("@")
+            if source == "demo":
+                yield source
             elif apart and network.startswith((TORCHVISION, TIMM)):
                 yield from (f"{network}@{path}" for path in self._files(weights))
             elif apart and Path(network).suffix.lower() in (".yaml", ".yml"):
                 for description in self._files(network):
                     yield from (f"{description}@{path}" for path in self._files(weights))
             else:
-                yield from map(str, self._files(one))
+                yield from map(str, self._files(source))
 
     def _files(self, name: str) -> Iterator[Path]:
         for path in self._places(name):

@@ -134,14 +134,14 @@ def tile(
     # Of a network that has diverged.
     rows = [i for i, row in enumerate(boxes) if np.isfinite(row).all() and np.isfinite(scores[i])]
     order = sorted(rows, key=lambda index: -scores[index])
-    drawn, taken, words = [], list[Place](), []
+    drawn, tag_places, words = [], list[Place](), []
     for index in order[:MOST_BOXES]:
         x1, y1, x2, y2 = (boxes[index].clip(0, 1) * sides + corner).tolist()
         name = text(names[labels[index]], _LONGEST_TAG)
         tag = f"{name} {scores[index]:.2f}" if with_scores else name
         width = min(_width(tag), _WIDTH - 2.0)
-        at = place_tag((x1, y1, x2, y2), (width, _TAG_HEIGHT), (_WIDTH, height), taken)
-        taken.append(at)
+        at = place_tag((x1, y1, x2, y2), (width, _TAG_HEIGHT), (_WIDTH, height), tag_places)
+        tag_places.append(at)
         words.append(tag)
         box = Box(x1, y1, max(x2 - x1, 1.0), max(y2 - y1, 1.0), _colour(labels[index]), tag)
         drawn.append(replace(box, tag_x=at[0], tag_y=at[1], tag_width=width))
@@ -179,10 +179,10 @@ def set_tiles(data: LabelledImages, names: Sequence[str], count: int = TILES) ->
     if isinstance(data, CalibrationSet):
         sure = [i for i, scores in enumerate(data.scores) if bool((scores > REFERENCE_SCORE).any())]
         rest = [index for index in range(len(data)) if index not in set(sure)]
-        chosen = (sure + rest)[:count]
-        pixels = data.load(chosen)
-        labels = [data.labels[i][data.scores[i] > REFERENCE_SCORE] for i in chosen]
-        scores = [data.scores[i][data.scores[i] > REFERENCE_SCORE].tolist() for i in chosen]
+        indices = (sure + rest)[:count]
+        pixels = data.load(indices)
+        labels = [data.labels[i][data.scores[i] > REFERENCE_SCORE] for i in indices]
+        scores = [data.scores[i][data.scores[i] > REFERENCE_SCORE].tolist() for i in indices]
     elif isinstance(data, LetterboxedImages):
         some = list(range(min(count, len(data))))
         images, targets, _ = load_letterboxed(
@@ -225,9 +225,11 @@ def pairs_on_squares(
         indices: which images may be shown.
     """
     pixels = data.load(list(indices)[:LOOKED_AT])
-    found = [one.detect(pixels.to(one.device).float() / 255) for one in (before, after)]
+    detections = [
+        detector.detect(pixels.to(detector.device).float() / 255) for detector in (before, after)
+    ]
     images = [image.permute(1, 2, 0).numpy() for image in pixels]
-    return _pairs(images, found[0], found[1], before.names)
+    return _pairs(images, detections[0], detections[1], before.names)
 
 
 def pairs_on_photos(
@@ -235,9 +237,9 @@ def pairs_on_photos(
 ) -> list[Pair]:
     """The same of photos; `image_size`: the long side in pixels that both see, None: their own."""
     some = photos.head(LOOKED_AT)
-    found = [predict(one, some, image_size=image_size) for one in (before, after)]
+    detections = [predict(detector, some, image_size=image_size) for detector in (before, after)]
     images = [some.load_image(index) for index in range(len(some))]
-    return _pairs(images, found[0], found[1], before.names)
+    return _pairs(images, detections[0], detections[1], before.names)
 
 
 def _pairs(
@@ -247,7 +249,11 @@ def _pairs(
     names: Sequence[str],
 ) -> list[Pair]:
     # Not chosen by how well they agree: the first in which the float network detects something.
-    sure = [i for i, one in enumerate(before) if bool((one.scores > REFERENCE_SCORE).any())]
+    sure = [
+        i
+        for i, detections in enumerate(before)
+        if bool((detections.scores > REFERENCE_SCORE).any())
+    ]
     rest = [index for index in range(len(images)) if index not in sure]
     return [
         Pair(
@@ -258,14 +264,14 @@ def _pairs(
     ]
 
 
-def _detected(pixels: np.ndarray, found: Detections, names: Sequence[str]) -> Tile:
-    shown = found.scores > REFERENCE_SCORE
+def _detected(pixels: np.ndarray, detections: Detections, names: Sequence[str]) -> Tile:
+    shown = detections.scores > REFERENCE_SCORE
     height, width = pixels.shape[:2]
     return tile(
         pixels,
-        found.boxes[shown].cpu().double().numpy() / np.array([width, height] * 2),
-        found.labels[shown].tolist(),
-        found.scores[shown].tolist(),
+        detections.boxes[shown].cpu().double().numpy() / np.array([width, height] * 2),
+        detections.labels[shown].tolist(),
+        detections.scores[shown].tolist(),
         names,
         with_scores=True,
     )

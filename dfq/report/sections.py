@@ -43,78 +43,78 @@ LARGEST = 1e9
 T = TypeVar("T")
 
 
-def sections(found: Material) -> dict[str, Any]:
+def sections(material: Material) -> dict[str, Any]:
     """All that the template is given."""
-    looked = _Looked(found)
-    policy = Policy.from_dict(dict(found.manifest["policy"]))
-    rows = layer_rows(found.student, found.layers, policy, found.sensitivity)
+    pictures = _Pictures(material)
+    policy = Policy.from_dict(dict(material.manifest["policy"]))
+    rows = layer_rows(material.student, material.layers, policy, material.sensitivity)
     context: dict[str, Any] = {
-        "title": f"{account.network_name(found)} in {_bits(found.metrics)}",
-        "sentence": account.sentence(found),
-        "verdict": judge(found.metrics, measured_AP(found)),
+        "title": f"{account.network_name(material)} in {_bits(material.metrics)}",
+        "sentence": account.sentence(material),
+        "verdict": judge(material.metrics, measured_AP(material)),
         "rule": RULE,
-        "comparison": side_by_side(found),
-        "set": looked.tried("the images it was made on", _set, found),
-        "pairs": [group for group in looked.groups() if group["pairs"]],
-        "quality": _quality(found.metrics),
-        "training": _training(found.metrics),
-        "layers": _layers(found, rows),
-        "cost": cost_rows(cost_of(found.layers)),
-        "exports": found.exports,
-        "untouched": _untouched(found, rows, policy),
-        "selected": text(found.metrics.get("selected"), 400),
-        "said": [text(line, 1200) for line in _list(found.metrics.get("said"))[:MOST_LINES]],
-        "real": account.real_images(found),
-        "commands": account.commands(found),
-        "record": _record(found),
+        "comparison": side_by_side(material),
+        "set": pictures.tried("the images it was made on", _set, material),
+        "pairs": [group for group in pictures.groups() if group["pairs"]],
+        "quality": _quality(material.metrics),
+        "training": _training(material.metrics),
+        "layers": _layers(material, rows),
+        "cost": cost_rows(cost_of(material.layers)),
+        "exports": material.exports,
+        "untouched": _untouched(material, rows, policy),
+        "selected": text(material.metrics.get("selected"), 400),
+        "said": [text(line, 1200) for line in _list(material.metrics.get("said"))[:MOST_LINES]],
+        "real": account.real_images(material),
+        "commands": account.commands(material),
+        "record": _record(material),
     }
     # Last: what could not be shown is known now.
-    context["missing"] = [text(line, 400) for line in found.missing]
+    context["missing"] = [text(line, 400) for line in material.missing]
     return context
 
 
-class _Looked:
+class _Pictures:
     """Pictures, which need what may be gone or broken."""
 
-    def __init__(self, found: Material) -> None:
-        self.found = found
+    def __init__(self, material: Material) -> None:
+        self.material = material
 
-    def tried(self, what: str, find: Callable[..., T], *given: Any) -> T | None:
+    def tried(self, subject: str, find: Callable[..., T], *arguments: Any) -> T | None:
         try:
-            return find(*given)
+            return find(*arguments)
         except UserError as error:
-            self.found.missing.append(f"{what}: {error}")
+            self.material.missing.append(f"{subject}: {error}")
             return None
 
     def groups(self) -> list[dict[str, Any]]:
         """Images with both networks' detections."""
-        found = self.found
-        teacher, student = found.teacher, found.student
+        material = self.material
+        teacher, student = material.teacher, material.student
         # Pictures are of boxes.
         if not isinstance(teacher, Detector) or not isinstance(student, Detector):
             return []
         groups: list[dict[str, Any]] = []
-        if found.data is not None:
-            _, looked = hold_out(found.data)
+        if material.data is not None:
+            _, looked = hold_out(material.data)
             pairs = self.tried(
                 "detections on images of the set", pairs_on_squares,
                 teacher, student, looked.data, looked.indices,
             )  # fmt: skip
             title = f"On {looked.where}" if looked.held_out else "On images it was made on"
-            groups.append({"title": title, "pairs": pairs, "real": _is_real(found)})
-        if found.photos is not None:
-            size = found.recipe.evaluation.image_size
+            groups.append({"title": title, "pairs": pairs, "real": _is_real(material)})
+        if material.photos is not None:
+            size = material.recipe.evaluation.image_size
             pairs = self.tried(
                 "detections on photos", pairs_on_photos,
-                teacher, student, found.photos, size,
+                teacher, student, material.photos, size,
             )  # fmt: skip
-            title = f"On {len(found.photos)} photos it was made without"
+            title = f"On {len(material.photos)} photos it was made without"
             groups.append({"title": title, "pairs": pairs, "real": True})
         return groups
 
 
-def _is_real(found: Material) -> bool:
-    return isinstance(found.data, LetterboxedImages)
+def _is_real(material: Material) -> bool:
+    return isinstance(material.data, LetterboxedImages)
 
 
 def _bits(metrics: Mapping[str, Any]) -> str:
@@ -124,8 +124,8 @@ def _bits(metrics: Mapping[str, Any]) -> str:
     return f"W{weights:.0f}A{activations:.0f}" + (" (mixed)" if "mixed" in metrics else "")
 
 
-def _set(found: Material) -> dict[str, Any] | None:
-    data = found.data
+def _set(material: Material) -> dict[str, Any] | None:
+    data = material.data
     if isinstance(data, LetterboxedImages):
         objects = Objects.of(data.images)
     elif isinstance(data, CalibrationSet):
@@ -133,11 +133,11 @@ def _set(found: Material) -> dict[str, Any] | None:
     else:
         return None
     summary = summarize(objects)
-    tiles: list[Tile] = set_tiles(data, found.student.names)
+    tiles: list[Tile] = set_tiles(data, material.student.names)
     return {
         "tiles": tiles,
-        "real": _is_real(found),
-        "noise": account.is_noise(found),
+        "real": _is_real(material),
+        "noise": account.is_noise(material),
         "labelled": summary.labelled,
         "summary": _overview(summary),
         "categories": _categories(summary),
@@ -195,23 +195,23 @@ def _set_charts(objects: Objects) -> list[Chart]:
 
 
 def _quality(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
-    found = quality_of({"quality": metrics.get("set_quality")})
-    if found is None:
+    quality = quality_of({"quality": metrics.get("set_quality")})
+    if quality is None:
         return None
-    layers = found.layers[:MOST_LAYERS]
+    layers = quality.layers[:MOST_LAYERS]
     shift = [layer.shift for layer in layers]
     spread = [layer.log_variance for layer in layers]
     named = [
-        ("first", found.first),
-        *((f"worst {i}", one) for i, one in enumerate(found.worst(), 1)),
+        ("first", quality.first),
+        *((f"worst {i}", layer) for i, layer in enumerate(quality.worst(), 1)),
     ]
     return {
-        "images": found.images,
+        "images": quality.images,
         "rows": [
-            (which, text(one.name, 80), f"{one.shift:.2f}", f"{one.log_variance:+.2f}")
-            for which, one in named
+            (label, text(layer.name, 80), f"{layer.shift:.2f}", f"{layer.log_variance:+.2f}")
+            for label, layer in named
         ],
-        "warnings": [text(line, 600) for line in found.warnings()],
+        "warnings": [text(line, 600) for line in quality.warnings()],
         "bounds": (FIRST_BOUND, BOUND),
         "chart": figures.quality("quality", "Layer by layer", shift, spread, BOUND)
         if len(layers) > 1 and _can_be_drawn(shift + spread)
@@ -251,7 +251,7 @@ def _can_be_drawn(values: Sequence[float]) -> bool:
     return not any(abs(value) > LARGEST for value in values)
 
 
-def _layers(found: Material, rows: Sequence[LayerRow]) -> dict[str, Any]:
+def _layers(material: Material, rows: Sequence[LayerRow]) -> dict[str, Any]:
     some = list(rows)[:MOST_LAYERS]
     charts = []
     if len(some) > 1:
@@ -259,14 +259,14 @@ def _layers(found: Material, rows: Sequence[LayerRow]) -> dict[str, Any]:
         charts.append(
             figures.bits(
                 "bits", "Bits",
-                [one.weight_bits for one in infos], [one.activation_bits for one in infos],
+                [info.weight_bits for info in infos], [info.activation_bits for info in infos],
             )
         )  # fmt: skip
         low = [row.grids[0].low if row.grids else math.nan for row in some]
         high = [row.grids[0].high if row.grids else math.nan for row in some]
         if any(map(math.isfinite, low)) and _can_be_drawn(low + high):
             charts.append(figures.ranges("ranges", "Range of each layer's input", low, high))
-        millions = [one.macs / 1e6 for one in infos]
+        millions = [info.macs / 1e6 for info in infos]
         charts.append(figures.bars("macs", "Multiplications", millions, "millions", form=".4g"))
         divergence = [math.nan if row.divergence is None else row.divergence for row in some]
         if any(map(math.isfinite, divergence)) and _can_be_drawn(divergence):
@@ -283,8 +283,13 @@ def _layers(found: Material, rows: Sequence[LayerRow]) -> dict[str, Any]:
                 "kind": text(row.info.kind, 20),
                 "bits": row.bits,
                 "grids": [
-                    (f"{one.step:.3g}", f"{one.zero_point}", f"{one.low:.3g}", f"{one.high:.3g}")
-                    for one in row.grids
+                    (
+                        f"{grid.step:.3g}",
+                        f"{grid.zero_point}",
+                        f"{grid.low:.3g}",
+                        f"{grid.high:.3g}",
+                    )
+                    for grid in row.grids
                 ],
                 "macs": amount(row.info.macs),
                 "share": percent(row.share),
@@ -295,23 +300,23 @@ def _layers(found: Material, rows: Sequence[LayerRow]) -> dict[str, Any]:
     }
 
 
-def _untouched(found: Material, rows: Sequence[LayerRow], policy: Policy) -> dict[str, Any]:
+def _untouched(material: Material, rows: Sequence[LayerRow], policy: Policy) -> dict[str, Any]:
     """What is in float or apart from the others, and why."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if row.why or not row.info.quantized:
             key = (row.bits, row.why or "as the run's policy has it")
             reasons.setdefault(key, []).append(text(row.info.name, 80))
-    wide = too_wide(found.student, found.layers)
-    if wide and found.recipe.quantization.rounding == "gptq":
+    wide = too_wide(material.student, material.layers)
+    if wide and material.recipe.quantization.rounding == "gptq":
         key = ("rounded to nearest", "too many inputs for rounding that makes up for its errors")
         reasons[key] = [text(name, 80) for name in wide]
     joins = None
     # Of networks that cannot be traced.
     with contextlib.suppress(Exception):
-        joins = count_adds_and_concats(found.student)
+        joins = count_adds_and_concats(material.student)
     return {
-        "share": percent(number(found.metrics, "quantized_share_of_macs")),
+        "share": percent(number(material.metrics, "quantized_share_of_macs")),
         "reasons": [
             (bits, why, names[:TOP], max(0, len(names) - TOP))
             for (bits, why), names in reasons.items()
@@ -323,26 +328,26 @@ def _untouched(found: Material, rows: Sequence[LayerRow], policy: Policy) -> dic
     }
 
 
-def _record(found: Material) -> list[tuple[str, str]]:
+def _record(material: Material) -> list[tuple[str, str]]:
     """What made the run, by name and checksum."""
-    identity = _mapping(found.manifest.get("identity"))
-    versions = _mapping(found.manifest.get("versions"))
+    identity = _mapping(material.manifest.get("identity"))
+    versions = _mapping(material.manifest.get("versions"))
     rows = [
-        ("Float network", text(found.recipe.model, 200)),
+        ("Float network", text(material.recipe.model, 200)),
         ("Its sha256", text(identity.get("checkpoint"), 80)),
-        ("Family", text(found.student.family, 40)),
-        ("Categories", f"{len(found.student.names)}"),
-        ("Image side", f"{found.student.image_size} px"),
-        ("Set", text(account.set_name(found), 200)),
+        ("Family", text(material.student.family, 40)),
+        ("Categories", f"{len(material.student.names)}"),
+        ("Image side", f"{material.student.image_size} px"),
+        ("Set", text(account.set_name(material), 200)),
     ]
     data = identity.get("data")
-    if not account.is_made_on_real(found) and isinstance(data, list) and data:
+    if not account.is_made_on_real(material) and isinstance(data, list) and data:
         rows.append(("sha256 of its labels", text(data[0], 80)))
     rows += [
-        ("sha256 of model.safetensors", text(found.manifest.get("model_sha256"), 80)),
-        ("sha256 of metrics.json", text(found.manifest.get("metrics_sha256"), 80)),
-        ("Seed", text(found.recipe.seed, 40)),
-        ("Method asked for", text(found.metrics.get("method"), 40)),
+        ("sha256 of model.safetensors", text(material.manifest.get("model_sha256"), 80)),
+        ("sha256 of metrics.json", text(material.manifest.get("metrics_sha256"), 80)),
+        ("Seed", text(material.recipe.seed, 40)),
+        ("Method asked for", text(material.metrics.get("method"), 40)),
     ]
     rows += [
         (f"{text(name, 40)} (of the run)", text(versions[name], 60))

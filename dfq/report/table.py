@@ -16,16 +16,16 @@ def _accuracies(measured: Any) -> tuple[str, str]:
     return ("AP", "AP50") if number(measured, "top1") is None else ("top1", "top5")
 
 
-def measured_AP(found: Material) -> tuple[float | None, float | None]:
+def measured_AP(material: Material) -> tuple[float | None, float | None]:
     """Of the float network and of this one, where measured; of classifiers, top-1 accuracy."""
-    measured = found.metrics.get("evaluation")
+    measured = material.metrics.get("evaluation")
     if isinstance(measured, Mapping):
-        one, other = measured.get("float"), measured.get("quantized")
-        key = _accuracies(one)[0]
-        return number(one, key), number(other, key)
-    if found.comparison is not None:
-        before = [row.AP for row in found.comparison.rows if row.before]
-        after = [row.AP for row in found.comparison.rows if row.this]
+        float_figures, quantized_figures = measured.get("float"), measured.get("quantized")
+        key = _accuracies(float_figures)[0]
+        return number(float_figures, key), number(quantized_figures, key)
+    if material.comparison is not None:
+        before = [row.AP for row in material.comparison.rows if row.before]
+        after = [row.AP for row in material.comparison.rows if row.this]
         return before[0] if before else None, after[0] if after else None
     return None, None
 
@@ -36,35 +36,35 @@ Cell = tuple[str, str]
 _NOTHING: Cell = (NOTHING, "")
 
 
-def side_by_side(found: Material) -> dict[str, Any]:
+def side_by_side(material: Material) -> dict[str, Any]:
     """Networks as columns, figures as rows: "columns", "rows" and, of the columns, the one that is
     "this" network."""
-    given: Sequence[Compared] = ()
-    if found.comparison is not None:
-        given = found.comparison.rows
+    networks: Sequence[Compared] = ()
+    if material.comparison is not None:
+        networks = material.comparison.rows
     # These two first: a phone may show no more.
-    given = sorted(given, key=lambda one: (not one.before, not one.this))
-    columns = [text(one.name, 60) for one in given] or ["Float", "This"]
-    rows = _compared_rows(found, given)
+    networks = sorted(networks, key=lambda network: (not network.before, not network.this))
+    columns = [text(network.name, 60) for network in networks] or ["Float", "This"]
+    rows = _compared_rows(material, networks)
 
     def add(
         label: str, first: str, last: str | Cell, source: str, others: Sequence[str] = ()
     ) -> None:
         cells = [(first, ""), (last, "") if isinstance(last, str) else last]
-        cells += [(other, "") for other in others] or [_NOTHING] * (len(columns) - 2)
+        cells += [(figure, "") for figure in others] or [_NOTHING] * (len(columns) - 2)
         rows.append({"label": label, "cells": cells, "source": source})
 
-    measured = found.metrics.get("evaluation")
+    measured = material.metrics.get("evaluation")
     if isinstance(measured, Mapping):
         source = "metrics.json, evaluation"
-        one, other = measured.get("float"), measured.get("quantized")
-        keys = _accuracies(one)
+        float_figures, quantized_figures = measured.get("float"), measured.get("quantized")
+        keys = _accuracies(float_figures)
         for key in keys:
-            first, last = number(one, key), number(other, key)
+            first, last = number(float_figures, key), number(quantized_figures, key)
             share = percent(last / first) if first and last is not None else ""
             where = f" on {text(measured.get('data'), 80)}" if key == keys[0] else ""
             add(f"{key}{where}", fixed(first), (fixed(last), share), source)
-    closeness = _mapping(found.metrics.get("closeness"))
+    closeness = _mapping(material.metrics.get("closeness"))
     for key in ("synthetic", "photos"):
         source = f"metrics.json, closeness.{key}"
         values = _mapping(closeness.get(key))
@@ -83,12 +83,14 @@ def side_by_side(found: Material) -> dict[str, Any]:
             add(label, f"{images:.0f}", (f"{same:.0f}", percent(same / images)), source)
         if number(values, "AP") is not None:
             add("Agreement AP on them", fixed(1.0), fixed(number(values, "AP")), source)
-    costs = [{line.label: line.after for line in cost_rows(one.cost)} for one in given[2:]]
-    for line in cost_rows(cost_of(found.layers)):
+    costs = [
+        {line.label: line.after for line in cost_rows(network.cost)} for network in networks[2:]
+    ]
+    for line in cost_rows(cost_of(material.layers)):
         if line.before != line.after:
-            others = [one.get(line.label, NOTHING) for one in costs]
+            others = [cost.get(line.label, NOTHING) for cost in costs]
             add(line.label, line.before, line.after, "dfq inspect", others)
-    for export in found.exports:
+    for export in material.exports:
         if export.size_bytes is not None:
             label = f"Size on disk, {text(export.file or export.source, 60)}"
             where = f"exports/{text(export.source, 60)}"
@@ -96,17 +98,17 @@ def side_by_side(found: Material) -> dict[str, Any]:
     return {"columns": columns, "this": 1, "rows": rows}
 
 
-def _compared_rows(found: Material, given: Sequence[Compared]) -> list[dict[str, Any]]:
-    if found.comparison is None or not given:
+def _compared_rows(material: Material, networks: Sequence[Compared]) -> list[dict[str, Any]]:
+    if material.comparison is None or not networks:
         return []
     rows = []
     for label, values in (
-        (f"AP on {text(found.comparison.data, 80)}", [one.AP for one in given]),
-        ("AP50", [one.AP50 for one in given]),
+        (f"AP on {text(material.comparison.data, 80)}", [network.AP for network in networks]),
+        ("AP50", [network.AP50 for network in networks]),
     ):
         shares = ("", *(percent(value / values[0]) if values[0] else "" for value in values[1:]))
         cells = list(zip(map(fixed, values), shares, strict=True))
-        rows.append({"label": label, "cells": cells, "source": found.comparison.source})
+        rows.append({"label": label, "cells": cells, "source": material.comparison.source})
     return rows
 
 

@@ -64,10 +64,10 @@ def judge(metrics: Mapping[str, Any], AP: tuple[float | None, float | None]) -> 
     if before and after is not None:
         measured = metrics.get("evaluation")
         float_figures = measured.get("float") if isinstance(measured, Mapping) else None
-        what = "AP" if number(float_figures, "top1") is None else "a top-1 accuracy of"
+        metric = "AP" if number(float_figures, "top1") is None else "a top-1 accuracy of"
         return _of(
             _light(after / before, AP_BOUNDS),
-            f"It reaches {what} {after:.3f}, and the float network {before:.3f}: "
+            f"It reaches {metric} {after:.3f}, and the float network {before:.3f}: "
             f"{after / before:.1%} of it, measured against labels.",
         )
     closeness = metrics.get("closeness")
@@ -93,8 +93,8 @@ def judge(metrics: Mapping[str, Any], AP: tuple[float | None, float | None]) -> 
         held_out = isinstance(values, Mapping) and values.get("held_out") is True
         quality = metrics.get("set_quality")
         warned = isinstance(quality, Mapping) and bool(quality.get("warnings"))
-        what = "that it was made without" if held_out else "that it was made on"
-        why = f"On {images if held_out else 'images'} {what}, {kept_of}"
+        provenance = "that it was made without" if held_out else "that it was made on"
+        why = f"On {images if held_out else 'images'} {provenance}, {kept_of}"
         if warned:
             why += "; these images are not like those that the network was trained on"
         if light == "green" and (warned or not held_out):

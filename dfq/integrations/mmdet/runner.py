@@ -106,8 +106,8 @@ class DFQCalibrationSet(CocoDataset):
     """
 
     def __init__(self, data_root: str, **options: Any) -> None:
-        found = CalibrationSet.open(Path(data_root)).require_intact()
-        options.setdefault("metainfo", {"classes": tuple(found.names)})
+        calibration_set = CalibrationSet.open(Path(data_root)).require_intact()
+        options.setdefault("metainfo", {"classes": tuple(calibration_set.names)})
         options.setdefault("ann_file", "annotations.json")
         options.setdefault("data_prefix", {"img": "images/"})
         # Images without an object are to stay empty for the student too.
@@ -319,11 +319,11 @@ def _loads(runner: Any) -> bool:
 def _first_images(runner: Any, model: DFQDistiller) -> Tensor:
     dataset, section = runner.train_dataloader.dataset, model.recipe.quantization
     wanted = min(images_to_prepare(section), len(dataset))
-    found = [dataset[index]["inputs"] for index in range(wanted)]
-    if len({tuple(image.shape) for image in found}) != 1:
+    images = [dataset[index]["inputs"] for index in range(wanted)]
+    if len({tuple(image.shape) for image in images}) != 1:
         raise UserError(
             "DFQCalibrationHook: the images of the training set are not all of one size; train on "
             "a set that dfq synthesize wrote"
         )
     # As LoadImageFromFile gives them: BGR.
-    return torch.stack(found).flip(1)
+    return torch.stack(images).flip(1)
