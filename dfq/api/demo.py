@@ -100,15 +100,15 @@ def _compare(made: Deployment, out: Path, progress: Progress) -> None:
     }
     results: dict[str, Any] = {}
     scenes = open_set(validation)
-    found: dict[str, list[Detections]] = {}
+    detections: dict[str, list[Detections]] = {}
     for name, model in models.items():
         with progress.task(f"evaluation ({name})", len(scenes), "images") as task:
-            found[name] = predict(model, scenes, progress=task.update)
-        measured = score(scenes, found[name], list(model.names))
+            detections[name] = predict(model, scenes, progress=task.update)
+        measured = score(scenes, detections[name], list(model.names))
         results[name] = {"AP": measured.AP, "AP50": measured.AP50}
     for row in results.values():
         row["kept"] = row["AP"] / results[FLOAT]["AP"]
-    picture = _picture(scenes, found, results, CalibrationSet.open(Path(made.figures["set"])))
+    picture = _picture(scenes, detections, results, CalibrationSet.open(Path(made.figures["set"])))
     write_atomic(out / PICTURE, picture)
     # Not above: what draws is slow to import.
     from .report import report
@@ -145,24 +145,24 @@ def _comparison(results: dict[str, Any], costs: dict[str, Any]) -> Comparison:
 
 def _picture(
     scenes: ImageSet,
-    found: dict[str, list[Detections]],
+    detections: dict[str, list[Detections]],
     results: dict[str, Any],
     made: CalibrationSet,
 ) -> bytes:
     """What there is to see, a PNG file."""
     # The first that show something to compare: not chosen by what was detected.
-    chosen = [index for index, item in enumerate(scenes.items) if 3 <= len(item.boxes) <= 5]
+    scene_indices = [index for index, item in enumerate(scenes.items) if 3 <= len(item.boxes) <= 5]
     before, after = results[FLOAT], results[THIS]
     where = f"on {len(scenes)} unseen scenes"
     columns = (
-        Column("The float network", f"AP {before['AP']:.3f} {where}", found[FLOAT]),
+        Column("The float network", f"AP {before['AP']:.3f} {where}", detections[FLOAT]),
         Column(
             "The INT8 file, in onnxruntime",
             f"AP {after['AP']:.3f}, {after['kept']:.1%} of the float one's",
-            found[THIS],
+            detections[THIS],
         ),
     )
-    picture = draw_picture(scenes, chosen[:SHOWN], columns, made)
+    picture = draw_picture(scenes, scene_indices[:SHOWN], columns, made)
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return buffer.getvalue()
@@ -179,9 +179,9 @@ def _print(results: dict[str, Any], made: Deployment) -> None:
     for name, row in results.items():
         table.add_row(name, f"{row['AP']:.3f}", f"{row['AP50']:.3f}", f"{row['kept']:.1%}")
     console.print(table)
-    for what, path in (
+    for description, path in (
         ("the page of it, to open in a browser", made.folder / PAGE),
         ("what both networks detect, side by side", made.folder / PICTURE),
         ("the quantized network, for onnxruntime", made.model),
     ):
-        console.print(f"{what}: {path}", highlight=False, markup=False)
+        console.print(f"{description}: {path}", highlight=False, markup=False)

@@ -116,8 +116,8 @@ def deploy(
     if out is None:
         out = folder_for(Path("deploy"), f"{stem}-{wanted.name}", identity)
     place = DeploymentFolder(out, identity)
-    if (found := place.finished()) is not None:
-        return _as_made(out, found, new=False)
+    if (finished := place.finished()) is not None:
+        return _as_made(out, finished, new=False)
     for name in PACKAGES[wanted.format]:
         require(name, f"The target {wanted.name}")
     with place.lock():
@@ -174,7 +174,7 @@ def settings_for(
 def _float_layers(target: Target, detector: Detector) -> list[str]:
     """Names of the layers that a target keeps in float."""
     layers = list_layers(detector, detector.stride * 2)
-    found = []
+    float_layers = []
     for entry in target.float_operations:
         names = [
             row.name
@@ -188,8 +188,8 @@ def _float_layers(target: Target, detector: Detector) -> list[str]:
                 f"'{shown(entry)}', which is no kind either ({', '.join(KINDS)})"
                 f"{suggestion(entry, (*KINDS, *(row.name for row in layers)))}"
             )
-        found += names
-    return found
+        float_layers += names
+    return float_layers
 
 
 def _as_made(folder: Path, content: dict[str, Any], *, new: bool) -> Deployment:

@@ -116,7 +116,7 @@ class DeploymentSteps:
         said = [f"wrong with {shown(file.name)}: {fault}" for fault in faults]
         said += self._said(verified, speed, size_of(file), size_of(reference))
         measured = f"dfq cost --model {shlex.quote(str(file))} --measure"
-        found = {
+        figures = {
             "model_file": file.name,
             "float_file": reference.name,
             "faults": faults,
@@ -134,7 +134,7 @@ class DeploymentSteps:
             *((path, f"the {self.target.precision} network") for path in parts(file)),
             *((path, "the float network") for path in parts(reference)),
         ]
-        return self._whole(found, said, places, files)
+        return self._whole(figures, said, places, files)
 
     def calibration_only(self) -> dict[str, Any]:
         """The float file, and what a vendor's compiler needs to quantize it; returns what
@@ -150,7 +150,7 @@ class DeploymentSteps:
         notes = self.folder / "precision.txt"
         write_atomic(notes, precision_notes(self.detector, self.settings, self.set).encode())
         said = self._said(None, None, None, size_of(reference))
-        found: dict[str, Any] = {
+        figures: dict[str, Any] = {
             "model_file": None,
             "float_file": reference.name,
             "faults": [],
@@ -166,7 +166,7 @@ class DeploymentSteps:
             *((path, "the float network") for path in parts(reference)),
             (notes, "layers that may want more bits"),
         ]
-        return self._whole(found, said, places, files)
+        return self._whole(figures, said, places, files)
 
     def _float_file(self, suffix: str) -> Path:
         file = self.folder / f"{self.stem}-float{suffix}"
@@ -174,10 +174,10 @@ class DeploymentSteps:
             self._export(self.detector, file.name, self.target.runtime)
         return file
 
-    def _export(self, what: Path | Detector, name: str, runtime: str) -> None:
+    def _export(self, model: Path | Detector, name: str, runtime: str) -> None:
         with self.place.making() as making:
             export(
-                what, making / name, format=self.target.format, runtime=runtime,
+                model, making / name, format=self.target.format, runtime=runtime,
                 image_size=self.side, progress=self.told,
             )  # fmt: skip
 
@@ -186,10 +186,10 @@ class DeploymentSteps:
         here."""
         from .verify import verify
 
-        found = verify(file, self.run, data=data, progress=self.told).to_dict()
+        verification = verify(file, self.run, data=data, progress=self.told).to_dict()
         if self.target.verify == "structure":
-            found["faults"] = [*structure_faults(file), *found["faults"]]
-        return dict(json.loads(json_bytes(found)))
+            verification["faults"] = [*structure_faults(file), *verification["faults"]]
+        return dict(json.loads(json_bytes(verification)))
 
     def _said(
         self,
@@ -231,7 +231,7 @@ class DeploymentSteps:
 
     def _whole(
         self,
-        found: dict[str, Any],
+        figures: dict[str, Any],
         said: list[str],
         places: dict[str, str],
         files: list[tuple[Path, str]],
@@ -245,7 +245,7 @@ class DeploymentSteps:
         costs = detector_cost(load_run(self.run), self.side).to_dict()
         metrics = read_metrics(self.run)
         return {
-            **found,
+            **figures,
             "model": shown(self.model),
             "closeness": {
                 **metrics.get("closeness", {}),
@@ -288,9 +288,8 @@ def precision_notes(detector: Detector, settings: Recipe, data: Path) -> str:
             "quantization.first_last_bits": "same",
         },
     )
-    found = sensitivity(detector, with_widths, data=data)
     rows = []
-    for layer in found.layers:
+    for layer in sensitivity(detector, with_widths, data=data).layers:
         for width, divergence in zip(layer.widths, layer.divergence, strict=True):
             if layer.free and tuple(width) == (8, 8):
                 rows.append((divergence, layer.name))

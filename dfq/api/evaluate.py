@@ -124,7 +124,7 @@ def evaluate(
     if against is not None:
         reference = require_detector(as_float(against, trust=trust, device=target))
         check_categories(detector, reference)
-        found = agreement(
+        metrics = agreement(
             detector,
             reference,
             images,
@@ -132,12 +132,12 @@ def evaluate(
             image_size=image_size,
             interval=interval,
         )
-        if not found.objects:
+        if not metrics.objects:
             raise UserError(
                 f"{shown(data)}: {shown(reference.source)} detects nothing with a score above "
                 f"{REFERENCE_SCORE} in these images; give images of what it was trained for"
             )
-        return found
+        return metrics
     with told.task("evaluation", len(images), "images") as task:
         return evaluate_detector(
             detector, images, image_size=image_size, interval=interval, progress=task.update
@@ -158,11 +158,11 @@ def _of_classifier(
     if against is None:
         images = open_labelled(data, model)
         with progress.task("evaluation", len(images), "images") as task:
-            found = measured(
+            metrics = measured(
                 model, images, image_size=image_size, interval=interval, progress=task.update
             )
-        assert isinstance(found, ClassificationMetrics)
-        return found
+        assert isinstance(metrics, ClassificationMetrics)
+        return metrics
     reference = as_float(against, trust=trust, device=device)
     if list(reference.names) != list(model.names):
         raise UserError(

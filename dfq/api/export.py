@@ -237,8 +237,8 @@ def range_source(manifest: dict[str, Any], data: str | Path | None) -> str | Pat
 
 def range_images(detector: Model, source: str | Path) -> Tensor:
     """Images to find ranges on: uint8 `(n, 3, s, s)`."""
-    found = open_training_data(source, detector, None)
-    return found.load(list(range(min(RANGE_IMAGES, len(found)))))
+    images = open_training_data(source, detector, None)
+    return images.load(list(range(min(RANGE_IMAGES, len(images)))))
 
 
 def digest_of(pixels: Tensor) -> str:
@@ -273,31 +273,31 @@ def remarks(
     """
     if policy is None:
         return []
-    found = []
+    lines = []
     floating = [row.name for row in layers if not row.quantized and row.macs]
     if floating:
         names = ", ".join(floating[:3]) + (", ..." if len(floating) > 3 else "")
         share = 1 - quantized_share(layers)
-        found.append(f"{share:.1%} of the multiply-accumulates stay in float: {names}")
+        lines.append(f"{share:.1%} of the multiply-accumulates stay in float: {names}")
     if policy.weight_bits < 8:
         stored = "INT4" if int4 and policy.weight_bits <= 4 else "int8"
-        found.append(
+        lines.append(
             f"weights of {policy.weight_bits} bits are stored as {stored}: {runtime} computes with "
             "them as with 8 bits, so fewer bits save storage and no time"
         )
     if any(row.activation_bits < 8 for row in layers):
-        found.append(
+        lines.append(
             f"activations of fewer than 8 bits are computed as 8 bits by {runtime}: they save "
             "nothing"
         )
     wide = [row for row in layers if row.wide]
     if wide:
         share = sum(row.macs for row in wide) / max(1, sum(row.macs for row in layers))
-        found.append(
+        lines.append(
             f"{share:.1%} of the multiply-accumulates have activations of more than 8 bits: "
             f"{runtime} computes these in float"
         )
-    return found
+    return lines
 
 
 def describe_export(

@@ -67,8 +67,10 @@ def finish(
         "images": images,
     }
     if settings.quantization.mixed.budget is not None:
-        found = read_bits(run.folder / "sensitivity.json")
-        metrics["mixed"] = {key: found[key] for key in ("cost", "budget", "spent", "divergence")}
+        allocation = read_bits(run.folder / "sensitivity.json")
+        metrics["mixed"] = {
+            key: allocation[key] for key in ("cost", "budget", "spent", "divergence")
+        }
     if outcome is not None:
         metrics["teacher_divergence"] = outcome.divergence
         metrics["history"] = outcome.history

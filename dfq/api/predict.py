@@ -80,8 +80,8 @@ def predict(
             not write is in the way in `out`.
 
     Example:
-        >>> found = dfq.predict("run", "set/images", threshold=0.9)
-        >>> len(found)
+        >>> predictions = dfq.predict("run", "set/images", threshold=0.9)
+        >>> len(predictions)
         8
     """
     if not (isinstance(threshold, int | float) and 0 <= threshold <= 1):
@@ -104,56 +104,57 @@ def predict(
         check_categories(detector, reference, "compare")
         detectors.append(reference)
     size = detector.image_size if image_size is None else image_size
-    for one in detectors:
-        one.check_size(size)
-    found = Predictions(
+    for network in detectors:
+        network.check_size(size)
+    predictions = Predictions(
         model=shown(detector.source),
         image_size=size,
         threshold=float(threshold),
         compared=None if compare is None else shown(detectors[1].source),
     )
     report = reporter(progress)
-    _detect(found, files, detectors, report, None if folder is None else (folder, names))
-    if not found:
-        problem = next(iter(found.unreadable.values()))
+    _detect(predictions, files, detectors, report, None if folder is None else (folder, names))
+    if not predictions:
+        problem = next(iter(predictions.unreadable.values()))
         rest = f"; of {len(files)} images none can be read" if len(files) > 1 else ""
         raise UserError(f"{problem}{rest}")
     if folder is not None:
-        _write(folder / LIST, json_bytes(found.to_dict()))
-    return found
+        _write(folder / LIST, json_bytes(predictions.to_dict()))
+    return predictions
 
 
 def _detect(
-    found: Predictions,
+    predictions: Predictions,
     files: Sequence[Path],
     detectors: Sequence[Detecting],
     report: Progress,
     pictures: tuple[Path, Sequence[str]] | None,
 ) -> None:
-    """Fill `found`, and write a picture of each image where a folder and their names are given."""
+    """Fill `predictions`, and write a picture of each image where a folder and their names are
+    given."""
     name_of = dict(zip(files, pictures[1], strict=True)) if pictures is not None else {}
     with contextlib.ExitStack() as stack:
         for detector in detectors:
             stack.enter_context(eval_mode(detector))
         task = stack.enter_context(report.task("detection", len(files), "images"))
         done = 0
-        for batch in _batches(files, found.image_size, detectors[0].stride):
+        for batch in _batches(files, predictions.image_size, detectors[0].stride):
             for file, read in batch:
                 if isinstance(read, UserError):
-                    found.unreadable[str(file)] = str(read)
+                    predictions.unreadable[str(file)] = str(read)
             ready = [(file, read) for file, read in batch if not isinstance(read, UserError)]
-            for one in _predictions(ready, detectors, found.threshold):
-                found.append(one)
+            for predicted in _predictions(ready, detectors, predictions.threshold):
+                predictions.append(predicted)
                 if pictures is not None:
-                    name = name_of[Path(one.file)]
-                    _write(pictures[0] / name, encode_picture(_picture(one, found)))
-                    found.pictures[one.file] = name
+                    name = name_of[Path(predicted.file)]
+                    _write(pictures[0] / name, encode_picture(_picture(predicted, predictions)))
+                    predictions.pictures[predicted.file] = name
             done += len(batch)
             # Where nothing can be read, one line says so.
-            if found:
+            if predictions:
                 task.update(done, len(files))
-    if found:
-        for problem in found.unreadable.values():
+    if predictions:
+        for problem in predictions.unreadable.values():
             report.note(f"left out: {problem}")
 
 
@@ -176,10 +177,10 @@ def _batches(
 
     groups = [files[start : start + _BATCH] for start in range(0, len(files), _BATCH)]
     with ThreadPoolExecutor(max_workers=1) as reader:
-        coming = [reader.submit(read, file) for file in groups[0]]
+        pending = [reader.submit(read, file) for file in groups[0]]
         for group, following in zip(groups, [*groups[1:], ()], strict=True):
-            batch = [(file, one.result()) for file, one in zip(group, coming, strict=True)]
-            coming = [reader.submit(read, file) for file in following]
+            batch = [(file, future.result()) for file, future in zip(group, pending, strict=True)]
+            pending = [reader.submit(read, file) for file in following]
             yield batch
 
 
@@ -196,11 +197,11 @@ def _predictions(
             prediction(
                 str(file),
                 transform.original,
-                found,
+                detections,
                 detector.names,
                 segments if detector.has_masks else None,
             )
-            for (file, (_, transform)), (found, segments) in zip(
+            for (file, (_, transform)), (detections, segments) in zip(
                 ready,
                 detect_batch(
                     detector,
@@ -216,17 +217,20 @@ def _predictions(
     ]
     if len(by_detector) == 1:
         return by_detector[0]
-    return [replace(one, reference=other) for one, other in zip(*by_detector, strict=True)]
+    return [
+        replace(predicted, reference=reference)
+        for predicted, reference in zip(*by_detector, strict=True)
+    ]
 
 
-def _picture(one: Prediction, found: Predictions) -> Image.Image:
+def _picture(predicted: Prediction, predictions: Predictions) -> Image.Image:
     # Read again: a batch of large images would not fit into memory.
-    pixels = read_photo(Path(one.file))
-    if one.reference is None:
-        return draw_prediction(pixels, one)
+    pixels = read_photo(Path(predicted.file))
+    if predicted.reference is None:
+        return draw_prediction(pixels, predicted)
     return draw_pair(
-        draw_prediction(pixels, one.reference, f"float: {found.compared}"),
-        draw_prediction(pixels, one, f"this: {found.model}"),
+        draw_prediction(pixels, predicted.reference, f"float: {predictions.compared}"),
+        draw_prediction(pixels, predicted, f"this: {predictions.model}"),
     )
 
 

@@ -124,7 +124,7 @@ def quantize(
                 held_out=looked.data.load(looked.indices) if looked.held_out else None,
                 room=int(max_cache * 1024**3),
             )
-            if run.own is not None:
+            if run.writable is not None:
                 left = None if joined is None else joined.left
-                finish(run.own, plan, policy, result, len(images), looked, left, job.progress)
+                finish(run.writable, plan, policy, result, len(images), looked, left, job.progress)
         return run.folder

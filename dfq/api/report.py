@@ -52,8 +52,10 @@ def report(
         raise UserError(f"{argument('out', file)}: is written as HTML; end its name in .html")
     require_output_file(file, "out", (folder,))
     manifest = check_run(folder)
-    found = gather(folder, manifest, read_metrics(folder), load_run(folder), comparison=comparison)
-    page = draw(found)
+    material = gather(
+        folder, manifest, read_metrics(folder), load_run(folder), comparison=comparison
+    )
+    page = draw(material)
     file.parent.mkdir(parents=True, exist_ok=True)
     # Looked at again: drawing took its time.
     require_output_file(file, "out", (folder,))
@@ -61,9 +63,9 @@ def report(
     return file
 
 
-def draw(found: Material) -> bytes:
+def draw(material: Material) -> bytes:
     """The page of what was gathered."""
-    return render(sections(found))
+    return render(sections(material))
 
 
 def drawing_of(
@@ -95,11 +97,11 @@ def drawing_of(
             file.unlink(missing_ok=True)
             # As they will be read again, keys in their order too.
             told, measured = (json.loads(json_bytes(value)) for value in (manifest, metrics))
-            found = gather(
+            material = gather(
                 run.folder, told, measured, student,
                 teacher=teacher, data=data, photos=photos, layers=layers,
             )  # fmt: skip
-            write_atomic(file, draw(found))
+            write_atomic(file, draw(material))
         except Exception as error:
             line = f"warning: {NAME} could not be drawn ({type(error).__name__}: {shown(error)})"
             run.log(line)

@@ -45,8 +45,8 @@ def sensitivity(
 
     Example:
         >>> widths = {"quantization.mixed.candidates": [4, 8]}
-        >>> found = dfq.sensitivity("demo", data="set", images=1, overrides=widths)
-        >>> len(found.layers) == len(dfq.inspect("demo").layers)
+        >>> measured = dfq.sensitivity("demo", data="set", images=1, overrides=widths)
+        >>> len(measured.layers) == len(dfq.inspect("demo").layers)
         True
     """
     settings = changed_recipe(
@@ -69,8 +69,8 @@ def sensitivity(
                 calibration = open_training_data(data, detector, settings.synthesis.image_size)
         if calibration is None:
             calibration = synthesize(detector, settings, device=device, progress=job.progress)
-        found = None
+        measured = None
         with job.main_process_first():
             if job.is_main_process:
-                found = find_bits(teacher, policy, section, calibration, job.progress)
-        return job.broadcast(found)
+                measured = find_bits(teacher, policy, section, calibration, job.progress)
+        return job.broadcast(measured)

@@ -87,9 +87,9 @@ def _threads(row: Latency) -> str:
     return f"{row.threads} thread" + ("s" if row.threads > 1 else "")
 
 
-def _line(what: str, row: Latency) -> str:
+def _line(label: str, row: Latency) -> str:
     return (
-        f"{what}, {row.image_size} px: {row.file_ms:.2f} ms ({row.throughput:.0f} images/s), "
+        f"{label}, {row.image_size} px: {row.file_ms:.2f} ms ({row.throughput:.0f} images/s), "
         f"float {row.reference_ms:.2f} ms; ratio {row.ratio:.2f}"
     )
 
@@ -117,7 +117,7 @@ def compare_speed(file: Path, reference: Path, *, image_size: int, trust: bool =
         runtime = opened[0].runtime
         if runtime == "openvino":
             opened.append(OpenVinoFile(reference, threads, precision="bf16"))
-        times = in_turns([functools.partial(one.run, images) for one in opened])
+        times = in_turns([functools.partial(runtime_file.run, images) for runtime_file in opened])
         rows.append(_latency(image_size, threads, times[0], times[1]))
         if len(times) > 2:
             halves.append(_latency(image_size, threads, times[2], times[1]))

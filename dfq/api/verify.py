@@ -106,7 +106,7 @@ def verify(
         _require_same(opened.path, info, origin)
     model = _as_model(opened, info, origin)
     words = ["dfq", "verify", str(file), "--against", str(origin.detecting.source)]
-    found = Verification(
+    verification = Verification(
         file=shown(opened.path.name),
         format=model.info.format,
         runtime=opened.runtime,
@@ -119,40 +119,46 @@ def verify(
         notes=notes,
     )
     with contextlib.ExitStack() as stack:
-        images, found.images = stack.enter_context(_images(data, origin, model.image_size))
+        images, verification.images = stack.enter_context(_images(data, origin, model.image_size))
         few = _letterboxed(images.head(PARITY_IMAGES), model)
         reference = None
         if info is not None and origin.is_source_of(info):
             reference = _reference(info, origin, data, notes)
         if reference is not None and info is not None:
             with told.task("parity", 1, "steps"):
-                found.parity = parity_of(model, reference, few)
+                verification.parity = parity_of(model, reference, few)
         compared = origin.float_model(trust) if info is not None else origin.detecting
-        _compare(found, model, compared, origin, reference, images, data is not None, told)
-        seen = fits(opened, (image[None] for image in few[:_RANGE_IMAGES]))
-        given = None
+        _compare(verification, model, compared, origin, reference, images, data is not None, told)
+        range_fits = fits(opened, (image[None] for image in few[:_RANGE_IMAGES]))
+        file_candidates = None
         if opened.says is None or "scores" in opened.says.outputs:
-            given = candidates(model.run(few), len(origin.detecting.names), model.image_size)
+            file_candidates = candidates(
+                model.run(few), len(origin.detecting.names), model.image_size
+            )
         best = _best(compared or origin.detecting, few)
-    found.blamed = worst(seen)
-    found.faults += faults.of_parity(found.parity)
-    found.faults += faults.of_integers(info, counted)
-    found.faults += faults.of_scores(given, best) if given is not None else []
-    found.faults += faults.of_ranges(seen, found.moved)
-    exact = found.parity is not None and found.parity.is_exact
-    if found.accuracy is not None and reference is not None and not exact:
-        accuracy = found.accuracy
-        found.faults += faults.of_accuracy(
+    verification.blamed = worst(range_fits)
+    verification.faults += faults.of_parity(verification.parity)
+    verification.faults += faults.of_integers(info, counted)
+    verification.faults += (
+        faults.of_scores(file_candidates, best) if file_candidates is not None else []
+    )
+    verification.faults += faults.of_ranges(range_fits, verification.moved)
+    exact = verification.parity is not None and verification.parity.is_exact
+    if verification.accuracy is not None and reference is not None and not exact:
+        accuracy = verification.accuracy
+        verification.faults += faults.of_accuracy(
             accuracy.AP, accuracy.reference_AP, max_drop, accuracy.difference
         )
     if origin.folder is not None:
         folder = origin.folder / "exports"
         try:
             folder.mkdir(exist_ok=True)
-            write_json(folder / f"{opened.path.name}.verify.json", found.to_dict())
+            write_json(folder / f"{opened.path.name}.verify.json", verification.to_dict())
         except OSError as error:
-            found.notes.append(f"not written beside the run: {shown(folder)}: {reason(error)}")
-    return found
+            verification.notes.append(
+                f"not written beside the run: {shown(folder)}: {reason(error)}"
+            )
+    return verification
 
 
 @dataclass(frozen=True)
@@ -311,7 +317,7 @@ def _reference(
 
 
 def _compare(
-    found: Verification,
+    verification: Verification,
     model: ExportedModel,
     compared: Detecting | None,
     origin: _Origin,
@@ -330,24 +336,24 @@ def _compare(
 
     names = list(origin.detecting.names)
     ours = detections(model, "file")
-    what = "run in PyTorch" if compared is None else "float model"
-    theirs = detections(compared or origin.detecting, what)
-    found.moved = moved(theirs, ours, names, what)
-    found.threshold = same_number(theirs, ours)
+    compared_name = "run in PyTorch" if compared is None else "float model"
+    theirs = detections(compared or origin.detecting, compared_name)
+    verification.moved = moved(theirs, ours, names, compared_name)
+    verification.threshold = same_number(theirs, ours)
     if not named:
         return
     if not images.labelled:
-        kept = kept_of(theirs, ours).to_dict()
+        agreement = kept_of(theirs, ours).to_dict()
         labelled = pseudo_labelled(images, theirs, len(names))
-        kept["AP"] = _ap(labelled, ours, labelled.names) if kept["objects"] else None
-        found.accuracy = Accuracy(found.images, len(images), agreement=kept)
+        agreement["AP"] = _ap(labelled, ours, labelled.names) if agreement["objects"] else None
+        verification.accuracy = Accuracy(verification.images, len(images), agreement=agreement)
         return
     if names == [str(index) for index in range(len(names))] != images.names:
         # Neither file says what its categories are: the set's, where there are as many.
         if len(images.names) != len(names):
-            found.notes.append(
-                f"AP: not measured, as neither file names its categories, and {found.images} has "
-                f"{len(images.names)} where they have {len(names)}"
+            verification.notes.append(
+                "AP: not measured, as neither file names its categories, and "
+                f"{verification.images} has {len(images.names)} where they have {len(names)}"
             )
             return
         names = list(images.names)
@@ -360,14 +366,14 @@ def _compare(
         of_reference = _ap(images, again, names)
         if len(images) > 1:
             between = bootstrap_difference(images, ours, again, names)
-    found.accuracy = Accuracy(
-        found.images, len(images), _ap(images, ours, names), of_reference, of_float, between
+    verification.accuracy = Accuracy(
+        verification.images, len(images), _ap(images, ours, names), of_reference, of_float, between
     )
 
 
-def _ap(images: ImageSet, found: list[Detections], names: list[str]) -> float | None:
+def _ap(images: ImageSet, detections: list[Detections], names: list[str]) -> float | None:
     """COCO AP; None where there is nothing to find."""
-    value = score(images, found, names).AP
+    value = score(images, detections, names).AP
     return None if math.isnan(value) else value
 
 

@@ -50,8 +50,8 @@ def cost(
     json_file = output_file(json_file, inputs=(model,))
     if runtime is not None and not measure:
         raise UserError("--runtime: is for --measure; give both, or leave it out")
-    found = verb(model, image_size=image_size, trust=trust)
-    figures, speed = found.to_dict(), None
+    costs = verb(model, image_size=image_size, trust=trust)
+    figures, speed = costs.to_dict(), None
     if measure:
         from ..api.speed import measure as time_it
         from ..runtime.progress import Live
@@ -59,11 +59,11 @@ def cost(
         # Before anything is shown: what cannot be timed is one line.
         speed = time_it(model, runtime=runtime, image_size=image_size, trust=trust, progress=Live())
         figures["speed"] = speed.to_dict()
-    if isinstance(found, FileCost):
-        click.echo(f"{shown(found.source)}: {found.disk_bytes / 1e6:.2f} MB on disk")
+    if isinstance(costs, FileCost):
+        click.echo(f"{shown(costs.source)}: {costs.disk_bytes / 1e6:.2f} MB on disk")
         click.echo("layers are listed for models and runs: give the one it was exported from")
     else:
-        print_cost(found)
+        print_cost(costs)
     for line in (*speed.table(), *speed.said()) if speed is not None else ():
         click.echo(line)
     write_json_output(json_file, figures)

@@ -62,10 +62,10 @@ def show(source: str, grid: str | Path | None, json_file: str | Path | None) -> 
     require_apart(("grid", grid), ("json", json_file))
     if grid is not None and grid.suffix.lower() != ".png":
         raise UserError(f"--grid {grid}: is written as PNG; end its name in .png")
-    found = open_any(source)
-    _require_apart_from_set(grid, "grid", source, found)
-    _require_apart_from_set(json_file, "json", source, found)
-    summary = summarize(Objects.of(found))
+    images = open_any(source)
+    _require_apart_from_set(grid, "grid", source, images)
+    _require_apart_from_set(json_file, "json", source, images)
+    summary = summarize(Objects.of(images))
     # Wide enough for every column when the output is a file or a pipe.
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     for table in _tables(summary, source):
@@ -73,15 +73,15 @@ def show(source: str, grid: str | Path | None, json_file: str | Path | None) -> 
     if summary.remark:
         click.echo(summary.remark)
     figures = summary.to_dict()
-    if isinstance(found, CalibrationSet):
-        figures["quality"] = tell_quality(found)
+    if isinstance(images, CalibrationSet):
+        figures["quality"] = tell_quality(images)
     write_json_output(json_file, figures)
     if grid is not None:
-        write_output(grid, draw_preview(found), "grid")
+        write_output(grid, draw_preview(images), "grid")
 
 
 def _require_apart_from_set(
-    path: Path | None, name: str, source: str, found: CalibrationSet | ImageSet
+    path: Path | None, name: str, source: str, images: CalibrationSet | ImageSet
 ) -> None:
     """Refuse an output that is a file of the set, or would become one."""
     from ..data.calibration_set import CalibrationSet
@@ -89,11 +89,11 @@ def _require_apart_from_set(
     if path is None:
         return
     root = user_path(source)
-    if isinstance(found, CalibrationSet):
-        require_not_read(path, name, [root / file for file in found.files])
+    if isinstance(images, CalibrationSet):
+        require_not_read(path, name, [root / file for file in images.files])
         return
-    require_not_read(path, name, [root, *(item.path for item in found.items)])
-    if not found.labelled and name == "grid" and path.resolve().is_relative_to(root.resolve()):
+    require_not_read(path, name, [root, *(item.path for item in images.items)])
+    if not images.labelled and name == "grid" and path.resolve().is_relative_to(root.resolve()):
         raise UserError(f"--grid {path}: would be one of the photos in {root}; write it elsewhere")
 
 
@@ -104,12 +104,12 @@ def verify(folder: Path) -> None:
     """Check the set in DIR against what it was when it was made."""
     from ..data.calibration_set import CalibrationSet
 
-    found = CalibrationSet.open(user_path(folder))
-    problems = found.verify()
+    calibration_set = CalibrationSet.open(user_path(folder))
+    problems = calibration_set.verify()
     if problems:
         raise UserError(*problems)
-    objects = sum(len(label) for label in found.labels)
-    click.echo(f"ok: {len(found)} images, {objects} objects")
+    objects = sum(len(label) for label in calibration_set.labels)
+    click.echo(f"ok: {len(calibration_set)} images, {objects} objects")
 
 
 @data.command(short_help="Write a SET as the calibration set of another tool.")
@@ -151,8 +151,8 @@ def export(
 
         if image_size is not None:
             raise UserError("--image-size: is for --for; name the tool, or leave it out")
-        found = CalibrationSet.open(user_path(source))
-        click.echo(f"{len(found)} images: {export_yolo(found, out)}")
+        calibration_set = CalibrationSet.open(user_path(source))
+        click.echo(f"{len(calibration_set)} images: {export_yolo(calibration_set, out)}")
         return
     from ..export.calibration_files import export_for
 

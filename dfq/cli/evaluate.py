@@ -60,7 +60,7 @@ def evaluate(
     from .tables import print_agreement, print_classification, print_metrics
 
     json_file = output_file(json_file, inputs=(model, data, against))
-    found = verb(
+    metrics = verb(
         model,
         data,
         against=against,
@@ -70,12 +70,12 @@ def evaluate(
         trust=trust,
         progress=Live(),
     )
-    write_json_output(json_file, found.to_dict())
-    if isinstance(found, Agreement):
-        print_agreement(found)
-    elif isinstance(found, Agreed):
-        click.echo(found.sentence("these images"))
-    elif isinstance(found, ClassificationMetrics):
-        print_classification(found)
+    write_json_output(json_file, metrics.to_dict())
+    if isinstance(metrics, Agreement):
+        print_agreement(metrics)
+    elif isinstance(metrics, Agreed):
+        click.echo(metrics.sentence("these images"))
+    elif isinstance(metrics, ClassificationMetrics):
+        print_classification(metrics)
     else:
-        print_metrics(found.to_dict())
+        print_metrics(metrics.to_dict())

@@ -27,6 +27,6 @@ def inspect(model: str, json_file: str | Path | None, trust: bool) -> None:
     from .tables import print_layers
 
     json_file = output_file(json_file, inputs=(model,))
-    found = verb(model, trust=trust)
-    print_layers(found)
-    write_json_output(json_file, found.to_dict())
+    inspection = verb(model, trust=trust)
+    print_layers(inspection)
+    write_json_output(json_file, inspection.to_dict())

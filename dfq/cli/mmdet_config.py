@@ -64,14 +64,14 @@ def mmdet_config(
     CalibrationSet.open(data)
     inherited = read_config(base)
     missing = missing_validation(inherited)
-    found = find_recipe(recipe)
-    own = Path(recipe).is_file()
-    named = out or f"{base.stem}-{found.stem}.py"
-    inputs = (base, recipe if own else None, checkpoint, data)
+    recipe_file = find_recipe(recipe)
+    recipe_is_file = Path(recipe).is_file()
+    named = out or f"{base.stem}-{recipe_file.stem}.py"
+    inputs = (base, recipe if recipe_is_file else None, checkpoint, data)
     target = output_file(named, "out", inputs) or Path(named)
     text = text_of(
         settings,
-        str(found.resolve()) if own else found.stem,
+        str(recipe_file.resolve()) if recipe_is_file else recipe_file.stem,
         str(base.resolve()),
         checkpoint=str(checkpoint.resolve()) if checkpoint else None,
         data=str(data.resolve()),

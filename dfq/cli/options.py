@@ -199,10 +199,12 @@ def settings_of(recipe: str | None, overrides: Sequence[str], **values: Any) -> 
             above = ".".join(parts[:depth])
             if value is None or above not in stated:
                 continue
-            found = stated[above]
+            stated_value = stated[above]
             for part in parts[depth:]:
-                found = found.get(part, value) if isinstance(found, dict) else value
-            if found != value:
+                stated_value = (
+                    stated_value.get(part, value) if isinstance(stated_value, dict) else value
+                )
+            if stated_value != value:
                 raise UserError(
                     f"--{parts[-1].replace('_', '-')} {brief(value)} and --set {above}="
                     f"{brief(stated[above])} contradict: leave one out"

@@ -91,7 +91,7 @@ def predict(
         file = output_file(json_file, inputs=(model, compare))
         require_apart(("json", file), ("out", out and out / LIST))
         require_not_read(file, "json", list_photos(images, without=out))
-    found = verb(
+    predictions = verb(
         model,
         images,
         out=out,
@@ -102,33 +102,35 @@ def predict(
         trust=trust,
         progress=Live(),
     )
-    write_json_output(file, found.to_dict())
+    write_json_output(file, predictions.to_dict())
     if json_file == _STDOUT:
-        click.echo(json_bytes(found.to_dict()).decode(), nl=False)
+        click.echo(json_bytes(predictions.to_dict()).decode(), nl=False)
         return
-    for one in found:
+    for prediction in predictions:
         if out is None:
-            _print(one)
-        if one.reference is not None:
-            click.echo(f"{shown(one.file)}: {agreed(counts([one]))}")
-    total = sum(map(len, found))
-    line = f"{len(found)} images, {total} detections with a score of {threshold:g} or more"
-    if found.unreadable:
-        line += f"; {len(found.unreadable)} could not be read"
+            _print(prediction)
+        if prediction.reference is not None:
+            click.echo(f"{shown(prediction.file)}: {agreed(counts([prediction]))}")
+    total = sum(map(len, predictions))
+    line = f"{len(predictions)} images, {total} detections with a score of {threshold:g} or more"
+    if predictions.unreadable:
+        line += f"; {len(predictions.unreadable)} could not be read"
     click.echo(line)
     if compare is not None:
-        click.echo(f"in all {agreed(counts(found))}: same category, IoU at least {SAME_BOX}")
+        click.echo(f"in all {agreed(counts(predictions))}: same category, IoU at least {SAME_BOX}")
     if out is not None:
         # Last, where scripts look for it.
         click.echo(str(out))
 
 
-def _print(one: Prediction) -> None:
+def _print(prediction: Prediction) -> None:
     """One row a detection."""
-    what = f"{len(one)} detections" if len(one) != 1 else "1 detection"
-    click.echo(f"{shown(one.file)} ({one.width} x {one.height}): {what}")
-    names = [shown(name, limit=40) for name in one.categories]
+    count = f"{len(prediction)} detections" if len(prediction) != 1 else "1 detection"
+    click.echo(f"{shown(prediction.file)} ({prediction.width} x {prediction.height}): {count}")
+    names = [shown(name, limit=40) for name in prediction.categories]
     width = max(map(len, names), default=0)
-    for name, score, box in zip(names, one.scores.tolist(), one.boxes.tolist(), strict=True):
+    for name, score, box in zip(
+        names, prediction.scores.tolist(), prediction.boxes.tolist(), strict=True
+    ):
         corners = " ".join(f"{value:8.1f}" for value in box)
         click.echo(f"  {name:<{width}}  {score:.2f}  {corners}")

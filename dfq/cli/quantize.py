@@ -84,37 +84,37 @@ def _options(command: F) -> F:
 @_options
 @_select_on
 @report_user_errors
-def quantize(**given: Any) -> None:
+def quantize(**options: Any) -> None:
     """Make the low-bit detector: calibrate and round it on its synthetic images, train it, keep
     what is closer to the float one.
 
     On several GPUs or nodes: torchrun --nproc-per-node=GPUS -m dfq quantize ...
     """
-    _quantize(**given)
+    _quantize(**options)
 
 
 @click.command(short_help="dfq quantize that trains nothing.")
 @_options
 @report_user_errors
-def ptq(overrides: tuple[str, ...], **given: Any) -> None:
+def ptq(overrides: tuple[str, ...], **options: Any) -> None:
     """dfq quantize that trains nothing: whatever the recipe says, its method is ptq. Which
     reconstruction, --set quantization.reconstruction=METHOD says: none, gptq, adaround,
     adaquant, brecq, qdrop, pd, spq, mgrq, task or best.
     """
-    _quantize(overrides=overrides, select_on=None, method="ptq", **given)
+    _quantize(overrides=overrides, select_on=None, method="ptq", **options)
 
 
 @click.command(short_help="dfq quantize that insists on training.")
 @_options
 @_select_on
 @report_user_errors
-def qat(overrides: tuple[str, ...], **given: Any) -> None:
+def qat(overrides: tuple[str, ...], **options: Any) -> None:
     """dfq quantize that insists on training: a recipe whose method is auto has method qat, which
     fails where training diverges, unless --set says another method.
 
     On several GPUs or nodes: torchrun --nproc-per-node=GPUS -m dfq qat ...
     """
-    _quantize(overrides=overrides, method="qat", **given)
+    _quantize(overrides=overrides, method="qat", **options)
 
 
 def _quantize(
@@ -149,8 +149,8 @@ def _quantize(
         distillation__select_on=select_on,
         synthesis__image_size=image_size,
     )
-    chosen = any(text.partition("=")[0].strip() == "method" for text in overrides)
-    if method == "ptq" or (method == "qat" and not chosen and settings.method == "auto"):
+    states_method = any(text.partition("=")[0].strip() == "method" for text in overrides)
+    if method == "ptq" or (method == "qat" and not states_method and settings.method == "auto"):
         settings = settings.model_copy(update={"method": method})
     folder = verb(
         settings,

@@ -38,7 +38,7 @@ def show(name: str, overrides: tuple[str, ...]) -> None:
     from ..recipe.text import commented, purpose_of
     from ..runtime.plain import read_small
 
-    found = load_recipe(name, overrides)
+    settings = load_recipe(name, overrides)
     if purpose := purpose_of(read_small(find_recipe(name))):
         click.echo(f"# {shown(purpose)}.\n")
-    click.echo(commented(found), nl=False)
+    click.echo(commented(settings), nl=False)

@@ -83,8 +83,8 @@ def sensitivity(
         quantization__mixed__cost=cost,
         quantization__mixed__images=images,
     )
-    found = verb(model, settings, data=data, device=device, trust=trust, progress=Live())
+    measured = verb(model, settings, data=data, device=device, trust=trust, progress=Live())
     if not is_main_process():
         return
-    print_sensitivity(found, model)
-    write_json_output(json_file, found.to_dict())
+    print_sensitivity(measured, model)
+    write_json_output(json_file, measured.to_dict())

@@ -31,43 +31,43 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 140)
 
 
-def print_layers(found: Inspection) -> None:
+def print_layers(inspection: Inspection) -> None:
     """One row a layer, and the sums."""
-    title = f"{shown(found.source)} ({found.family}, {found.image_size} px)"
+    title = f"{shown(inspection.source)} ({inspection.family}, {inspection.image_size} px)"
     table = Table(title=escape(title))
     for column in ("layer", "kind", "weight", "output", "MACs (M)", "weight bits", "act. bits"):
         table.add_column(column, justify="left" if column in ("layer", "kind") else "right")
-    for layer in found.layers:
+    for layer in inspection.layers:
         bits = [str(b) if b < 32 else "float" for b in (layer.weight_bits, layer.activation_bits)]
         shapes = ["x".join(map(str, s)) for s in (layer.weight_shape, layer.output_shape)]
         words = (escape(shown(text)) for text in (layer.name, layer.kind))
         table.add_row(*words, *shapes, f"{layer.macs / 1e6:.2f}", *bits)
     console = _console()
     console.print(table)
-    total = sum(layer.macs for layer in found.layers)
-    quantized = sum(layer.quantized for layer in found.layers)
-    joined, joins = found.joins
-    names = ", ".join(shown(name, limit=60) for name in found.names)
+    total = sum(layer.macs for layer in inspection.layers)
+    quantized = sum(layer.quantized for layer in inspection.layers)
+    joined, joins = inspection.joins
+    names = ", ".join(shown(name, limit=60) for name in inspection.names)
     console.print(
-        f"{quantized} of {len(found.layers)} layers quantized: {found.quantized_share:.1%} of "
-        f"{total / 1e6:.1f} M MACs",
+        f"{quantized} of {len(inspection.layers)} layers quantized: "
+        f"{inspection.quantized_share:.1%} of {total / 1e6:.1f} M MACs",
         f"sums and concatenations quantized: {joined} of {joins}",
-        f"{len(found.names)} categories: {names}",
+        f"{len(inspection.names)} categories: {names}",
         sep="\n",
         highlight=False,
         markup=False,
     )
 
 
-def print_cost(found: Cost) -> None:
+def print_cost(cost: Cost) -> None:
     """One row a layer, and the whole beside the same network in float."""
-    title = f"{shown(found.source)} ({found.family}, {found.image_size} px, one image)"
+    title = f"{shown(cost.source)} ({cost.family}, {cost.image_size} px, one image)"
     table = Table(title=escape(title))
     sizes = ("disk (KiB)", "memory (KiB)", "act. (KiB)")
     figures = ("MACs (M)", "bit ops (M)", *sizes, "energy (mJ)")
     for column in ("layer", "kind", "bits", *figures):
         table.add_column(column, justify="right" if column in figures else "left")
-    for layer in found.layers:
+    for layer in cost.layers:
         widths = (layer.weight_bits, layer.activation_bits)
         bits = format_widths(widths) if max(widths) < 32 else "float"
         words = (escape(shown(text)) for text in (layer.name, layer.kind))
@@ -77,10 +77,10 @@ def print_cost(found: Cost) -> None:
     whole = Table(title="all layers")
     for column in ("", *figures):
         whole.add_column(column, justify="right" if column else "left")
-    whole.add_row("network", *_figure_cells(found.total))
-    whole.add_row("as float", *_figure_cells(found.as_float))
-    ratios = found.total.ratio(found.as_float).values()
-    where = shown(found.peak_at) or "the network's own code"
+    whole.add_row("network", *_figure_cells(cost.total))
+    whole.add_row("as float", *_figure_cells(cost.as_float))
+    ratios = cost.total.ratio(cost.as_float).values()
+    where = shown(cost.peak_at) or "the network's own code"
     whole.add_row("ratio", *("" if ratio is None else f"{ratio:.1%}" for ratio in ratios))
     console.print(whole)
     console.print(
@@ -103,32 +103,34 @@ def _figure_cells(figures: Figures) -> list[str]:
     ]
 
 
-def print_sensitivity(found: Sensitivity, model: str) -> None:
+def print_sensitivity(sensitivity: Sensitivity, model: str) -> None:
     """One row a layer: its divergence at each width it may have, and the one it is given."""
     title = f"{shown(model)}: divergence of the predictions, one layer quantized at a time"
     table = Table(title=escape(title))
-    free = [row for row in found.layers if row.free]
+    free = [row for row in sensitivity.layers if row.free]
     widths = free[0].widths
     table.add_column("layer")
     for column in ("MACs (M)", "weights", *map(format_widths, widths), "chosen"):
         table.add_column(column, justify="right")
-    for row in found.layers:
+    for row in sensitivity.layers:
         values = [f"{value:.4g}" for value in row.divergence] if row.free else ["" for _ in widths]
-        given = found.widths(row)
-        if given is None:
-            chosen = "" if row.free else "float"
+        layer_widths = sensitivity.widths(row)
+        if layer_widths is None:
+            width_cell = "" if row.free else "float"
         else:
-            chosen = format_widths(given) + ("" if row.free else " (fixed)")
+            width_cell = format_widths(layer_widths) + ("" if row.free else " (fixed)")
         name = escape(shown(row.name))
-        table.add_row(name, f"{row.macs / 1e6:.2f}", str(row.weights), *values, chosen)
+        table.add_row(name, f"{row.macs / 1e6:.2f}", str(row.weights), *values, width_cell)
     console = _console()
     console.print(table)
-    line = f"{len(free)} of {len(found.layers)} layers measured on {found.images} images"
-    if found.budget is not None:
-        words = found.kind.replace("_", " ")
+    line = (
+        f"{len(free)} of {len(sensitivity.layers)} layers measured on {sensitivity.images} images"
+    )
+    if sensitivity.budget is not None:
+        words = sensitivity.kind.replace("_", " ")
         line += (
-            f"; {found.spent:.4g} of {found.budget:.4g} {words} spent, "
-            f"sum of divergences {found.divergence:.4g}"
+            f"; {sensitivity.spent:.4g} of {sensitivity.budget:.4g} {words} spent, "
+            f"sum of divergences {sensitivity.divergence:.4g}"
         )
     console.print(line, highlight=False)
 
@@ -167,60 +169,62 @@ def print_comparison(rows: Sequence[Row]) -> None:
     _console().print(table)
 
 
-def print_metrics(found: dict[str, Any]) -> None:
+def print_metrics(metrics: dict[str, Any]) -> None:
     """What `Metrics.to_dict` holds."""
-    masks = found["masks"]
+    masks = metrics["masks"]
     if masks is not None:
         click.echo(f"{'':<10} boxes   masks")
     for key in ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100"):
-        values = [one[key] for one in (found, masks) if one is not None]
+        values = [figures[key] for figures in (metrics, masks) if figures is not None]
         cells = ("none  " if value is None else format(value, ".4f") for value in values)
         click.echo(f"{key:<10} {'  '.join(cells)}".rstrip())
-    for name, one in (("AP", found), ("mask AP", masks)):
-        low, high = (one or {}).get("AP_interval") or (None, None)
+    for name, figures in (("AP", metrics), ("mask AP", masks)):
+        low, high = (figures or {}).get("AP_interval") or (None, None)
         if low is not None:
             click.echo(f"{name} between {low:.4f} and {high:.4f} (95 %, over the draw of images)")
-    split = f", split {found['split']}" if found["split"] else ""
-    click.echo(f"{found['images']} images at {found['image_size']} px{split}")
-    if found["dropped"]:
-        click.echo(found["dropped_boxes"])
-    if masks is not None and masks["images"] < found["images"]:
+    split = f", split {metrics['split']}" if metrics["split"] else ""
+    click.echo(f"{metrics['images']} images at {metrics['image_size']} px{split}")
+    if metrics["dropped"]:
+        click.echo(metrics["dropped_boxes"])
+    if masks is not None and masks["images"] < metrics["images"]:
         click.echo(f"masks on {masks['images']} of them, whose objects all have an outline")
-    if found["missing_categories"]:
-        click.echo(f"not measured, unknown to the model: {', '.join(found['missing_categories'])}")
+    if metrics["missing_categories"]:
+        click.echo(
+            f"not measured, unknown to the model: {', '.join(metrics['missing_categories'])}"
+        )
 
 
-def print_classification(found: ClassificationMetrics) -> None:
+def print_classification(metrics: ClassificationMetrics) -> None:
     """How often a classifier is right."""
     for key, value in (
-        ("top-1", found.top1),
-        ("top-5", found.top5),
-        ("micro F1", found.f1_micro),
-        ("macro F1", found.f1_macro),
+        ("top-1", metrics.top1),
+        ("top-5", metrics.top5),
+        ("micro F1", metrics.f1_micro),
+        ("macro F1", metrics.f1_macro),
     ):
         click.echo(f"{key:<10} {value:.4f}")
-    if found.top1_interval is not None:
-        low, high = found.top1_interval
+    if metrics.top1_interval is not None:
+        low, high = metrics.top1_interval
         click.echo(f"top-1 between {low:.4f} and {high:.4f} (95 %, over the draw of images)")
-    click.echo(f"{found.images} images at {found.image_size} px")
-    if found.by_position:
+    click.echo(f"{metrics.images} images at {metrics.image_size} px")
+    if metrics.by_position:
         click.echo("categories matched by position: the set and the model share no name")
-    if found.passed_over:
-        click.echo(f"{found.passed_over} files left out, whose names do not end as images' do")
-    if found.missing_categories:
-        names = ", ".join(shown(name, limit=60) for name in found.missing_categories)
+    if metrics.passed_over:
+        click.echo(f"{metrics.passed_over} files left out, whose names do not end as images' do")
+    if metrics.missing_categories:
+        names = ", ".join(shown(name, limit=60) for name in metrics.missing_categories)
         click.echo(f"not measured, unknown to the model: {names}")
 
 
-def print_agreement(found: Agreement) -> None:
+def print_agreement(agreement: Agreement) -> None:
     """AP against a float network's detections, and how many of these are kept."""
-    for key, value in (("AP", found.AP), ("AP50", found.AP50)):
+    for key, value in (("AP", agreement.AP), ("AP50", agreement.AP50)):
         click.echo(f"{key:<10} {value:.4f}")
-    if found.AP_interval is not None:
-        low, high = found.AP_interval
+    if agreement.AP_interval is not None:
+        low, high = agreement.AP_interval
         click.echo(f"AP between {low:.4f} and {high:.4f} (95 %, over the draw of images)")
-    click.echo(f"{found.images} images at {found.image_size} px; no label was used")
-    click.echo(sentence(found, "these images"))
+    click.echo(f"{agreement.images} images at {agreement.image_size} px; no label was used")
+    click.echo(sentence(agreement, "these images"))
 
 
 def print_targets(targets: Sequence[Target]) -> None:

@@ -59,7 +59,7 @@ def verify(
     from ..runtime.progress import Live
 
     json_file = output_file(json_file, inputs=(file, against, data))
-    found = verb(
+    verification = verb(
         file,
         against,
         data=data,
@@ -68,8 +68,8 @@ def verify(
         trust=trust,
         progress=Live(),
     )
-    write_json_output(json_file, found.to_dict())
-    for line in found.lines():
+    write_json_output(json_file, verification.to_dict())
+    for line in verification.lines():
         click.echo(shown(line, limit=2000))
-    if found.faults:
+    if verification.faults:
         sys.exit(1)

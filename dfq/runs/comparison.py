@@ -82,7 +82,7 @@ def _row(folder: Path) -> Row:
     measured = metrics.get("evaluation")
     measured = measured if isinstance(measured, dict) else {}
     before, after = (number(measured.get(name), "AP") for name in ("float", "quantized"))
-    start, kept = _divergence(metrics)
+    start_divergence, divergence = _divergence(metrics)
     weights = weight_bytes(layers)
     return Row(
         run=str(folder),
@@ -92,8 +92,8 @@ def _row(folder: Path) -> Row:
         kept=_text(metrics.get("selected")),
         images=_whole(number(metrics, "images")),
         quantized_share=number(metrics, "quantized_share_of_macs"),
-        divergence_start=start,
-        divergence=kept,
+        divergence_start=start_divergence,
+        divergence=divergence,
         measured_on=_text(measured.get("data")),
         AP_float=before,
         AP_quantized=after,
@@ -128,14 +128,14 @@ def _bits(metrics: dict[str, Any]) -> str | None:
 
 def _divergence(metrics: dict[str, Any]) -> tuple[float | None, float | None]:
     """Of the start, and of the weights that were kept."""
-    found = metrics.get("teacher_divergence")
+    divergences = metrics.get("teacher_divergence")
     selected = str(metrics.get("selected", ""))
     name = "start"
     if selected.startswith("qat: epoch"):
         name = "best"
     elif selected.startswith("qat: "):
         name = selected.removeprefix("qat: ").partition(" ")[0]
-    return number(found, "start"), number(found, name)
+    return number(divergences, "start"), number(divergences, name)
 
 
 def number(values: Any, key: str) -> float | None:

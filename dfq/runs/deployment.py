@@ -81,16 +81,17 @@ class DeploymentFolder:
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
         self.folder, self.identity = folder, identity
-        found = identity_of(folder)
-        if found is None:
+        recorded = identity_of(folder)
+        if recorded is None:
             if not is_bare(folder):
                 raise UserError(f"{folder}: not empty and no deployment; choose another --out")
             folder.mkdir(parents=True, exist_ok=True)
-        elif found != identity:
-            keys = {*found, *identity}
-            other = sorted(key for key in keys if found.get(key) != identity.get(key))
+        elif recorded != identity:
+            keys = {*recorded, *identity}
+            differing = sorted(key for key in keys if recorded.get(key) != identity.get(key))
             raise UserError(
-                f"{folder}: holds a deployment of another {', '.join(other)}; choose another --out"
+                f"{folder}: holds a deployment of another {', '.join(differing)}; "
+                "choose another --out"
             )
 
     @contextlib.contextmanager
@@ -128,10 +129,10 @@ class DeploymentFolder:
             UserError: a file is not what it was.
         """
         path = self.folder / NAME
-        found = read_json(path) if path.is_file() else {}
-        if found.get("finished") is not True:
+        content = read_json(path) if path.is_file() else {}
+        if content.get("finished") is not True:
             return None
-        files = found.get("files")
+        files = content.get("files")
         if not isinstance(files, dict) or not all(map(plain_name, files)):
             raise UserError(f"{path}: not as dfq wrote it; restore it, or delete {self.folder}")
         for name, about in files.items():
@@ -143,7 +144,7 @@ class DeploymentFolder:
                     f"{file}: altered, as its sha256 is not the one in {NAME}; restore it, or "
                     "delete it and run the same command again"
                 )
-        return dict(found)
+        return dict(content)
 
 
 def is_bare(folder: Path) -> bool:
@@ -169,10 +170,10 @@ def identity_of(folder: Path) -> dict[str, Any] | None:
             f"{path}: of format {brief(content.get('format'))}, and this dfq reads {FORMAT}; "
             "choose another --out"
         )
-    found = content.get("identity")
-    if not isinstance(found, dict):
+    identity = content.get("identity")
+    if not isinstance(identity, dict):
         raise UserError(f"{path}: damaged (it does not say what it is of); restore or delete it")
-    return in_todays_keys(found)
+    return in_todays_keys(identity)
 
 
 def folder_for(parent: Path, stem: str, identity: dict[str, Any]) -> Path:
@@ -195,7 +196,7 @@ def described(files: Iterable[tuple[Path, str]]) -> dict[str, dict[str, Any]]:
         shown(path.name): {
             "sha256": sha256_of(path),
             "bytes": path.stat().st_size,
-            "what": what,
+            "what": description,
         }
-        for path, what in files
+        for path, description in files
     }

@@ -92,15 +92,17 @@ class Run:
         """Whether this very run was begun in the folder; what else it may hold is refused."""
         if _is_bare(self.folder):
             return False
-        found = identity_of(self.folder)
-        if found is None:
+        recorded = identity_of(self.folder)
+        if recorded is None:
             raise UserError(f"{self.folder}: not empty and no run; choose another --out")
-        found = in_todays_keys(found)
-        if found != self.identity:
+        recorded = in_todays_keys(recorded)
+        if recorded != self.identity:
             keys = sorted(
-                key for key in {*found, *self.identity} if found.get(key) != self.identity.get(key)
+                key
+                for key in {*recorded, *self.identity}
+                if recorded.get(key) != self.identity.get(key)
             )
-            gone = removed_that_matter(found.get("recipe"))
+            gone = removed_that_matter(recorded.get("recipe"))
             if gone:
                 raise AnotherRunError(
                     f"{self.folder}: holds a run with {', '.join(gone)}, which this version does "
@@ -198,15 +200,15 @@ def identity_of(folder: Path) -> dict[str, Any] | None:
         manifest = read_json(path)
         if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
             return None
-        found = manifest.get("identity")
+        identity = manifest.get("identity")
     elif (folder / "state.json").is_file():
         path = folder / "state.json"
-        found = read_json(path)
+        identity = read_json(path)
     else:
         return None
-    if not isinstance(found, dict):
+    if not isinstance(identity, dict):
         raise UserError(f"{path}: damaged (it does not say what the run is of); restore or delete")
-    return found
+    return identity
 
 
 def next_folder(parent: Path, stem: str, identity: dict[str, Any]) -> Path:
@@ -215,8 +217,8 @@ def next_folder(parent: Path, stem: str, identity: dict[str, Any]) -> Path:
     while (folder := parent / f"{stem}-{number}").exists():
         if _is_bare(folder):
             return folder
-        found = identity_of(folder)
-        ours = found is not None and in_todays_keys(found) == identity
+        recorded = identity_of(folder)
+        ours = recorded is not None and in_todays_keys(recorded) == identity
         if ours and not _is_finished(folder):
             return folder
         number += 1
@@ -303,14 +305,14 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: where it is missing or broken.
     """
-    found = read_json(folder / "metrics.json")
+    metrics = read_json(folder / "metrics.json")
     if not (
-        isinstance(found, dict)
-        and isinstance(found.get("selected"), str)
-        and _is_share(found.get("quantized_share_of_macs"))
+        isinstance(metrics, dict)
+        and isinstance(metrics.get("selected"), str)
+        and _is_share(metrics.get("quantized_share_of_macs"))
     ):
         raise UserError(f"{folder / 'metrics.json'}: not as dfq wrote it; restore it")
-    return found
+    return metrics
 
 
 def _is_share(value: Any) -> bool:
@@ -353,16 +355,16 @@ def load_quantized(path: Path) -> Model:
     return _rebuilt(path, described)
 
 
-def check_format(path: Path, found: Any) -> None:
+def check_format(path: Path, recorded: Any) -> None:
     """Refuse what is of no format that this version reads.
 
     Raises:
         UserError: says which ones it does.
     """
-    if type(found) is not int or not 1 <= found <= FORMAT:
+    if type(recorded) is not int or not 1 <= recorded <= FORMAT:
         raise UserError(
-            f"{path}: of format {brief(found)}, and this dfq reads 1 to {FORMAT}; use the version "
-            "that made it"
+            f"{path}: of format {brief(recorded)}, and this dfq reads 1 to {FORMAT}; use the "
+            "version that made it"
         )
 
 

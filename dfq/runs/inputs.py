@@ -47,27 +47,27 @@ def photographs(source: str | Path | None, settings: Recipe, detector: Model) ->
     if source is None:
         return None
     try:
-        found = open_unlabelled(source, detector)
-        for index in range(len(found)):
+        photos = open_unlabelled(source, detector)
+        for index in range(len(photos)):
             # Now, not after hours of training.
-            found.load_image(index)
+            photos.load_image(index)
     except UserError as error:
         raise UserError(f"{argument('photos')}: {error}") from None
     size = settings.evaluation.image_size or detector.image_size
     detector.check_size(size, "evaluation.image_size")
-    return found
+    return photos
 
 
 def training_data(data: str | Path, settings: Recipe, detector: Model) -> LabelledImages:
     """The set to train on, checked; errors are those of `open_training_data`, and labels that the
     recipe needs and the set has not."""
-    found = open_training_data(data, detector, settings.synthesis.image_size)
-    if not labelled(found) and settings.distillation.weights.task > 0:
+    images = open_training_data(data, detector, settings.synthesis.image_size)
+    if not labelled(images) and settings.distillation.weights.task > 0:
         raise UserError(
             f"{data}: has no labels for the task loss; "
             "use a labelled set or --set distillation.weights.task=0"
         )
-    return found
+    return images
 
 
 def remark(calibration: LabelledImages) -> str | None:

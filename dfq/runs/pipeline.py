@@ -92,7 +92,7 @@ def ptq_then_qat(
         UserError: where a checkpoint cannot be read, or another process died.
     """
     section = recipe.quantization
-    seen = calibration or images
+    calibration_images = calibration or images
     blocks = reconstructs_blocks(section)
     compared = held_out if blocks and recipe.method == "auto" else None
     candidates: dict[str, float] = {}
@@ -102,7 +102,9 @@ def ptq_then_qat(
         checkpoint = run.folder / RECONSTRUCTION if world.size == 1 else None
         # What has blocks that are done needs nothing of what came before them.
         goes_on = checkpoint is not None and checkpoint.is_file() and compared is None
-        begun = quantized(teacher, policy, section, None if goes_on else seen, progress)
+        begun = quantized(
+            teacher, policy, section, None if goes_on else calibration_images, progress
+        )
         if not blocks:
             return begun
         rounded = None
@@ -110,12 +112,12 @@ def ptq_then_qat(
             rounded = begun.clone()
             if not starts_from_gptq(section):
                 plain = section.model_copy(update={"reconstruction": "gptq"})
-                rounded = quantized(teacher, policy, plain, seen, progress)
+                rounded = quantized(teacher, policy, plain, calibration_images, progress)
         made = with_reconstructed_blocks(
             begun,
             teacher,
             section,
-            seen,
+            calibration_images,
             progress,
             seed=recipe.seed,
             checkpoint=checkpoint,
@@ -134,8 +136,8 @@ def ptq_then_qat(
     student = quantized(teacher, policy, section, None, progress) if resuming else ptq()
     run.log("training resumed" if resuming else "training started")
     # Kept to fall back to; a resumed run that has to finds it anew, which takes the time again.
-    kept = recipe.method == "qat" and recipe.distillation.keep_worse
-    start = None if resuming or kept else student.clone()
+    keeps_worse = recipe.method == "qat" and recipe.distillation.keep_worse
+    start = None if resuming or keeps_worse else student.clone()
 
     def calibrated(outcome: Outcome | None, reason: str) -> QuantizationResult:
         # The trainer has laid it out anew, and sums in another order differ in their last bits.
@@ -162,7 +164,7 @@ def ptq_then_qat(
         selected = f"qat: {outcome.selected} weights"
         return QuantizationResult(student, outcome, selected, candidates)
     worse = worse_than_start(outcome)
-    if worse and not kept:
+    if worse and not keeps_worse:
         advice = "; --set distillation.keep_worse=true keeps what was trained"
         return calibrated(outcome, worse + (advice if recipe.method == "qat" else ""))
     selected = f"qat: {outcome.selected} weights"
@@ -236,8 +238,8 @@ def evaluator_on(images: RealSet, recipe: Recipe) -> Callable[[Model], float]:
 
     def evaluator(student: Model) -> float:
         figures = measured(student, images, image_size=recipe.evaluation.image_size)
-        found: float = getattr(figures, main_figure(figures))
-        return found if math.isfinite(found) else 0.0
+        accuracy: float = getattr(figures, main_figure(figures))
+        return accuracy if math.isfinite(accuracy) else 0.0
 
     return evaluator
 
@@ -258,12 +260,12 @@ def measure(
     result: dict[str, Any] = {"data": recipe.evaluation.data}
     for name, detector in (("float", teacher), ("quantized", student)):
         with progress.task(f"evaluation ({name})", len(data), "images") as task:
-            found = measured(
+            metrics = measured(
                 detector,
                 data,
                 image_size=recipe.evaluation.image_size,
                 progress=task.update,
             ).to_dict()
         # Times would make two runs of one seed differ.
-        result[name] = {k: v for k, v in found.items() if not k.endswith(("seconds", "second"))}
+        result[name] = {k: v for k, v in metrics.items() if not k.endswith(("seconds", "second"))}
     return result

@@ -75,10 +75,10 @@ class Origin:
     def _said(self) -> str:
         return f"{self.set}: was made from {self.model}"
 
-    def _check(self, found: str) -> None:
-        if found != self.fingerprint:
+    def _check(self, fingerprint: str) -> None:
+        if fingerprint != self.fingerprint:
             raise UserError(
-                f"{self._said}, which has changed since (sha256 {found[:12]}..., then "
+                f"{self._said}, which has changed since (sha256 {fingerprint[:12]}..., then "
                 f"{self.fingerprint[:12]}...); give --model"
             )
 
@@ -124,12 +124,12 @@ def newest_origin() -> Origin | None:
         UserError: where the newest one is damaged.
     """
     cache = cache_folder()
-    found = []
+    dated_folders = []
     for path in cache.glob("*/manifest.json") if cache.is_dir() else ():
         # Another process may be clearing the cache.
         with contextlib.suppress(FileNotFoundError):
-            found.append((path.stat().st_mtime_ns, path.parent))
-    for _, folder in sorted(found, reverse=True):
+            dated_folders.append((path.stat().st_mtime_ns, path.parent))
+    for _, folder in sorted(dated_folders, reverse=True):
         if CalibrationSet.is_one(folder):
             return origin_of(folder)
     return None
@@ -139,12 +139,12 @@ def sets_of(fingerprint: str) -> list[Path]:
     """Folders of the complete sets in the cache that were made from a model, newest first; those
     that are damaged are passed over."""
     cache = cache_folder()
-    found = []
+    dated_folders = []
     for path in cache.glob("*/manifest.json") if cache.is_dir() else ():
         with contextlib.suppress(FileNotFoundError, UserError):
             if (
                 CalibrationSet.is_one(path.parent)
                 and origin_of(path.parent).fingerprint == fingerprint
             ):
-                found.append((path.stat().st_mtime_ns, path.parent))
-    return [folder for _, folder in sorted(found, reverse=True)]
+                dated_folders.append((path.stat().st_mtime_ns, path.parent))
+    return [folder for _, folder in sorted(dated_folders, reverse=True)]

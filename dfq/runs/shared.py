@@ -15,14 +15,14 @@ class SharedRun:
     Attributes:
         folder: of the run, the same in all processes.
         finished: whether it was complete when the job began.
-        own: the run to write to; None in a process that does not lead.
+        writable: the run to write to; None in a process that does not lead.
     """
 
     folder: Path
     finished: bool
-    own: Run | None
+    writable: Run | None
 
     def log(self, text: str) -> None:
         """Append a line to the run's log, once."""
-        if self.own is not None:
-            self.own.log(text)
+        if self.writable is not None:
+            self.writable.log(text)
