@@ -128,10 +128,10 @@ def is_quantized(metadata: dict[str, str]) -> bool:
 def quantized_description(metadata: dict[str, str]) -> dict[str, Any] | None:
     """What a run's model says of itself; None where it is no such model, or of format 1."""
     try:
-        found = parse_json(metadata.get("dfq", "null"), "its description")
+        description = parse_json(metadata.get("dfq", "null"), "its description")
     except UserError:
         return None
-    if not isinstance(found, dict) or found.get("kind") != KIND:
+    if not isinstance(description, dict) or description.get("kind") != KIND:
         return None
     # Models of format 2 do not say it.
-    return {"format": 2, **found}
+    return {"format": 2, **description}
