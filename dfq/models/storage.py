@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -16,6 +16,7 @@ from ..runtime.plain import one_line, parse_json
 from .base import Model
 from .bounded import bounded, most_for
 from .checkpoint import sha256_of
+from .registry import from_spec
 from .tensors import (
     check_kinds,
     read_metadata,
@@ -24,10 +25,6 @@ from .tensors import (
     sound,
     with_digest,
 )
-
-if TYPE_CHECKING:
-    pass
-from .registry import from_spec
 
 METADATA_KEY = "dfq"
 
