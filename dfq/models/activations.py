@@ -77,8 +77,8 @@ def describe(module: Any) -> str | None:
     if name is None:
         return None
     # What older versions of PyTorch did not write down is at its default.
-    found = {key: attribute(module, key, default) for key, default in _KINDS[name][1].items()}
-    return _text(name, found)
+    arguments = {key: attribute(module, key, default) for key, default in _KINDS[name][1].items()}
+    return _text(name, arguments)
 
 
 def parse(text: Any) -> str:
@@ -87,10 +87,10 @@ def parse(text: Any) -> str:
     Raises:
         UserError: it is no activation of the list, or has other arguments. Says why, not where.
     """
-    name, given = _call(text)
+    name, arguments = _call(text)
     values = dict(_KINDS[name][1])
     order = [*values, *_FREE_OF_MEANING]
-    for key, value in given.items():
+    for key, value in arguments.items():
         argument = order[key] if isinstance(key, int) and key < len(order) else key
         if argument in _FREE_OF_MEANING:
             continue
@@ -102,8 +102,8 @@ def parse(text: Any) -> str:
 
 def make(text: str) -> nn.Module:
     """The module of a text that `describe` or `parse` gave, in eval mode."""
-    name, given = _call(text)
-    return _KINDS[name][0](**{str(key): value for key, value in given.items()}).eval()
+    name, arguments = _call(text)
+    return _KINDS[name][0](**{str(key): value for key, value in arguments.items()}).eval()
 
 
 def torch_text(text: str) -> str:
@@ -153,14 +153,14 @@ def _call(text: Any) -> tuple[str, dict[int | str, Any]]:
         name = name.removeprefix(prefix)
     if name not in _KINDS:
         raise UserError(f"the activation {brief(name)} is none of {known()}")
-    given: dict[int | str, Any] = {}
+    arguments: dict[int | str, Any] = {}
     for place, node in enumerate(call.args):
-        given[place] = _literal(node)
+        arguments[place] = _literal(node)
     for keyword in call.keywords:
         if keyword.arg is None:
             raise UserError("an activation is NAME(numbers)")
-        given[keyword.arg] = _literal(keyword.value)
-    return name, given
+        arguments[keyword.arg] = _literal(keyword.value)
+    return name, arguments
 
 
 def _literal(node: ast.expr) -> Any:

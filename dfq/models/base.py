@@ -303,14 +303,14 @@ class Detector(Model):
         with torch.no_grad():
             # For its structure; what it holds is replaced.
             leaves, structure = tree_flatten(self.raw(torch.zeros(batch, 3, *image_shape)))
-        given = iter(outputs.values())
-        filled = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        tensors = iter(outputs.values())
+        filled = [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         return self.decode(tree_unflatten(filled, structure), image_shape, **thresholds)
 
-    def segment(self, raw: Any, found: Sequence[Detections]) -> list[Detections]:
-        """`found`, what `decode` made of `raw`, with masks `(k, m, m)` in [0, 1] where the network
-        predicts them; see `Detections`."""
-        return list(found)
+    def segment(self, raw: Any, detections: Sequence[Detections]) -> list[Detections]:
+        """`detections`, what `decode` made of `raw`, with masks `(k, m, m)` in [0, 1] where the
+        network predicts them; see `Detections`."""
+        return list(detections)
 
     def detect(self, images: Tensor, *, masks: bool = False, **thresholds: Any) -> list[Detections]:
         """Detections for images `(n, 3, h, w)` in [0, 1], one per image; see `decode`.
@@ -322,5 +322,5 @@ class Detector(Model):
         """
         with torch.no_grad():
             raw = self.raw(images)
-            found = self.decode(raw, (images.shape[2], images.shape[3]), **thresholds)
-            return self.segment(raw, found) if masks else found
+            detections = self.decode(raw, (images.shape[2], images.shape[3]), **thresholds)
+            return self.segment(raw, detections) if masks else detections

@@ -80,10 +80,10 @@ class _Counting(TorchDispatchMode):
         name = func.overloadpacket.__name__
         pointwise = torch.Tag.pointwise in func.tags
         shape = shape_of(name, args, kwargs, pointwise=pointwise)
-        made = size_of_new(name, args)
-        self.made += made
+        size = size_of_new(name, args)
+        self.made += size
         self.multiplied += multiplications(name, args, shape)
-        if max(made, math.prod(shape or ())) > MOST_VALUES or self.made > self.most:
+        if max(size, math.prod(shape or ())) > MOST_VALUES or self.made > self.most:
             raise UserError(
                 f"{self.source} asks for a network of more than {MOST_VALUES} numbers in a tensor, "
                 f"or of more than {self.most} in all"
@@ -94,12 +94,12 @@ class _Counting(TorchDispatchMode):
             )
         if self.unfilled and name in _FILLING and args[0].numel() > _LARGE:
             return args[0]
-        known = _on_meta(name, args, kwargs, shape, made)
+        known = _on_meta(name, args, kwargs, shape, size)
         return func(*args, **kwargs) if known is None else known
 
 
 def _on_meta(
-    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], shape: list[int] | None, made: int
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], shape: list[int] | None, size: int
 ) -> Any:
     """What an operation gives where tensors have no numbers, if its shape is known; None: else.
 
@@ -108,7 +108,7 @@ def _on_meta(
     if name == "arange":
         if kwargs.get("device") != torch.device("meta"):
             return None
-        return torch.empty(made, dtype=kwargs.get("dtype"), device="meta")
+        return torch.empty(size, dtype=kwargs.get("dtype"), device="meta")
     first = args[0] if args else None
     x = first[0] if isinstance(first, list | tuple) and first else first
     if not isinstance(x, Tensor) or not x.is_meta:

@@ -149,9 +149,9 @@ def find_model(checkpoint: Checkpoint) -> Inert | nn.Module:
     candidates = [root.get("ema"), root.get("model")] if isinstance(root, dict) else [root]
     for candidate in candidates:
         # Some keep the number of updates beside it.
-        found = candidate[0] if isinstance(candidate, tuple) and candidate else candidate
-        if _is_module(found):
-            return _unwrapped(found)
+        network = candidate[0] if isinstance(candidate, tuple) and candidate else candidate
+        if _is_module(network):
+            return _unwrapped(network)
     if _holds_tensors(root):
         raise UserError(
             f"{checkpoint.path} holds tensors only (a state dict), not the architecture they "
@@ -200,14 +200,14 @@ def _is_module(value: Any) -> bool:
 def _holds_tensors(root: Any, depth: int = 3) -> bool:
     """Whether tensors lie in a mapping, or in those that lie in it."""
     level = [root]
-    seen: set[int] = set()
+    visited: set[int] = set()
     for _ in range(depth + 1):
         if any(isinstance(value, Tensor) for value in level):
             return True
         # Each once, however often it is named.
         mappings = {id(value): value for value in level if isinstance(value, dict)}
-        level = [part for key in mappings.keys() - seen for part in mappings[key].values()]
-        seen |= mappings.keys()
+        level = [part for key in mappings.keys() - visited for part in mappings[key].values()]
+        visited |= mappings.keys()
     return False
 
 
@@ -241,8 +241,8 @@ def _group(module: Inert, name: str) -> dict[str, Any]:
     group = module.state.get(name)
     if group is None:
         return {}
-    named = isinstance(group, dict) and len(group) <= MOST_TENSORS
-    if not named or not all(isinstance(key, str) for key in group):
+    usable = isinstance(group, dict) and len(group) <= MOST_TENSORS
+    if not usable or not all(isinstance(key, str) for key in group):
         raise UserError(
             f"the checkpoint is damaged: a {shown(module.class_name)} has {brief(group)} for its "
             f"{name}"
@@ -296,11 +296,11 @@ def state_dict_of(module: Inert | nn.Module, source: str = "the checkpoint") -> 
             transient = inner.state.get("_non_persistent_buffers_set") or ()
             skipped = transient if isinstance(transient, set | frozenset | list) else ()
             buffers = _group(inner, "_buffers").items()
-            own = {
+            members = {
                 **_group(inner, "_parameters"),
                 **{key: value for key, value in buffers if key not in skipped},
             }
-            for key, value in own.items():
+            for key, value in members.items():
                 full = f"{name}.{key}" if name else key
                 if isinstance(value, Tensor):
                     tensors[full] = value.detach()

@@ -38,8 +38,8 @@ class Preprocessing:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
-        found = asdict(self)
-        return {**found, "mean": list(self.mean), "std": list(self.std)}
+        fields = asdict(self)
+        return {**fields, "mean": list(self.mean), "std": list(self.std)}
 
     def changed(self, values: dict[str, Any], source: str) -> Preprocessing:
         """The same with other values, as files have them; keys that are no fields do not count.
@@ -59,11 +59,13 @@ class Preprocessing:
             "interpolation": (lambda v: v in ("bilinear", "bicubic"), "bilinear or bicubic"),
         }
         known = {**self.to_dict()}
-        for key, (good, wanted) in checks.items():
+        for key, (good, expected) in checks.items():
             if key not in values:
                 continue
             if not good(values[key]):
-                raise UserError(f"{source}: {key} is {brief(values[key])}, and should be {wanted}")
+                raise UserError(
+                    f"{source}: {key} is {brief(values[key])}, and should be {expected}"
+                )
             known[key] = values[key]
         known["mean"], known["std"] = tuple(known["mean"]), tuple(known["std"])
         return Preprocessing(**known)
@@ -112,11 +114,11 @@ class Classifier(Model):
         data = targets.data.float()
         image, category = data[:, 0].long(), data[:, 1].long()
         shares.index_put_((image, category), data[:, 4] * data[:, 5], accumulate=True)
-        whole = shares.sum(dim=1, keepdim=True)
-        labelled = whole[:, 0] > 0
-        wanted = shares / whole.clamp_min(torch.finfo(shares.dtype).tiny)
-        each = -(wanted * F.log_softmax(raw.float(), dim=1)).sum(dim=1)
-        return {"class": each[labelled].sum() / labelled.sum().clamp_min(1)}
+        totals = shares.sum(dim=1, keepdim=True)
+        labelled = totals[:, 0] > 0
+        target_shares = shares / totals.clamp_min(torch.finfo(shares.dtype).tiny)
+        losses = -(target_shares * F.log_softmax(raw.float(), dim=1)).sum(dim=1)
+        return {"class": losses[labelled].sum() / labelled.sum().clamp_min(1)}
 
     def distillation_pairs(
         self, student_raw: Tensor, teacher_raw: Tensor

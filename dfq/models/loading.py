@@ -29,7 +29,7 @@ from .tensors import read_metadata, read_safetensors
 if TYPE_CHECKING:
     from .classifiers.classifier import NetworkClassifier
 
-Found = TypeVar("Found")
+Reading = TypeVar("Reading")
 
 TORCHVISION = "torchvision/"
 """What the name of a network of torchvision starts with."""
@@ -141,8 +141,8 @@ def _meant(name: str, path: Path) -> str:
     beside: list[str] = []
     if path.parent.is_dir():
         # Only the names of files that could be one.
-        found = itertools.islice(path.parent.iterdir(), 1000)
-        beside = sorted(str(p) for p in found if p.suffix.lower() in _SUFFIXES)
+        files = itertools.islice(path.parent.iterdir(), 1000)
+        beside = sorted(str(p) for p in files if p.suffix.lower() in _SUFFIXES)
     known = ["demo", *published(), *shipped_names()]
     known += [TORCHVISION + model for model in (*MODELS, *NETWORKS)]
     return suggestion(str(path) if "/" in name else name, [*beside, *known])
@@ -259,9 +259,9 @@ def _from_safetensors(path: Path) -> Model:
         from .classifiers.loading import described_by
 
         told = described_by(metadata, str(path))
-        found = _recognised(Checkpoint(path, sha256_of(path), read_safetensors(path)), told)
-        if found is not None:
-            return found
+        classifier = _recognised(Checkpoint(path, sha256_of(path), read_safetensors(path)), told)
+        if classifier is not None:
+            return classifier
     return read_detector(path)
 
 
@@ -285,21 +285,26 @@ def _from_checkpoint(path: Path, trust: bool) -> Model:
 
     def read() -> Model | str:
         with naming(path):
-            if holds_no_module(checkpoint) and (found := _recognised(checkpoint, {})) is not None:
-                return found
+            if (
+                holds_no_module(checkpoint)
+                and (classifier := _recognised(checkpoint, {})) is not None
+            ):
+                return classifier
             for family in _families():
                 if family.matches(checkpoint):
                     with bounded(str(path), most=most_for(path.stat().st_size)):
                         return family.from_checkpoint(checkpoint)
             return class_of(find_model(checkpoint))
 
-    found = _odd(path, read)
-    if isinstance(found, Model):
-        return found
-    raise UserError(f"{path} holds a {brief(found)[1:-1]}, not a detector of YOLOv5 or Ultralytics")
+    content = _odd(path, read)
+    if isinstance(content, Model):
+        return content
+    raise UserError(
+        f"{path} holds a {brief(content)[1:-1]}, not a detector of YOLOv5 or Ultralytics"
+    )
 
 
-def _odd(path: Path, read: Callable[[], Found]) -> Found:
+def _odd(path: Path, read: Callable[[], Reading]) -> Reading:
     """What a function makes of a checkpoint."""
     try:
         return read()

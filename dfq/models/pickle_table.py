@@ -101,8 +101,8 @@ _MOST_REPEATED = 1 << 20
 
 def _tensor(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
     # The rest (requires_grad, hooks, conjugate and negative bits) has no use in a trained network.
-    there = storage._untyped_storage.nbytes() // storage.dtype.itemsize
-    size, stride = _layout(there, offset, size, stride)
+    stored = storage._untyped_storage.nbytes() // storage.dtype.itemsize
+    size, stride = _layout(stored, offset, size, stride)
     return torch._utils._rebuild_tensor(storage, offset, size, stride)
 
 
@@ -116,7 +116,7 @@ def _tensor_of_dtype(
     return torch.empty(0, dtype=dtype).set_(untyped, offset, size, stride)
 
 
-def _layout(there: int, offset: Any, size: Any, stride: Any) -> tuple[Any, Any]:
+def _layout(stored: int, offset: Any, size: Any, stride: Any) -> tuple[Any, Any]:
     """Size and stride of a tensor, checked against the numbers its storage holds: torch would make
     the storage larger, or leave a tensor of any size to who looks at it."""
     size, stride = tuple(size), tuple(stride)
@@ -125,7 +125,7 @@ def _layout(there: int, offset: Any, size: Any, stride: Any) -> tuple[Any, Any]:
         raise pickle.UnpicklingError("the layout of a tensor is not of whole numbers")
     count = math.prod(size)
     reach = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) + 1
-    if (count and reach > there) or count > max(there, _MOST_REPEATED):
+    if (count and reach > stored) or count > max(stored, _MOST_REPEATED):
         raise pickle.UnpicklingError("a tensor is larger than what is stored of it")
     if any(part > _MOST_REPEATED for part in size if not count):
         raise pickle.UnpicklingError("a tensor is empty and large")
@@ -170,15 +170,15 @@ _CONTAINERS = (list, tuple, dict, set, frozenset, str, bytes, bytearray, torch.S
 _SCALARS = (str, bytes, int, float, bool, complex, type(None))
 
 
-def _items(given: Any = ()) -> Any:
+def _items(contents: Any = ()) -> Any:
     """What a container may be made of: another one, not what may be endless or count to 10**18."""
-    if type(given) not in _CONTAINERS and not isinstance(given, dict):
-        raise pickle.UnpicklingError(f"a container is made of a {type(given).__name__}")
-    return given
+    if type(contents) not in _CONTAINERS and not isinstance(contents, dict):
+        raise pickle.UnpicklingError(f"a container is made of a {type(contents).__name__}")
+    return contents
 
 
-def _pairs(given: Any = ()) -> dict[Any, Any]:
-    pairs = list(given.items() if isinstance(given, dict) else _items(given))
+def _pairs(contents: Any = ()) -> dict[Any, Any]:
+    pairs = list(contents.items() if isinstance(contents, dict) else _items(contents))
     for pair in pairs:
         if not (isinstance(pair, list | tuple) and len(pair) == 2):
             raise pickle.UnpicklingError("a mapping is made of something else than pairs")
@@ -186,8 +186,8 @@ def _pairs(given: Any = ()) -> dict[Any, Any]:
     return {pair[0]: pair[1] for pair in pairs}
 
 
-def _members(given: Any = ()) -> list[Any]:
-    members = list(_items(given))
+def _members(contents: Any = ()) -> list[Any]:
+    members = list(_items(contents))
     for member in members:
         check_key(member)
     return members
@@ -199,72 +199,72 @@ def check_key(key: Any) -> None:
     Raises:
         UnpicklingError: it is such a one.
     """
-    left, count = [key], 0
-    while left:
-        part = left.pop()
+    pending, count = [key], 0
+    while pending:
+        part = pending.pop()
         count += 1
         if isinstance(part, tuple):
-            left += part
+            pending += part
         elif isinstance(part, frozenset):
             raise pickle.UnpicklingError("a key is a set")
-        if count + len(left) > 1000:
+        if count + len(pending) > 1000:
             raise pickle.UnpicklingError("a key is too large")
 
 
-def _text(given: Any = "", encoding: Any = "utf-8", *_: Any) -> str:
-    if isinstance(given, bytes | bytearray) and encoding in ("utf-8", "latin1", "latin-1", "ascii"):
-        return given.decode(encoding)
-    if type(given) not in _SCALARS:
-        raise pickle.UnpicklingError(f"text is made of a {type(given).__name__}")
-    return str(given)
+def _text(value: Any = "", encoding: Any = "utf-8", *_: Any) -> str:
+    if isinstance(value, bytes | bytearray) and encoding in ("utf-8", "latin1", "latin-1", "ascii"):
+        return value.decode(encoding)
+    if type(value) not in _SCALARS:
+        raise pickle.UnpicklingError(f"text is made of a {type(value).__name__}")
+    return str(value)
 
 
 def _bytes(kind: type) -> Callable[..., Any]:
-    def make(given: Any = b"", encoding: Any = None) -> Any:
-        if isinstance(given, str):
-            return kind(_latin1(given, encoding))
-        if isinstance(given, int):
+    def make(value: Any = b"", encoding: Any = None) -> Any:
+        if isinstance(value, str):
+            return kind(_latin1(value, encoding))
+        if isinstance(value, int):
             raise pickle.UnpicklingError("bytes are made of a number")
-        return kind(_items(given))
+        return kind(_items(value))
 
     return make
 
 
 def _range(*limits: Any) -> range:
-    found = range(*limits)
-    if len(found) > _MOST_REPEATED:
+    numbers = range(*limits)
+    if len(numbers) > _MOST_REPEATED:
         raise pickle.UnpicklingError("a range is too long")
-    return found
+    return numbers
 
 
-def _default(factory: Any = None, given: Any = ()) -> collections.defaultdict[Any, Any]:
+def _default(factory: Any = None, contents: Any = ()) -> collections.defaultdict[Any, Any]:
     if factory is not None and not callable(factory):
         raise pickle.UnpicklingError("a default is made by no function")
-    return collections.defaultdict(factory, _pairs(given))
+    return collections.defaultdict(factory, _pairs(contents))
 
 
 def _allowed() -> dict[str, Any]:
     """Every name that is given a real meaning: immutable types, dtypes and wrapped functions."""
     table: dict[str, Any] = {
-        "builtins.list": Function(lambda given=(): list(_items(given))),
-        "builtins.tuple": Function(lambda given=(): tuple(_items(given))),
+        "builtins.list": Function(lambda contents=(): list(_items(contents))),
+        "builtins.tuple": Function(lambda contents=(): tuple(_items(contents))),
         "builtins.dict": Function(_pairs),
-        "builtins.set": Function(lambda given=(): set(_members(given))),
-        "builtins.frozenset": Function(lambda given=(): frozenset(_members(given))),
+        "builtins.set": Function(lambda contents=(): set(_members(contents))),
+        "builtins.frozenset": Function(lambda contents=(): frozenset(_members(contents))),
         "builtins.str": Function(_text),
         "builtins.bytes": Function(_bytes(bytes)),
         "builtins.bytearray": Function(_bytes(bytearray)),
         "builtins.range": Function(_range),
         "collections.OrderedDict": Function(
-            lambda given=(): collections.OrderedDict(_pairs(given))
+            lambda contents=(): collections.OrderedDict(_pairs(contents))
         ),
         "collections.defaultdict": Function(_default),
         "collections.Counter": Function(_pairs),
-        "collections.deque": Function(lambda given=(), *_: list(_items(given))),
+        "collections.deque": Function(lambda contents=(), *_: list(_items(contents))),
         "_codecs.encode": Function(_latin1),
         "copyreg._reconstructor": Function(_plain_object),
         "numpy._core.multiarray.scalar": Function(_numpy_scalar),
-        "torch.Size": Function(lambda given=(): torch.Size(_items(given))),
+        "torch.Size": Function(lambda contents=(): torch.Size(_items(contents))),
         "torch.device": torch.device,
         "torch.UntypedStorage": _ByteStorage(),
         "torch.storage.UntypedStorage": _ByteStorage(),

@@ -45,10 +45,10 @@ def take_over_activations(network: nn.Module, model: Any, source: str) -> Change
     """
     theirs = dict(modules_of(model))
     changes: Changes = {}
-    for name, own in network.named_modules(remove_duplicate=False):
-        if activations.is_listed(own):
-            text = _activation(theirs.get(name), own, name, source)
-            if text != activations.describe(own):
+    for name, module in network.named_modules(remove_duplicate=False):
+        if activations.is_listed(module):
+            text = _activation(theirs.get(name), module, name, source)
+            if text != activations.describe(module):
                 changes.setdefault(text, []).append(name)
     apply_changes(network, changes, source)
     return changes
@@ -65,10 +65,10 @@ def check_layers(network: nn.Module, model: Any, source: str) -> None:
         UserError: names the first such layer.
     """
     theirs = dict(modules_of(model))
-    for name, own in network.named_modules():
+    for name, module in network.named_modules():
         part = theirs.get(name)
-        if part is not None and name and not activations.is_listed(own):
-            _check_layer(own, part, name, source)
+        if part is not None and name and not activations.is_listed(module):
+            _check_layer(module, part, name, source)
 
 
 def apply_changes(network: nn.Module, changes: Any, source: str) -> None:
@@ -97,11 +97,11 @@ def apply_changes(network: nn.Module, changes: Any, source: str) -> None:
             setattr(network.get_submodule(parent), leaf, module.requires_grad_(False))
 
 
-def _activation(part: Any, own: nn.Module, name: str, source: str) -> str:
+def _activation(part: Any, module: nn.Module, name: str, source: str) -> str:
     if part is None:
-        if isinstance(own, nn.Identity):
+        if isinstance(module, nn.Identity):
             # Newer versions have a place for one where older ones have nothing.
-            return str(activations.describe(own))
+            return str(activations.describe(module))
         raise UserError(f"{source} has no activation in {name}, or one that is no module: refused")
     try:
         text = activations.describe(part)
@@ -115,48 +115,48 @@ def _activation(part: Any, own: nn.Module, name: str, source: str) -> str:
     return text
 
 
-def _check_layer(own: nn.Module, part: Any, name: str, source: str) -> None:
-    theirs = class_of(part)
-    of_torch = type(own).__module__.startswith("torch.nn.")
-    if of_torch or theirs.startswith("torch.nn."):
-        kind = theirs.rpartition(".")[2]
-        alike = kind in (cls.__name__ for cls in type(own).__mro__)
-        if not alike or (of_torch and not theirs.startswith("torch.nn.")):
+def _check_layer(module: nn.Module, part: Any, name: str, source: str) -> None:
+    class_name = class_of(part)
+    of_torch = type(module).__module__.startswith("torch.nn.")
+    if of_torch or class_name.startswith("torch.nn."):
+        kind = class_name.rpartition(".")[2]
+        alike = kind in (cls.__name__ for cls in type(module).__mro__)
+        if not alike or (of_torch and not class_name.startswith("torch.nn.")):
             raise UserError(
                 f"{source} has a {shown(kind)} in {name}, where its description gives a "
-                f"{type(own).__name__}: the network was changed past its description"
+                f"{type(module).__name__}: the network was changed past its description"
             )
-        keys = [key for key in getattr(type(own), "__constants__", ()) if key not in _FREE]
+        keys = [key for key in getattr(type(module), "__constants__", ()) if key not in _FREE]
     else:
-        keys = [key for key in _OF_BLOCKS if key in vars(own)]
+        keys = [key for key in _OF_BLOCKS if key in vars(module)]
     for key in keys:
-        ours, given = getattr(own, key, None), attribute(part, key, getattr(own, key, None))
-        if key == "eps" and isinstance(own, nn.BatchNorm2d):
+        ours, theirs = getattr(module, key, None), attribute(part, key, getattr(module, key, None))
+        if key == "eps" and isinstance(module, nn.BatchNorm2d):
             # Each family has its own way with it.
             continue
-        if not _same(ours, given):
+        if not _same(ours, theirs):
             raise UserError(
-                f"{source} has {key} {_argument(given)} in {name}, where its description gives "
+                f"{source} has {key} {_argument(theirs)} in {name}, where its description gives "
                 f"{_argument(ours)}: the network was changed past its description"
             )
 
 
-def _same(ours: Any, given: Any) -> bool:
+def _same(ours: Any, theirs: Any) -> bool:
     """Whether two arguments of a layer say the same; PyTorch spreads one number over dimensions."""
-    if isinstance(ours, list | tuple) or isinstance(given, list | tuple):
-        size = max(len(part) for part in (ours, given) if isinstance(part, list | tuple))
+    if isinstance(ours, list | tuple) or isinstance(theirs, list | tuple):
+        size = max(len(part) for part in (ours, theirs) if isinstance(part, list | tuple))
         first, second = (
             list(part) if isinstance(part, list | tuple) else [part] * min(size, 8)
-            for part in (ours, given)
+            for part in (ours, theirs)
         )
         return len(first) == len(second) and all(map(_equal, first, second))
-    return _equal(ours, given)
+    return _equal(ours, theirs)
 
 
-def _equal(ours: Any, given: Any) -> bool:
+def _equal(ours: Any, theirs: Any) -> bool:
     if not isinstance(ours, int | float | str | type(None)):
         return True
-    return isinstance(given, int | float | str | type(None)) and bool(ours == given)
+    return isinstance(theirs, int | float | str | type(None)) and bool(ours == theirs)
 
 
 def _argument(value: Any) -> str:

@@ -70,14 +70,14 @@ class _Unpickler(_Written):
         super().__setattr__(name, value)
 
     def load_build(self) -> None:
-        given = self.stack[-2]
-        if isinstance(given, dict):
+        instance = self.stack[-2]
+        if isinstance(instance, dict):
             # What PyTorch notes beside a state dict. Kept, it might stand in for a method.
             self.stack.pop()
-        elif isinstance(given, Inert):
+        elif isinstance(instance, Inert):
             super().load_build()
         else:
-            raise pickle.UnpicklingError(f"a {type(given).__name__} is given a state")
+            raise pickle.UnpicklingError(f"a {type(instance).__name__} is given a state")
 
     def load_setitem(self) -> None:
         check_key(self.stack[-2])
@@ -139,10 +139,10 @@ class _Unpickler(_Written):
 
 def _checked(load: Callable[[Any], Any], storages: dict[str, int] | int) -> Callable[[Any], Any]:
     known: dict[str, int] = {} if isinstance(storages, int) else storages
-    left = storages if isinstance(storages, int) else 0
+    remaining = storages if isinstance(storages, int) else 0
 
     def persistent_load(saved: Any) -> Any:
-        nonlocal left
+        nonlocal remaining
         if not isinstance(saved, tuple) or len(saved) < 2:
             raise pickle.UnpicklingError("a storage has no name")
         # Files written before PyTorch 1.6 carry the source text of their classes. torch compares it
@@ -155,8 +155,8 @@ def _checked(load: Callable[[Any], Any], storages: dict[str, int] | int) -> Call
             raise pickle.UnpicklingError("a storage is described by other than text and a number")
         size = count * kind.dtype.itemsize
         if isinstance(storages, int) and key not in known:
-            left -= size
-            known[key] = size if left >= 0 else 0
+            remaining -= size
+            known[key] = size if remaining >= 0 else 0
         if size > known.get(key, 0):
             # torch would hand out whatever lies in memory behind it.
             raise pickle.UnpicklingError("a storage is larger than what is stored of it")

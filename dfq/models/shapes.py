@@ -51,8 +51,8 @@ def shape_of(
         return None
     shape = list(first.shape)
     if name == "convolution":
-        weight, turned, groups = args[1], args[6], args[8]
-        channels = weight.shape[1] * groups if turned else weight.shape[0]
+        weight, transposed, groups = args[1], args[6], args[8]
+        channels = weight.shape[1] * groups if transposed else weight.shape[0]
         return [shape[0], channels, *_sides(args)]
     if name in ("mm", "bmm"):
         return [*shape[:-1], args[1].shape[-1]]
@@ -66,16 +66,16 @@ def shape_of(
         return shape
     if name in ("sum", "mean") and len(args) > 1 and isinstance(args[1], list | tuple):
         over = {axis % len(shape) for axis in args[1]}
-        kept = len(args) > 2 and args[2]
+        keepdim = len(args) > 2 and args[2]
         sides = [1 if axis in over else side for axis, side in enumerate(shape)]
-        return [side for axis, side in enumerate(sides) if kept or axis not in over]
+        return [side for axis, side in enumerate(sides) if keepdim or axis not in over]
     if name in _AS_GIVEN or name in _NORMS:
         return shape
     if pointwise:
-        given = [part for part in args if isinstance(part, Tensor)]
+        tensors = [part for part in args if isinstance(part, Tensor)]
         # Each side is the longest; whether they go together shows when they are computed.
-        ndim = max(part.ndim for part in given)
-        padded = [(1,) * (ndim - part.ndim) + tuple(part.shape) for part in given]
+        ndim = max(part.ndim for part in tensors)
+        padded = [(1,) * (ndim - part.ndim) + tuple(part.shape) for part in tensors]
         return [0 if 0 in sides else max(sides) for sides in zip(*padded, strict=True)]
     return None
 
@@ -90,8 +90,8 @@ def multiplications(name: str, args: Sequence[Any], shape: list[int] | None) -> 
     if shape is None:
         return 0
     if name == "convolution":
-        x, weight, turned = args[0], args[1], args[6]
-        places = x.shape[2:] if turned else shape[2:]
+        x, weight, transposed = args[0], args[1], args[6]
+        places = x.shape[2:] if transposed else shape[2:]
         return int(x.shape[0] * math.prod(places) * weight.numel())
     if name in ("mm", "bmm"):
         return math.prod(shape) * int(args[0].shape[-1])
@@ -106,18 +106,18 @@ def _joined(name: str, parts: Sequence[Tensor], along: int) -> list[int] | None:
     if name == "stack":
         shape.insert(along % (len(shape) + 1), len(shapes))
     else:
-        shape[along] = sum(one[along] for one in shapes)
+        shape[along] = sum(sides[along] for sides in shapes)
     return shape
 
 
 def _sides(convolution: Sequence[Any]) -> list[int]:
     """Height and width of what a convolution of these arguments gives."""
-    x, weight, _, stride, padding, dilation, turned, extra, _ = convolution
+    x, weight, _, stride, padding, dilation, transposed, extra, _ = convolution
     return [
         max(
             0,
             (side - 1) * s - 2 * p + d * (k - 1) + e + 1
-            if turned
+            if transposed
             else (side + 2 * p - d * (k - 1) - 1) // s + 1,
         )
         for side, k, s, p, d, e in zip(

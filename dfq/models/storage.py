@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -16,6 +16,7 @@ from ..runtime.plain import one_line, parse_json
 from .base import Model
 from .bounded import bounded, most_for
 from .checkpoint import sha256_of
+from .registry import from_spec
 from .tensors import (
     check_kinds,
     read_metadata,
@@ -24,10 +25,6 @@ from .tensors import (
     sound,
     with_digest,
 )
-
-if TYPE_CHECKING:
-    pass
-from .registry import from_spec
 
 METADATA_KEY = "dfq"
 
@@ -128,10 +125,10 @@ def is_quantized(metadata: dict[str, str]) -> bool:
 def quantized_description(metadata: dict[str, str]) -> dict[str, Any] | None:
     """What a run's model says of itself; None where it is no such model, or of format 1."""
     try:
-        found = parse_json(metadata.get("dfq", "null"), "its description")
+        description = parse_json(metadata.get("dfq", "null"), "its description")
     except UserError:
         return None
-    if not isinstance(found, dict) or found.get("kind") != KIND:
+    if not isinstance(description, dict) or description.get("kind") != KIND:
         return None
     # Models of format 2 do not say it.
-    return {"format": 2, **found}
+    return {"format": 2, **description}

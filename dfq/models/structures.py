@@ -130,10 +130,10 @@ class Kinds:
 
     def channels(self, kind: int) -> list[int]:
         """Those that hold one kind."""
-        every, first = sum(self.sizes), sum(self.sizes[:kind])
+        total, first = sum(self.sizes), sum(self.sizes[:kind])
         return [
             start + first + channel
-            for start in range(0, self.repeats * every, every)
+            for start in range(0, self.repeats * total, total)
             for channel in range(self.sizes[kind])
         ]
 

@@ -133,31 +133,31 @@ def sound(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     if sum(tensor.numel() for tensor in tensors.values()) > MOST_WEIGHTS:
         raise UserError(f"{source} holds more than {MOST_WEIGHTS} weights, shared ones included")
     for name, tensor in tensors.items():
-        it = f"{source}: the tensor {shown(name)}"
+        where = f"{source}: the tensor {shown(name)}"
         if tensor.is_quantized or tensor.layout != torch.strided or tensor.is_complex():
-            raise UserError(f"{it} is {_kind(tensor)}, not plain numbers")
+            raise UserError(f"{where} is {_kind(tensor)}, not plain numbers")
         if not tensor.is_floating_point():
             result[name] = tensor
             continue
         if tensor.dtype not in _FLOATS:
             raise UserError(
-                f"{it} is of {_kind(tensor)}: give the weights as they were trained, in float32, "
-                "float16 or bfloat16"
+                f"{where} is of {_kind(tensor)}: give the weights as they were trained, in "
+                "float32, float16 or bfloat16"
             )
         cast = tensor.float()
         if not torch.isfinite(cast).all():
-            what = "NaN" if torch.isnan(cast).any() else "an infinity"
+            non_finite = "NaN" if torch.isnan(cast).any() else "an infinity"
             raise UserError(
-                f"{it} holds {what}: the training diverged or the file is damaged; name an "
-                "earlier checkpoint"
+                f"{where} holds {non_finite}: the training diverged or the file is damaged; name "
+                "an earlier checkpoint"
             )
         if name.rpartition(".")[2] == "running_var" and (cast < 0).any():
-            raise UserError(f"{it} holds a variance below zero: the file is damaged")
+            raise UserError(f"{where} holds a variance below zero: the file is damaged")
         result[name] = cast
     return result
 
 
-def check_kinds(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:
+def check_kinds(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str) -> None:
     """Refuse whole numbers in the place of weights, and the other way round.
 
     torch converts one into the other without a word.
@@ -165,15 +165,15 @@ def check_kinds(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], sou
     Raises:
         UserError: names the tensor.
     """
-    for name, tensor in given.items():
-        own = expected.get(name)
+    for name, tensor in tensors.items():
+        reference = expected.get(name)
         if name.endswith("num_batches_tracked"):
             # Averages of weights average it as well.
             continue
-        if own is not None and own.is_floating_point() != tensor.is_floating_point():
+        if reference is not None and reference.is_floating_point() != tensor.is_floating_point():
             raise UserError(
                 f"{source}: the tensor {shown(name)} is of {_kind(tensor)}, where the network has "
-                f"{_kind(own)}"
+                f"{_kind(reference)}"
             )
 
 

@@ -27,7 +27,6 @@ DISTILLED_PROPOSALS = 256
 DISTILLED_MASKS = 16
 """Of these, how many masks are predicted for: each costs as much as a hundred rows of classes."""
 
-
 DETECTED_MASKS = 100
 """Of an image's detections, best first, that get a mask: as many as COCO's evaluation counts."""
 
@@ -134,14 +133,14 @@ class TwoStageDetector(Detector):
         shape = (image_size, image_size)
         images = torch.zeros(1, 3, *shape, device=self.device)
         features = self.exportable(images).features
-        whole = [images.new_tensor([[0.0, 0.0, *shape]])]
+        whole_image = [images.new_tensor([[0.0, 0.0, *shape]])]
         names: dict[str, tuple[str, ...]] = {"heads": ("classes", "boxes")}
         if self.has_masks:
             names["masks"] = ("masks",)
         return {
             part: Part(
                 partial(self._head, part),
-                tuple(self._pool(part, features, whole, shape).shape[1:]),
+                tuple(self._pool(part, features, whole_image, shape).shape[1:]),
                 outputs,
             )
             for part, outputs in names.items()
@@ -174,8 +173,8 @@ class TwoStageDetector(Detector):
         where there are any) and NMS from outputs of the shapes in `TwoStageRaw`."""
         raw = self.raw_of(outputs, image_shape)
         masks = thresholds.pop("masks", False)
-        found = self.decode(raw, image_shape, **thresholds)
-        return self.segment(raw, found) if masks else found
+        detections = self.decode(raw, image_shape, **thresholds)
+        return self.segment(raw, detections) if masks else detections
 
     def raw(self, images: Tensor) -> TwoStageRaw:
         """Predictions for images `(n, 3, h, w)`, RGB in [0, 1], h and w multiples of `stride`.
@@ -188,8 +187,8 @@ class TwoStageDetector(Detector):
         raw = TwoStageRaw(features, objectness, deltas, shape, None, self)
         if torch.is_grad_enabled():
             return raw
-        given = next((proposals for batch, proposals in self._led if batch is images), None)
-        return raw._replace(second=self._second_stage(raw, given or self._proposals_of(raw)))
+        shared = next((proposals for batch, proposals in self._led if batch is images), None)
+        return raw._replace(second=self._second_stage(raw, shared or self._proposals_of(raw)))
 
     @contextmanager
     def shared_proposals(self, leader: Model, batches: Sequence[Tensor]) -> Iterator[None]:
@@ -217,30 +216,31 @@ class TwoStageDetector(Detector):
     def _proposals_of(self, raw: TwoStageRaw) -> list[Tensor]:
         return [
             # A network that proposes nothing looks at the whole image.
-            found if len(found) else found.new_tensor([[0.0, 0.0, *raw.shape[::-1]]])
-            for found in self._propose(raw)
+            boxes if len(boxes) else boxes.new_tensor([[0.0, 0.0, *raw.shape[::-1]]])
+            for boxes in self._propose(raw)
         ]
 
     def _second_stage(self, raw: TwoStageRaw, proposals: list[Tensor]) -> SecondStage:
         classes, boxes = self._classify(raw.features, proposals, raw.shape)
         masks = None
         if self.has_masks:
-            best = [found[:DISTILLED_MASKS] for found in proposals]
+            best = [image_proposals[:DISTILLED_MASKS] for image_proposals in proposals]
             masks = self._segment(raw.features, best, raw.shape)
         return SecondStage(proposals, classes, boxes, masks)
 
     @torch.no_grad()
-    def segment(self, raw: TwoStageRaw, found: Sequence[Detections]) -> list[Detections]:
-        """`found` with masks of the `DETECTED_MASKS` best, in networks that predict them."""
+    def segment(self, raw: TwoStageRaw, detections: Sequence[Detections]) -> list[Detections]:
+        """`detections` with masks of the `DETECTED_MASKS` best, in networks that predict them."""
         if not self.has_masks:
-            return list(found)
-        best = [one.boxes[:DETECTED_MASKS] for one in found]
-        labels = torch.cat([one.labels[:DETECTED_MASKS] for one in found])
+            return list(detections)
+        best = [per_image.boxes[:DETECTED_MASKS] for per_image in detections]
+        labels = torch.cat([per_image.labels[:DETECTED_MASKS] for per_image in detections])
         logits = self._segment(raw.features, best, raw.shape)
         masks = _columns(logits, labels, self._column_shift).float().sigmoid()
+        counts = [len(boxes) for boxes in best]
         return [
-            replace(one, masks=some)
-            for one, some in zip(found, masks.split([len(box) for box in best]), strict=True)
+            replace(per_image, masks=image_masks)
+            for per_image, image_masks in zip(detections, masks.split(counts), strict=True)
         ]
 
     @torch.no_grad()
@@ -258,8 +258,8 @@ class TwoStageDetector(Detector):
         logits = self._segment(raw.features, boxes, raw.shape)
         small = _columns(logits, torch.cat(labels), 0).sigmoid()[:, None]
         return [
-            paste_masks_in_image(some, box, raw.shape)[:, 0] > 0.5
-            for some, box in zip(small.split([len(box) for box in boxes]), boxes, strict=True)
+            paste_masks_in_image(masks, box, raw.shape)[:, 0] > 0.5
+            for masks, box in zip(small.split([len(box) for box in boxes]), boxes, strict=True)
         ]
 
     def levels(self, raw: TwoStageRaw) -> list[Tensor]:
@@ -297,28 +297,28 @@ class TwoStageDetector(Detector):
         teacher = teacher_raw.owner.second_stage(teacher_raw)
         student = student_raw.owner
         shape = student_raw.shape
-        proposals = [found[:DISTILLED_PROPOSALS] for found in teacher.proposals]
+        proposals = [image_proposals[:DISTILLED_PROPOSALS] for image_proposals in teacher.proposals]
         rows = _first_rows(teacher.proposals, DISTILLED_PROPOSALS)
         classes, boxes = student._classify(student_raw.features, proposals, shape)
         their_classes = teacher.classes[rows].detach()
         present, likeliest = self.foreground(their_classes)
         offsets = [
-            _columns(every.unflatten(1, (-1, 4)), likeliest, self._column_shift)
-            for every in (boxes, teacher.boxes[rows].detach())
+            _columns(deltas.unflatten(1, (-1, 4)), likeliest, self._column_shift)
+            for deltas in (boxes, teacher.boxes[rows].detach())
         ]
         pairs = [
             DistillationPair("class", classes, their_classes, "categorical", dim=1),
             DistillationPair("box", offsets[0], offsets[1], "value", weight=present[:, None]),
         ]
         if teacher.masks is not None:
-            best = [found[:DISTILLED_MASKS] for found in teacher.proposals]
-            chosen = _first_rows(proposals, DISTILLED_MASKS)
+            best = [image_proposals[:DISTILLED_MASKS] for image_proposals in teacher.proposals]
+            mask_rows = _first_rows(proposals, DISTILLED_MASKS)
             ours = student._segment(student_raw.features, best, shape)
             masks = [
-                _columns(every, likeliest[chosen], self._column_shift)
-                for every in (ours, teacher.masks.detach())
+                _columns(logits, likeliest[mask_rows], self._column_shift)
+                for logits in (ours, teacher.masks.detach())
             ]
-            weight = present[chosen, None, None] / masks[0][0].numel()
+            weight = present[mask_rows, None, None] / masks[0][0].numel()
             pairs.append(DistillationPair("mask", masks[0], masks[1], "bernoulli", weight=weight))
         return pairs
 

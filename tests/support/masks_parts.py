@@ -30,7 +30,7 @@ class Segmenting(FakeDetector):
     def has_masks(self) -> bool:
         return True
 
-    def segment(self, raw: Any, found: Any) -> list[Detections]:
+    def segment(self, raw: Any, detections: Any) -> list[Detections]:
         half = torch.zeros(28, 28)
         half[:, :14] = 1
-        return [replace(one, masks=half.expand(len(one), 28, 28)) for one in found]
+        return [replace(one, masks=half.expand(len(one), 28, 28)) for one in detections]

@@ -63,8 +63,8 @@ class NetworkClassifier(Classifier):
         """Logits `(n, classes)` for images `(n, 3, h, w)`, RGB in [0, 1], h and w multiples of
         `stride`."""
         self.check_sides(images)
-        found: Tensor = self.module(self.normalize(images))
-        return found
+        logits: Tensor = self.module(self.normalize(images))
+        return logits
 
     def feature_layers(self) -> list[str]:
         """The blocks but for the head."""
@@ -95,10 +95,10 @@ class NetworkClassifier(Classifier):
     def from_spec(cls, spec: dict[str, Any]) -> NetworkClassifier:
         source = source_of(spec)
         names, size, digest = stated(spec, source)
-        network, wanted = spec.get("network"), spec.get("preprocessing")
-        if not isinstance(network, dict) or not isinstance(wanted, dict):
+        network, settings = spec.get("network"), spec.get("preprocessing")
+        if not isinstance(network, dict) or not isinstance(settings, dict):
             raise UserError(f"the description of {source} is damaged (at 'network')")
-        preprocessing = Preprocessing(size).changed(wanted, source)
+        preprocessing = Preprocessing(size).changed(settings, source)
         module = build(network, len(names), source)
         return cls(module, network, names, preprocessing, fingerprint=digest, source=source)
 
@@ -121,9 +121,9 @@ def build(network: dict[str, Any], num_classes: int, source: str) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if isinstance(kind, str) and kind in _OWN and isinstance(arguments, dict):
-            made: nn.Module = _OWN[kind].build(arguments, num_classes, source)
+            module: nn.Module = _OWN[kind].build(arguments, num_classes, source)
         elif isinstance(kind, str) and zoo.is_named(kind):
-            made = zoo.build(kind, num_classes)
+            module = zoo.build(kind, num_classes)
         else:
             raise UserError(f"the description of {source} is of the network {brief(kind)}")
-    return made.eval().requires_grad_(False)
+    return module.eval().requires_grad_(False)

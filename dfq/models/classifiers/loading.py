@@ -34,23 +34,23 @@ def read_description(path: Path) -> dict[str, Any] | None:
     Raises:
         UserError: it is of a classifier and has an unknown key, or is no YAML.
     """
-    found = parse_yaml(read_small(path), str(path))
-    if not isinstance(found, dict) or NETWORK not in found:
+    description = parse_yaml(read_small(path), str(path))
+    if not isinstance(description, dict) or NETWORK not in description:
         return None
-    return _checked(plain_tree(found, str(path)), str(path))
+    return _checked(plain_tree(description, str(path)), str(path))
 
 
 def described_by(metadata: Mapping[str, str], source: str) -> dict[str, Any]:
     """The same of what the metadata of a `.safetensors` file say; other keys do not count."""
-    found = {}
+    description = {}
     for key in KEYS:
         if key in metadata:
             text = metadata[key]
             try:
-                found[key] = plain_tree(json.loads(text), source)
+                description[key] = plain_tree(json.loads(text), source)
             except (ValueError, RecursionError):
-                found[key] = text
-    return found
+                description[key] = text
+    return description
 
 
 def _checked(values: dict[str, Any], source: str) -> dict[str, Any]:
@@ -103,18 +103,18 @@ def recognised(checkpoint: Checkpoint, told: dict[str, Any]) -> NetworkClassifie
     source = str(checkpoint.path)
     tensors = tensors_of(checkpoint)
     renamed = vit.renamed(tensors)
-    wanted = told.get(NETWORK)
-    for kind, own, given in ((resnet.KIND, resnet, tensors), (vit.KIND, vit, renamed)):
-        found = own.described(given) if wanted in (None, kind) else None
-        if found is None:
+    requested_kind = told.get(NETWORK)
+    for kind, architecture, weights in ((resnet.KIND, resnet, tensors), (vit.KIND, vit, renamed)):
+        arguments = architecture.described(weights) if requested_kind in (None, kind) else None
+        if arguments is None:
             continue
         if kind == vit.KIND:
-            found = vit.completed(found, told, source)
-            preprocessing = vit.preprocessing(found)
+            arguments = vit.completed(arguments, told, source)
+            preprocessing = vit.preprocessing(arguments)
         else:
             preprocessing = resnet.PREPROCESSING
-        network = {"kind": kind, "arguments": found}
-        return _filled(network, given, preprocessing, told, checkpoint)
+        network = {"kind": kind, "arguments": arguments}
+        return _filled(network, weights, preprocessing, told, checkpoint)
     return None
 
 
@@ -130,10 +130,10 @@ def from_checkpoint(checkpoint: Checkpoint, told: dict[str, Any]) -> NetworkClas
     """
     kind, source = told[NETWORK], str(checkpoint.path)
     if not zoo.is_named(kind):
-        found = recognised(checkpoint, told)
-        if found is None:
+        classifier = recognised(checkpoint, told)
+        if classifier is None:
             raise UserError(f"{source}: holds no weights of a {kind}: check the description")
-        return found
+        return classifier
     tensors = tensors_of(checkpoint)
     with bounded(source, most=_most(checkpoint)):
         module = build({"kind": kind}, zoo.CLASSES, source)
@@ -170,9 +170,9 @@ def _filled(
         # What is told makes another network of the same weights.
         text = json.dumps([fingerprint, values], sort_keys=True)
         fingerprint = hashlib.sha256(text.encode()).hexdigest()
-    given = checkpoint.root.get("names") if isinstance(checkpoint.root, dict) else None
-    if given is not None and not isinstance(given, Tensor):
-        told = {"names": given, **told}
+    names = checkpoint.root.get("names") if isinstance(checkpoint.root, dict) else None
+    if names is not None and not isinstance(names, Tensor):
+        told = {"names": names, **told}
     return _made(module, network, count, preprocessing, told, source, fingerprint)
 
 
@@ -206,8 +206,8 @@ def _made(
     names = listed_names(list(names) if isinstance(names, tuple) else names, source)
     require_names(names, count, source)
     preprocessing = preprocessing.changed(told, source)
-    made = NetworkClassifier(
+    classifier = NetworkClassifier(
         module, network, names, preprocessing, fingerprint=fingerprint, source=source
     )
-    made.check_size(made.image_size, f"{source}: image_size")
-    return made
+    classifier.check_size(classifier.image_size, f"{source}: image_size")
+    return classifier

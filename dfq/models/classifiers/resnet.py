@@ -120,26 +120,28 @@ def described(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
     # Of bottlenecks there are none for small images here.
     if any(".conv3." in name for name in tensors):
         return None
-    found: dict[int, dict[int, int]] = {}
+    block_widths: dict[int, dict[int, int]] = {}
     for name, tensor in tensors.items():
         match = _FIRST.fullmatch(name)
         if match and tensor.ndim == 4:
-            found.setdefault(int(match[1]), {})[int(match[2])] = len(tensor)
-    stages = sorted(found)
+            block_widths.setdefault(int(match[1]), {})[int(match[2])] = len(tensor)
+    stages = sorted(block_widths)
     if not stages or stages != list(range(1, len(stages) + 1)):
         return None
-    if any(sorted(found[stage]) != list(range(len(found[stage]))) for stage in stages):
+    if any(
+        sorted(block_widths[stage]) != list(range(len(block_widths[stage]))) for stage in stages
+    ):
         return None
-    named = {
+    projected = {
         name: [f"layer{stage}.0.{name}.0.weight" in tensors for stage in stages]
         for name in PROJECTIONS
     }
-    projection = next((name for name in PROJECTIONS if any(named[name])), PROJECTIONS[0])
+    projection = next((name for name in PROJECTIONS if any(projected[name])), PROJECTIONS[0])
     return {
         "stem": len(stem),
-        "widths": [found[stage][0] for stage in stages],
-        "depths": [len(found[stage]) for stage in stages],
-        "projected": named[projection],
+        "widths": [block_widths[stage][0] for stage in stages],
+        "depths": [len(block_widths[stage]) for stage in stages],
+        "projected": projected[projection],
         "projection": projection,
         "head": head,
     }

@@ -32,17 +32,17 @@ def _walk(module: nn.Module, name: str) -> Iterator[str]:
             continue
         holds = type(child) in _LISTS or type(child).__name__ in _HOLDING_BLOCKS
         # Convolution, BatchNorm and activation one by one are one block.
-        if holds and not isinstance(child, Conv2dNormActivation) and not _is_one(child):
+        if holds and not isinstance(child, Conv2dNormActivation) and not _is_conv_block(child):
             yield from _walk(child, path)
         else:
             yield path
 
 
-def _is_one(module: nn.Module) -> bool:
+def _is_conv_block(module: nn.Module) -> bool:
     """Whether a list is a convolution and what goes with it."""
     weighted = [child for child in module.children() if any(True for _ in child.parameters())]
-    first, *rest = weighted
-    return isinstance(first, nn.Conv2d) and all(isinstance(part, _NORMS) for part in rest)
+    first, *others = weighted
+    return isinstance(first, nn.Conv2d) and all(isinstance(part, _NORMS) for part in others)
 
 
 def boundary(module: nn.Module) -> Boundary:
@@ -63,21 +63,21 @@ def _last_of(heads: list[str]) -> list[str]:
 
 def attention(module: nn.Module) -> list[str]:
     """The layers whose outputs are those of attention between tokens, `(n, tokens, channels)`."""
-    found = []
+    layers = []
     for name, child in module.named_modules():
         if isinstance(child, _ATTENTION):
             last = "out_proj" if isinstance(child, DecomposedAttention) else "proj"
-            found.append(f"{name}.{last}")
-    return found
+            layers.append(f"{name}.{last}")
+    return layers
 
 
 def features(module: nn.Module) -> list[str]:
     """The blocks before the head, whose outputs are maps or tokens."""
     last = boundary(module).last
-    found = []
+    layers = []
     for name in blocks(module):
         holds = any(f"{head}.".startswith(f"{name}.") for head in last)
         # Layers between pooling and the head give a vector.
         if not holds and not isinstance(module.get_submodule(name), nn.Linear):
-            found.append(name)
-    return found
+            layers.append(name)
+    return layers

@@ -199,13 +199,13 @@ def preprocessing(name: str, module: nn.Module, sha256: str | None) -> Preproces
         sha256: of the file of its weights; None: they are random.
     """
     if name.startswith(TIMM):
-        found = module.pretrained_cfg
-        bicubic = found.get("interpolation") == "bicubic"
+        config = module.pretrained_cfg
+        bicubic = config.get("interpolation") == "bicubic"
         return Preprocessing(
-            found["input_size"][-1],
-            tuple(found["mean"]),
-            tuple(found["std"]),
-            found["crop_pct"],
+            config["input_size"][-1],
+            tuple(config["mean"]),
+            tuple(config["std"]),
+            config["crop_pct"],
             "bicubic" if bicubic else "bilinear",
         )
     usual = Preprocessing(224, crop=0.875)
@@ -213,14 +213,14 @@ def preprocessing(name: str, module: nn.Module, sha256: str | None) -> Preproces
     for weights in get_model_weights(short) if sha256 and hasattr(models, short) else ():
         digest = weights.url.rpartition("-")[2].removesuffix(".pth")
         if sha256 is not None and sha256.startswith(digest):
-            given = weights.transforms()
-            (size,), (resized,) = given.crop_size, given.resize_size
+            transforms = weights.transforms()
+            (size,), (resized,) = transforms.crop_size, transforms.resize_size
             return Preprocessing(
                 size,
-                tuple(given.mean),
-                tuple(given.std),
+                tuple(transforms.mean),
+                tuple(transforms.std),
                 size / resized,
-                "bicubic" if "cubic" in given.interpolation.value else "bilinear",
+                "bicubic" if "cubic" in transforms.interpolation.value else "bilinear",
             )
     return usual
 
@@ -229,11 +229,11 @@ def preprocessing(name: str, module: nn.Module, sha256: str | None) -> Preproces
 def imagenet_names() -> tuple[str, ...]:
     """The 1,000 categories, each name once."""
     listed = models.ResNet18_Weights.IMAGENET1K_V1.meta["categories"]
-    seen: dict[str, int] = {}
+    counts: dict[str, int] = {}
     names = []
     for name in listed:
-        seen[name] = seen.get(name, 0) + 1
-        names.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+        counts[name] = counts.get(name, 0) + 1
+        names.append(name if counts[name] == 1 else f"{name} ({counts[name]})")
     return tuple(names)
 
 

@@ -268,5 +268,5 @@ def neck_layers(module: Any, *, inner: bool = False) -> list[str]:
 
 
 def _out_convs(neck: nn.Module) -> list[tuple[str, nn.Module]]:
-    found = getattr(neck, "out_convs", None)
-    return [(f"out_convs.{i}", part) for i, part in enumerate(found)] if found is not None else []
+    convs = getattr(neck, "out_convs", None)
+    return [(f"out_convs.{i}", part) for i, part in enumerate(convs)] if convs is not None else []

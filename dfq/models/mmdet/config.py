@@ -63,9 +63,9 @@ def _root() -> Path | None:
 def _shipped(root: Path | None) -> dict[str, Path]:
     if root is None:
         return {}
-    found = sorted(path for path in root.glob("*/*.py") if path.parent.name != "_base_")
+    paths = sorted(path for path in root.glob("*/*.py") if path.parent.name != "_base_")
     # The first of a name counts.
-    return {path.stem: path for path in reversed(found)}
+    return {path.stem: path for path in reversed(paths)}
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -175,7 +175,7 @@ def prepared(model: Any) -> Any:
 def _start(init: Any) -> Any:
     """How weights are initialised, without those that are read from a file."""
     if isinstance(init, list):
-        return [one for one in map(_start, init) if one is not None]
+        return [entry for entry in map(_start, init) if entry is not None]
     if isinstance(init, dict) and (init.get("type") == "Pretrained" or "checkpoint" in init):
         return None
     return init
@@ -305,10 +305,10 @@ def _files(part: Any) -> Iterator[str]:
         root = part.get("data_root")
         folder = Path(root) if isinstance(root, str) else Path()
         prefixes = part.get("data_prefix")
-        named = [part.get("ann_file")]
-        named += list(prefixes.values()) if isinstance(prefixes, Mapping) else []
+        names = [part.get("ann_file")]
+        names += list(prefixes.values()) if isinstance(prefixes, Mapping) else []
         # What has an address is read by other means than a file's.
-        texts = [name for name in named if isinstance(name, str) and name]
+        texts = [name for name in names if isinstance(name, str) and name]
         yield from (str(folder / name) for name in texts if "://" not in f"{root}{name}")
         part = [value for key, value in part.items() if key != "data_prefix"]
     if isinstance(part, list | tuple):

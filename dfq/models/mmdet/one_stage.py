@@ -111,8 +111,10 @@ class MMDetOneStage(MMDetDetector):
             [level.float() for level in output] if isinstance(output, list | tuple) else output
             for output in raw.outputs
         ]
-        found = head.predict_by_feat(*outputs, rescale=False, **options)
-        return [_detections(one, score_threshold, max_detections) for one in found]
+        predictions = head.predict_by_feat(*outputs, rescale=False, **options)
+        return [
+            _detections(instances, score_threshold, max_detections) for instances in predictions
+        ]
 
     def distillation_pairs(
         self, student_raw: OneStageRaw, teacher_raw: OneStageRaw
@@ -204,8 +206,10 @@ def _prediction_sizes(head: Any) -> set[int]:
     return {anchors * classes, anchors * 4, anchors * 4 * bins, anchors}
 
 
-def _detections(found: Any, score_threshold: float, most: int) -> Detections:
-    boxes = getattr(found.bboxes, "tensor", found.bboxes)
-    order = found.scores.argsort(descending=True, stable=True)
-    order = order[found.scores[order] > score_threshold][:most]
-    return Detections(boxes[order].float(), found.scores[order].float(), found.labels[order])
+def _detections(instances: Any, score_threshold: float, most: int) -> Detections:
+    boxes = getattr(instances.bboxes, "tensor", instances.bboxes)
+    order = instances.scores.argsort(descending=True, stable=True)
+    order = order[instances.scores[order] > score_threshold][:most]
+    return Detections(
+        boxes[order].float(), instances.scores[order].float(), instances.labels[order]
+    )

@@ -67,10 +67,10 @@ def registered() -> dict[str, Any]:
     from mmengine.registry import MODELS as ROOT
     from mmengine.registry import WEIGHT_INITIALIZERS
 
-    found: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     for registry in (WEIGHT_INITIALIZERS, ROOT, TASK_UTILS, MODELS):
-        found.update(registry.module_dict)
-    return found
+        entries.update(registry.module_dict)
+    return entries
 
 
 def undotted(name: str) -> str:

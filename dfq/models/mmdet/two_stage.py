@@ -33,7 +33,7 @@ class MMDetTwoStage(MMDetDetector, TwoStageDetector):
 
     @torch.no_grad()
     def _propose(self, raw: TwoStageRaw) -> list[Tensor]:
-        return [found.bboxes for found in self._proposals(raw)]
+        return [proposals.bboxes for proposals in self._proposals(raw)]
 
     def _proposals(self, raw: TwoStageRaw) -> list[Any]:
         batch = len(raw.features[0])
@@ -69,7 +69,8 @@ class MMDetTwoStage(MMDetDetector, TwoStageDetector):
             for labels, boxes in pixel_boxes(targets, batch, image_shape, device)
         ]
         boxes_alone = [
-            InstanceData(labels=torch.zeros_like(one.labels), bboxes=one.bboxes) for one in labelled
+            InstanceData(labels=torch.zeros_like(instances.labels), bboxes=instances.bboxes)
+            for instances in labelled
         ]
         with fixed_sampling(device):
             losses = self.module.rpn_head.loss_by_feat(
@@ -90,20 +91,22 @@ class MMDetTwoStage(MMDetDetector, TwoStageDetector):
             assigned = head.bbox_assigner.assign(priors, truth, None)
             levels = [level[index][None] for level in features]
             samples.append(head.bbox_sampler.sample(assigned, priors, truth, feats=levels))
-        found = head.bbox_loss(features, samples)
-        losses = dict(found["loss_bbox"])
+        box_results = head.bbox_loss(features, samples)
+        losses = dict(box_results["loss_bbox"])
         if self.has_masks and self.mask_targets != "none":
             self._add_masks(raw, labelled)
-            masks = head.mask_loss(features, samples, found["bbox_feats"], labelled)
-            losses.update(masks["loss_mask"])
+            mask_results = head.mask_loss(features, samples, box_results["bbox_feats"], labelled)
+            losses.update(mask_results["loss_mask"])
         return losses
 
     def _add_masks(self, raw: TwoStageRaw, labelled: list[Any]) -> None:
         masks = self._target_masks(
-            raw, [one.bboxes for one in labelled], [one.labels for one in labelled]
+            raw,
+            [instances.bboxes for instances in labelled],
+            [instances.labels for instances in labelled],
         )
-        for one, mask in zip(labelled, masks, strict=True):
-            one.masks = BitmapMasks(mask.cpu().numpy().astype(np.uint8), *raw.shape)
+        for instances, mask in zip(labelled, masks, strict=True):
+            instances.masks = BitmapMasks(mask.cpu().numpy().astype(np.uint8), *raw.shape)
 
     @torch.no_grad()
     def decode(
@@ -120,15 +123,18 @@ class MMDetTwoStage(MMDetDetector, TwoStageDetector):
         settings = copy.deepcopy(head.test_cfg)
         settings.score_thr, settings.max_per_img = score_threshold, max_detections
         settings.nms.iou_threshold = iou_threshold
-        counts = [len(found) for found in second.proposals]
-        found = head.bbox_head.predict_by_feat(
+        counts = [len(boxes) for boxes in second.proposals]
+        predictions = head.bbox_head.predict_by_feat(
             rois=bbox2roi(second.proposals).split(counts),
             cls_scores=second.classes.float().split(counts),
             bbox_preds=second.boxes.float().split(counts),
             batch_img_metas=metas(len(counts), image_shape),
             rcnn_test_cfg=settings,
         )
-        return [Detections(one.bboxes, one.scores, one.labels) for one in found]
+        return [
+            Detections(instances.bboxes, instances.scores, instances.labels)
+            for instances in predictions
+        ]
 
     def blocks(self) -> list[str]:
         """The blocks of the backbone, the pyramid's convolutions, then the heads."""

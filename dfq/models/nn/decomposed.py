@@ -44,7 +44,7 @@ class DecomposedDeconv(nn.Module):
         )
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *rest: Any, **options: Any
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **options: Any
     ) -> None:
         weight = state_dict.pop(f"{prefix}weight", None)
         if weight is not None:
@@ -53,9 +53,9 @@ class DecomposedDeconv(nn.Module):
             state_dict[f"{prefix}conv.weight"] = rows
         bias = state_dict.pop(f"{prefix}bias", None)
         if bias is not None:
-            each = self.shuffle.upscale_factor**2
-            state_dict[f"{prefix}conv.bias"] = bias.repeat_interleave(each)
-        super()._load_from_state_dict(state_dict, prefix, *rest, **options)
+            pixels = self.shuffle.upscale_factor**2
+            state_dict[f"{prefix}conv.bias"] = bias.repeat_interleave(pixels)
+        super()._load_from_state_dict(state_dict, prefix, *args, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(n, in, h, w)` to `(n, out, h * k, w * k)`."""
@@ -87,14 +87,14 @@ class DecomposedAttention(nn.Module):
         return layer._qkv_same_embed_dim and layer.bias_k is None and not layer.add_zero_attn
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *rest: Any, **options: Any
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **options: Any
     ) -> None:
         for kind in ("weight", "bias"):
             joint = state_dict.pop(f"{prefix}in_proj_{kind}", None)
             if joint is not None:
                 for name, part in zip(("query", "key", "value"), joint.chunk(3), strict=True):
                     state_dict[f"{prefix}{name}.{kind}"] = part
-        super()._load_from_state_dict(state_dict, prefix, *rest, **options)
+        super()._load_from_state_dict(state_dict, prefix, *args, **options)
 
     def forward(
         self,
@@ -152,9 +152,9 @@ def expose(module: nn.Module) -> None:
         for name, child in list(parent.named_children()):
             for hidden, shown in _REPLACEMENTS:
                 # mmcv's class of the same name adds what PyTorch before 1.4 lacked, and no more.
-                same = type(child) is hidden or (
+                replaceable = type(child) is hidden or (
                     isinstance(child, hidden)
                     and type(child).__module__ == "mmcv.cnn.bricks.wrappers"
                 )
-                if same and shown.fits(child):
+                if replaceable and shown.fits(child):
                     setattr(parent, name, shown(child).train(child.training))

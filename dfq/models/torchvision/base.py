@@ -166,9 +166,9 @@ def from_name(
     Raises:
         UserError: unknown name, or a checkpoint that does not fit.
     """
-    chosen = dict(options or {})
+    options = dict(options or {})
     if checkpoint is None:
-        module = build(name, COCO_CLASSES, chosen)
+        module = build(name, COCO_CLASSES, options)
         digest, source = fingerprint(module), f"{PREFIX}{name}"
         names, epsilon = default_names(COCO_CLASSES), None
     else:
@@ -176,19 +176,19 @@ def from_name(
         tensors = tensors_of(checkpoint)
         epsilon = released_epsilon(name, digest)
         count = classes_of(name, tensors, source)
-        module = build(name, count, chosen, epsilon=epsilon)
+        module = build(name, count, options, epsilon=epsilon)
         fill(module, tensors, source)
         names = _names_in(checkpoint, count)
     return _class_for(name)(
-        module, name, names, options=chosen, epsilon=epsilon, fingerprint=digest, source=source
+        module, name, names, options=options, epsilon=epsilon, fingerprint=digest, source=source
     )
 
 
 def _names_in(checkpoint: Checkpoint, count: int) -> list[str]:
-    given = checkpoint.root.get("names") if isinstance(checkpoint.root, dict) else None
-    if given is None or isinstance(given, Tensor):
+    stored_names = checkpoint.root.get("names") if isinstance(checkpoint.root, dict) else None
+    if stored_names is None or isinstance(stored_names, Tensor):
         return default_names(count)
-    names = listed_names(given, str(checkpoint.path))
+    names = listed_names(stored_names, str(checkpoint.path))
     if len(names) != count - 1:
         raise UserError(
             f"{checkpoint.path}: its {len(names)} names do not fit its {count - 1} classes (give "

@@ -86,8 +86,8 @@ class TorchvisionRCNN(TorchvisionDetector, TwoStageDetector):
         rpn, anchors = self.module.rpn, self._anchors(raw)
         objectness, deltas = concat_box_prediction_layers(list(raw.objectness), list(raw.deltas))
         labels, matched = rpn.assign_targets_to_anchors(anchors, labelled)
-        wanted = rpn.box_coder.encode(matched, anchors)
-        presence, offset = rpn.compute_loss(objectness, deltas, labels, wanted)
+        target_offsets = rpn.box_coder.encode(matched, anchors)
+        presence, offset = rpn.compute_loss(objectness, deltas, labels, target_offsets)
         return {"objectness": presence, "proposal": offset}
 
     def _second_loss(
@@ -95,28 +95,30 @@ class TorchvisionRCNN(TorchvisionDetector, TwoStageDetector):
     ) -> dict[str, Tensor]:
         heads = self.module.roi_heads
         proposals = raw.second.proposals if raw.second is not None else self._propose(raw)
-        sampled, matched, labels, wanted = heads.select_training_samples(list(proposals), labelled)
+        sampled, matched, labels, target_offsets = heads.select_training_samples(
+            list(proposals), labelled
+        )
         classes, boxes = self._classify(raw.features, sampled, raw.shape)
-        category, box = fastrcnn_loss(classes, boxes, labels, wanted)
+        category, box = fastrcnn_loss(classes, boxes, labels, target_offsets)
         losses = {"class": category, "box": box}
         if self.has_masks and self.mask_targets != "none":
-            chosen = [label > 0 for label in labels]
-            there = [boxes[mask] for boxes, mask in zip(sampled, chosen, strict=True)]
+            positives = [label > 0 for label in labels]
+            positive_boxes = [boxes[mask] for boxes, mask in zip(sampled, positives, strict=True)]
             losses["mask"] = maskrcnn_loss(
-                self._segment(raw.features, there, raw.shape),
-                there,
-                [one["masks"] for one in labelled],
-                [one["labels"] for one in labelled],
-                [index[mask] for index, mask in zip(matched, chosen, strict=True)],
+                self._segment(raw.features, positive_boxes, raw.shape),
+                positive_boxes,
+                [target["masks"] for target in labelled],
+                [target["labels"] for target in labelled],
+                [index[mask] for index, mask in zip(matched, positives, strict=True)],
             )
         return losses
 
     def _add_masks(self, raw: TwoStageRaw, labelled: list[dict[str, Tensor]]) -> None:
         masks = self._target_masks(
-            raw, [one["boxes"] for one in labelled], [one["labels"] for one in labelled]
+            raw, [target["boxes"] for target in labelled], [target["labels"] for target in labelled]
         )
-        for one, mask in zip(labelled, masks, strict=True):
-            one["masks"] = mask.to(torch.uint8)
+        for target, mask in zip(labelled, masks, strict=True):
+            target["masks"] = mask.to(torch.uint8)
 
     @torch.no_grad()
     def decode(

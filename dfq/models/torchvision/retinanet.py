@@ -35,9 +35,9 @@ class TorchvisionRetinaNet(TorchvisionDetector):
         """Predictions for images `(n, 3, h, w)`, RGB in [0, 1], h and w multiples of `stride`."""
         self.check_sides(images)
         features = self.pyramid(self.normalize(images))
-        found = self.module.head(features)
+        outputs = self.module.head(features)
         grids = tuple((level.shape[2], level.shape[3]) for level in features)
-        return RetinaNetRaw(found["cls_logits"], found["bbox_regression"], grids)
+        return RetinaNetRaw(outputs["cls_logits"], outputs["bbox_regression"], grids)
 
     def _counts(self, raw: RetinaNetRaw) -> list[int]:
         cells = [height * width for height, width in raw.grids]
@@ -45,8 +45,8 @@ class TorchvisionRetinaNet(TorchvisionDetector):
 
     def levels(self, raw: RetinaNetRaw) -> list[Tensor]:
         """`(n, classes + 5, anchors of the level)` a level."""
-        both = torch.cat([raw.classes, raw.boxes], dim=2).transpose(1, 2)
-        return list(both.split(self._counts(raw), dim=2))
+        joined = torch.cat([raw.classes, raw.boxes], dim=2).transpose(1, 2)
+        return list(joined.split(self._counts(raw), dim=2))
 
     def _anchors(self, raw: RetinaNetRaw, shape: tuple[int, int]) -> list[Tensor]:
         batch = len(raw.classes)
@@ -84,7 +84,7 @@ class TorchvisionRetinaNet(TorchvisionDetector):
     ) -> list[Detections]:
         """Detections by torchvision's decoder and NMS; boxes are clipped to the image."""
         counts = self._counts(raw)
-        anchors = [list(one.split(counts)) for one in self._anchors(raw, image_shape)]
+        anchors = [list(boxes.split(counts)) for boxes in self._anchors(raw, image_shape)]
         # The channel of the background is never right, but nothing keeps it from being high.
         classes = raw.classes.float().clone()
         classes[..., 0] = -torch.inf
@@ -93,10 +93,13 @@ class TorchvisionRetinaNet(TorchvisionDetector):
             "bbox_regression": list(raw.boxes.float().split(counts, dim=1)),
         }
         with _thresholds(self.module, score_threshold, iou_threshold, max_detections):
-            found = self.module.postprocess_detections(
+            predictions = self.module.postprocess_detections(
                 heads, anchors, [image_shape] * len(raw.classes)
             )
-        return [Detections(one["boxes"], one["scores"], one["labels"] - 1) for one in found]
+        return [
+            Detections(prediction["boxes"], prediction["scores"], prediction["labels"] - 1)
+            for prediction in predictions
+        ]
 
     def distillation_pairs(
         self, student_raw: RetinaNetRaw, teacher_raw: RetinaNetRaw

@@ -91,9 +91,9 @@ class UltralyticsDetector(Detector):
         model = find_model(checkpoint)
         source = str(checkpoint.path)
         class_name = class_of(model).rpartition(".")[2]
-        what = other_task(class_name)
-        if what is not None:
-            raise UserError(f"{source} is {what}: name the checkpoint of an object detector")
+        task = other_task(class_name)
+        if task is not None:
+            raise UserError(f"{source} is {task}: name the checkpoint of an object detector")
         yaml = checked_yaml(attribute(model, "yaml"), source)
         module = build(yaml, source, legacy_head=has_legacy_head(checkpoint))
         changes = load_strictly(module, checkpoint)
@@ -180,8 +180,8 @@ class UltralyticsDetector(Detector):
         levels = []
         for _, branch in raw.branches():
             # Place after place, as they lie in memory.
-            both = torch.cat([branch.boxes.mT, branch.scores.mT], dim=2)
-            pieces = both.split([height * width for height, width in branch.shapes], dim=1)
+            joined = torch.cat([branch.boxes.mT, branch.scores.mT], dim=2)
+            pieces = joined.split([height * width for height, width in branch.shapes], dim=1)
             levels += [
                 piece.mT.unflatten(2, shape)
                 for piece, shape in zip(pieces, branch.shapes, strict=True)

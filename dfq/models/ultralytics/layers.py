@@ -113,7 +113,7 @@ def checked_rows(yaml: dict[str, Any], source: str) -> None:
         raise UserError(f"{source}: has {len(rows)} layers; up to {MOST_ROWS} are possible")
     for index, row in enumerate(rows):
         where = f"{source}: layer {index}"
-        origin, repeats, layer, given = row
+        origin, repeats, layer, arguments = row
         origins = origin if isinstance(origin, list) else [origin]
         if not origins or not all(_whole(o) and -index - 1 <= o < index for o in origins):
             raise UserError(f"{where} ({layer}) takes its input from {brief(origin)}")
@@ -122,22 +122,22 @@ def checked_rows(yaml: dict[str, Any], source: str) -> None:
                 f"{where} ({layer}) is repeated {brief(repeats)} times; 1 to {MOST_REPEATS} are "
                 "possible"
             )
-        row[3] = _arguments(layer, given, yaml["nc"], where)
+        row[3] = _arguments(layer, arguments, yaml["nc"], where)
 
 
 def _check_multiples(yaml: dict[str, Any], source: str) -> None:
     scales = yaml.get("scales") or {}
     if not isinstance(scales, dict):
         raise UserError(f"{source}: scales is {brief(scales)}, not a mapping")
-    multiples = ("depth_multiple", "width_multiple")
-    found: list[tuple[str, list[Any]]] = [(key, [yaml[key]]) for key in multiples if key in yaml]
+    keys = ("depth_multiple", "width_multiple")
+    multiples: list[tuple[str, list[Any]]] = [(key, [yaml[key]]) for key in keys if key in yaml]
     for name, scale in scales.items():
         if not isinstance(scale, list) or len(scale) != 3:
             raise UserError(f"{source}: scales.{name} is {brief(scale)}, not three numbers")
-        found.append((f"scales.{name}", scale[:2]))
+        multiples.append((f"scales.{name}", scale[:2]))
         if not _number(scale[2]) or not 1 <= scale[2] <= WIDEST:
             raise UserError(f"{source}: scales.{name} has the width {brief(scale[2])}")
-    for name, values in found:
+    for name, values in multiples:
         for value in values:
             if not _number(value) or not 0 < value <= LARGEST_MULTIPLE:
                 raise UserError(
@@ -156,16 +156,18 @@ def _check_multiples(yaml: dict[str, Any], source: str) -> None:
         raise UserError(f"{source}: scale and yaml_file are texts")
 
 
-def _arguments(layer: str, given: Any, classes: int, where: str) -> list[Any]:
-    if not isinstance(given, list):
-        raise UserError(f"{where} ({layer}) has {brief(given)} for its arguments, not a list")
+def _arguments(layer: str, arguments: Any, classes: int, where: str) -> list[Any]:
+    if not isinstance(arguments, list):
+        raise UserError(f"{where} ({layer}) has {brief(arguments)} for its arguments, not a list")
     if layer not in LAYERS:
-        return _of_activation(layer, given, where)
+        return _of_activation(layer, arguments, where)
     kinds = LAYERS[layer]
-    if len(given) > len(kinds):
-        raise UserError(f"{where}: {layer} takes up to {len(kinds)} arguments, not {len(given)}")
+    if len(arguments) > len(kinds):
+        raise UserError(
+            f"{where}: {layer} takes up to {len(kinds)} arguments, not {len(arguments)}"
+        )
     result = []
-    for place, (kind, value) in enumerate(zip(kinds, given, strict=False)):
+    for place, (kind, value) in enumerate(zip(kinds, arguments, strict=False)):
         value = _of_text(value)
         if kind == "c" and value == "nc":
             value = classes
@@ -236,10 +238,10 @@ def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _of_activation(layer: str, given: list[Any], where: str) -> list[Any]:
-    given = [_of_text(value) for value in given]
+def _of_activation(layer: str, arguments: list[Any], where: str) -> list[Any]:
+    arguments = [_of_text(value) for value in arguments]
     try:
-        activations.parse(f"{layer}({', '.join(repr(value) for value in given)})")
+        activations.parse(f"{layer}({', '.join(repr(value) for value in arguments)})")
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    return given
+    return arguments

@@ -65,8 +65,8 @@ def rules_of(criterion: Any) -> list[tuple[float, Rule]]:
     """The branches' weights and rules, from the loss that Ultralytics makes for a network."""
     if isinstance(criterion, v8DetectionLoss):
         return [(1.0, Rule.of(criterion))]
-    many, one = criterion.one2many, criterion.one2one
-    return [(criterion.o2m, Rule.of(many)), (criterion.o2o, Rule.of(one))]
+    one2many, one2one = criterion.one2many, criterion.one2one
+    return [(criterion.o2m, Rule.of(one2many)), (criterion.o2o, Rule.of(one2one))]
 
 
 @dataclass(frozen=True)
@@ -94,13 +94,14 @@ class Assignment:
 
     Attributes:
         image, point, index: int64 `(k,)`: the place, and which of the objects it answers for.
-        wanted: float32 `(k,)` in [0, 1]: the class score it is to have, its weight elsewhere.
+        target_scores: float32 `(k,)` in [0, 1]: the class score it is to have, its weight
+            elsewhere.
     """
 
     image: Tensor
     point: Tensor
     index: Tensor
-    wanted: Tensor
+    target_scores: Tensor
 
 
 def objects_of(targets: Tensor, image_shape: tuple[int, int]) -> Objects:
@@ -108,8 +109,8 @@ def objects_of(targets: Tensor, image_shape: tuple[int, int]) -> Objects:
     less those whose corners lie further above and left of the image's than below and right."""
     height, width = image_shape
     boxes = xywh2xyxy(targets[:, 2:6] * targets.new_tensor([width, height, width, height]))
-    seen = boxes.sum(1) > 0
-    return Objects(targets[seen, 0].long(), targets[seen, 1].long(), boxes[seen])
+    inside = boxes.sum(1) > 0
+    return Objects(targets[inside, 0].long(), targets[inside, 1].long(), boxes[inside])
 
 
 class _Rows(torch.autograd.Function):
@@ -136,18 +137,23 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, image: Tensor, category: Tensor, point: Tensor, wanted: Tensor
+        ctx: Any,
+        logits: Tensor,
+        image: Tensor,
+        category: Tensor,
+        point: Tensor,
+        target_scores: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(logits, image, category, point, wanted)
+        ctx.save_for_backward(logits, image, category, point, target_scores)
         positive = logits[image, category, point].float()
-        return F.softplus(logits.float()).sum() - (wanted * positive).sum()
+        return F.softplus(logits.float()).sum() - (target_scores * positive).sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        logits, image, category, point, wanted = ctx.saved_tensors
+        logits, image, category, point, target_scores = ctx.saved_tensors
         slope = logits.float().sigmoid()
-        slope[image, category, point] -= wanted
+        slope[image, category, point] -= target_scores
         return (slope * grad).to(logits.dtype), None, None, None, None
 
 
@@ -163,9 +169,9 @@ def _boxes(logits: Tensor, centres: Tensor) -> Tensor:
     return torch.cat([centres - left_top, centres + right_bottom], dim=1)
 
 
-def _overlaps(one: Tensor, other: Tensor) -> Tensor:
+def _overlaps(boxes: Tensor, other_boxes: Tensor) -> Tensor:
     """CIoU of boxes `(k, 4)`, pair by pair, `(k,)`."""
-    return bbox_iou(one, other, xywh=False, CIoU=True).squeeze(1)
+    return bbox_iou(boxes, other_boxes, xywh=False, CIoU=True).squeeze(1)
 
 
 def _best(
@@ -188,24 +194,24 @@ def assign(branch: Branch, objects: Objects, points: Points, rule: Rule) -> Assi
     overlap = _overlaps(objects.boxes[index], boxes).clamp_(0)
     score = branch.scores[image, objects.category[index], point].float().sigmoid()
     metric = score.pow(rule.score_power) * overlap.pow(rule.overlap_power)
-    chosen = _best(metric, index, point, shape, rule.points)
+    positive = _best(metric, index, point, shape, rule.points)
 
     # A point that several objects chose goes to the one in whose box it lies that it meets best,
     # the first of equals, whether or not that one chose it.
     places = len(branch.boxes) * shape[1]
     place = image * shape[1] + point
-    claims = chosen.new_zeros(places, dtype=torch.int32).index_add_(0, place, chosen.int())
+    claims = positive.new_zeros(places, dtype=torch.int32).index_add_(0, place, positive.int())
     best = overlap.new_zeros(places).scatter_reduce_(0, place, overlap, "amax")
     order = torch.arange(len(place), device=place.device)
     equals = overlap == best[place]
     first = order.new_full((places,), len(place))
     first.scatter_reduce_(0, place[equals], order[equals], "amin")
-    chosen = torch.where(claims[place] > 1, first[place] == order, chosen)
+    positive = torch.where(claims[place] > 1, first[place] == order, positive)
     if rule.kept != rule.points:
-        chosen &= _best(metric * chosen, index, point, shape, rule.kept)
+        positive &= _best(metric * positive, index, point, shape, rule.kept)
 
-    image, point, index = image[chosen], point[chosen], index[chosen]
-    metric, overlap = metric[chosen], overlap[chosen]
+    image, point, index = image[positive], point[positive], index[positive]
+    metric, overlap = metric[positive], overlap[positive]
     # The best of an object's points is to score what it overlaps, the others in proportion.
     top = metric.new_zeros(2, shape[0])
     top[0].scatter_reduce_(0, index, metric, "amax")
@@ -238,34 +244,36 @@ def branch_loss(branch: Branch, targets: Tensor, strides: Tensor, rule: Rule) ->
     (rows, columns), stride = branch.shapes[0], int(strides[0])
     height, width = rows * stride, columns * stride
     objects = objects_of(targets, (height, width))
-    found = assign(branch, objects, points, rule)
-    total = found.wanted.sum().clamp_(min=1)
+    assignment = assign(branch, objects, points, rule)
+    total = assignment.target_scores.sum().clamp_(min=1)
 
-    category = objects.category[found.index]
-    entropy = _CrossEntropy.apply(branch.scores, found.image, category, found.point, found.wanted)
-    logits = _Rows.apply(branch.boxes, found.image, found.point)
-    centres, scale = points.centres[found.point], points.strides[found.point]
-    boxes = objects.boxes[found.index] / scale
-    box = (1 - _overlaps(_boxes(logits, centres), boxes)) * found.wanted
-    wanted = torch.cat([centres - boxes[:, :2], boxes[:, 2:] - centres], dim=1)
+    category = objects.category[assignment.index]
+    entropy = _CrossEntropy.apply(
+        branch.scores, assignment.image, category, assignment.point, assignment.target_scores
+    )
+    logits = _Rows.apply(branch.boxes, assignment.image, assignment.point)
+    centres, scale = points.centres[assignment.point], points.strides[assignment.point]
+    boxes = objects.boxes[assignment.index] / scale
+    box = (1 - _overlaps(_boxes(logits, centres), boxes)) * assignment.target_scores
+    target_distances = torch.cat([centres - boxes[:, :2], boxes[:, 2:] - centres], dim=1)
     reg_max = logits.shape[1] // 4
     if reg_max > 1:
-        distance = _focal(logits.unflatten(1, (4, reg_max)), wanted)
+        distance = _focal(logits.unflatten(1, (4, reg_max)), target_distances)
     else:
         sides = scale / logits.new_tensor([width, height, width, height])
-        distance = ((logits - wanted) * sides).abs()
-    distance = distance.mean(1) * found.wanted
+        distance = ((logits - target_distances) * sides).abs()
+    distance = distance.mean(1) * assignment.target_scores
     gains = logits.new_tensor(rule.gains)
     return torch.stack([box.sum(), entropy, distance.sum()]) / total * gains
 
 
-def _focal(logits: Tensor, wanted: Tensor) -> Tensor:
+def _focal(logits: Tensor, distances: Tensor) -> Tensor:
     """Distribution focal loss (Li et al., 2020, eq. 6) of distances `(k, 4)` in bins, from logits
     `(k, 4, reg_max)`: the cross-entropies of the two bins next to one, by how near they are."""
     reg_max = logits.shape[2]
-    wanted = wanted.clamp(0, reg_max - 1.01)
-    left = wanted.long()
+    distances = distances.clamp(0, reg_max - 1.01)
+    left = distances.long()
     entropy = -logits.log_softmax(2)
-    right = wanted - left
+    right = distances - left
     near = entropy.gather(2, torch.stack([left, left + 1], dim=2))
     return near[..., 0] * (1 - right) + near[..., 1] * right

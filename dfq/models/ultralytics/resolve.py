@@ -111,11 +111,12 @@ def _yaml_file(path: Path) -> Path | None:
     stem = re.sub(r"^(yolov[58])([nslmx])6$", r"\1\2-p6", path.stem)
     stem = re.sub(r"^(yolov[35].*)u$", r"\1", stem)
     unified = re.sub(r"(\d+)([nslmx])(.+)?$", r"\1\3", stem)
-    wanted = [f"{one}{path.suffix}" for one in (stem, unified)] if path.name == str(path) else []
-    for one in wanted:
-        for found in _shipped():
-            if found.name == one:
-                return found
+    if path.name != str(path):
+        return None
+    for name in (f"{stem}{path.suffix}", f"{unified}{path.suffix}"):
+        for file in _shipped():
+            if file.name == name:
+                return file
     return None
 
 
@@ -152,8 +153,10 @@ def checked_yaml(yaml: Any, source: str) -> dict[str, Any]:
     layers = [row[2] for row in rows]
     head = layers[-1]
     if head not in _DETECTION_HEADS:
-        what = other_task(head) or f"a network that ends in {brief(head)}"
-        raise UserError(f"{source} is {what}: name an object detector (head Detect or v10Detect)")
+        network = other_task(head) or f"a network that ends in {brief(head)}"
+        raise UserError(
+            f"{source} is {network}: name an object detector (head Detect or v10Detect)"
+        )
     channels = plain.get("channels", plain.get("ch", 3))
     if channels != 3:
         raise UserError(
@@ -194,8 +197,10 @@ def _is_description(tree: Any) -> bool:
 
 def _is_there(layer: str) -> bool:
     """Whether the installed version has it."""
-    found = getattr(nn, layer[3:], None) if layer[:3] == "nn." else getattr(tasks, layer, None)
-    return isinstance(found, type) and issubclass(found, nn.Module)
+    layer_class = (
+        getattr(nn, layer[3:], None) if layer[:3] == "nn." else getattr(tasks, layer, None)
+    )
+    return isinstance(layer_class, type) and issubclass(layer_class, nn.Module)
 
 
 def build(yaml: dict[str, Any], source: str, *, legacy_head: bool | None = None) -> nn.Module:
@@ -262,11 +267,11 @@ def _set_class_branch(module: nn.Module, legacy: bool) -> None:
     channels = [branch[0].conv.in_channels for branch in head.cv2]
     two_branches = getattr(head, "one2one_cv3", None) is not None
     kind = type("Detect", (Detect,), {"legacy": legacy})
-    other = kind(head.nc, head.reg_max, two_branches, channels)
+    rebuilt = kind(head.nc, head.reg_max, two_branches, channels)
     head.legacy = legacy
-    head.cv3 = other.cv3
+    head.cv3 = rebuilt.cv3
     if two_branches:
-        head.one2one_cv3 = other.one2one_cv3
+        head.one2one_cv3 = rebuilt.one2one_cv3
     head.bias_init()
     initialize_weights(module)
 
@@ -294,9 +299,9 @@ def fetch(name: str) -> Path:
     Raises:
         UserError: it is no detector, or there is no network.
     """
-    what = other_task(name)
-    if what is not None:
-        raise UserError(f"{name} is {what}: name an object detector, e.g. yolo11n")
+    task = other_task(name)
+    if task is not None:
+        raise UserError(f"{name} is {task}: name an object detector, e.g. yolo11n")
     file = f"{name.removesuffix('.pt')}.pt"
     folder = Path(SETTINGS["weights_dir"]).resolve()
     path = folder / file

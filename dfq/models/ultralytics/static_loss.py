@@ -39,18 +39,20 @@ class _CrossEntropy(torch.autograd.Function):
     values, numbered one after the other, may be named twice, with scores that add up."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, value: Tensor, wanted: Tensor, shards: int) -> Tensor:
-        ctx.save_for_backward(logits, value, wanted)
-        positive = logits.view(-1).index_select(0, value).float() * wanted
-        each = F.softplus(logits.float()).view(shards, -1).sum(1)
-        return each - positive.view(shards, -1).sum(1)
+    def forward(
+        ctx: Any, logits: Tensor, value: Tensor, target_scores: Tensor, shards: int
+    ) -> Tensor:
+        ctx.save_for_backward(logits, value, target_scores)
+        positive = logits.view(-1).index_select(0, value).float() * target_scores
+        totals = F.softplus(logits.float()).view(shards, -1).sum(1)
+        return totals - positive.view(shards, -1).sum(1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        logits, value, wanted = ctx.saved_tensors
+        logits, value, target_scores = ctx.saved_tensors
         slope = logits.float().sigmoid()
-        slope.view(-1).index_add_(0, value, -wanted)
+        slope.view(-1).index_add_(0, value, -target_scores)
         slope = slope.view(len(grad), -1) * grad[:, None]
         return slope.view_as(logits).to(logits.dtype), None, None, None
 
@@ -82,12 +84,12 @@ def _assign(
     overlap = _overlaps_of_all(boxes, predicted).clamp_(0) * inside
     score = branch.scores[image, category].float().sigmoid()
     metric = score.pow(rule.score_power) * overlap.pow(rule.overlap_power) * inside
-    chosen = _best(metric, rule.points) & inside
+    positive = _best(metric, rule.points) & inside
 
     # A point that several objects chose goes to the one in whose box it lies that it meets best,
     # the first of equals, whether or not that one chose it.
     claims = torch.zeros(count, places, dtype=torch.int32, device=boxes.device)
-    claims.index_add_(0, image, chosen.int())
+    claims.index_add_(0, image, positive.int())
     where = image[:, None].expand_as(overlap)
     best = overlap.new_zeros(count, places).scatter_reduce_(0, where, overlap, "amax")
     order = torch.arange(len(image), device=image.device)[:, None].expand_as(overlap)
@@ -95,21 +97,21 @@ def _assign(
     first = torch.full_like(claims, len(image), dtype=torch.int64)
     candidates = torch.where(equals, order, len(image))
     first.scatter_reduce_(0, where, candidates, "amin")
-    chosen = torch.where(claims[image] > 1, first[image] == order, chosen) & inside
+    positive = torch.where(claims[image] > 1, first[image] == order, positive) & inside
     if rule.kept != rule.points:
-        chosen &= _best(metric * chosen, rule.kept)
+        positive &= _best(metric * positive, rule.kept)
 
     # The best of an object's points is to score what it overlaps, the others in proportion.
-    top = (metric * chosen).amax(1, keepdim=True), (overlap * chosen).amax(1, keepdim=True)
+    top = (metric * positive).amax(1, keepdim=True), (overlap * positive).amax(1, keepdim=True)
     owner = torch.full_like(first, -1)
-    owner.scatter_reduce_(0, where, torch.where(chosen, order, -1), "amax")
+    owner.scatter_reduce_(0, where, torch.where(positive, order, -1), "amax")
     return owner, metric * top[1] / (top[0] + rule.epsilon)
 
 
 def _overlaps_of_all(boxes: Tensor, predicted: Tensor) -> Tensor:
     """CIoU of boxes `(t, 4)` with `(t, A, 4)`: `(t, A)`."""
-    whole = boxes[:, None].expand_as(predicted)
-    return _overlaps(whole.reshape(-1, 4), predicted.reshape(-1, 4)).view(predicted.shape[:2])
+    expanded = boxes[:, None].expand_as(predicted)
+    return _overlaps(expanded.reshape(-1, 4), predicted.reshape(-1, 4)).view(predicted.shape[:2])
 
 
 def _listed(owner: Tensor, shards: int, most: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,25 +154,25 @@ def branch_losses(
     most = len(targets) // shards * rule.points
     image, point, real = _listed(owner, shards, most)
     index = owner[image, point].clamp_min(0)
-    wanted = scores[index, point] * real
-    total = wanted.view(shards, -1).sum(1).clamp_min(1)
+    target_scores = scores[index, point] * real
+    total = target_scores.view(shards, -1).sum(1).clamp_min(1)
 
     # As they lie in memory, place after place.
     values, rows = (part.mT.flatten(0, 1) for part in (branch.scores, branch.boxes))
     place = image * len(points.centres) + point
     value = place * values.shape[1] + category[index]
-    entropy = _CrossEntropy.apply(values.contiguous(), value, wanted, shards)
+    entropy = _CrossEntropy.apply(values.contiguous(), value, target_scores, shards)
     logits = _Rows.apply(rows, place)
     centres, scale = points.centres[point], points.strides[point]
     met = boxes[index] / scale
-    box = (1 - _overlaps(_boxes(logits, centres), met)) * wanted
+    box = (1 - _overlaps(_boxes(logits, centres), met)) * target_scores
     away = torch.cat([centres - met[:, :2], met[:, 2:] - centres], dim=1)
     reg_max = logits.shape[1] // 4
     if reg_max > 1:
         distance = _focal(logits.unflatten(1, (4, reg_max)), away)
     else:
         distance = ((logits - away) * (scale / size)).abs()
-    distance = distance.mean(1) * wanted
+    distance = distance.mean(1) * target_scores
     parts = (box.view(shards, -1).sum(1), entropy, distance.view(shards, -1).sum(1))
     gained = [gain * part for gain, part in zip(rule.gains, parts, strict=True)]
     return torch.stack(gained).sum(0) / total

@@ -34,13 +34,13 @@ def category_names(names: Any, count: int, source: str) -> list[str]:
     """
     if names is None or (isinstance(names, list | tuple | dict) and not names):
         return list(COCO_NAMES) if count == 80 else [str(index) for index in range(count)]
-    found = listed_names(names, source)
-    if len(found) != count:
+    names = listed_names(names, source)
+    if len(names) != count:
         raise UserError(
-            f"{source} has {len(found)} category names and {count} categories: give both the same "
+            f"{source} has {len(names)} category names and {count} categories: give both the same "
             "number"
         )
-    return found
+    return names
 
 
 def training_size(model: Any, root: Any, source: str) -> int:
@@ -91,13 +91,13 @@ def load_strictly(module: nn.Module, checkpoint: Checkpoint) -> Changes:
             "are what synthesis needs: name the checkpoint that the training wrote"
         )
     parts = dict(modules_of(model))
-    for name, own in module.named_modules():
-        if isinstance(own, nn.BatchNorm2d) and name in parts:
-            eps = attribute(parts[name], "eps", own.eps)
-            if type(eps) not in (int, float) or eps != own.eps:
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.BatchNorm2d) and name in parts:
+            eps = attribute(parts[name], "eps", layer.eps)
+            if type(eps) not in (int, float) or eps != layer.eps:
                 raise UserError(
                     f"{source} has the BatchNorm constant {brief(eps)} in {name}, where "
-                    f"Ultralytics has {own.eps}: train it with Ultralytics' own value"
+                    f"Ultralytics has {layer.eps}: train it with Ultralytics' own value"
                 )
     # Before the shapes are compared: an activation may have weights of its own.
     changes = take_over_activations(module, model, source)
@@ -117,13 +117,13 @@ def load_strictly(module: nn.Module, checkpoint: Checkpoint) -> Changes:
     return changes
 
 
-def _differences(expected: dict[str, Tensor], given: dict[str, Tensor]) -> list[str]:
-    wrong = [f"{name} is missing" for name in expected if name not in given]
-    wrong += [f"{shown(name)} is unknown" for name in given if name not in expected]
+def _differences(expected: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
+    wrong = [f"{name} is missing" for name in expected if name not in state]
+    wrong += [f"{shown(name)} is unknown" for name in state if name not in expected]
     wrong += [
-        f"{name} has the shape {tuple(given[name].shape)}, not {tuple(tensor.shape)}"
+        f"{name} has the shape {tuple(state[name].shape)}, not {tuple(tensor.shape)}"
         for name, tensor in expected.items()
-        if name in given and given[name].shape != tensor.shape
+        if name in state and state[name].shape != tensor.shape
     ]
     return wrong
 

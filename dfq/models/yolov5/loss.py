@@ -59,8 +59,8 @@ def assign(targets: Tensor, anchors: Tensor, height: int, width: int) -> Assignm
     opposite = sides - centres
     left_top = (centres % 1 < _NEIGHBOUR) & (centres > 1)
     right_bottom = (opposite % 1 < _NEIGHBOUR) & (opposite > 1)
-    chosen = torch.cat([torch.ones_like(left_top[:, :1]), left_top, right_bottom], dim=1)
-    pair, direction = chosen.nonzero(as_tuple=True)
+    directions = torch.cat([torch.ones_like(left_top[:, :1]), left_top, right_bottom], dim=1)
+    pair, direction = directions.nonzero(as_tuple=True)
     shifts = _NEIGHBOUR * targets.new_tensor([[0, 0], [-1, 0], [0, -1], [1, 0], [0, 1]])
 
     centres, sizes, anchor, index = centres[pair], sizes[pair], anchor[pair], index[pair]
@@ -134,19 +134,23 @@ def yolov5_loss(
     """
     # Level by level what is looked at; then all levels at once, for what is done with it is many
     # operations on few values.
-    rows, seen, priors, wanted_boxes, categories, places = [], [], [], [], [], []
+    rows, objectness_logits, priors, target_boxes, categories, places = [], [], [], [], [], []
     share, weight, offset = [], [], 0
     for logits, sizes, level_weight in zip(raw, anchors, balance_of(len(raw)), strict=False):
         _, count, height, width, outputs = logits.shape
-        found = assign(targets, sizes, height, width)
-        picked, objectness = _Read.apply(logits, found.image, found.anchor, found.row, found.column)
+        assignment = assign(targets, sizes, height, width)
+        picked, objectness = _Read.apply(
+            logits, assignment.image, assignment.anchor, assignment.row, assignment.column
+        )
         cells = objectness.numel()
-        place = ((found.image * count + found.anchor) * height + found.row) * width + found.column
+        place = (
+            (assignment.image * count + assignment.anchor) * height + assignment.row
+        ) * width + assignment.column
         rows.append(picked)
-        seen.append(objectness.flatten())
-        priors.append(sizes[found.anchor])
-        wanted_boxes.append(found.boxes)
-        categories.append(found.category)
+        objectness_logits.append(objectness.flatten())
+        priors.append(sizes[assignment.anchor])
+        target_boxes.append(assignment.boxes)
+        categories.append(assignment.category)
         places.append(place + offset)
         # Each level is a mean of its own.
         share.append(picked.new_full((len(picked),), 1 / max(len(picked), 1)))
@@ -157,14 +161,14 @@ def yolov5_loss(
     centres, sizes = boxes_of(logits[:, :4], torch.cat(priors))
     # CIoU divides by the height, and a sigmoid may underflow to zero.
     predicted = _corners(centres, sizes.clamp(min=_SMALLEST_SIDE))
-    boxes = torch.cat(wanted_boxes)
+    boxes = torch.cat(target_boxes)
     box_losses = complete_box_iou_loss(predicted, _corners(boxes[:, :2], boxes[:, 2:]))
 
     overlap = (1 - box_losses.detach()).clamp(min=0)
-    wanted_objectness = overlap.new_zeros(offset)
-    wanted_objectness.scatter_reduce_(0, torch.cat(places), overlap, "amax")
+    target_objectness = overlap.new_zeros(offset)
+    target_objectness.scatter_reduce_(0, torch.cat(places), overlap, "amax")
     objectness_loss = F.binary_cross_entropy_with_logits(
-        torch.cat(seen), wanted_objectness, torch.cat(weight), reduction="sum"
+        torch.cat(objectness_logits), target_objectness, torch.cat(weight), reduction="sum"
     )
 
     classes = outputs - 5

@@ -41,8 +41,8 @@ def _constants(height: int, width: int, device: torch.device) -> tuple[Tensor, T
 def _cell_weights(
     cells: tuple[int, ...], weights: tuple[float, ...], device: torch.device
 ) -> Tensor:
-    each = [torch.full((n,), w / n) for n, w in zip(cells, weights, strict=True)]
-    return torch.cat(each).to(device)
+    per_level = [torch.full((n,), w / n) for n, w in zip(cells, weights, strict=True)]
+    return torch.cat(per_level).to(device)
 
 
 class _Read(torch.autograd.Function):
@@ -63,28 +63,28 @@ class _Read(torch.autograd.Function):
         return grad.index_add_(0, place, picked.to(grad.dtype)), None
 
 
-def box_loss(predicted: Tensor, wanted: Tensor) -> Tensor:
+def box_loss(predicted: Tensor, target: Tensor) -> Tensor:
     """What torchvision's `complete_box_iou_loss` gives (Zheng et al., 2020), which picks the boxes
     that overlap, and waits for the device to say how many they are.
 
     Args:
-        predicted, wanted: `(k, 4)`, x1 y1 x2 y2.
+        predicted, target: `(k, 4)`, x1 y1 x2 y2.
 
     Returns:
         `(k,)`.
     """
     epsilon = 1e-7
     low, high = predicted[:, :2], predicted[:, 2:]
-    low_wanted, high_wanted = wanted[:, :2], wanted[:, 2:]
-    inner = torch.minimum(high, high_wanted) - torch.maximum(low, low_wanted)
+    low_target, high_target = target[:, :2], target[:, 2:]
+    inner = torch.minimum(high, high_target) - torch.maximum(low, low_target)
     overlap = torch.where((inner > 0).all(dim=1), inner[:, 0] * inner[:, 1], 0.0)
-    sides, sides_wanted = high - low, high_wanted - low_wanted
-    union = sides[:, 0] * sides[:, 1] + sides_wanted[:, 0] * sides_wanted[:, 1] - overlap
+    sides, target_sides = high - low, high_target - low_target
+    union = sides[:, 0] * sides[:, 1] + target_sides[:, 0] * target_sides[:, 1] - overlap
     iou = overlap / (union + epsilon)
-    outer = torch.maximum(high, high_wanted) - torch.minimum(low, low_wanted)
-    away = (low + high - low_wanted - high_wanted) / 2
+    outer = torch.maximum(high, high_target) - torch.minimum(low, low_target)
+    away = (low + high - low_target - high_target) / 2
     distance = away.square().sum(1) / (outer.square().sum(1) + epsilon)
-    angles = torch.atan(torch.stack([s[:, 0] / s[:, 1] for s in (sides_wanted, sides)]))
+    angles = torch.atan(torch.stack([s[:, 0] / s[:, 1] for s in (target_sides, sides)]))
     shape = (4 / math.pi**2) * (angles[0] - angles[1]).square()
     with torch.no_grad():
         share = shape / (1 - iou + shape + epsilon)
@@ -115,8 +115,8 @@ def shard_losses(
     shard = image // per_shard
     balance = balance_of(len(raw))
     counts = [level[0, ..., 0].numel() * per_shard for level in raw]
-    every = sum(counts)
-    rows, seen, priors, wanted_boxes, places, share, used = [], [], [], [], [], [], []
+    cells_per_shard = sum(counts)
+    rows, objectness_logits, priors, target_boxes, places, share, used = [], [], [], [], [], [], []
     offset = 0
     for logits, sizes, cells in zip(raw, anchors, counts, strict=False):
         _, count, height, width, outputs = logits.shape
@@ -128,8 +128,8 @@ def shard_losses(
         opposite = sides - centres
         left_top = (centres % 1 < _NEIGHBOUR) & (centres > 1)
         right_bottom = (opposite % 1 < _NEIGHBOUR) & (opposite > 1)
-        chosen = torch.cat([present[:, None], left_top, right_bottom], dim=1)
-        answers = fits[:, :, None] & chosen[:, None] & present[:, None, None]
+        directions = torch.cat([present[:, None], left_top, right_bottom], dim=1)
+        answers = fits[:, :, None] & directions[:, None] & present[:, None, None]
         cell = (centres[:, None] + shifts).long()
         column, row = cell[..., 0].clamp(0, width - 1), cell[..., 1].clamp(0, height - 1)
         corner = torch.stack([column, row], dim=2)
@@ -140,11 +140,11 @@ def shard_losses(
         place = ((image * count + anchor) * height + row[:, None]) * width + column[:, None]
         picked, objectness = _Read.apply(logits.reshape(-1, outputs), place.flatten())
         # Of the level among all, to that of all levels of the shard.
-        places.append((place + shard * (every - cells) + offset).flatten())
+        places.append((place + shard * (cells_per_shard - cells) + offset).flatten())
         rows.append(picked)
-        seen.append(objectness.reshape(shards, cells))
+        objectness_logits.append(objectness.reshape(shards, cells))
         priors.append(sizes[None, :, None].expand(*answers.shape, 2).reshape(-1, 2))
-        wanted_boxes.append(boxes[:, None].expand(-1, count, -1, -1).reshape(-1, 4))
+        target_boxes.append(boxes[:, None].expand(-1, count, -1, -1).reshape(-1, 4))
         answering = answers.reshape(shards, -1).float()
         # Each level is a mean of its own.
         share.append(answering / answering.sum(1, keepdim=True).clamp_min(1))
@@ -154,15 +154,18 @@ def shard_losses(
     logits, shares = torch.cat(rows), torch.cat([part.flatten() for part in share])
     centres, extent = boxes_of(logits[:, :4], torch.cat(priors))
     predicted = _corners(centres, extent.clamp(min=_SMALLEST_SIDE))
-    boxes = torch.cat(wanted_boxes)
+    boxes = torch.cat(target_boxes)
     box_losses = box_loss(predicted, _corners(boxes[:, :2], boxes[:, 2:]))
 
     overlap = (1 - box_losses.detach()).clamp(min=0) * torch.cat(used)
-    wanted_objectness = overlap.new_zeros(shards * every)
-    wanted_objectness.scatter_reduce_(0, torch.cat(places), overlap, "amax")
+    target_objectness = overlap.new_zeros(shards * cells_per_shard)
+    target_objectness.scatter_reduce_(0, torch.cat(places), overlap, "amax")
     weights = _cell_weights(tuple(counts), tuple(balance), logits.device)
     objectness_losses = F.binary_cross_entropy_with_logits(
-        torch.cat(seen, dim=1), wanted_objectness.view(shards, every), weights, reduction="none"
+        torch.cat(objectness_logits, dim=1),
+        target_objectness.view(shards, cells_per_shard),
+        weights,
+        reduction="none",
     )
 
     def by_shard(values: Tensor) -> Tensor:
@@ -178,8 +181,8 @@ def shard_losses(
         return total
     scores = logits[:, 5:]
     answers_each = len(scores) // len(raw) // len(category)
-    wanted = category[None, :, None].expand(len(raw), -1, answers_each).reshape(-1, 1)
-    one_hot = torch.zeros_like(scores).scatter_(1, wanted, 1.0)
+    target_classes = category[None, :, None].expand(len(raw), -1, answers_each).reshape(-1, 1)
+    one_hot = torch.zeros_like(scores).scatter_(1, target_classes, 1.0)
     class_losses = F.binary_cross_entropy_with_logits(
         scores, one_hot, shares[:, None], reduction="none"
     )

@@ -24,10 +24,10 @@ def head_of(model: Inert | nn.Module, checkpoint: Checkpoint) -> Inert | nn.Modu
         UserError: there is none, or one of another task.
     """
     kinds = {class_of(module).rpartition(".")[2]: module for _, module in modules_of(model)}
-    for kind, what in (("Classify", "classification"), ("Segment", "segmentation")):
+    for kind, task in (("Classify", "classification"), ("Segment", "segmentation")):
         if kind in kinds:
             raise UserError(
-                f"{checkpoint.path} is a YOLOv5 {what} model: "
+                f"{checkpoint.path} is a YOLOv5 {task} model: "
                 "of YOLOv5, only detection models are supported"
             )
     if "Detect" not in kinds:
@@ -41,17 +41,17 @@ def activation_of(model: Inert | nn.Module, checkpoint: Checkpoint) -> str:
     Raises:
         UserError: it has several, or one that is not known.
     """
-    found: dict[str, str | None] = {}
+    activations: dict[str, str | None] = {}
     for name, module in modules_of(model):
         if name.endswith(".act"):
             try:
                 text = describe(module)
             except UserError as error:
                 raise UserError(f"{checkpoint.path}: {name}: {error}") from None
-            found[text or class_of(module).rpartition(".")[2]] = text
-    texts = [text for text in found.values() if text is not None]
-    if len(found) != 1 or len(texts) != 1:
-        kinds = sorted(shown(text.removesuffix("()")) for text in found)
+            activations[text or class_of(module).rpartition(".")[2]] = text
+    texts = [text for text in activations.values() if text is not None]
+    if len(activations) != 1 or len(texts) != 1:
+        kinds = sorted(shown(text.removesuffix("()")) for text in activations)
         raise UserError(
             f"{checkpoint.path} uses the activations {', '.join(kinds) or 'none'}: "
             f"supported is one, the same throughout, of {known()}"
@@ -67,9 +67,9 @@ def names_of(names: Any, head: Any, source: str) -> list[str]:
     """
     if not isinstance(names, dict | list | tuple) or not names:
         raise UserError(f"{source} holds no category names: it is damaged or no YOLOv5")
-    found = listed_names(names, source)
-    require_names(found, attribute(head, "nc", len(found)), source)
-    return found
+    names = listed_names(names, source)
+    require_names(names, attribute(head, "nc", len(names)), source)
+    return names
 
 
 def training_size(root: Any, stride: int, source: str) -> int:
@@ -100,13 +100,13 @@ def sound_anchors(anchors: Tensor, source: str) -> Tensor:
     return anchors
 
 
-def are_strides(given: Any, strides: list[int]) -> bool:
+def are_strides(stored: Any, strides: list[int]) -> bool:
     """Whether what a checkpoint holds as strides is these."""
-    if isinstance(given, Tensor):
-        given = given.tolist() if given.numel() == len(strides) else []
-    if not isinstance(given, list | tuple) or len(given) != len(strides):
+    if isinstance(stored, Tensor):
+        stored = stored.tolist() if stored.numel() == len(strides) else []
+    if not isinstance(stored, list | tuple) or len(stored) != len(strides):
         return False
-    return all(isinstance(g, int | float) and g == s for g, s in zip(given, strides, strict=True))
+    return all(isinstance(g, int | float) and g == s for g, s in zip(stored, strides, strict=True))
 
 
 def load(network: YOLOv5Network, model: Inert | nn.Module, checkpoint: Checkpoint) -> None:
@@ -117,8 +117,8 @@ def load(network: YOLOv5Network, model: Inert | nn.Module, checkpoint: Checkpoin
     """
     source = str(checkpoint.path)
     # v5.0 and v6.0 keep the anchors twice, the second time in pixels.
-    whole = state_dict_of(model, source)
-    state = {k: v for k, v in whole.items() if not k.endswith(".anchor_grid")}
+    tensors = state_dict_of(model, source)
+    state = {k: v for k, v in tensors.items() if not k.endswith(".anchor_grid")}
     if not any(key.endswith(".running_mean") for key in state):
         raise UserError(
             f"{source} has its BatchNorm fused into the convolutions, so the statistics "
@@ -154,12 +154,12 @@ def set_eps(network: YOLOv5Network, constants: Any, source: str) -> None:
     if not isinstance(constants, dict):
         raise UserError(f"{source}: its BatchNorm constants are {brief(constants)}")
     for name, eps in constants.items():
-        own = modules.get(name)
-        if not isinstance(own, nn.BatchNorm2d):
+        layer = modules.get(name)
+        if not isinstance(layer, nn.BatchNorm2d):
             raise UserError(f"{source}: {brief(name)} is no BatchNorm")
         if type(eps) not in (int, float) or not 0 <= eps < 1e6:
             raise UserError(
                 f"{source}: the BatchNorm {name} has {brief(eps)} for its eps, which is no "
                 "number from 0 on"
             )
-        own.eps = float(eps)
+        layer.eps = float(eps)

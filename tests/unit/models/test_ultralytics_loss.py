@@ -124,8 +124,8 @@ def test_no_point_answers_twice_and_each_lies_in_its_box(detector: UltralyticsDe
         boxes = objects.boxes[found.index]
         middle, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2
         assert ((at - middle).abs() < half.clamp_min(rule.smallest / 2)).all()
-        assert (found.wanted >= 0).all()
-        assert (found.wanted <= 1).all()
+        assert (found.target_scores >= 0).all()
+        assert (found.target_scores <= 1).all()
 
 
 def test_an_object_that_covers_no_point_is_left_out() -> None:
