@@ -137,8 +137,8 @@ class Verification:
             rounding = "" if floor is None else f"; rounding alone: mean {floor.mean_steps:.3f}"
             text.append(
                 f"parity {name}: {distance.share_within_one:.2%} within one step of "
-                f"{distance.step:.3g}, mean {distance.mean_steps:.3f}, most {distance.max_steps:.1f} "
-                f"steps ({verdict or 'FAILS'}{rounding})"
+                f"{distance.step:.3g}, mean {distance.mean_steps:.3f}, most "
+                f"{distance.max_steps:.1f} steps ({verdict or 'FAILS'}{rounding})"
             )
         return text
 
