@@ -80,6 +80,7 @@ class GridWalk:
         tried: Tried,
         *,
         stay_on: bool,
+        slack: float = 1.0,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Give each quantizer, all those after it off, the grid that keeps the predictions closest.
@@ -88,6 +89,8 @@ class GridWalk:
             tried: what to choose from; of equally good ones, the first.
             stay_on: whether a quantizer is on while those after it are looked at, as the network
                 will be; else it is off again, and each sees a network that is float but for it.
+            slack: of the grids whose distance is at most so many times the least, the one with the
+                finest step is chosen where this is above 1.
             progress: called with quantizers done and quantizers in all.
         """
         for done, (name, quantizer) in enumerate(self.quantizers.items()):
@@ -96,7 +99,11 @@ class GridWalk:
             for grid in tried(quantizer, self._values[name]):
                 quantizer.initialise(*grid)
                 scored_grids.append((self.distance(), grid))
-            quantizer.initialise(*min(scored_grids, key=lambda scored: scored[0])[1])
+            least, best = min(scored_grids, key=lambda scored: scored[0])
+            if slack > 1:
+                good = [grid for distance, grid in scored_grids if distance <= slack * least]
+                best = min(good, key=lambda grid: float(grid[0]))
+            quantizer.initialise(*best)
             quantizer.enabled = stay_on
             for block in self._ended.get(name, ()):
                 self._network.finish(block)

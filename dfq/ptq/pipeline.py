@@ -29,6 +29,7 @@ from .bias_correction import correct_biases
 from .block_io import ROOM
 from .blocks import BATCH, reconstruct
 from .gptq import gptq_quantize, is_too_wide
+from .last_layer_ranges import search_last_inputs
 from .objectives import METHODS
 from .prediction_search import METRICS, search_grids
 
@@ -86,6 +87,7 @@ def calibrate_and_round(
     least_squares = section.ranges == "mse" and section.activation_ranges == "static"
     if least_squares:
         keep_within_statistics(student, pixels[:MARGIN_IMAGES])
+        search_last_inputs(student, teacher, pixels[:MARGIN_IMAGES])
     refined = section.refine_images if least_squares else 0
     if refined and narrow_activations(student):
         with progress.task("ranges", 1, "activations") as task:
