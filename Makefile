@@ -44,7 +44,7 @@ FINE_TUNED := demo-dark demo-pale demo-grey demo-crowded
 FINE_TUNED += yolov5n-dark yolov5n-grey yolov5n-pale yolov5n-bluish
 
 .PHONY: bench-zero-shot bench-demo bench-synthesis bench-synthesis-ablation bench-synthesis-curve
-.PHONY: bench-qat bench-qat-step bench-rounding bench-networks
+.PHONY: bench-qat bench-qat-step bench-rounding bench-kernels bench-networks
 .PHONY: bench-mmdet bench-mmdet-full bench-mmdet-runner bench-calibration-sets
 .PHONY: bench-runtimes bench-gpu bench-ptq
 
@@ -85,6 +85,10 @@ bench-networks: env
 	  $(foreach name,$(FINE_TUNED),--network $(name)=$(BENCH)/fine-tuned/$(name).safetensors) \
 	  --photos $(KIT)/coco-val --photos $(KIT)/voc --real $(KIT)/coco-train \
 	  --out $(BENCH)/networks --workers $(WORKERS)
+
+# Ten minutes on one core, most of them to compile.
+bench-kernels: env
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speed.kernels
 
 # SET: any calibration set, say of bench-zero-shot.
 bench-rounding: env

@@ -99,6 +99,7 @@ def in_turns(
     *,
     warm: int = 1,
     device: str | torch.device = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Time calls in turns within one process, so that a busy machine slows all alike.
 
@@ -107,6 +108,7 @@ def in_turns(
         rounds: measured calls of each.
         warm: calls of each before, which do not count.
         device: that the calls compute on.
+        clock: seconds; `time.process_time` leaves out what other processes take.
 
     Returns:
         Seconds of each call, `rounds` by name.
@@ -115,11 +117,11 @@ def in_turns(
     for number in range(warm + rounds):
         for name, run in runs.items():
             synchronize(device)
-            start = time.perf_counter()
+            start = clock()
             run()
             synchronize(device)
             if number >= warm:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
     return times
 
 

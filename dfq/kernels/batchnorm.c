@@ -64,9 +64,12 @@ static inline void repeat(float *to, const float *from, ptrdiff_t channels, ptrd
 }
 
 #define DEFINE(T)                                                                                  \
-  /* Mean and biased variance of each channel of x; with `out`, out = silu(x) as well. */          \
+  /* Mean and biased variance of each channel of x; with `silu`, out = silu(x) as well. It is a    \
+   * constant in all calls: a choice left in the loop keeps compilers from vectorising it for      \
+   * processors that cannot store a part of a vector. */                                           \
   static inline void moments_##T(const T *restrict x, T *restrict out, const float *shift,         \
-                                 float *mean, float *var, ptrdiff_t rows, ptrdiff_t channels) {    \
+                                 float *mean, float *var, ptrdiff_t rows, ptrdiff_t channels,      \
+                                 int silu) {                                                       \
     float base[WIDEST], sum[WIDEST], square[WIDEST];                                               \
     double sums[WIDEST], squares[WIDEST];                                                          \
     ptrdiff_t count = together(rows, channels), width = channels * count;                          \
@@ -80,12 +83,12 @@ static inline void repeat(float *to, const float *from, ptrdiff_t channels, ptrd
       memset(square, 0, width * sizeof(float));                                                    \
       for (ptrdiff_t i = start; i < stop; i++) {                                                   \
         const T *restrict from = x + i * width;                                                    \
-        T *restrict to = out ? out + i * width : NULL;                                             \
+        T *restrict to = silu ? out + i * width : NULL;                                            \
         for (ptrdiff_t j = 0; j < width; j++) {                                                    \
           float value = load_##T(from[j]), away = value - base[j];                                 \
           sum[j] += away;                                                                          \
           square[j] += away * away;                                                                \
-          if (out) to[j] = store_##T(value * sigmoid_##T(value));                                  \
+          if (silu) to[j] = store_##T(value * sigmoid_##T(value));                                 \
         }                                                                                          \
       }                                                                                            \
       for (ptrdiff_t j = 0; j < width; j++) {                                                      \
@@ -107,12 +110,12 @@ static inline void repeat(float *to, const float *from, ptrdiff_t channels, ptrd
                                                                                                    \
   void moments_of_##T(const T *x, const float *shift, float *mean, float *var, ptrdiff_t rows,     \
                       ptrdiff_t channels) {                                                        \
-    moments_##T(x, NULL, shift, mean, var, rows, channels);                                        \
+    moments_##T(x, NULL, shift, mean, var, rows, channels, 0);                                     \
   }                                                                                                \
                                                                                                    \
   void silu_and_moments_of_##T(const T *x, T *out, const float *shift, float *mean, float *var,    \
                                ptrdiff_t rows, ptrdiff_t channels) {                               \
-    moments_##T(x, out, shift, mean, var, rows, channels);                                         \
+    moments_##T(x, out, shift, mean, var, rows, channels, 1);                                      \
   }                                                                                                \
                                                                                                    \
   /* out = grad + slope * x + offset, the gradient of x by way of its moments added; with `silu`,  \

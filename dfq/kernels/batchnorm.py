@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .loader import call, usable
+from .loader import usable
+from .operations import OPERATIONS
 
 _WIDEST = 8192
 
@@ -32,8 +33,7 @@ def _fits(x: Tensor) -> bool:
 
 
 def _call(name: str, x: Tensor, *others: Tensor) -> None:
-    channels = x.shape[1]
-    call(name, x.dtype, (x, *others), x.numel() // channels, channels)
+    OPERATIONS[name](x, *others)
 
 
 def adds_up(device: torch.device) -> bool:
@@ -150,6 +150,11 @@ def moments(x: Tensor, expected: Tensor, mean: Tensor, var: Tensor, silu: bool) 
         out = torch.empty_like(x)
         _call("silu_and_moments", x, out, expected, mean, var)
         return out
+    return plain_moments(x, mean, var, silu)
+
+
+def plain_moments(x: Tensor, mean: Tensor, var: Tensor, silu: bool) -> Tensor:
+    """`moments` by PyTorch's operations."""
     # The kernel BatchNorm itself uses: one pass, in float32 whatever the dtype of x.
     count = x.numel() // x.shape[1]
     if x.is_cuda and count > 1:
@@ -178,6 +183,13 @@ def moments_backward(x: Tensor, grad: Tensor, slope: Tensor, offset: Tensor, sil
         grad = grad.contiguous(memory_format=torch.channels_last)
         _call("silu_backward" if silu else "add_linear", x, grad, out, slope, offset)
         return out
+    return plain_moments_backward(x, grad, slope, offset, silu)
+
+
+def plain_moments_backward(
+    x: Tensor, grad: Tensor, slope: Tensor, offset: Tensor, silu: bool
+) -> Tensor:
+    """`moments_backward` by PyTorch's operations."""
     linear = _linear(x, slope, offset)
     return linear.add_(torch.ops.aten.silu_backward(grad, x) if silu else grad)
 

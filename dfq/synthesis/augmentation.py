@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from ..kernels.loader import call, fused_pixels, usable
+from ..kernels.loader import fused_pixels, usable
+from ..kernels.operations import OPERATIONS
 from ..kernels.plain import blanked, mirrored
 
 
@@ -80,8 +81,7 @@ class _Shown(torch.autograd.Function):
         if not (pixels.is_contiguous() and _compiled(pixels)):
             return blanked(mirrored(pixels, flipped), erased).to(dtype)
         view = torch.empty_like(pixels, dtype=dtype, memory_format=torch.channels_last)
-        drawn, line = _drawn(pixels, flipped, erased), pixels.new_empty(3 * pixels.shape[3])
-        call("view", dtype, (pixels, view, *drawn, line), *_extent(pixels))
+        OPERATIONS["view"](pixels, view, *_drawn(pixels, flipped, erased))
         return view
 
     @staticmethod
@@ -97,8 +97,7 @@ class _Shown(torch.autograd.Function):
             return mirrored(blanked(grad, erased), flipped), None, None, None
         grad = grad.contiguous(memory_format=torch.channels_last)
         out = torch.empty_like(grad, dtype=torch.float32, memory_format=torch.contiguous_format)
-        drawn = _drawn(grad, flipped, erased)
-        call("view_backward", grad.dtype, (grad, out, *drawn), *_extent(grad))
+        OPERATIONS["view_backward"](grad, out, *_drawn(grad, flipped, erased))
         return out, None, None, None
 
 
@@ -108,11 +107,6 @@ def _takes(images: Tensor) -> bool:
 
 def _compiled(images: Tensor) -> bool:
     return images.ndim == 4 and images.shape[1] == 3 and usable(images)
-
-
-def _extent(images: Tensor) -> tuple[int, int, int]:
-    count, _, height, width = images.shape
-    return count, height, width
 
 
 def _drawn(images: Tensor, flipped: Tensor | None, erased: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...kernels.loader import call, fused_pixels, usable
+from ...kernels.loader import fused_pixels, usable
+from ...kernels.operations import OPERATIONS
 from ...kernels.plain import plain_variation
 
 
@@ -69,11 +70,8 @@ def squared_variation(images: Tensor, shards: int = 1) -> tuple[Tensor, Tensor, 
     kernels = fused_pixels(images.device)
     if images.dtype == torch.float32 and images.is_contiguous() and usable(images):
         gradient = torch.empty_like(images)
-        count, channels, height, width = images.shape
-        sums = torch.empty(count, 2, dtype=torch.float64)
-        line = images.new_empty(width + 2)
-        sizes = (count, channels * height, height, width)
-        call("variation", images.dtype, (images, gradient, sums, line), *sizes)
+        sums = torch.empty(len(images), 2, dtype=torch.float64)
+        OPERATIONS["variation"](images, gradient, sums)
         norms, inner = sums[:, 0].sqrt().float(), sums[:, 1].view(shards, -1).sum(1).float()
     elif kernels is not None and images.dtype == torch.float32 and images.is_contiguous():
         gradient, both = kernels.variation(images)

@@ -1,0 +1,384 @@
+"""Time the C functions of `dfq.kernels` against PyTorch's operations and against `torch.compile`.
+
+    python -m benchmarks.speed.kernels --case 160x16 --case 320x8 --dtype bfloat16
+
+Three ways of the same function, in turns within one process after their results were found to
+agree: PyTorch's operations, what dfq does without a C compiler; those compiled by inductor for the
+very shape; and the C function. The statistics of a layer are also compiled as they are defined, in
+elementwise operations and sums, and of both that are compiled the faster counts. Layers are those
+of YOLOv5n that a BatchNorm follows; times are what all of them take in a pass, the medians of
+their turns added up: of the processor, on one thread, as every process of a synthesis has. "both"
+is the way forwards and the way back. Seconds to compile count every layer's shape and all that is
+compiled for it, with inductor's cache empty at the start. At last, microseconds of a call on a
+tensor of eight values, as a Python function and as the operation of PyTorch that it is registered
+as.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import click
+import torch
+from torch import Generator, Tensor
+
+from benchmarks.common import benchmark, header, in_turns, line
+from dfq.errors import UserError
+from dfq.kernels import batchnorm, loader, operations
+from dfq.kernels.plain import blanked, mirrored, plain_variation
+from dfq.runtime.malloc import freed_memory_kept
+from dfq.synthesis.augmentation import augmented_view, random_erasing
+from dfq.synthesis.losses.total_variation import squared_variation
+
+LAYERS = {
+    (16, 2): 1,
+    (16, 4): 4,
+    (32, 4): 2,
+    (32, 8): 10,
+    (64, 8): 3,
+    (64, 16): 18,
+    (128, 16): 4,
+    (128, 32): 11,
+    (256, 32): 4,
+}
+"""Channels and stride of YOLOv5n's layers, and how many there are of each."""
+
+Function = Callable[..., Any]
+PLAIN, COMPILED, C = "PyTorch", "torch.compile", "C"
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to compute: forward alone, then forward and backward; each gives its results."""
+
+    forward: Callable[[], Any]
+    both: Callable[[], Any] | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is timed at once: its ways by name, and how often a pass does it."""
+
+    ways: dict[str, Way]
+    times: int = 1
+    tolerance: float = 1e-4
+
+
+class Compiler:
+    """`torch.compile`, with the seconds that it took."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def restart(self) -> None:
+        """Forget what was compiled: of one function that is only so much, and all of it is looked
+        through at each call."""
+        torch._dynamo.reset()
+
+    def __call__(self, function: Function, *example: Any) -> Function | None:
+        """The compiled function, for arguments as those of the example; None where it cannot be
+        had, which is printed."""
+        compiled: Function = torch.compile(function, dynamic=False, fullgraph=True)
+        start = time.perf_counter()
+        try:
+            with warnings.catch_warnings():
+                # That it looks into a cached function, whose result is always the same.
+                warnings.simplefilter("ignore")
+                compiled(*example)
+        except Exception as error:  # whatever it runs into
+            print(f"torch.compile cannot: {' '.join(str(error).split())[:200]}")
+            return None
+        self.seconds += time.perf_counter() - start
+        return compiled
+
+
+def defined_moments(x: Tensor, expected: Tensor, mean: Tensor, var: Tensor, silu: bool) -> Tensor:
+    """`batchnorm.moments` by its definition, which a compiler can make a single pass of."""
+    values = x.float()
+    away = values - expected.view(1, -1, 1, 1)
+    offset = away.mean((0, 2, 3))
+    mean.copy_(expected + offset)
+    var.copy_(away.square().mean((0, 2, 3)) - offset.square())
+    return torch.nn.functional.silu(values).to(x.dtype) if silu else x
+
+
+def layers(
+    side: int, images: int, dtype: torch.dtype, compiler: Compiler, silu: bool
+) -> Iterator[Part]:
+    """The statistics of each layer, with or without the SiLU."""
+    generator = Generator().manual_seed(0)
+    for (channels, stride), times in LAYERS.items():
+        compiler.restart()
+        shape = images, channels, side // stride, side // stride
+        x, grad = (
+            torch.randn(shape, generator=generator)
+            .to(dtype)
+            .contiguous(memory_format=torch.channels_last)
+            for _ in range(2)
+        )
+        slope, offset, expected = 0.1 * torch.randn(3, channels, generator=generator)
+        given = x, grad, slope, offset, expected, silu
+        # In bfloat16 PyTorch's operations round what they hand to each other.
+        tolerance = 1e-4 if dtype == torch.float32 else 2**-5
+        yield Part(_ways_of_a_layer(*given, compiler), times, tolerance)
+
+
+def _ways_of_a_layer(
+    x: Tensor,
+    grad: Tensor,
+    slope: Tensor,
+    offset: Tensor,
+    expected: Tensor,
+    silu: bool,
+    compiler: Compiler,
+) -> dict[str, Way]:
+    def way(moments: Function, backward: Function) -> Way:
+        mean, var = torch.zeros_like(expected), torch.zeros_like(expected)
+
+        def forward() -> tuple[Tensor, ...]:
+            return moments(x, expected, mean, var, silu), mean, var
+
+        def both() -> tuple[Tensor, ...]:
+            return *forward(), backward(x, grad, slope, offset, silu)
+
+        return Way(forward, both)
+
+    def plain(x: Tensor, expected: Tensor, mean: Tensor, var: Tensor, silu: bool) -> Tensor:
+        return batchnorm.plain_moments(x, mean, var, silu)
+
+    plain_backward = batchnorm.plain_moments_backward
+    ways = {
+        PLAIN: way(plain, plain_backward),
+        C: way(batchnorm.moments, batchnorm.moments_backward),
+    }
+    backward = compiler(plain_backward, x, grad, slope, offset, silu)
+    for name, function in ((COMPILED, plain), (f"{COMPILED}, as defined", defined_moments)):
+        mean, var = torch.zeros_like(expected), torch.zeros_like(expected)
+        forward = compiler(function, x, expected, mean, var, silu)
+        if forward is not None and backward is not None:
+            ways[name] = way(forward, backward)
+    return ways
+
+
+class _Shown(torch.autograd.Function):
+    """A view of images and the way back, each by a function."""
+
+    @staticmethod
+    def forward(ctx: Any, pixels: Tensor, forward: Function, backward: Function) -> Tensor:
+        ctx.way_back = backward
+        return forward(pixels)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.way_back(grad), None, None
+
+
+def views(side: int, images: int, dtype: torch.dtype, compiler: Compiler) -> Iterator[Part]:
+    """What the network is shown of images, half of them mirrored, a third erased in part."""
+    compiler.restart()
+    generator = Generator().manual_seed(0)
+    pixels = torch.rand(images, 3, side, side, generator=generator)
+    leaf = pixels.clone().requires_grad_()
+    grad = torch.randn(pixels.shape, generator=generator).to(dtype)
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    flipped = torch.arange(images) % 2 == 0
+    erased = random_erasing(images, side, 0.3, generator)
+
+    def plain(pixels: Tensor) -> Tensor:
+        # Channels innermost, as the convolution that comes next wants them.
+        shown = blanked(mirrored(pixels, flipped), erased)
+        return shown.to(dtype, memory_format=torch.channels_last)
+
+    def plain_backward(grad: Tensor) -> Tensor:
+        grad = grad.to(torch.float32, memory_format=torch.contiguous_format)
+        return mirrored(blanked(grad, erased), flipped)
+
+    def way(show: Function) -> Way:
+        def both() -> tuple[Tensor, ...]:
+            view = show(leaf)
+            return view, *torch.autograd.grad(view, leaf, grad)
+
+        return Way(lambda: (show(pixels),), both)
+
+    ways = {
+        PLAIN: way(lambda x: _Shown.apply(x, plain, plain_backward)),
+        C: way(lambda x: augmented_view(x, flipped, erased, dtype)),
+    }
+    forward, backward = compiler(plain, pixels), compiler(plain_backward, grad)
+    if forward is not None and backward is not None:
+        ways[COMPILED] = way(lambda x: _Shown.apply(x, forward, backward))
+    yield Part(ways, tolerance=0.0)
+
+
+def variations(side: int, images: int, dtype: torch.dtype, compiler: Compiler) -> Iterator[Part]:
+    """The squared variation of images with its gradient, which a forward pass gives."""
+    compiler.restart()
+    pixels = torch.rand(images, 3, side, side, generator=Generator().manual_seed(0))
+
+    def plain(pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        gradient = plain_variation(pixels)
+        inner = torch.dot(pixels.reshape(-1), gradient.reshape(-1))
+        return inner / pixels.numel(), gradient, torch.linalg.vector_norm(gradient, dim=(1, 2, 3))
+
+    ways = {PLAIN: Way(lambda: plain(pixels)), C: Way(lambda: squared_variation(pixels))}
+    compiled = compiler(plain, pixels)
+    if compiled is not None:
+        ways[COMPILED] = Way(lambda: compiled(pixels))
+    yield Part(ways)
+
+
+KERNELS: dict[str, Callable[[int, int, torch.dtype, Compiler], Iterator[Part]]] = {
+    "SiLU, moments": functools.partial(layers, silu=True),
+    "moments": functools.partial(layers, silu=False),
+    "view": views,
+    "variation": variations,
+}
+
+
+def agree(part: Part) -> None:
+    """Raise a `UserError` where ways of a part differ in what they give."""
+    ways = {name: _results(way) for name, way in part.ways.items()}
+    for name, tensors in ways.items():
+        for theirs, ours in zip(tensors, ways[C], strict=True):
+            size = float(theirs.abs().max().clamp_min(1))
+            off = float((theirs.double() - ours.double()).abs().max()) / size
+            if not off <= part.tolerance:
+                raise UserError(f"{name} and {C} differ by {off:g} of the largest value")
+
+
+def _results(way: Way) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in (way.both or way.forward)()]
+
+
+def measure(part: Part, passes: str, rounds: int) -> dict[str, float]:
+    """Seconds of a part by way, the faster of what is compiled; NaN where nothing could be.
+
+    Args:
+        part: whose ways take turns.
+        passes: "forward" or "both".
+        rounds: turns of each.
+    """
+    runs = {name: getattr(way, passes) for name, way in part.ways.items()}
+    medians = {
+        name: statistics.median(seconds)
+        for name, seconds in in_turns(runs, rounds, warm=3, clock=time.process_time).items()
+    }
+    compiled = [seconds for name, seconds in medians.items() if name.startswith(COMPILED)]
+    return {
+        PLAIN: medians[PLAIN],
+        COMPILED: min(compiled, default=float("nan")),
+        C: medians[C],
+    }
+
+
+def overhead(rounds: int) -> dict[str, float]:
+    """Seconds of a call that has next to nothing to compute: as a Python function, and as an
+    operation of PyTorch."""
+    x = torch.zeros(1, 8, 1, 1).contiguous(memory_format=torch.channels_last)
+    given = x, torch.zeros(8), torch.empty(8), torch.empty(8)
+    bare = operations.implementation("moments")
+    operation = operations.OPERATIONS["moments"]
+    runs = {"function": lambda: bare(*given), "operation": lambda: operation(*given)}
+    times = in_turns(runs, rounds, warm=100)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+@benchmark(__doc__)
+@click.option(
+    "--case", "cases", multiple=True, default=("160x16", "320x8"), show_default=True,
+    metavar="PXxIMAGES", help="Side of the images, and how many.",
+)  # fmt: skip
+@click.option(
+    "--dtype", "dtypes", multiple=True, default=("bfloat16", "float32"), show_default=True,
+    type=click.Choice(list(loader.TYPES.values())), help="Of what the network computes in.",
+)  # fmt: skip
+@click.option(
+    "--kernel", "kernels", multiple=True, default=tuple(KERNELS), show_default=True,
+    type=click.Choice(list(KERNELS)), help="Which functions.",
+)  # fmt: skip
+@click.option("--rounds", default=40, show_default=True, help="Turns of each.")
+def main(
+    cases: tuple[str, ...],
+    dtypes: tuple[str, ...],
+    kernels: tuple[str, ...],
+    rounds: int,
+) -> None:
+    with (
+        tempfile.TemporaryDirectory(prefix="dfq-bench-") as folder,
+        mock.patch.dict(os.environ, {"TORCHINDUCTOR_CACHE_DIR": folder}),
+    ):
+        _run([_case(text) for text in cases], dtypes, kernels, rounds)
+
+
+def _run(
+    cases: list[tuple[int, int]],
+    dtypes: tuple[str, ...],
+    kernels: tuple[str, ...],
+    rounds: int,
+) -> None:
+    torch.set_num_threads(1)
+    missing = loader.why_none()
+    if missing is not None:
+        raise UserError(f"nothing to time: {missing}")
+    print(f"torch {torch.__version__}, one thread, medians of {rounds} turns")
+    print(f"vectors of {torch.backends.cpu.get_cpu_capability()}")
+    print(header(
+        "function", "dtype", "px", "images", "passes", f"{PLAIN}, ms:", f"{COMPILED}, ms:",
+        f"{C}, ms:", f"{PLAIN} / {C}:", f"{COMPILED} / {C}:", "least to most:", "to compile, s:",
+    ))  # fmt: skip
+    for kernel in kernels:
+        for dtype in dtypes if kernel != "variation" else ("float32",):
+            for side, images in cases:
+                _report(kernel, getattr(torch, dtype), side, images, rounds)
+    calls = overhead(100 * rounds)
+    print(
+        f"a call of eight values: {calls['function'] * 1e6:.1f} us as a function, "
+        f"{calls['operation'] * 1e6:.1f} us as an operation"
+    )
+
+
+def _case(text: str) -> tuple[int, int]:
+    side, _, images = text.partition("x")
+    if not (side.isdecimal() and images.isdecimal() and int(side) % 32 == 0 and int(images) > 0):
+        raise click.UsageError(f"--case {text}: write PXxIMAGES, PX a multiple of 32")
+    return int(side), int(images)
+
+
+def _report(kernel: str, dtype: torch.dtype, side: int, images: int, rounds: int) -> None:
+    compiler = Compiler()
+    # By passes, of each part: how often, and seconds by way.
+    found: dict[str, list[tuple[int, dict[str, float]]]] = {"forward": [], "both": []}
+    # As synthesis does; else large tensors would be timed for the pages they are given.
+    with freed_memory_kept():
+        for part in KERNELS[kernel](side, images, dtype, compiler):
+            agree(part)
+            for passes in ("forward",) if part.ways[C].both is None else ("forward", "both"):
+                found[passes].append((part.times, measure(part, passes, rounds)))
+    for passes, rows in found.items():
+        if not rows:
+            continue
+        total = {
+            name: sum(times * seconds[name] for times, seconds in rows)
+            for name in (PLAIN, COMPILED, C)
+        }
+        ratios = [seconds[COMPILED] / seconds[C] for _, seconds in rows]
+        print(line(
+            kernel, loader.TYPES[dtype], side, images, passes,
+            *(f"{total[name] * 1e3:.2f}" for name in (PLAIN, COMPILED, C)),
+            *(f"{total[name] / total[C]:.2f}" for name in (PLAIN, COMPILED)),
+            f"{min(ratios):.2f} to {max(ratios):.2f}", f"{compiler.seconds:.0f}",
+        ), flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
