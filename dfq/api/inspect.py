@@ -21,7 +21,12 @@ def inspect(model: str | Path | Model, *, trust: bool = False) -> Inspection:
         (1.0, {8})
     """
     detector = model if isinstance(model, Model) else load_model(model, trust=trust)
-    layers, joins = list_layers(detector), count_adds_and_concats(detector)
+    layers, adds_and_concats = list_layers(detector), count_adds_and_concats(detector)
     return Inspection(
-        detector.source, detector.family, detector.image_size, layers, joins, tuple(detector.names)
+        detector.source,
+        detector.family,
+        detector.image_size,
+        layers,
+        adds_and_concats,
+        tuple(detector.names),
     )

@@ -46,12 +46,12 @@ def print_layers(inspection: Inspection) -> None:
     console.print(table)
     total = sum(layer.macs for layer in inspection.layers)
     quantized = sum(layer.quantized for layer in inspection.layers)
-    joined, joins = inspection.joins
+    joined, adds_and_concats = inspection.adds_and_concats
     names = ", ".join(shown(name, limit=60) for name in inspection.names)
     console.print(
         f"{quantized} of {len(inspection.layers)} layers quantized: "
         f"{inspection.quantized_share:.1%} of {total / 1e6:.1f} M MACs",
-        f"sums and concatenations quantized: {joined} of {joins}",
+        f"sums and concatenations quantized: {joined} of {adds_and_concats}",
         f"{len(inspection.names)} categories: {names}",
         sep="\n",
         highlight=False,

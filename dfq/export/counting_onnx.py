@@ -33,10 +33,10 @@ def count_onnx(file: OnnxFile) -> IntegerShare:
     graph, shapes = optimised_graph(file.path, file.image)
     makers = {name: node for node in graph.node for name in node.output}
     constants = {tensor.name: tensor for tensor in graph.initializer}
-    readers: dict[str, list[Any]] = {}
+    consumers: dict[str, list[Any]] = {}
     for node in graph.node:
         for name in node.input:
-            readers.setdefault(name, []).append(node)
+            consumers.setdefault(name, []).append(node)
     layers = []
     for node in graph.node:
         if node.op_type not in _CONVOLUTIONS | _PRODUCTS:
@@ -52,7 +52,7 @@ def count_onnx(file: OnnxFile) -> IntegerShare:
             turned = any(a.name == "transA" and a.i for a in node.attribute)
             macs = math.prod(out) * (input_shape[-2] if turned else input_shape[-1])
         integers = node.op_type in _INTEGER
-        reason = None if integers else _reason(node, weight, makers, readers, constants)
+        reason = None if integers else _reason(node, weight, makers, consumers, constants)
         layers.append(
             Operation(node.name or node.output[0], node.op_type, macs // out[0], integers, reason)
         )
@@ -109,7 +109,7 @@ def _reason(
     node: Any,
     weight: str,
     makers: dict[str, Any],
-    readers: dict[str, list[Any]],
+    consumers: dict[str, list[Any]],
     constants: dict[str, Any],
 ) -> str:
     """Why a layer of the optimised graph is computed in float."""
@@ -147,23 +147,23 @@ def _reason(
             return f"{role} of {kind}: there are kernels for 8 bits alone"
     if bits(data) == "INT8":
         return "signed activations: it has integer kernels for unsigned ones"
-    after = readers.get(node.output[0], [])
-    if any(reader.op_type == "QuantizeLinear" for reader in after):
+    after = consumers.get(node.output[0], [])
+    if any(consumer.op_type == "QuantizeLinear" for consumer in after):
         return "its output is read in float as well as on a grid"
-    if not after or _leads_out(node, readers):
+    if not after or _leads_out(node, consumers):
         return "a last layer: its output is on no grid"
-    follow = ", ".join(sorted({reader.op_type for reader in after}))
+    follow = ", ".join(sorted({consumer.op_type for consumer in after}))
     return f"no quantize directly on its output ({follow} follow)"
 
 
-def _leads_out(node: Any, readers: dict[str, list[Any]]) -> bool:
+def _leads_out(node: Any, consumers: dict[str, list[Any]]) -> bool:
     """Whether no other layer depends on the node's output."""
     visited, pending = set(), list(node.output)
     while pending:
-        for reader in readers.get(pending.pop(), []):
-            if reader.op_type in _CONVOLUTIONS | _PRODUCTS:
+        for consumer in consumers.get(pending.pop(), []):
+            if consumer.op_type in _CONVOLUTIONS | _PRODUCTS:
                 return False
-            for name in reader.output:
+            for name in consumer.output:
                 if name not in visited:
                     visited.add(name)
                     pending.append(name)

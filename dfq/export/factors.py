@@ -22,16 +22,16 @@ def require_addable(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.target is not torch.ops.aten.add.Tensor or len(node.users) != 1:
             continue
-        (reader,) = node.users
+        (consumer,) = node.users
         grids = [grid for grid in map(grid_at, node.args[:2]) if grid is not None]
-        if reader.target is not QUANTIZE or len(grids) < 2:
+        if consumer.target is not QUANTIZE or len(grids) < 2:
             continue
         largest = max(grid[0] for grid in grids)
-        if largest >= MOST * reader.args[1]:
+        if largest >= MOST * consumer.args[1]:
             raise UserError(
                 f"LiteRT cannot compute {_place(node)}: what is added reaches "
                 f"{255 * largest:.3g}, and the sum, on the images that ranges were found on, "
-                f"{255 * reader.args[1]:.3g}; are these trained weights, and images like theirs?"
+                f"{255 * consumer.args[1]:.3g}; are these trained weights, and images like theirs?"
             )
 
 

@@ -204,7 +204,7 @@ class _Interpreter(fx.Interpreter):
             for node in self.module.graph.nodes
             if node.target is QUANTIZE and len(node.args[0].users) == 1
         }
-        """Operations whose only reader puts them on a grid."""
+        """Operations whose only consumer puts them on a grid."""
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op != "call_function":
@@ -254,9 +254,9 @@ class _Interpreter(fx.Interpreter):
         return n.target(_values(x), *args[1:], **kwargs)
 
     def _same_grid(self, n: fx.Node, x: OnGrid) -> bool:
-        """Whether the only reader puts it on the grid that it is on."""
-        reader = self.fused.get(n)
-        return reader is not None and (reader.args[1], reader.args[2]) == (
+        """Whether the only consumer puts it on the grid that it is on."""
+        consumer = self.fused.get(n)
+        return consumer is not None and (consumer.args[1], consumer.args[2]) == (
             float(x.scale),
             x.zero_point,
         )
@@ -305,7 +305,7 @@ class _Interpreter(fx.Interpreter):
 
 @dataclass(frozen=True)
 class _Done:
-    """An operation's result, on its reader's grid already."""
+    """An operation's result, on its consumer's grid already."""
 
     integers: Tensor
 

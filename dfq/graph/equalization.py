@@ -32,7 +32,7 @@ def equal_pairs(layer_links: dict[str, Link]) -> list[tuple[str, str]]:
     pairs = []
     for name, link in layer_links.items():
         source = link.source
-        if source is not None and layer_links[source[0]].readers == {name}:
+        if source is not None and layer_links[source[0]].consumers == {name}:
             pairs.append((source[0], name))
     return pairs
 

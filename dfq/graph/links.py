@@ -23,7 +23,7 @@ Slopes = tuple[float, ...]
 0 for ReLU."""
 
 OTHER = ""
-"""A reader that is no layer of weights, or what the network gives."""
+"""A consumer that is no layer of weights, or what the network gives."""
 
 
 @dataclass
@@ -33,13 +33,13 @@ class Link:
     Attributes:
         sources: the layers that gave its inputs, and through which rectifiers: one for all calls
             where it is a link to count on. None: something else did.
-        readers: names of the layers that read its outputs, rectified or not; `OTHER` among them
+        consumers: names of the layers that read its outputs, rectified or not; `OTHER` among them
             where something else does.
         batchnorm: the folded BatchNorm that its outputs went through, in all calls or none.
     """
 
     sources: set[tuple[str, Slopes] | None] = field(default_factory=set)
-    readers: set[str] = field(default_factory=set)
+    consumers: set[str] = field(default_factory=set)
     batchnorm: FoldedBatchNorm | None = None
 
     @property
@@ -78,12 +78,12 @@ class _Flow(TorchFunctionMode):
         """Which layer gave a tensor, and through which rectifiers."""
         return self._origins[id(tensor)][1:] if id(tensor) in self._origins else None
 
-    def read(self, value: Any, reader: str) -> None:
+    def read(self, value: Any, consumer: str) -> None:
         """Note who reads a value, or all that it holds."""
         for tensor in _tensors(value, set()):
             known = self.of(tensor)
             if known is not None:
-                self.links[known[0]].readers.add(reader)
+                self.links[known[0]].consumers.add(consumer)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -164,13 +164,13 @@ def links(model: Model) -> dict[str, Link]:
             if isinstance(child, FoldedBatchNorm):
                 yield child.register_forward_pre_hook(normed)
             elif is_plain(child):
-                flow.links[name] = Link(readers={OTHER} if name in last else set())
+                flow.links[name] = Link(consumers={OTHER} if name in last else set())
                 # Layers that hold one weight are not to be changed one by one.
-                twin = parameters.setdefault(id(child.weight), name)
-                if twin != name:
-                    flow.links[twin].readers.add(OTHER)
-                    flow.links[name].readers.add(OTHER)
-                    flow.links[twin].sources.add(None)
+                first = parameters.setdefault(id(child.weight), name)
+                if first != name:
+                    flow.links[first].consumers.add(OTHER)
+                    flow.links[name].consumers.add(OTHER)
+                    flow.links[first].sources.add(None)
                     flow.links[name].sources.add(None)
                 yield child.register_forward_pre_hook(
                     lambda _m, args, kwargs, name=name: before(name, args, kwargs),

@@ -160,8 +160,10 @@ class Trace(TorchFunctionMode):
             values = [activation.value for activation in known]
             live = all(value.live for value in values)
             predicted = any(value.predicted for value in values)
-            joins = call is not None and len(known) == len(tensors) and _joins(name, tensors)
-            operands = tuple(values) if joins and live and not predicted else ()
+            combines = (
+                call is not None and len(known) == len(tensors) and _adds_or_concats(name, tensors)
+            )
+            operands = tuple(values) if combines and live and not predicted else ()
             value = Value(None, call, live, predicted, operands, name, sources=tuple(values))
             self._add(outputs, value)
         return result
@@ -201,7 +203,7 @@ class Trace(TorchFunctionMode):
             if all(left is not None and left.function == "softmax" for left in lefts)
         )
 
-    def joins(self) -> list[Value]:
+    def adds_and_concats(self) -> list[Value]:
         """The sums, concatenations and averages of what quantized layers compute, within some
         module."""
         return [value for value in self.values if value.operands and self.owner_of(value)]
@@ -266,7 +268,7 @@ def _floats(result: Any) -> list[Tensor]:
     return [leaf for leaf in leaves if leaf.is_floating_point()]
 
 
-def _joins(name: str, tensors: Sequence[Tensor]) -> bool:
+def _adds_or_concats(name: str, tensors: Sequence[Tensor]) -> bool:
     """Whether a function of these tensors, all of them of layers, is a sum or a concatenation of
     feature maps or rows of tokens, or averages one feature map."""
     if len(tensors) == 1:

@@ -23,7 +23,7 @@ from ..quantization.range_search import FINE, grid_above, grid_between
 from ..quantization.traversal import activation_quantizers, quantized_layers
 from .grid_walk import Grid, walking
 
-SHARES = tuple(2.0 ** (-power / 4) for power in range(11))
+CLIP_RATIOS = tuple(2.0 ** (-power / 4) for power in range(11))
 """Of the largest magnitude: where grids end that are tried, 1 to 0.18."""
 
 SLACK = 1.25
@@ -78,8 +78,8 @@ def search_last_inputs(
 
 
 def clipped_grids(quantizer: Quantizer, values: Tensor) -> list[Grid]:
-    """(step size, zero point), `(1,)` each: the present one, and those that end at `SHARES` of the
-    largest magnitude among the values.
+    """(step size, zero point), `(1,)` each: the present one, and those that end at `CLIP_RATIOS` of
+    the largest magnitude among the values.
 
     Args:
         quantizer: per tensor.
@@ -88,8 +88,8 @@ def clipped_grids(quantizer: Quantizer, values: Tensor) -> list[Grid]:
     low, high = values.amin()[None], values.amax()[None]
     largest = torch.maximum(-low, high)
     grids = [(quantizer.scale.detach().clone(), quantizer.zero_point.detach().clone())]
-    for share in SHARES:
-        least, most = low.maximum(-share * largest), high.minimum(share * largest)
+    for ratio in CLIP_RATIOS:
+        least, most = low.maximum(-ratio * largest), high.minimum(ratio * largest)
         spanning = partial(grid_between, least, most, quantizer.bits)
         grids.append(grid_above(quantizer, least, spanning))
     return grids

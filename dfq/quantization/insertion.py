@@ -62,7 +62,7 @@ def insert_quantizers(detector: AnyModel, policy: Policy) -> AnyModel:
         bits = policy.bits_for(row.name, row.name in edge, detector.backbone)
         if bits is not None and row.kind not in FLOAT_KINDS:
             widths[row.name] = bits
-    traced = trace(detector, widths) if policy.where.joins else None
+    traced = trace(detector, widths) if policy.where.adds_and_concats else None
     softmaxes = _softmaxes(detector) if policy.softmax != "uniform" else frozenset()
     for row in layers:
         if row.name not in widths:

@@ -99,7 +99,7 @@ class Inspection:
     family: str
     image_size: int
     layers: Sequence[LayerInfo]
-    joins: tuple[int, int]
+    adds_and_concats: tuple[int, int]
     names: Sequence[str] = ()
 
     @property
@@ -116,6 +116,9 @@ class Inspection:
             "macs": sum(layer.macs for layer in self.layers),
             "bit_operations": bit_operations(self.layers),
             "quantized_share_of_macs": self.quantized_share,
-            "sums_and_concatenations": {"quantized": self.joins[0], "all": self.joins[1]},
+            "sums_and_concatenations": {
+                "quantized": self.adds_and_concats[0],
+                "all": self.adds_and_concats[1],
+            },
             "layers": [layer.to_dict() for layer in self.layers],
         }

@@ -141,8 +141,8 @@ def insert_output_quantizers(
 
     last = detector.boundary_layers().last
     kinds = detector.prediction_kinds() if where.predictions else {}
-    joins = _joined(traced, where)
-    joined = {value for join in joins for value in (*joins[join], join)}
+    adds_and_concats = _joined(traced, where)
+    joined = {value for result in adds_and_concats for value in (*adds_and_concats[result], result)}
     grids: dict[Value, Quantizer] = {}
     for value in traced.values:
         if value.layer is None or (value.layer in last and not where.predictions):
@@ -163,9 +163,9 @@ def insert_output_quantizers(
             if layer.output_quantizer.consumer != consumer:
                 layer.output_quantizer.consumer = None
             grids[value] = layer.output_quantizer
-    _quantize_functions(detector, traced, grids, joins, quantizer_of)
+    _quantize_functions(detector, traced, grids, adds_and_concats, quantizer_of)
     if where.one_grid:
-        _unite(detector.module, joins, grids)
+        _unite(detector.module, adds_and_concats, grids)
     if where.sigmoid_step is not None:
         _quantize_sigmoids(traced, grids, where.sigmoid_step)
     _share_inputs(detector.module, traced, grids)
@@ -206,21 +206,21 @@ def _wide_values(module: nn.Module, traced: Trace) -> set[Value]:
 def _joined(traced: Trace, where: Placement) -> dict[Value, list[Value]]:
     """Sums, concatenations and averages that are quantized, and which of their operands are."""
     number = {value: place for place, value in enumerate(traced.values)}
-    joins = {}
-    for join in traced.joins():
-        if join.function in AVERAGES and not where.averages:
+    adds_and_concats = {}
+    for result in traced.adds_and_concats():
+        if result.function in AVERAGES and not where.averages:
             continue
-        operands = list(join.operands)
-        if where.fused_sums and join.function in SUMS:
+        operands = list(result.operands)
+        if where.fused_sums and result.function in SUMS:
             operands = sorted(operands, key=number.__getitem__)[:-1]
         # What is computed outside of every module cannot be reached.
-        if all(value.layer is not None or traced.owner_of(value) for value in (*operands, join)):
-            joins[join] = operands
-    return joins
+        if all(value.layer is not None or traced.owner_of(value) for value in (*operands, result)):
+            adds_and_concats[result] = operands
+    return adds_and_concats
 
 
 def _unite(
-    module: nn.Module, joins: dict[Value, list[Value]], grids: dict[Value, Quantizer]
+    module: nn.Module, adds_and_concats: dict[Value, list[Value]], grids: dict[Value, Quantizer]
 ) -> None:
     """One quantizer for all operands and the result of a concatenation, and for those of the
     concatenations that share a tensor with it."""
@@ -231,9 +231,9 @@ def _unite(
             quantizer = parents[quantizer]
         return quantizer
 
-    for join, operands in joins.items():
-        if join.function in CONCATENATIONS:
-            kept = root(grids[join])
+    for result, operands in adds_and_concats.items():
+        if result.function in CONCATENATIONS:
+            kept = root(grids[result])
             for operand in operands:
                 merged = root(grids[operand])
                 if merged is not kept:
@@ -271,13 +271,15 @@ def _quantize_functions(
     detector: Model,
     traced: Trace,
     grids: dict[Value, Quantizer],
-    joins: dict[Value, list[Value]],
+    adds_and_concats: dict[Value, list[Value]],
     quantizer_of: Callable[[Value], Quantizer],
 ) -> None:
     """Quantize sums, concatenations, and what goes into them; `grids` is added to."""
     values: dict[Value, None] = {}
-    for join, operands in joins.items():
-        values |= dict.fromkeys([*(operand for operand in operands if operand not in grids), join])
+    for result, operands in adds_and_concats.items():
+        values |= dict.fromkeys(
+            [*(operand for operand in operands if operand not in grids), result]
+        )
     holder = _Holder()
     quantizers: dict[Key, Quantizer] = {}
     for value, key in zip(values, traced.keys(list(values)), strict=True):
@@ -353,8 +355,10 @@ def count_adds_and_concats(detector: Model) -> tuple[int, int]:
     there are. BatchNorm may be unfolded."""
     layers = dict(detector.module.named_modules())
     traced = trace(detector, layers, through=lambda m: isinstance(m, Quantizer))
-    joins = [join for join in traced.joins() if join.function not in AVERAGES]
-    every = {_name(key) for key in traced.keys(joins)}
+    adds_and_concats = [
+        result for result in traced.adds_and_concats() if result.function not in AVERAGES
+    ]
+    every = {_name(key) for key in traced.keys(adds_and_concats)}
     holder = getattr(detector.module, RESULTS, None)
     there = set(holder) if isinstance(holder, nn.ModuleDict) else set()
     return len(every & there), len(every)

@@ -21,7 +21,7 @@ class Placement:
     Attributes:
         outputs: on the output of every layer, before its activation function; else only where the
             output itself is added or concatenated.
-        joins: on the operands of sums and concatenations, and on their results.
+        adds_and_concats: on the operands of sums and concatenations, and on their results.
         fused_sums: of a sum, the operand that was computed last stays as it is: the runtime adds
             the other one to it within the layer that gives it.
         one_grid: a concatenation has one grid for all operands and its result.
@@ -37,7 +37,7 @@ class Placement:
     """
 
     outputs: bool = False
-    joins: bool = True
+    adds_and_concats: bool = True
     fused_sums: bool = False
     one_grid: bool = False
     averages: bool = False
@@ -49,7 +49,7 @@ class Placement:
     most_bits: int = 16
 
 
-INPUTS = Placement(joins=False)
+INPUTS = Placement(adds_and_concats=False)
 """Weights and inputs of layers alone."""
 
 EVERYWHERE = Placement(outputs=True)

@@ -29,7 +29,7 @@ from .layers import LayerRow, layer_rows, too_wide
 from .material import Material
 from .pictures import Tile, pairs_on_photos, pairs_on_squares, set_tiles
 from .table import measured_AP, side_by_side
-from .verdict import RULE, judge
+from .verdict import RULE, verdict_of
 
 TOP = 20
 """Categories that are listed one by one."""
@@ -51,7 +51,7 @@ def sections(material: Material) -> dict[str, Any]:
     context: dict[str, Any] = {
         "title": f"{account.network_name(material)} in {_bits(material.metrics)}",
         "sentence": account.sentence(material),
-        "verdict": judge(material.metrics, measured_AP(material)),
+        "verdict": verdict_of(material.metrics, measured_AP(material)),
         "rule": RULE,
         "comparison": side_by_side(material),
         "set": pictures.tried("the images it was made on", _set, material),
@@ -311,17 +311,17 @@ def _untouched(material: Material, rows: Sequence[LayerRow], policy: Policy) -> 
     if wide and material.recipe.quantization.rounding == "gptq":
         key = ("rounded to nearest", "too many inputs for rounding that makes up for its errors")
         reasons[key] = [text(name, 80) for name in wide]
-    joins = None
+    adds_and_concats = None
     # Of networks that cannot be traced.
     with contextlib.suppress(Exception):
-        joins = count_adds_and_concats(material.student)
+        adds_and_concats = count_adds_and_concats(material.student)
     return {
         "share": percent(number(material.metrics, "quantized_share_of_macs")),
         "reasons": [
             (bits, why, names[:TOP], max(0, len(names) - TOP))
             for (bits, why), names in reasons.items()
         ],
-        "joins": joins,
+        "adds_and_concats": adds_and_concats,
         "placement": policy.placement,
         "dynamic": policy.activation_ranges == "dynamic",
         "log2": policy.softmax == "log2",

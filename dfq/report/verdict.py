@@ -53,7 +53,7 @@ class Verdict:
     why: str
 
 
-def judge(metrics: Mapping[str, Any], AP: tuple[float | None, float | None]) -> Verdict:
+def verdict_of(metrics: Mapping[str, Any], AP: tuple[float | None, float | None]) -> Verdict:
     """The verdict on a run.
 
     Args:

@@ -17,9 +17,9 @@ Report = Progress | bool | None
 """Whom long work reports to; True: to people, on standard error."""
 
 
-def reporter(progress: Report, leads: bool = True) -> Progress:
+def reporter(progress: Report, is_main_process: bool = True) -> Progress:
     """Whom to report to; nobody in a process that does not lead."""
-    if not leads or progress is None or progress is False:
+    if not is_main_process or progress is None or progress is False:
         return Silent()
     return Live() if progress is True else progress
 

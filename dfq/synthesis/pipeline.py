@@ -121,8 +121,8 @@ def check(detector: Model, settings: Synthesis) -> None:
     attends = weights.entropy > 0 and bool(detector.attention_layers())
     statistics = weights.bn > 0 or weights.first_bn > 0
     optimises = settings.iterations > 0 or adaptive
-    priors = weights.tv > 0 or weights.l2 > 0
-    if optimises and not (statistics or priors or labelled or attends):
+    regularised = weights.tv > 0 or weights.l2 > 0
+    if optimises and not (statistics or regularised or labelled or attends):
         raise UserError(
             "synthesis.weights: every term that applies has weight 0, so there is nothing to "
             "optimise; set one above 0, or synthesis.iterations=0 with labels that are not adaptive"

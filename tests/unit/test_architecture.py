@@ -1,4 +1,4 @@
-"""The layers of the package: an import may only go down, and nothing goes in a circle."""
+"""The layers of the package: an import may only go down, and nothing goes in a circle; names."""
 
 from __future__ import annotations
 
@@ -120,6 +120,33 @@ def test_no_algorithm_knows_a_family(module: str) -> None:
     # mmdet's own training is driven from the command line, too.
     allowed = module == "dfq.cli.mmdet_config"
     assert allowed or not known
+
+
+NAME_NOTHING = frozenset({"found", "one", "each", "given", "own", "chosen"})
+
+
+def test_names_say_what_they_hold() -> None:
+    empty = [
+        f"{module}:{node.lineno} {name}"
+        for module, file in FILES.items()
+        for node in ast.walk(ast.parse(file.read_text()))
+        for name in _defined(node)
+        if name in NAME_NOTHING
+    ]
+    assert not empty
+
+
+def _defined(node: ast.AST) -> list[str]:
+    """Names that a variable, a parameter, an attribute, a function or a class is given."""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return [node.name]
+    if isinstance(node, ast.arg):
+        return [node.arg]
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        return [node.id]
+    if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+        return [node.attr]
+    return []
 
 
 TESTS = Path(__file__).resolve().parents[1]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dfq.graph.execution import hooks
 from dfq.models.base import Detector, DistillationPair
 from dfq.ptq.last_layer_ranges import (
-    SHARES,
+    CLIP_RATIOS,
     SLACK,
     clipped_grids,
     last_layer_inputs,
@@ -139,4 +139,4 @@ def test_the_first_grid_spans_all_and_the_others_less_and_less() -> None:
     grids = clipped_grids(quantizer, values)[1:]
     ends = [float(step) * (255 - float(zero)) for step, zero in grids]
     assert ends[0] == pytest.approx(8.0, rel=0.01)
-    assert ends == pytest.approx([8.0 * share for share in SHARES], rel=0.02)
+    assert ends == pytest.approx([8.0 * ratio for ratio in CLIP_RATIOS], rel=0.02)

@@ -218,7 +218,7 @@ def test_a_run_folder_gives_it_back_bit_for_bit(tmp_path: Path) -> None:
     for other in (twin, again):
         assert all(map(torch.equal, other.raw(images), wanted))
     assert list(again.module.state_dict()) == list(student.module.state_dict())
-    assert inspect(tmp_path / "run").joins == (5, 5)
+    assert inspect(tmp_path / "run").adds_and_concats == (5, 5)
     # A twin is on its own.
     for _, quantizer in output_quantizers(twin.module):
         quantizer.log_scale.data += 1

@@ -177,7 +177,7 @@ def test_an_average_is_on_the_grid_of_what_it_averages(made: Any) -> None:
 
 def test_without_joins_inputs_alone_are_on_grids(made: Any) -> None:
     names = ("stem", "conv", "down", "fuse", "last")
-    assert grids(made(joins=False)) == {together(f"{name}.input") for name in names}
+    assert grids(made(adds_and_concats=False)) == {together(f"{name}.input") for name in names}
 
 
 def test_the_sigmoid_is_on_a_grid_of_the_step_where_its_operand_is(made: Any) -> None:
@@ -259,7 +259,7 @@ def test_narrow_weights_are_so_at_eight_bits_alone(made: Any) -> None:
 
 def test_every_attribute_has_a_test_that_sees_it() -> None:
     elsewhere = {
-        "joins",
+        "adds_and_concats",
         "averages",
         "sigmoid_step",
         "symmetric",

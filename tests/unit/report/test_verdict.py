@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dfq.report.verdict import judge
+from dfq.report.verdict import verdict_of
 
 NOTHING = (None, None)
 
@@ -26,7 +26,7 @@ def kept(objects: int, count: int, **more: Any) -> dict[str, Any]:
 def test_measured_accuracy_decides(before: float, after: float, light: str) -> None:
     # Whatever else was seen.
     metrics = {"closeness": {"photos": kept(100, 10), "synthetic": kept(100, 99, held_out=True)}}
-    found = judge(metrics, (before, after))
+    found = verdict_of(metrics, (before, after))
     assert found.light == light
     assert f"{after:.3f}" in found.why
     assert f"{after / before:.1%}" in found.why
@@ -39,7 +39,7 @@ def test_photos_come_next(count: int, light: str) -> None:
     metrics = {
         "closeness": {"photos": kept(100, count), "synthetic": kept(100, 100, held_out=True)}
     }
-    found = judge(metrics, NOTHING)
+    found = verdict_of(metrics, NOTHING)
     assert found.light == light
     assert f"{count} of" in found.why
     assert "labels was not measured" in found.why
@@ -54,7 +54,7 @@ def test_synthetic_images_alone(held_out: bool, warnings: list[str], light: str)
         "closeness": {"synthetic": kept(100, 100, held_out=held_out)},
         "set_quality": {"warnings": warnings},
     }
-    found = judge(metrics, NOTHING)
+    found = verdict_of(metrics, NOTHING)
     assert found.light == light
     assert "was not measured" in found.why
 
@@ -71,5 +71,5 @@ def test_synthetic_images_alone(held_out: bool, warnings: list[str], light: str)
     ],
 )
 def test_of_too_little_nothing_is_said(metrics: Any) -> None:
-    assert judge(metrics, NOTHING).light == "grey"
-    assert judge(metrics, (0.0, 0.0)).light == "grey"
+    assert verdict_of(metrics, NOTHING).light == "grey"
+    assert verdict_of(metrics, (0.0, 0.0)).light == "grey"
