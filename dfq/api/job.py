@@ -100,7 +100,14 @@ class Job:
             self.curves = Curves(Path(folder), goes_on=goes_on)
             self.stack.callback(self.curves.close)
 
-    def quickly(self, recipe: Recipe, model: Model, data: str | Path | None = None) -> Recipe:
+    def quickly(
+        self,
+        recipe: Recipe,
+        model: Model,
+        *,
+        data: str | Path | None = None,
+        trains: bool = False,
+    ) -> Recipe:
         """A recipe that was read for quick work, with a size where it says none; in a line is told
         what that work is.
 
@@ -108,6 +115,7 @@ class Job:
             recipe: the experiment.
             model: whose images they are.
             data: what is calibrated and trained on; None: images are made.
+            trains: whether the work goes on to training.
         """
         synthesis = recipe.synthesis
         if synthesis.image_size is None:
@@ -117,6 +125,8 @@ class Job:
         images += f"{synthesis.iterations} iterations in batches of {synthesis.batch_size}"
         if data is not None:
             images = f"rounding on {recipe.quantization.rounding_images} images at most"
+        if trains:
+            images += f", {recipe.distillation.epochs} epochs of training"
         self.progress.note(f"quick: {images}")
         return recipe
 

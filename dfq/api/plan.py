@@ -85,7 +85,7 @@ def prepare(
             detector = job.float_detector(source, trust=trust)
         recipe = recipe.model_copy(update={"model": str(source)})
         if quick:
-            recipe = job.quickly(recipe, detector, data)
+            recipe = job.quickly(recipe, detector, data=data, trains=recipe.method != "ptq")
         measured_on = labelled_set(recipe.evaluation.data, recipe, detector)
         selected_on = labelled_set(recipe.distillation.select_on, recipe, detector)
         pictures = photographs(photos, recipe, detector)

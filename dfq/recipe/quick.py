@@ -18,7 +18,7 @@ QUICK: dict[str, int] = {
     "distillation.epochs": 6,
 }
 """The most of each that is left where neither an option nor `--set` says another; what they cost in
-accuracy: docs/results/quick.md."""
+accuracy: docs/results/synthesis.md, "What --quick costs"."""
 
 SIDE = 320
 """Pixels of the images' sides, at most, where no size is stated."""
