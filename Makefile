@@ -44,7 +44,7 @@ FINE_TUNED := demo-dark demo-pale demo-grey demo-crowded
 FINE_TUNED += yolov5n-dark yolov5n-grey yolov5n-pale yolov5n-bluish
 
 .PHONY: bench-zero-shot bench-demo bench-synthesis bench-synthesis-ablation bench-synthesis-curve
-.PHONY: bench-qat bench-qat-step bench-rounding bench-kernels bench-networks
+.PHONY: bench-qat bench-qat-step bench-rounding bench-kernels bench-evaluation bench-networks
 .PHONY: bench-mmdet bench-mmdet-full bench-mmdet-runner bench-calibration-sets
 .PHONY: bench-runtimes bench-gpu bench-ptq
 
@@ -93,6 +93,10 @@ bench-kernels: env
 # SET: any calibration set, say of bench-zero-shot.
 bench-rounding: env
 	$(BIN)/python -m benchmarks.speed.rounding --model $(KIT)/weights/yolov5n-coco/yolov5n.pt --data $(SET)
+
+bench-evaluation: env
+	$(BIN)/python -m benchmarks.speed.evaluation --model $(KIT)/weights/yolov5n-coco/yolov5n.pt \
+	  --data $(KIT)/coco-val --size 320 --images 128 --rounds 7
 
 # Days on two cores at 640 px: choose with BENCH_QAT="--size 320 --rows w4a8 --columns ours,lsq-real".
 bench-qat: env

@@ -16,6 +16,7 @@ from ..quantization.insertion import insert_quantizers
 from ..quantization.inspection import list_layers
 from ..recipe import Recipe, changed_recipe, load_recipe
 from ..recipe.overrides import Overrides
+from ..recipe.quick import QUICK
 from ..runs.deployment import Deployment, DeploymentFolder, folder_for
 from ..runs.identity import identity_of_recipe
 from ..runs.inputs import photographs, training_data
@@ -32,8 +33,6 @@ RECIPE = "w8a8"
 
 IMAGES = 128
 """Synthetic images: 8 bits take no more (docs/RESULTS.md)."""
-
-QUICK = {"synthesis.images": 32, "synthesis.iterations": 100}
 
 PACKAGES = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
@@ -69,7 +68,7 @@ def deploy(
         images: real photographs, no labels needed, which join calibration; None: none.
         data: a set to calibrate on; None: the synthetic one in the cache, made if need be.
         image_size: side in pixels, of the images and of the file; None: the model's.
-        quick: fewer images, fewer steps.
+        quick: fewer images, fewer steps; of the size that the file has.
         seed: None: 0.
         overrides: any values of the recipe that the target does not fix.
         device: of synthesis and quantization.

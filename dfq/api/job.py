@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..models.base import Model
+from ..recipe import Recipe
+from ..recipe.quick import quick_side
 from ..runs.loading import load_float, require_float
 from ..runtime.distributed import World, gathered
 from ..runtime.files import require_output_folder, user_path
@@ -97,6 +99,36 @@ class Job:
         if folder is not None:
             self.curves = Curves(Path(folder), goes_on=goes_on)
             self.stack.callback(self.curves.close)
+
+    def quickly(
+        self,
+        recipe: Recipe,
+        model: Model,
+        *,
+        data: str | Path | None = None,
+        trains: bool = False,
+    ) -> Recipe:
+        """A recipe that was read for quick work, with a size where it says none; in a line is told
+        what that work is.
+
+        Args:
+            recipe: the experiment.
+            model: whose images they are.
+            data: what is calibrated and trained on; None: images are made.
+            trains: whether the work goes on to training.
+        """
+        synthesis = recipe.synthesis
+        if synthesis.image_size is None:
+            synthesis = synthesis.model_copy(update={"image_size": quick_side(model)})
+            recipe = recipe.model_copy(update={"synthesis": synthesis})
+        images = f"{synthesis.images} images of {synthesis.image_size} px, "
+        images += f"{synthesis.iterations} iterations in batches of {synthesis.batch_size}"
+        if data is not None:
+            images = f"rounding on {recipe.quantization.rounding_images} images at most"
+        if trains:
+            images += f", {recipe.distillation.epochs} epochs of training"
+        self.progress.note(f"quick: {images}")
+        return recipe
 
     @property
     def reports(self) -> Progress:

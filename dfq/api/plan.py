@@ -57,6 +57,7 @@ def prepare(
     data: str | Path | None,
     image_size: int | None,
     photos: str | Path | None,
+    quick: bool = False,
     trust: bool,
 ) -> Plan:
     """Open and check all of it, so that a mistake shows before hours of training and before a file
@@ -65,7 +66,7 @@ def prepare(
     Args:
         recipe: the experiment.
         job: whose device is used.
-        model, data, image_size, photos, trust: as for `quantize`.
+        model, data, image_size, photos, quick, trust: as for `quantize`.
 
     Raises:
         UserError: for the first thing that does not fit.
@@ -83,6 +84,8 @@ def prepare(
         else:
             detector = job.float_detector(source, trust=trust)
         recipe = recipe.model_copy(update={"model": str(source)})
+        if quick:
+            recipe = job.quickly(recipe, detector, data=data, trains=recipe.method != "ptq")
         measured_on = labelled_set(recipe.evaluation.data, recipe, detector)
         selected_on = labelled_set(recipe.distillation.select_on, recipe, detector)
         pictures = photographs(photos, recipe, detector)

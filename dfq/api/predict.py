@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from ..data.letterbox import LetterboxTransform, letterbox
 from ..data.photos import list_photos, read_photo
 from ..errors import UserError, argument, shown
 from ..evaluation.agreement import check_categories
-from ..evaluation.coco import detect_batch, eval_mode
+from ..evaluation.detection import detect_batch, eval_mode
 from ..evaluation.prediction import Prediction, Predictions, prediction
 from ..evaluation.prediction_picture import (
     LIST,
@@ -29,6 +28,7 @@ from ..evaluation.prediction_picture import (
 from ..models import require_detector
 from ..models.base import Detecting, Detector
 from ..runs.loading import as_detecting, as_float
+from ..runtime.ahead import batches_of, reading_ahead
 from ..runtime.files import (
     json_bytes,
     require_output_file,
@@ -138,7 +138,8 @@ def _detect(
             stack.enter_context(eval_mode(detector))
         task = stack.enter_context(report.task("detection", len(files), "images"))
         done = 0
-        for batch in _batches(files, predictions.image_size, detectors[0].stride):
+        reading = _batches(files, predictions.image_size, detectors[0].stride)
+        for batch in stack.enter_context(reading):
             for file, read in batch:
                 if isinstance(read, UserError):
                     predictions.unreadable[str(file)] = str(read)
@@ -164,9 +165,10 @@ Read = tuple[Tensor, LetterboxTransform]
 
 def _batches(
     files: Sequence[Path], size: int, stride: int
-) -> Iterator[list[tuple[Path, Read | UserError]]]:
+) -> contextlib.AbstractContextManager[Iterator[list[tuple[Path, Read | UserError]]]]:
     """Letterboxed images, or what is wrong with them; the next ones are read while the network
-    works on these. No more than one image is held at its own size, which may be large."""
+    works on these. No more than one image is held at its own size, which may be large: so it is
+    one thread that reads."""
 
     def read(file: Path) -> Read | UserError:
         try:
@@ -175,13 +177,12 @@ def _batches(
             return error
         return torch.from_numpy(canvas), transform
 
-    groups = [files[start : start + _BATCH] for start in range(0, len(files), _BATCH)]
-    with ThreadPoolExecutor(max_workers=1) as reader:
-        pending = [reader.submit(read, file) for file in groups[0]]
-        for group, following in zip(groups, [*groups[1:], ()], strict=True):
-            batch = [(file, future.result()) for file, future in zip(group, pending, strict=True)]
-            pending = [reader.submit(read, file) for file in following]
-            yield batch
+    return reading_ahead(
+        batches_of(files, _BATCH),
+        read,
+        lambda group, read_images: list(zip(group, read_images, strict=True)),
+        threads=1,
+    )
 
 
 def _predictions(

@@ -14,6 +14,7 @@ from ..runtime.surroundings import Report
 from .finishing import finish
 from .job import Job
 from .plan import begin_run, prepare
+from .shorter import advise_on_quantization
 from .synthesize import synthesize
 
 
@@ -28,6 +29,7 @@ def quantize(
     seed: int | None = None,
     select_on: str | None = None,
     photos: str | Path | None = None,
+    quick: bool = False,
     overrides: Overrides = (),
     device: str = "auto",
     trust: bool = False,
@@ -51,7 +53,7 @@ def quantize(
         select_on: a labelled real set, whose AP chooses the epoch; None: the recipe's.
         photos: real images, whose labels do not count; how close the low-bit network is to the
             float one on them is measured at the end and never steers the training. None: none.
-        overrides, device, trust, progress: as for `synthesize`.
+        quick, overrides, device, trust, progress: as for `synthesize`.
         max_cache: GiB of what goes in and out of a block that are kept while it is reconstructed.
         tensorboard: a folder for the curves of the loss, of the training too.
 
@@ -70,6 +72,7 @@ def quantize(
     settings = changed_recipe(
         recipe,
         overrides,
+        quick=quick,
         seed=seed,
         distillation__select_on=select_on,
         synthesis__image_size=image_size,
@@ -83,6 +86,7 @@ def quantize(
             data=data,
             image_size=image_size,
             photos=photos,
+            quick=quick,
             trust=trust,
         )
         with job.main_process_first():
@@ -98,6 +102,7 @@ def quantize(
             )
         run = begin_run(plan, images, job, name)
         if not run.finished:
+            advise_on_quantization(job.progress, plan.recipe, plan.teacher, len(images))
             made_on, looked = hold_out(images)
             joined = None
             if plan.photos is not None:

@@ -12,6 +12,7 @@ from ..runs.set_cache import cached_folder
 from ..runtime.surroundings import Report
 from ..synthesis.pipeline import synthesize_set
 from .job import Job
+from .shorter import advise_on_synthesis
 
 
 def synthesize(
@@ -25,6 +26,7 @@ def synthesize(
     batch_size: int | None = None,
     labels: str | None = None,
     init: str | None = None,
+    quick: bool = False,
     seed: int | None = None,
     overrides: Overrides = (),
     device: str = "auto",
@@ -45,6 +47,8 @@ def synthesize(
         images, image_size, iterations, batch_size, labels, init: values of the `synthesis` section;
             None: the recipe's. An `init` of "noise" is Gaussian noise that stays as it is, without
             labels unless some are asked for.
+        quick: fewer and smaller images, fewer iterations (`dfq.recipe.quick`), where neither
+            another argument nor a `Recipe` that was read already says how many.
         seed: None: the recipe's.
         overrides: any values of the recipe.
         device: "auto", "cpu", "cuda:0", ...
@@ -69,6 +73,7 @@ def synthesize(
     settings = changed_recipe(
         recipe,
         overrides,
+        quick=quick,
         seed=seed,
         synthesis__images=images,
         synthesis__image_size=image_size,
@@ -81,7 +86,10 @@ def synthesize(
         with job.main_process_first():
             detector = job.float_detector(model, trust=trust)
             job.draw_curves(tensorboard)
+        if quick:
+            settings = job.quickly(settings, detector)
         synthesis = settings.synthesis
+        advise_on_synthesis(job.progress, settings, detector, workers)
         folder = job.out or cached_folder(detector, synthesis, settings.seed)
         with job.progress.task("synthesis", synthesis.images, "images") as task:
 

@@ -32,6 +32,7 @@ def demo(out: Path) -> None:
     from ..api.demo import run_demo
     from ..runtime.progress import Live
 
-    made = run_demo(output_folder(out) or out, Live())
+    # It has no options to make it shorter.
+    made = run_demo(output_folder(out) or out, Live(advises=False))
     if not made.ok:
         sys.exit(1)

@@ -165,6 +165,15 @@ def common_options(command: F) -> F:
     )(command)
 
 
+def quick_option(command: F) -> F:
+    """`--quick`."""
+    return click.option(
+        "--quick",
+        is_flag=True,
+        help="For a laptop: 32 images of 320 px at most, fewer steps; other options count first.",
+    )(command)
+
+
 def settings_options(command: F) -> F:
     """`--seed` and `--set`."""
     command = click.option(
@@ -179,11 +188,13 @@ def settings_options(command: F) -> F:
     )(command)
 
 
-def settings_of(recipe: str | None, overrides: Sequence[str], **values: Any) -> Recipe:
+def settings_of(
+    recipe: str | None, overrides: Sequence[str], *, quick: bool = False, **values: Any
+) -> Recipe:
     """The recipe of a command: `load_recipe`, with options and `--set` in agreement.
 
     Args:
-        recipe, overrides, values: as for `load_recipe`.
+        recipe, overrides, quick, values: as for `load_recipe`.
 
     Raises:
         UserError: an option says something else than a `--set`, or the recipe is none.
@@ -209,7 +220,7 @@ def settings_of(recipe: str | None, overrides: Sequence[str], **values: Any) -> 
                     f"--{parts[-1].replace('_', '-')} {brief(value)} and --set {above}="
                     f"{brief(stated[above])} contradict: leave one out"
                 )
-    return load_recipe(recipe, overrides, **values)
+    return load_recipe(recipe, overrides, quick=quick, **values)
 
 
 def output_file(

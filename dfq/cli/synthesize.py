@@ -12,6 +12,7 @@ from .options import (
     checkpoint_option,
     common_options,
     output_folder,
+    quick_option,
     report_user_errors,
     settings_of,
     settings_options,
@@ -61,6 +62,7 @@ from .options import (
     show_default="on a GPU as many as are quickest, on a CPU one",
     help="Batches that a process optimises side by side.",
 )
+@quick_option
 @tensorboard_option
 @settings_options
 @common_options
@@ -77,6 +79,7 @@ def synthesize(
     recipe: str | None,
     workers: int | None,
     shards_at_once: int | None,
+    quick: bool,
     tensorboard: Path | None,
     seed: int | None,
     overrides: tuple[str, ...],
@@ -96,6 +99,7 @@ def synthesize(
     settings = settings_of(
         recipe,
         overrides,
+        quick=quick,
         seed=seed,
         synthesis__images=images,
         synthesis__image_size=image_size,
@@ -108,6 +112,7 @@ def synthesize(
         model,
         settings,
         out=output_folder(out),
+        quick=quick,
         device=device,
         trust=trust,
         progress=Live(),

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import UserError, shown
 from ..models.base import Targets
+from ..runtime.ahead import read_all
 from ..runtime.files import read_json, read_regular
 from .integrity import (
     changed_shard,
@@ -139,7 +140,7 @@ class CalibrationSet:
 
     def load(self, indices: Sequence[int]) -> Tensor:
         """Images as uint8 `(n, 3, h, w)`, RGB."""
-        images = [_read_png(self.root / self.files[i]) for i in indices]
+        images = read_all(lambda index: _read_png(self.root / self.files[index]), indices)
         if len({image.shape for image in images}) > 1:
             raise UserError(f"{self.root}: its images are not all of one size; make the set again")
         return torch.stack(images)

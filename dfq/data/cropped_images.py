@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..models.base import Targets
 from ..models.classifying import Classifier, Preprocessing, whole_image
+from ..runtime.ahead import batches_of, read_all, reading_ahead
 from .class_set import ClassSet, match_classes
 
 _FILTERS = {
@@ -82,10 +82,24 @@ class CroppedImages:
         Raises:
             UserError: an image cannot be read.
         """
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="decode") as pool:
-            return torch.from_numpy(np.stack(list(pool.map(self._load_cropped, indices))))
+        return torch.from_numpy(np.stack(read_all(self._read, indices)))
 
-    def _load_cropped(self, index: int) -> np.ndarray:
+    def batches(
+        self, indices: Sequence[int], size: int
+    ) -> AbstractContextManager[Iterator[Tensor]]:
+        """What `load` gives for `size` of the images at a time; the next ones are read while the
+        network works on these.
+
+        Raises:
+            UserError: an image cannot be read, once it is its batch's turn.
+        """
+        return reading_ahead(
+            batches_of(indices, size),
+            self._read,
+            lambda _, read: torch.from_numpy(np.stack(read)),
+        )
+
+    def _read(self, index: int) -> np.ndarray:
         image = cropped(self.images.load_image(index), self.preprocessing, self.size)
         return np.ascontiguousarray(image.transpose(2, 0, 1))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..models.base import Targets
+from ..runtime.ahead import batches_of, read_all, reading_ahead
 from .image_set import ImageSet, Item
 
 PAD_VALUE = 114
@@ -101,26 +103,53 @@ def load_letterboxed(
     Raises:
         UserError: an image cannot be read.
     """
-    originals = [imageset.load_image(index) for index in indices]
-    resized = [_resize(image, size) for image in originals]
-    canvas = (size, size)
-    if rect:
-        canvas = (
-            _up(max(image.shape[1] for image in resized), stride),
-            _up(max(image.shape[0] for image in resized), stride),
-        )
-    padded = [
-        _pad(small, canvas, (image.shape[1], image.shape[0]))
-        for small, image in zip(resized, originals, strict=True)
-    ]
-    transforms = [transform for _, transform in padded]
-    stacked = torch.from_numpy(np.stack([image for image, _ in padded]))
+    read = read_all(lambda index: _read(imageset, index, size), indices)
+    images, transforms = _joined(read, size, stride, rect=rect)
     labels = [
         _targets(imageset.items[index], transform, mapping)
         for index, transform in zip(indices, transforms, strict=True)
     ]
-    images = stacked.permute(0, 3, 1, 2).contiguous().float() / 255
     return images, Targets.from_per_image(labels), transforms
+
+
+def letterboxed_batches(
+    imageset: ImageSet, size: int, stride: int, batch_size: int, *, rect: bool = False
+) -> AbstractContextManager[Iterator[tuple[Tensor, list[LetterboxTransform]]]]:
+    """A set's images in order, `batch_size` of them at a time, as `load_letterboxed` gives them;
+    the next ones are read while the network works on these.
+
+    Raises:
+        UserError: an image cannot be read, once it is its batch's turn.
+    """
+    return reading_ahead(
+        batches_of(range(len(imageset)), batch_size),
+        lambda index: _read(imageset, index, size),
+        lambda _, read: _joined(read, size, stride, rect=rect),
+    )
+
+
+_Read = tuple[np.ndarray, tuple[int, int]]
+"""A resized image, uint8 `(h, w, 3)`, and the original's width and height."""
+
+
+def _read(imageset: ImageSet, index: int, size: int) -> _Read:
+    image = imageset.load_image(index)
+    return _resize(image, size), (image.shape[1], image.shape[0])
+
+
+def _joined(
+    read: Sequence[_Read], size: int, stride: int, *, rect: bool
+) -> tuple[Tensor, list[LetterboxTransform]]:
+    canvas = (size, size)
+    if rect:
+        canvas = (
+            _up(max(image.shape[1] for image, _ in read), stride),
+            _up(max(image.shape[0] for image, _ in read), stride),
+        )
+    padded = [_pad(image, canvas, original) for image, original in read]
+    stacked = torch.from_numpy(np.stack([image for image, _ in padded]))
+    images = stacked.permute(0, 3, 1, 2).contiguous().float() / 255
+    return images, [transform for _, transform in padded]
 
 
 def _resize(image: np.ndarray, size: int) -> np.ndarray:

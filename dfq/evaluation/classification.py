@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -138,12 +137,13 @@ def evaluate_classifier(
     targets = torch.tensor([label for label in labels if label is not None])
     began = time.monotonic()
     best, done = [], 0
-    for batch in _batches(images, measured, batch_size):
-        logits = _logits(model, batch)
-        best.append(logits.topk(min(5, logits.shape[1]), dim=1).indices)
-        done += len(batch)
-        if progress is not None:
-            progress(done, len(measured))
+    with images.batches(measured, batch_size) as batches:
+        for batch in batches:
+            logits = _logits(model, batch)
+            best.append(logits.topk(min(5, logits.shape[1]), dim=1).indices)
+            done += len(batch)
+            if progress is not None:
+                progress(done, len(measured))
     seconds = time.monotonic() - began
     ranked = torch.cat(best)
     right = ranked[:, 0] == targets
@@ -194,18 +194,6 @@ def _interval(share: float, images: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _batches(images: CroppedImages, indices: list[int], size: int) -> Iterator[Tensor]:
-    """uint8 batches; the next one is read meanwhile."""
-    parts = [indices[start : start + size] for start in range(0, len(indices), size)]
-    with ThreadPoolExecutor(1, thread_name_prefix="read") as pool:
-        following = pool.submit(images.load, parts[0])
-        for index in range(len(parts)):
-            batch = following.result()
-            if index + 1 < len(parts):
-                following = pool.submit(images.load, parts[index + 1])
-            yield batch
-
-
 @torch.no_grad()
 def _logits(model: Classifier, batch: Tensor) -> Tensor:
     logits: Tensor = model.raw(batch.to(model.device).float() / 255)
@@ -240,8 +228,8 @@ def class_agreement(
     for classifier in (reference, model):
         classifier.check_size(size)
     bare = ClassSet(images.source, [], [(name, -1) for name, _ in images.files], images.packed)
-    batches = _batches(CroppedImages(bare, model, size), list(range(len(bare))), BATCH_SIZE)
-    with progress.task("agreement", len(bare), "images") as task:
+    reading = CroppedImages(bare, model, size).batches(range(len(bare)), BATCH_SIZE)
+    with progress.task("agreement", len(bare), "images") as task, reading as batches:
         return _agreed(model, reference, batches, len(bare), task.update)
 
 

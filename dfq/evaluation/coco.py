@@ -6,33 +6,25 @@ Only the categories that set and model share are measured.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from ..data.letterbox import LetterboxTransform, load_letterboxed
 from ..data.outlines import Segment
 from ..data.readers import ImageSet, open_set
 from ..errors import UserError
-from ..models.base import Detecting, Detections, Detector
+from ..models.base import Detecting, Detections
 from .bootstrap import bootstrap_ap
 from .coco_accumulation import accumulate
 from .coco_matching import require_labels
-from .masks import encode
+from .detection import Progress, detect_set
 
 __all__ = ["Metrics", "bootstrap_ap", "evaluate", "predict", "score"]
-
-Progress = Callable[[int, int], object]
-"""Called with the number of images done and the number of images there are."""
 
 
 @dataclass(frozen=True)
@@ -218,72 +210,17 @@ def _predict(
     detector.check_size(size)
     if batch_size < 1:
         raise UserError(f"the batch size must be at least 1, got {batch_size}")
-    rows: list[tuple[Detections, list[Segment]]] = []
-    with eval_mode(detector):
-        for images, transforms in _batches(imageset, size, detector.stride, batch_size, rect):
-            rows += detect_batch(
-                detector,
-                images,
-                transforms,
-                score_threshold=score_threshold,
-                iou_threshold=iou_threshold,
-                masks=masks,
-            )
-            if progress is not None:
-                progress(len(rows), len(imageset))
-    return rows
-
-
-def detect_batch(
-    detector: Detecting,
-    images: Tensor,
-    transforms: Sequence[LetterboxTransform],
-    *,
-    score_threshold: float,
-    iou_threshold: float = 0.6,
-    masks: bool = False,
-) -> list[tuple[Detections, list[Segment]]]:
-    """Detections in letterboxed images, in pixels of the original ones, on the CPU, and the masks
-    of each image's first detections (none where none are wished).
-
-    Args:
-        detector: in eval mode.
-        images: `(n, 3, h, w)` in [0, 1].
-        transforms: how each got there.
-        score_threshold, iou_threshold: see `predict`.
-        masks: with instance masks, in networks that have them.
-    """
-    fixed = detector.fixed_batch
-    batch: list[Detections] = []
-    for part in images.split(fixed or len(images)):
-        padded = part
-        if fixed is not None and len(part) < fixed:
-            # What takes so many images and no fewer is given blank ones at the end.
-            padded = torch.cat([part, part.new_zeros(fixed - len(part), *part.shape[1:])])
-        # `detect` runs without gradients but not in inference mode: YOLO heads keep tensors (anchor
-        # grids) between calls, and inference tensors would break a later backward.
-        batch += detector.detect(
-            padded.to(detector.device),
-            score_threshold=score_threshold,
-            iou_threshold=iou_threshold,
-            masks=masks,
-        )[: len(part)]
-    return [
-        _original(detections, transform)
-        for detections, transform in zip(batch, transforms, strict=True)
-    ]
-
-
-def _original(
-    detections: Detections, transform: LetterboxTransform
-) -> tuple[Detections, list[Segment]]:
-    """Detections on a canvas as boxes and masks on the original image."""
-    boxes, segments = detections.boxes.cpu(), []
-    if detections.masks is not None:
-        whole = transform.undo(boxes[: len(detections.masks)], clip=False)
-        segments = encode(detections.masks, whole, *transform.original)
-    on_image = Detections(transform.undo(boxes), detections.scores.cpu(), detections.labels.cpu())
-    return on_image, segments
+    return detect_set(
+        detector,
+        imageset,
+        size,
+        batch_size=batch_size,
+        rect=rect,
+        progress=progress,
+        score_threshold=score_threshold,
+        iou_threshold=iou_threshold,
+        masks=masks,
+    )
 
 
 def score(
@@ -333,43 +270,6 @@ def score(
         first_dropped=imageset.first_dropped,
         dropped_boxes=imageset.remark(),
     )
-
-
-def _batches(
-    imageset: ImageSet, size: int, stride: int, batch_size: int, rect: bool
-) -> Iterator[tuple[Tensor, list[LetterboxTransform]]]:
-    """Letterboxed batches; the next one is read while the network works on this one."""
-    groups = [
-        range(start, min(start + batch_size, len(imageset)))
-        for start in range(0, len(imageset), batch_size)
-    ]
-    with ThreadPoolExecutor(max_workers=1) as reader:
-
-        def read(group: range) -> Any:
-            return reader.submit(load_letterboxed, imageset, group, size, stride, rect=rect)
-
-        coming = read(groups[0])
-        for following in [*groups[1:], None]:
-            images, _, transforms = coming.result()
-            if following is not None:
-                coming = read(following)
-            yield images, transforms
-
-
-@contextlib.contextmanager
-def eval_mode(detector: Detecting) -> Iterator[None]:
-    """Eval mode inside, every submodule's own mode (some may be frozen) afterwards."""
-    if not isinstance(detector, Detector):
-        yield
-        return
-    module = detector.module
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
 
 
 def _mean(values: np.ndarray) -> float:

@@ -253,7 +253,14 @@ AnyModel = TypeVar("AnyModel", bound=Model)
 
 
 class Detector(Model):
-    """A model that finds objects: its predictions become boxes, categories and scores."""
+    """A model that finds objects: its predictions become boxes, categories and scores.
+
+    Attributes:
+        decode_is_pure: whether `decode` and `segment` run no part of the network and read nothing
+            that `raw` changes, so that one batch may be decoded while another is predicted for.
+    """
+
+    decode_is_pure: bool = False
 
     @property
     def fixed_batch(self) -> int | None:

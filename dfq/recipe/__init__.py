@@ -19,6 +19,7 @@ from ..runtime.settings import Section
 from ..runtime.suggest import suggestion
 from ..synthesis.settings import Synthesis
 from .overrides import Overrides, flat, merged, override
+from .quick import lower
 from .removed import under_present_names, warn_of_removed, without_removed
 
 
@@ -109,12 +110,16 @@ def find_recipe(name: str | Path) -> Path:
 
 
 def changed_recipe(
-    recipe: Recipe | str | Path | None, overrides: Overrides = (), **values: Any
+    recipe: Recipe | str | Path | None,
+    overrides: Overrides = (),
+    *,
+    quick: bool = False,
+    **values: Any,
 ) -> Recipe:
     """A recipe, read where it is named, with other values; arguments and errors are those of
-    `load_recipe`."""
+    `load_recipe`. One that was read already means all that it says, quick or not."""
     if not isinstance(recipe, Recipe):
-        return load_recipe(recipe, overrides, **values)
+        return load_recipe(recipe, overrides, quick=quick, **values)
     if not overrides and all(value is None for value in values.values()):
         return recipe
     data = recipe.model_dump()
@@ -122,13 +127,16 @@ def changed_recipe(
     return _validated(data, "recipe")
 
 
-def load_recipe(name: str | Path | None, overrides: Overrides = (), **values: Any) -> Recipe:
+def load_recipe(
+    name: str | Path | None, overrides: Overrides = (), *, quick: bool = False, **values: Any
+) -> Recipe:
     """Read, override and validate a recipe.
 
     Args:
         name: file or shipped name, whose `extends: NAME` is followed; None starts from the
             defaults.
         overrides: values that replace the file's.
+        quick: have the file's values no larger than those of `QUICK`; overrides may be.
         values: the same with `__` for the dot, from command-line options; None means not given.
 
     Raises:
@@ -140,10 +148,14 @@ def load_recipe(name: str | Path | None, overrides: Overrides = (), **values: An
     """
     if name is None:
         data: dict[str, Any] = {}
+        if quick:
+            lower(data, Recipe)
         override(data, overrides, values, Recipe)
         return _validated(data, "recipe")
     chain = _with_extended(find_recipe(name))
     data = merged([sections for _, sections in chain], Recipe)
+    if quick:
+        lower(data, Recipe)
     override(data, overrides, values, Recipe)
     return _validated(data, chain[0][0], chain)
 

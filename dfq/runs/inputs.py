@@ -21,6 +21,7 @@ from ..errors import UserError, argument, shown
 from ..evaluation.measuring import RealSet, open_labelled, open_unlabelled
 from ..models.base import Model
 from ..recipe import Recipe
+from ..runtime.ahead import read_all
 from ..runtime.files import user_path
 
 MOST_JOINING = 64
@@ -48,9 +49,8 @@ def photographs(source: str | Path | None, settings: Recipe, detector: Model) ->
         return None
     try:
         photos = open_unlabelled(source, detector)
-        for index in range(len(photos)):
-            # Now, not after hours of training.
-            photos.load_image(index)
+        # Now, not after hours of training.
+        read_all(lambda index: photos.load_image(index).shape, range(len(photos)))
     except UserError as error:
         raise UserError(f"{argument('photos')}: {error}") from None
     size = settings.evaluation.image_size or detector.image_size

@@ -137,7 +137,8 @@ class _Rate:
 class _Task(ABC):
     """What tasks on a terminal and in a log have in common: how far they are, and how long yet."""
 
-    def __init__(self, name: str, total: int, unit: str) -> None:
+    def __init__(self, name: str, total: int, unit: str, advice: str = "") -> None:
+        self.advice = advice
         self.name, self.total, self.unit = name, total, unit
         self.rate = _Rate()
         self.done = 0
@@ -165,19 +166,21 @@ class _Task(ABC):
         """Show how far it is, if it is time to."""
 
     def announcement(self) -> str:
-        """How long the work will take, once it is known and if it is long; else nothing."""
+        """How long the work will take, once it is known and if it is long, and what would make it
+        shorter, in a line each; else nothing."""
         left = self.rate.left(self.total)
         if self._announced or not left or not self.rate.sure:
             return ""
         self._announced = True
         if left < LONG_SECONDS:
             return ""
-        return f"{self.name}: about {duration(left)} for {self.total - self.done} {self.unit}"
+        text = f"{self.name}: about {duration(left)} for {self.total - self.done} {self.unit}"
+        return f"{text}\n{self.name}: {self.advice}" if self.advice else text
 
 
 class _PlainTask(_Task):
-    def __init__(self, name: str, total: int, unit: str) -> None:
-        super().__init__(name, total, unit)
+    def __init__(self, name: str, total: int, unit: str, advice: str = "") -> None:
+        super().__init__(name, total, unit, advice)
         self.printed = time.monotonic()
 
     def show(self, last: bool, detail: str = "") -> None:
@@ -192,15 +195,15 @@ class _PlainTask(_Task):
 
 
 class _BarTask(_Task):
-    def __init__(self, bar: Bar, name: str, total: int, unit: str) -> None:
-        super().__init__(name, total, unit)
+    def __init__(self, bar: Bar, name: str, total: int, unit: str, advice: str = "") -> None:
+        super().__init__(name, total, unit, advice)
         self.bar = bar
         self.id = bar.add_task(name, total=total, rate="", detail="")
 
     def show(self, last: bool, detail: str = "") -> None:
         announcement = self.announcement()
         if announcement:
-            self.bar.console.print(announcement, highlight=False)
+            self.bar.console.print(announcement, highlight=False, markup=False)
         rate = self.rate.text(self.total, self.unit)
         self.bar.update(self.id, completed=self.done, total=self.total, rate=rate)
         if detail:
@@ -208,16 +211,23 @@ class _BarTask(_Task):
 
 
 class Live:
-    """Reports on standard error: a live bar on a terminal, a line now and then elsewhere."""
+    """Reports on standard error: a live bar on a terminal, a line now and then elsewhere.
 
-    def __init__(self) -> None:
+    Args:
+        advises: whether it also tells what would make long work shorter.
+    """
+
+    def __init__(self, *, advises: bool = True) -> None:
+        self.advises = advises
         self._bar: Bar | None = None
+        # By the name of a task, what would make it shorter.
+        self.advice: dict[str, str] = {}
 
     @contextlib.contextmanager
     def task(self, name: str, total: int, unit: str) -> Iterator[Task]:
-        console = Console(stderr=True)
+        console, advice = Console(stderr=True), self.advice.get(name, "")
         if not console.is_terminal:
-            yield _PlainTask(name, total, unit)
+            yield _PlainTask(name, total, unit, advice)
             return
         columns = (
             TextColumn("{task.description}"),
@@ -229,7 +239,7 @@ class Live:
         with Bar(*columns, console=console) as bar:
             self._bar = bar
             try:
-                yield _BarTask(bar, name, total, unit)
+                yield _BarTask(bar, name, total, unit, advice)
             finally:
                 self._bar = None
 
@@ -239,3 +249,9 @@ class Live:
         else:
             # Above the bar, which is drawn anew below.
             self._bar.console.print(text, highlight=False, markup=False)
+
+
+def advise(progress: Progress, task: str, text: str) -> None:
+    """Have a line told after the estimate of the tasks of a name, where they are long."""
+    if isinstance(progress, Live) and progress.advises:
+        progress.advice[task] = text

@@ -38,6 +38,7 @@ class UltralyticsDetector(Detector):
     """Any detection network of Ultralytics whose head is `Detect` or `v10Detect`."""
 
     family = "ultralytics"
+    decode_is_pure = True
     half_images = True
     half_loss = True
     static_loss = True

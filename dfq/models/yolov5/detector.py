@@ -41,6 +41,7 @@ class YOLOv5(Detector):
     """
 
     family = "yolov5"
+    decode_is_pure = True
     half_images = True
     half_loss = True
     static_loss = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -153,6 +154,68 @@ def test_evaluate_end_to_end(on_disk):
 
 def test_limit_takes_the_first_images(on_disk):
     assert evaluate(FakeDetector(on_canvas(on_disk)), on_disk, limit=2).images == 2
+
+
+def readers() -> list[str]:
+    names = [thread.name for thread in threading.enumerate()]
+    return [name for name in names if name.startswith(("read", "decode"))]
+
+
+@pytest.mark.parametrize("pure", [False, True])
+def test_an_unreadable_image_is_told_in_its_turn_and_no_thread_is_left(on_disk, pure):
+    on_disk.items[1].path.write_bytes(b"no image")
+    on_disk.items[2].path.unlink()
+    detector, done = FakeDetector(on_canvas(on_disk)), []
+    detector.decode_is_pure = pure
+    with pytest.raises(UserError) as raised:
+        predict(detector, on_disk, batch_size=1, progress=lambda count, _: done.append(count))
+    # While the error, and with it the frames that it went through, is still held.
+    assert readers() == []
+    assert str(raised.value) == f"{on_disk.items[1].path}: is not an image that can be read"
+    assert done == [1]
+
+
+def test_a_batch_is_decoded_while_the_network_works_on_the_next(on_disk):
+    begun = [threading.Event() for _ in on_disk.items]
+
+    class Watched(FakeDetector):
+        decode_is_pure = True
+
+        def raw(self, images):
+            begun[len(self.shapes)].set()
+            return super().raw(images)
+
+        def decode(self, raw, image_shape, **thresholds):
+            decoded = super().decode(raw, image_shape, **thresholds)
+            assert not torch.is_grad_enabled()
+            # The next one's prediction begins without waiting for this one.
+            assert begun[min(len(on_disk) - len(self.answers), 2)].wait(30)
+            return decoded
+
+    seen = []
+    detections = predict(
+        Watched(on_canvas(on_disk)),
+        on_disk,
+        batch_size=1,
+        progress=lambda count, _: seen.append(count),
+    )
+    assert seen == [1, 2, 3]
+    for one, item in zip(detections, on_disk.items, strict=True):
+        np.testing.assert_allclose(one.boxes.numpy(), item.boxes, atol=1e-4)
+    assert readers() == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_no_thread_is_left_when_evaluation_is_stopped(on_disk, error):
+    def stop(done, of):
+        raise error
+
+    for pure in (False, True):
+        detector = FakeDetector(on_canvas(on_disk))
+        detector.decode_is_pure = pure
+        with pytest.raises(error):
+            predict(detector, on_disk, batch_size=1, progress=stop)
+        assert readers() == []
 
 
 def test_predict_gives_original_pixels(on_disk):

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from dfq.runtime import progress
-from dfq.runtime.progress import Live, Silent
+from dfq.runtime.progress import Live, Silent, advise
 
 
 class Clock:
@@ -107,8 +107,39 @@ def test_long_work_says_at_its_start_how_long_it_takes(
                 assert line == "training: 0/6 epochs  0.1 epochs/min, 59:44 left\n"
 
 
+def test_long_work_says_what_would_make_it_shorter(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    live = Live()
+    advise(live, "synthesis", "shorter with fewer images")
+    advise(Silent(), "synthesis", "told to nobody")
+    with live.task("synthesis", 512, "images") as task:
+        # Gone on with: what is done already is not counted.
+        task.update(128, 512)
+        clock.now += 10
+        task.left(59)
+        assert capsys.readouterr().err == "", "under a minute"
+    with live.task("synthesis", 512, "images") as task:
+        task.update(128, 512)
+        task.left(61)
+        assert capsys.readouterr().err.splitlines() == [
+            "synthesis: about 1:01 for 384 images",
+            "synthesis: shorter with fewer images",
+        ]
+        task.left(3600)
+        assert capsys.readouterr().err == "", "once"
+    quiet = Live(advises=False)
+    advise(quiet, "synthesis", "shorter with fewer images")
+    with quiet.task("synthesis", 512, "images") as task:
+        task.update(0, 512)
+        task.left(3600)
+        assert capsys.readouterr().err == "synthesis: about 1:00:00 for 512 images\n"
+
+
 def test_short_work_says_nothing(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    with Live().task("rounding", 1, "layers") as task:
+    live = Live()
+    advise(live, "rounding", "shorter with fewer images")
+    with live.task("rounding", 1, "layers") as task:
         for done in range(14):
             clock.now += 1
             task.update(done, 14)
