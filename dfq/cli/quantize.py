@@ -99,7 +99,7 @@ def quantize(**given: Any) -> None:
 def ptq(overrides: tuple[str, ...], **given: Any) -> None:
     """dfq quantize that trains nothing: whatever the recipe says, its method is ptq. Which
     reconstruction, --set quantization.reconstruction=METHOD says: none, gptq, adaround,
-    adaquant, brecq, qdrop, pd, spq, mgrq, task or best.
+    adaquant, brecq, qdrop, pd, spq, mgrq, pfcr, task or best.
     """
     _quantize(overrides=overrides, select_on=None, method="ptq", **given)
 

@@ -14,7 +14,18 @@ from .policy import Policy
 from .range_search import SEARCHES
 
 Reconstruction = Literal[
-    "none", "gptq", "adaround", "adaquant", "brecq", "qdrop", "pd", "spq", "mgrq", "task", "best"
+    "none",
+    "gptq",
+    "adaround",
+    "adaquant",
+    "brecq",
+    "qdrop",
+    "pd",
+    "spq",
+    "mgrq",
+    "pfcr",
+    "task",
+    "best",
 ]
 
 
@@ -97,7 +108,8 @@ class Quantization(Section):
     each makes up for the errors of those before it, layer by layer; adaquant: weights, biases and
     scales of one layer after another are learned; adaround, brecq, qdrop, pd (PD-Quant), spq, mgrq,
     task: rounding and activation scales of one block after another are learned, by that method's
-    objective; best: ours, from gptq's integers."""
+    objective; pfcr: the same of parts of blocks first, then of blocks, then of pairs of blocks;
+    best: ours, from gptq's integers."""
     reconstruction_iterations: int = Field(60, ge=1, le=MOST_STEPS)
     """Steps that each block is learned for, where blocks are."""
     rounding_images: int = Field(512, ge=1, le=MOST_IMAGES)
