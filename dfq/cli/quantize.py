@@ -101,7 +101,8 @@ def ptq(overrides: tuple[str, ...], **given: Any) -> None:
     reconstruction, --set quantization.reconstruction=METHOD says: none, gptq, adaround,
     adaquant, brecq, qdrop, pd, spq, mgrq, pfcr, task or best.
     """
-    _quantize(overrides=overrides, select_on=None, method="ptq", **given)
+    # As a setting, so that those which go with it alone are not refused.
+    _quantize(overrides=(*overrides, "method=ptq"), select_on=None, **given)
 
 
 @click.command(short_help="dfq quantize that insists on training.")
@@ -133,7 +134,7 @@ def _quantize(
     max_cache: float,
     method: str | None = None,
 ) -> None:
-    """The command by any of its names; the one that it goes by may have a method of its own."""
+    """The command by any of its names, one of which has a method in the place of auto."""
     from ..api.quantize import quantize as verb
     from ..recipe import find_recipe
     from ..runs.comparison import number
@@ -150,7 +151,7 @@ def _quantize(
         synthesis__image_size=image_size,
     )
     chosen = any(text.partition("=")[0].strip() == "method" for text in overrides)
-    if method == "ptq" or (method == "qat" and not chosen and settings.method == "auto"):
+    if method is not None and not chosen and settings.method == "auto":
         settings = settings.model_copy(update={"method": method})
     folder = verb(
         settings,
