@@ -320,6 +320,7 @@ def _untouched(found: Material, rows: Sequence[LayerRow], policy: Policy) -> dic
         "placement": policy.placement,
         "dynamic": policy.activation_ranges == "dynamic",
         "log2": policy.softmax == "log2",
+        "piecewise": policy.weight_grid == "piecewise",
     }
 
 
