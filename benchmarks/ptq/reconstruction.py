@@ -51,7 +51,7 @@ METHODS = {
         name: (f"quantization.reconstruction={name}",)
         for name in (
             *("gptq", "adaround", "adaquant", "brecq", "qdrop"),
-            *("pd", "spq", "mgrq", "task", "best"),
+            *("pd", "spq", "mgrq", "pfcr", "task", "best"),
         )
     },
     "qat": ("method=qat",),

@@ -108,6 +108,11 @@ def export(
                 f"{model}: outputs of softmax are powers of two in it, a baseline that dfq does "
                 "not export; make a run with quantization.softmax: uniform"
             )
+        if policy.weight_grid == "piecewise":
+            raise UserError(
+                f"{model}: its weights are on piecewise grids, a baseline that dfq does not "
+                "export; make a run with quantization.weight_grid: asymmetric"
+            )
         if runtime != "torch" and not is_placed_for(policy, runtime):
             told.note(
                 f"ranges: this run has its quantizers where {_where(policy)}; those that {runtime} "

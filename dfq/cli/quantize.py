@@ -101,9 +101,10 @@ def quantize(**options: Any) -> None:
 def ptq(overrides: tuple[str, ...], **options: Any) -> None:
     """dfq quantize that trains nothing: whatever the recipe says, its method is ptq. Which
     reconstruction, --set quantization.reconstruction=METHOD says: none, gptq, adaround,
-    adaquant, brecq, qdrop, pd, spq, mgrq, task or best.
+    adaquant, brecq, qdrop, pd, spq, mgrq, pfcr, task or best.
     """
-    _quantize(overrides=overrides, select_on=None, method="ptq", **options)
+    # As a setting, so that those which go with it alone are not refused.
+    _quantize(overrides=(*overrides, "method=ptq"), select_on=None, **options)
 
 
 @click.command(short_help="dfq quantize that insists on training.")
@@ -136,7 +137,7 @@ def _quantize(
     max_cache: float,
     method: str | None = None,
 ) -> None:
-    """The command by any of its names; the one that it goes by may have a method of its own."""
+    """The command by any of its names, one of which has a method in the place of auto."""
     from ..api.quantize import quantize as verb
     from ..recipe import find_recipe
     from ..runs.comparison import number
@@ -154,7 +155,7 @@ def _quantize(
         synthesis__image_size=image_size,
     )
     states_method = any(text.partition("=")[0].strip() == "method" for text in overrides)
-    if method == "ptq" or (method == "qat" and not states_method and settings.method == "auto"):
+    if method is not None and not states_method and settings.method == "auto":
         settings = settings.model_copy(update={"method": method})
     folder = verb(
         settings,

@@ -47,7 +47,12 @@ class BlockBatch:
 
 
 def watch_calls(
-    block: nn.Module, calls: int, run: Callable[[], object], *, outputs: bool
+    block: nn.Module,
+    calls: int,
+    run: Callable[[], object],
+    *,
+    outputs: bool,
+    last: nn.Module | None = None,
 ) -> tuple[list[Call], list[Any]]:
     """The first `calls` calls of a block in `run`, which ends with the last of them.
 
@@ -56,6 +61,8 @@ def watch_calls(
         calls: how often it is called in a pass.
         run: the forward pass.
         outputs: whether the block is run in its last call too, for what it gives.
+        last: what gives the block's outputs, where the block is the first of several modules that
+            run one after another.
     """
     call_inputs: list[Call] = []
     call_outputs: list[Any] = []
@@ -73,7 +80,7 @@ def watch_calls(
 
     handles = [block.register_forward_pre_hook(before, with_kwargs=True)]
     if outputs:
-        handles.append(block.register_forward_hook(after))
+        handles.append((last or block).register_forward_hook(after))
     with hooks(handles), contextlib.suppress(StopForward), torch.no_grad():
         run()
     return call_inputs, call_outputs

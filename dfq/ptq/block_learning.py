@@ -1,4 +1,4 @@
-"""One block while it is reconstructed: its variables, its steps, what is dropped in them."""
+"""One unit while it is reconstructed: its variables, its steps, what is dropped in them."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from .block_io import BlockBatch, Call, HostCache, watch_calls
 from .continuous_weights import ContinuousWeight
 from .distribution_correction import corrected
 from .objectives import Method, Step
+from .units import Unit
 
 ROUND_WEIGHT, WARMUP = 0.01, 0.2
 """Weight of the rounding's regulariser, and share of the iterations before it counts (BRECQ)."""
@@ -37,6 +38,10 @@ ROUND_TRAVEL, WEIGHT_TRAVEL, SCALE_TRAVEL, BIAS_TRAVEL = 12.0, 2.0, 0.3, 0.05
 logarithms of step sizes, and biases can go at most, all but the first with a cosine to zero. h goes
 from 0 to 1 within 4.8; in the papers' 20,000 iterations rates of 1e-3 and 4e-5 go 20 and 0.8 far.
 """
+
+WEIGHTS_FIRST = 0.5
+"""Share of a progressive method's iterations in which activations of the unit stay in float: PFCR
+optimizes in two stages; their lengths are ours."""
 
 POOL_EXTRA = 1 << 20
 """How much longer the draw is that masks are taken from than the largest of them."""
@@ -87,35 +92,63 @@ class Reconstruction:
 
 
 class Block:
-    """One block while it is reconstructed."""
+    """One unit while it is reconstructed: mostly a block.
 
-    def __init__(self, shared: Reconstruction, name: str, calls: int, number: int) -> None:
-        self.shared, self.name, self.calls, self.number = shared, name, calls, number
-        self.module = shared.student.module.get_submodule(name)
-        self.original = shared.teacher.module.get_submodule(name)
-        self.layers = dict(_layers_in(self.module, name))
+    Args:
+        shared: what is the same for all.
+        unit: names of the modules; several run one after another, each on the one before.
+        calls: of the unit in a pass; 1 where it is of several modules.
+        number: of the unit, which its draws depend on.
+        from_integers: rounding starts from the integers that the weights are at, instead of from
+            the float weights.
+    """
+
+    def __init__(
+        self,
+        shared: Reconstruction,
+        unit: Unit,
+        calls: int,
+        number: int,
+        *,
+        from_integers: bool = False,
+    ) -> None:
+        self.shared, self.unit, self.calls, self.number = shared, unit, calls, number
+        self.from_integers = from_integers
+        self.parts = [shared.student.module.get_submodule(name) for name in unit]
+        self.originals = [shared.teacher.module.get_submodule(name) for name in unit]
+        self.module, self.original = _chained(self.parts), _chained(self.originals)
+        self.layers = {
+            name: layer
+            for prefix, part in zip(unit, self.parts, strict=True)
+            for name, layer in _layers_in(part, prefix)
+        }
         count = len(shared.batches)
         self.io = HostCache(self._watch, count, room=shared.room, device=shared.student.device)
         self.draws = Generator(shared.student.device).manual_seed(shared.seed * 1_000_003 + number)
         self.offsets = Generator().manual_seed(shared.seed * 1_000_003 + number)
         self.pool: Tensor | None = None
         self.dropping = True
-        self.unit = self._unit()
+        self.in_float = False
+        self.variances = self._variances()
 
     def _watch(self, batch: int) -> BlockBatch:
         shared = self.shared
         inputs, _ = watch_calls(
-            self.module, self.calls, lambda: shared.ours.run(batch), outputs=False
+            self.parts[0], self.calls, lambda: shared.ours.run(batch), outputs=False
         )
         float_inputs, outputs = watch_calls(
-            self.original, self.calls, lambda: shared.theirs.run(batch), outputs=True
+            self.originals[0],
+            self.calls,
+            lambda: shared.theirs.run(batch),
+            outputs=True,
+            last=self.originals[-1],
         )
         if shared.method.correct:
             float_inputs = [corrected(self.original, call) for call in float_inputs]
             outputs = [self.original(*call.args, **call.kwargs) for call in float_inputs]
         return BlockBatch(inputs, float_inputs, outputs)
 
-    def _unit(self) -> list[float]:
+    def _variances(self) -> list[float]:
         """Variances of the float outputs, over a few batches."""
         variances = [
             [float(t.float().var()) for t in _floating(self.io.get(number).outputs)]
@@ -149,6 +182,7 @@ class Block:
         cpu = Generator().manual_seed(self.shared.seed * 1_000_003 + self.number)
         with self._dropped(method.drop), torch.enable_grad():
             for step in range(iterations):
+                self.in_float = method.progressive and step < WEIGHTS_FIRST * iterations
                 if not order:
                     order = torch.randperm(batches, generator=cpu).tolist()
                 # Rounding's rate stays, as its regulariser grows.
@@ -179,14 +213,14 @@ class Block:
         soft: dict[QuantConv2d | QuantLinear, SoftRounding | ContinuousWeight] = {}
         for name, layer in self.layers.items():
             original = self.shared.teacher.module.get_submodule(name)
-            quantizer, from_gptq = layer.weight_quantizer, method.start == "gptq"
+            quantizer = layer.weight_quantizer
             variable: SoftRounding | ContinuousWeight
             if method.continuous:
                 variable = ContinuousWeight(
-                    quantizer, layer.weight if from_gptq else original.weight
+                    quantizer, layer.weight if self.from_integers else original.weight
                 )
             else:
-                codes = quantizer.integers(layer.weight) if from_gptq else None
+                codes = quantizer.integers(layer.weight) if self.from_integers else None
                 variable = SoftRounding(quantizer, original.weight, codes)
                 # Not a submodule of it: it goes back when all is learned.
                 object.__setattr__(variable, "quantizer", quantizer)
@@ -206,15 +240,18 @@ class Block:
 
     @contextlib.contextmanager
     def _dropped(self, share: float) -> Iterator[None]:
-        """Activations in the block are left in float at random."""
+        """Activations in the unit are left in float: at random, or all of them for a while."""
+        left = share > 0 or self.shared.method.progressive
 
         def after(_m: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if self.in_float and self.dropping:
+                return inputs[0]
             return self._mix(output, inputs[0], share)
 
         with hooks(
             child.register_forward_hook(after)
             for child in self.module.modules()
-            if share > 0 and isinstance(child, Quantizer) and child.enabled
+            if left and isinstance(child, Quantizer) and child.enabled
         ):
             yield
 
@@ -252,13 +289,13 @@ class Block:
         return Step(
             outputs=outputs,
             float_outputs=_floating(batch.outputs),
-            unit=self.unit,
+            unit=self.variances,
             images=len(images),
             model=shared.student,
             predictions=predictions,
             float_predictions=lambda: shared.float_predictions(number),
             layers=lambda: self._layer_outputs(batch),
-            fisher=lambda: shared.fisher[self.name][number],
+            fisher=lambda: shared.fisher[self.unit[-1]][number],
             targets=lambda: self._targets(number),
             image_shape=(images.shape[2], images.shape[3]),
         )
@@ -293,6 +330,10 @@ class Block:
         if self.shared.targets is None:
             raise ValueError("this objective looks at labels, and there are none")
         return self.shared.targets(number)
+
+
+def _chained(modules: Sequence[nn.Module]) -> nn.Module:
+    return modules[0] if len(modules) == 1 else nn.Sequential(*modules)
 
 
 def _group(parameters: Sequence[nn.Parameter], rate: float) -> dict[str, Any]:

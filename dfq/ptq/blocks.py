@@ -2,8 +2,9 @@
 
 Blocks are walked in the order they run. A block of the quantized network is given what the part
 before it, already quantized, gives, and follows what the block of the float network gives there
-(AdaRound, AdaQuant, BRECQ, QDrop, PD-Quant, SPQ, MGRQ; see `objectives`). Rounding variables are
-AdaRound's; AdaQuant learns the weights in their place.
+(AdaRound, AdaQuant, BRECQ, QDrop, PD-Quant, SPQ, MGRQ, PFCR; see `objectives`). Rounding variables
+are AdaRound's; AdaQuant learns the weights in their place. PFCR walks the network several times, by
+ever coarser units (see `units`).
 """
 
 from __future__ import annotations
@@ -23,30 +24,10 @@ from .fisher import fisher_diagonals
 from .gptq import without_fine_activations
 from .input_moments import execution_order
 from .objectives import Method
+from .units import Unit, progressive_stages, units_of
 
 BATCH = 16
 """Images of one iteration."""
-
-
-def units_of(model: Model, order: Sequence[str], *, layers: bool) -> list[str]:
-    """Names of the modules that are reconstructed, in the order in which they end: the blocks that
-    hold quantized layers, and quantized layers outside any block; or all layers by themselves.
-
-    Args:
-        model: quantized.
-        order: names of its quantized layers as they run.
-        layers: each layer by itself.
-    """
-    if layers:
-        return list(order)
-    ended = last_layer_of_block(order, model.blocks())
-    units: list[str] = []
-    for layer in order:
-        if layer in ended:
-            units.append(ended[layer])
-        elif not any(f"{layer}.".startswith(f"{block}.") for block in ended.values()):
-            units.append(layer)
-    return units
 
 
 def reconstruct(
@@ -77,20 +58,64 @@ def reconstruct(
         room: bytes of inputs and outputs of a block that are kept on the host.
         targets: gives the labels of a batch by its number; asked for by objectives that look at
             them.
-        first: how many blocks are finished, of an earlier call that was interrupted.
-        after: called with blocks done and blocks in all after each block.
+        first: how many units are finished, of an earlier call that was interrupted.
+        after: called with units done and units in all after each unit.
     """
     batches = [batch.to(student.device).float() / 255 for batch in images.split(batch_size)]
     counts = execution_order(student.module, lambda: student.raw(batches[0][:1]))
     order = list(counts)
-    units = units_of(student, order, layers=method.layers)
+    if method.progressive:
+        stages = progressive_stages(student, order, batches[0][:1])
+    else:
+        stages = [[(name,) for name in units_of(student, order, layers=method.layers)]]
+    total, before = sum(len(units) for units in stages), 0
+    for units in stages:
+        # Of a stage that is finished nothing is needed but the weights and scales.
+        if before + len(units) > first:
+            _walk(
+                student, teacher, batches, method, units, order,
+                iterations=iterations, seed=seed, room=room, targets=targets,
+                before=before, first=first, after=lambda done: after and after(done, total),
+            )  # fmt: skip
+        before += len(units)
+
+
+def _walk(
+    student: Model,
+    teacher: Model,
+    batches: list[Tensor],
+    method: Method,
+    units: Sequence[Unit],
+    order: Sequence[str],
+    *,
+    iterations: int,
+    seed: int,
+    room: int,
+    targets: Callable[[int], Targets] | None,
+    before: int,
+    first: int,
+    after: Callable[[int], object],
+) -> None:
+    """One walk over the network, for `reconstruct`.
+
+    Args:
+        units: in the order in which they end.
+        order: names of the quantized layers as they run.
+        before: units of the walks before this one.
+        first: how many units of all walks are finished.
+        after: called with how many units of all walks are done, after each.
+    """
     blocks = student.blocks()
     ended = last_layer_of_block(order, blocks)
     calls = calls_in_order(
-        [(name, student.module.get_submodule(name)) for name in units],
+        [(unit[0], student.module.get_submodule(unit[0])) for unit in units],
         lambda: student.raw(batches[0][:1]),
     )
-    fisher = fisher_diagonals(teacher, units, batches, seed=seed) if method.fisher else {}
+    fisher = (
+        fisher_diagonals(teacher, [unit[-1] for unit in units], batches, seed=seed)
+        if method.fisher
+        else {}
+    )
     tail = teacher.clone()
     with (
         torch.no_grad(),
@@ -115,15 +140,18 @@ def reconstruct(
             tail,
             fisher,
         )
-        for done, name in enumerate(units):
-            # From here on the tail computes this block as the quantized network does.
-            tail.module.get_submodule(name).forward = student.module.get_submodule(name).__call__
-            if done >= first:
-                Block(shared, name, calls[name], done).learn()
+        for number, unit in enumerate(units, before):
+            # From here on the tail computes this unit as the quantized network does.
+            for name in unit:
+                inside = student.module.get_submodule(name)
+                tail.module.get_submodule(name).forward = inside.__call__
+            if number >= first:
+                from_integers = method.start == "gptq" or before > 0
+                Block(shared, unit, calls[unit[0]], number, from_integers=from_integers).learn()
             for layer in order:
-                inside = f"{layer}.".startswith(f"{name}.")
-                if inside and layer in ended:
+                learned = any(f"{layer}.".startswith(f"{name}.") for name in unit)
+                if learned and layer in ended:
                     ours.finish(ended[layer])
                     theirs.finish(ended[layer])
-            if after is not None and done >= first:
-                after(done + 1, len(units))
+            if number >= first:
+                after(number + 1)

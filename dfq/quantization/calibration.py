@@ -13,6 +13,7 @@ from ..graph.execution import hooks
 from ..models.base import Model
 from .factors import bound_factors
 from .layers import QuantConv2d, QuantLinear
+from .piecewise import PiecewiseQuantizer
 from .quantizers import Quantizer, grid
 from .range_search import (
     CONSUMERS,
@@ -102,6 +103,10 @@ def run_observers(
 def set_weight_range(layer: QuantConv2d | QuantLinear, search: str) -> None:
     """Set the initial scales of a layer's weights; `search` is a key of `range_search.SEARCHES`."""
     weights, find = layer.weight_quantizer, SEARCHES[search]
+    if isinstance(weights, PiecewiseQuantizer):
+        # By a search of its own.
+        weights.search(layer.weight.detach().float().reshape(weights.channels, -1))
+        return
     if find is lsq and layer.input_quantizer.asymmetric:
         # Zero points of activations make it LSQ+.
         find = three_deviations

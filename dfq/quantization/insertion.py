@@ -15,7 +15,6 @@ from .inspection import FLOAT_KINDS
 from .layers import QuantConv2d, QuantLinear, QuantMatmul
 from .output_quantizers import insert_output_quantizers
 from .policy import Policy
-from .quantizers import Quantizer
 
 
 def _replace(module: nn.Module, layer: nn.Module, wrapped: nn.Module) -> None:
@@ -74,10 +73,7 @@ def insert_quantizers(detector: AnyModel, policy: Policy) -> AnyModel:
             product = QuantMatmul(left(bits[1]), policy.quantizer(bits[1]))
             _replace(detector.module, layer, product.train(layer.training).to(detector.device))
             continue
-        channels = row.weight_shape[0] if policy.weights == "per_channel" else 1
-        shifted = policy.shifts_weights(bits[0])
-        narrow = policy.where.narrow_weights
-        weights = Quantizer(bits[0], channels=channels, asymmetric=shifted, narrow=narrow)
+        weights = policy.weight_quantizer(bits[0], row.weight_shape[0])
         inputs = policy.quantizer(bits[1])
         wrapped: nn.Module
         if isinstance(layer, nn.Conv2d):

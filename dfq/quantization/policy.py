@@ -9,6 +9,7 @@ from typing import Any
 from .bit_widths import parse_widths
 from .dynamic import DynamicQuantizer
 from .logarithmic import LogarithmicQuantizer
+from .piecewise import PiecewiseQuantizer
 from .placement import EVERYWHERE, INPUTS, PLACEMENTS, Placement
 from .quantizers import Quantizer
 
@@ -24,7 +25,8 @@ class Policy:
         weights: "per_channel" or "per_tensor".
         weight_grid: "asymmetric": below 8 bits each scale's grid has a zero point, so that its
             levels need not reach as far below zero as above; "symmetric". Either way values are
-            integers of at most 8 bits times a step size, as runtimes multiply with.
+            integers of at most 8 bits times a step size, as runtimes multiply with. "piecewise":
+            of two regions with a step each, which no runtime has.
         activations: "asymmetric" (LSQ+) or "symmetric" (LSQ; see `unsigned`).
         overrides: qualified layer name or wildcard -> "float", a bit width for both, or "w4a8";
             the first match counts and wins over everything else.
@@ -74,6 +76,15 @@ class Policy:
         if self.activation_ranges == "dynamic":
             return DynamicQuantizer(bits, asymmetric=self.asymmetric, unsigned=self.unsigned)
         return Quantizer(bits, asymmetric=self.asymmetric, unsigned=self.unsigned)
+
+    def weight_quantizer(self, bits: int, outputs: int) -> Quantizer:
+        """One of the weights of a layer with so many outputs."""
+        channels = outputs if self.weights == "per_channel" else 1
+        if self.weight_grid == "piecewise":
+            return PiecewiseQuantizer(bits, channels=channels)
+        narrow = self.where.narrow_weights
+        shifted = self.shifts_weights(bits)
+        return Quantizer(bits, channels=channels, asymmetric=shifted, narrow=narrow)
 
     def softmax_quantizer(self, bits: int) -> Quantizer:
         """One of what a softmax gives to a product."""

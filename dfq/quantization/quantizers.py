@@ -250,6 +250,11 @@ class Quantizer(nn.Module):
         the step sizes are multiplied with. Where integers are held, those."""
         return self._rounded(x) if self.levels is None else self.levels
 
+    @torch.no_grad()
+    def values(self, integers: Tensor) -> Tensor:
+        """The levels that `integers` (see there) stand for, in their shape, channels first."""
+        return self.scale_of(integers) * integers
+
     def _rounded(self, x: Tensor) -> Tensor:
         return torch.round(x.float() / self.scale_of(x)).clamp_(*self.limits_of(x))
 

@@ -9,12 +9,24 @@ from pydantic import Field, field_validator, model_validator
 from ..runtime.limits import MOST_IMAGES, MOST_STEPS
 from ..runtime.settings import Section
 from .bit_widths import ALLOWED, Widths, check_budget, parse_widths
+from .piecewise import LEAST_BITS
 from .placement import PLACEMENTS, Runtime
 from .policy import Policy
 from .range_search import SEARCHES
 
 Reconstruction = Literal[
-    "none", "gptq", "adaround", "adaquant", "brecq", "qdrop", "pd", "spq", "mgrq", "task", "best"
+    "none",
+    "gptq",
+    "adaround",
+    "adaquant",
+    "brecq",
+    "qdrop",
+    "pd",
+    "spq",
+    "mgrq",
+    "pfcr",
+    "task",
+    "best",
 ]
 
 
@@ -62,8 +74,10 @@ class Quantization(Section):
     """Of the layers that see the image and those that give the predictions."""
     weights: Literal["per_channel", "per_tensor"] = "per_channel"
     """A scale for each output channel of a layer's weights, or one for all of them."""
-    weight_grid: Literal["asymmetric", "symmetric"] = "asymmetric"
-    """asymmetric: grids of weights below 8 bits may reach further to one side of zero."""
+    weight_grid: Literal["asymmetric", "symmetric", "piecewise"] = "asymmetric"
+    """asymmetric: grids of weights below 8 bits may reach further to one side of zero; piecewise:
+    one step near zero and a coarser one beyond (PWLQ), one of the bits for the region: a baseline,
+    with method: ptq and reconstruction: none, that is not exported."""
     activations: Literal["asymmetric", "symmetric"] = "asymmetric"
     """asymmetric: with a zero point; symmetric: without, and what is never below zero has unsigned
     integers, where the runtime does."""
@@ -97,7 +111,8 @@ class Quantization(Section):
     each makes up for the errors of those before it, layer by layer; adaquant: weights, biases and
     scales of one layer after another are learned; adaround, brecq, qdrop, pd (PD-Quant), spq, mgrq,
     task: rounding and activation scales of one block after another are learned, by that method's
-    objective; best: ours, from gptq's integers."""
+    objective; pfcr: the same of parts of blocks first, then of blocks, then of pairs of blocks;
+    best: ours, from gptq's integers."""
     reconstruction_iterations: int = Field(60, ge=1, le=MOST_STEPS)
     """Steps that each block is learned for, where blocks are."""
     rounding_images: int = Field(512, ge=1, le=MOST_IMAGES)
@@ -162,6 +177,30 @@ class Quantization(Section):
             raise ValueError(
                 f"softmax: {self.softmax} is in no file for a runtime: placement: inputs or "
                 "everywhere"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _piecewise_alone(self) -> Quantization:
+        if self.weight_grid != "piecewise":
+            return self
+        if self.placement == "qdq":
+            raise ValueError(
+                "weight_grid: piecewise is in no file for a runtime: placement: inputs or "
+                "everywhere"
+            )
+        if self.reconstruction != "none":
+            raise ValueError(
+                f"weight_grid: piecewise has levels that {self.reconstruction} does not know: "
+                "reconstruction: none"
+            )
+        tried = self.mixed.candidates if self.mixed.budget is not None else []
+        widths = [parse_widths(bits) for bits in (*self.overrides.values(), *tried)]
+        least = min(self.weight_bits, *(pair[0] for pair in widths if pair), LEAST_BITS)
+        if least < LEAST_BITS:
+            raise ValueError(
+                f"weight_grid: piecewise takes weights of {LEAST_BITS} bits or more (a bit for the "
+                f"sign, one for the region), not {least}"
             )
         return self
 

@@ -13,6 +13,9 @@ whose weight has `b` bits, the tensor `conv.weight` of the file is
 Integers count as the grid does: from its zero point, where it has one. All other tensors are in the
 file as they are in the network, weights of layers in float too.
 
+Integers of a piecewise grid (see `piecewise`) stand for levels of two steps; what follows holds for
+each of them.
+
 Reading multiplies each integer q with its step size s, in float32. The network then rounds the
 product to the grid as it does with any weight, and meets q again: with the two roundings of float32
 (relative errors of 2^-24 each, as s is from e^-80 to e^80 and neither the product nor the quotient
@@ -141,7 +144,7 @@ def restore_state(
     for layer, integers in codes.values():
         quantizer = layer.weight_quantizer
         lowest, _ = quantizer.limits_of(layer.weight)
-        layer.weight.copy_(quantizer.scale_of(layer.weight) * (integers + lowest))
+        layer.weight.copy_(quantizer.values(integers + lowest))
 
 
 def _by_kind(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

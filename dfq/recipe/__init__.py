@@ -65,6 +65,14 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _piecewise_untrained(self) -> Recipe:
+        if self.quantization.weight_grid == "piecewise" and self.method != "ptq":
+            raise ValueError(
+                "quantization.weight_grid: piecewise grids are not trained; set method: ptq"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _labels_for_task(self) -> Recipe:
         if self.method == "ptq":
             # Nothing is trained.

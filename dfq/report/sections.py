@@ -325,6 +325,7 @@ def _untouched(material: Material, rows: Sequence[LayerRow], policy: Policy) -> 
         "placement": policy.placement,
         "dynamic": policy.activation_ranges == "dynamic",
         "log2": policy.softmax == "log2",
+        "piecewise": policy.weight_grid == "piecewise",
     }
 
 

@@ -36,6 +36,9 @@ class Method:
         start: where rounding starts, "gptq" or "nearest".
         continuous: whether the weights themselves are learned, straight through rounding, and their
             step sizes, in place of rounding variables.
+        progressive: parts of blocks come first, then blocks, then pairs of them (see `units`), each
+            from the integers of the one before; in each, activations are quantized in the second
+            half of the iterations alone.
     """
 
     objective: Objective
@@ -48,6 +51,7 @@ class Method:
     labels: bool = False
     start: str = "nearest"
     continuous: bool = False
+    progressive: bool = False
 
 
 METHODS: dict[str, Method] = {
@@ -58,6 +62,7 @@ METHODS: dict[str, Method] = {
     "pd": Method(prediction_difference, drop=0.5, correct=True),
     "spq": Method(similarity_preserving),
     "mgrq": Method(mixed_granularity),
+    "pfcr": Method(block_error, progressive=True),
     "task": Method(task_guided, labels=True),
     "best": Method(fisher_error, drop=0.5, scales=False, biases=True, fisher=True, start="gptq"),
 }

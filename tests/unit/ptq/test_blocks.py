@@ -14,10 +14,11 @@ from dfq.graph.fold_batchnorm import fold
 from dfq.models.base import Model, Targets
 from dfq.models.divergence import total_divergence
 from dfq.ptq import distribution_correction
-from dfq.ptq.blocks import reconstruct, units_of
+from dfq.ptq.blocks import reconstruct
 from dfq.ptq.input_moments import execution_order
 from dfq.ptq.objectives import METHODS
 from dfq.ptq.pipeline import quantized, with_reconstructed_blocks
+from dfq.ptq.units import units_of
 from dfq.quantization.calibration import calibrate
 from dfq.quantization.insertion import insert_quantizers
 from dfq.quantization.policy import Policy
@@ -117,7 +118,7 @@ def test_scales_are_learned_where_the_method_says_so(student: Model, teacher: Mo
         assert all(torch.equal(a, b) != moved for a, b in zip(scales, now, strict=True))
 
 
-@pytest.mark.parametrize("method", ["qdrop", "pd"])
+@pytest.mark.parametrize("method", ["qdrop", "pd", "pfcr"])
 def test_a_run_that_was_interrupted_ends_in_the_same_bytes(
     method: str, student: Model, teacher: Model
 ) -> None:
@@ -125,7 +126,8 @@ def test_a_run_that_was_interrupted_ends_in_the_same_bytes(
     whole, part = student.clone(), student.clone()
     learn(whole, teacher, method, after=lambda done, total: kept.append(state(whole)))
     assert len(kept) > 4
-    for done in (4,):
+    # Among the last units of pfcr are pairs of blocks.
+    for done in (4, len(kept) - 1):
         part.module.load_state_dict(kept[done - 1])
         learn(part, teacher, method, first=done)
         assert same(state(part), state(whole))
