@@ -50,8 +50,8 @@ def detect_set(
     """
     rows: list[Row] = []
 
-    def add(found: list[Row]) -> None:
-        rows.extend(found)
+    def add(batch: list[Row]) -> None:
+        rows.extend(batch)
         if progress is not None:
             progress(len(rows), len(imageset))
 

@@ -89,12 +89,12 @@ def _pairs(model: Model, blocks: Sequence[str], image: Tensor) -> list[Unit]:
     """Blocks two by two, where the second takes what the first gives as it is, and nothing else in
     the network looks at that."""
     modules = {name: model.module.get_submodule(name) for name in blocks}
-    given: dict[str, list[tuple[Any, Any]]] = {name: [] for name in blocks}
+    calls: dict[str, list[tuple[Any, Any]]] = {name: [] for name in blocks}
     made: dict[str, Any] = {}
     kept: dict[str, Tensor] = {}
 
     def after(name: str, args: Any, kwargs: Any, output: Any) -> None:
-        given[name].append((args, kwargs))
+        calls[name].append((args, kwargs))
         made[name] = output
         if isinstance(output, Tensor):
             # What comes next may write into it.
@@ -110,10 +110,10 @@ def _pairs(model: Model, blocks: Sequence[str], image: Tensor) -> list[Unit]:
         expected = tree_leaves(model.raw(image))
 
     def follows(second: str, first: str) -> bool:
-        once = len(given[first]) == len(given[second]) == 1
+        once = len(calls[first]) == len(calls[second]) == 1
         if not once or first not in kept or second not in kept:
             return False
-        args, kwargs = given[second][0]
+        args, kwargs = calls[second][0]
         if kwargs or len(args) != 1 or args[0] is not made[first]:
             return False
         draw = torch.Generator().manual_seed(0)
@@ -124,10 +124,10 @@ def _pairs(model: Model, blocks: Sequence[str], image: Tensor) -> list[Unit]:
             modules[name].register_forward_hook(lambda _m, _i, _o, value=value: value)
             for name, value in ((first, other), (second, kept[second].clone()))
         ):
-            found = tree_leaves(model.raw(image))
+            outputs = tree_leaves(model.raw(image))
         return all(
             torch.equal(a, b) if isinstance(a, Tensor) else a == b
-            for a, b in zip(found, expected, strict=True)
+            for a, b in zip(outputs, expected, strict=True)
         )
 
     pairs: list[Unit] = []

@@ -73,14 +73,14 @@ class PiecewiseQuantizer(Quantizer):
             )
         most = rows.abs().amax(dim=1)
         most = torch.where(most > 0, most, torch.ones_like(most))
-        best, chosen = torch.full_like(most, float("inf")), most / 2
+        best, breakpoints = torch.full_like(most, float("inf")), most / 2
         for step in range(1, SHARES):
             point = most * (step / SHARES)
             self._set(point, most)
             error = (self.values(self._rounded(rows)) - rows).square().mean(dim=1)
-            chosen = torch.where(error < best, point, chosen)
+            breakpoints = torch.where(error < best, point, breakpoints)
             best = torch.minimum(error, best)
-        self._set(chosen, most)
+        self._set(breakpoints, most)
 
     def _set(self, point: Tensor, most: Tensor) -> None:
         self.initialise(point / (self.half - 0.5))
