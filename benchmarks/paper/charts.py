@@ -36,10 +36,10 @@ def convergence(
             axes.fill_between(epochs, low, high, color=line.get_color(), alpha=0.18, lw=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="epoch", ylabel="AP on the real images")
-    axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    # Outside: no place within is free of curves or marks whatever they are.
+    figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=9)
     figure.savefig(file, dpi=150)
 
 
@@ -70,5 +70,6 @@ def categories(
     axes.set_ylabel("share of all objects")
     axes.set_xlim(-0.7, len(order) - 0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    # Outside: no place within is free of curves or marks whatever they are.
+    figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=9)
     figure.savefig(file, dpi=150)

@@ -4,7 +4,7 @@
       --out paper --images 256 --iterations 500 --epochs 20 --size 320 --family face=face.pt
 
 Of the same sets and figures as the tables, which are made where they are missing: give the same
-options. The files are in OUT/figures: kinds.jpg (figure 1: photographs, noise, images without and
+options. The files are in OUT/figures: kinds.jpg (figure 1: real images, noise, images without and
 with labels), families.jpg (4 and 7), labels.jpg (5: labels as the label stage goes on),
 categories.png (3b), adaptive.jpg (8: against several random boxes), detections.jpg (9: of the float
 network and of low-bit ones), convergence.png (6). Prints their names.
@@ -84,7 +84,7 @@ class Figures:
         ]
 
     def kinds(self, file: Path) -> None:
-        """Photographs, noise, and images without and with labels."""
+        """Real images, noise, and images without and with labels."""
         real, detector = self.bench.real, self.bench.sets.detector
         chosen = list(range(min(self.count, len(real))))
         images, targets, _ = load_letterboxed(
@@ -94,12 +94,12 @@ class Figures:
             detector.stride,
             mapping=real.category_mapping(self.names),
         )
-        photographs = [
+        real_tiles = [
             labelled((pixels * 255).round().to(torch.uint8), rows, self.names)
             for pixels, rows in zip(images, targets.per_image(len(chosen)), strict=True)
         ]
         rows = [
-            ("photographs", photographs),
+            ("real images", real_tiles),
             ("Gaussian noise", self.tiles(NOISE)),
             ("task-agnostic", self.tiles(AGNOSTIC)),
             ("task-specific, the paper's", self.tiles(WHOLE)),

@@ -8,14 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
-from PIL import Image
+from PIL import Image, ImageColor
 from support.cli_parts import real_set, stamps
 
-from benchmarks.paper import figures, tables
+from benchmarks.paper import charts, figures, tables
 from benchmarks.paper.conditions import LSQ, OURS, PAPER, Conditions
 from benchmarks.paper.definitions import all_tables
 from benchmarks.paper.engine import Bench
+from benchmarks.paper.pictures import SIDE, labelled, sheet
+from dfq.data.drawing import colour
 
 SETTINGS = (
     "distillation.batch_size=2", "quantization.calibration_images=2",
@@ -52,32 +55,36 @@ def conditions(model: Path, **changes: Any) -> Conditions:
 
 
 def test_tables_and_nothing_made_twice(scenes: Path, model: Path) -> None:
-    chosen = words(model, "--tables", "methods,task,stages", "--widths", "w4a8", "--seeds", "0,1")
-    chosen += ["--rows", "lsq-real,paper,both,one"]
+    chosen = words(model, "--tables", "methods,task", "--widths", "w4a8", "--seeds", "0,1")
+    chosen += ["--rows", "lsq-real,paper,both"]
     first = bench(tables.main, *chosen)
     assert first.exit_code == 0, first.output
     rows = [
         json.loads(line) for line in (scenes / "out" / "results.jsonl").read_text().split("\n")[:-1]
     ]
     measured = {(row["row"], row.get("width"), row.get("seed")): row for row in rows}
-    assert len(measured) == len(rows) == 7
+    assert len(measured) == len(rows) == 5
     # Row "both" of one table is row "paper" of another: it was made once, and stands in both.
     lines = [text for text in first.stdout.splitlines() if text.startswith("| ")]
     titles = [text.split(" | ")[0].removeprefix("| ") for text in lines]
     assert [title for title in titles if title not in ("method", "---", "float")] == [
         "LSQ, 3 real images", "the paper's recipe",
         "in synthesis and in training (the paper's recipe)",
-        "one: labels and full-size images at once",
     ]  # fmt: skip
     assert lines[4].split(" | ")[1:] == lines[8].split(" | ")[1:]
-    one = [measured["LSQ, 3 real images", "w4a8", seed]["divergence"] for seed in (0, 1)]
-    assert lines[3].split(" | ")[-1] == f"{np.mean(one):.2f} |"
+    seeds = [measured["LSQ, 3 real images", "w4a8", seed] for seed in (0, 1)]
+    columns = ("AP50", "AP50_voc", "F1", "divergence")
+    means = [np.mean([row[column] for row in seeds]) for column in columns]
+    assert lines[3].split(" | ")[4:] == [
+        *(f"{value:.3f}" for value in means[:3]),
+        f"{means[3]:.2f} |",
+    ]
     assert measured["float", None, None]["divergence"] == 0
     # Conditions and command stand with the figures.
     assert "tiny.safetensors at 64 px; sets of 2 images, 2 iterations" in first.stdout
     assert "python -m benchmarks.paper.tables" in first.stdout
-    # Two sets of two seeds each; networks are not kept.
-    assert len(list((scenes / "out" / "sets").iterdir())) == 4
+    # One of each seed; networks are not kept.
+    assert len(list((scenes / "out" / "sets").iterdir())) == 2
     assert list((scenes / "out" / "runs").iterdir()) == []
 
     before = stamps(scenes / "out")
@@ -111,18 +118,49 @@ def test_a_table_by_epoch(scenes: Path, model: Path) -> None:
     assert f"| the paper's recipe | W4A8 | 2 | {values} |" in result.stdout
 
 
-def test_every_figure_is_drawn(scenes: Path, model: Path) -> None:
-    chosen = words(model, "--seeds", "0", "--count", "2", "--family", f"other={model}")
-    result = bench(figures.main, *chosen)
+def test_every_picture_is_drawn(scenes: Path, model: Path) -> None:
+    kinds = [name for name in figures.DRAWN if name != "convergence"]
+    chosen = words(model, "--seeds", "0", "--count", "1", "--family", f"other={model}")
+    result = bench(figures.main, *chosen, "--figures", ",".join(kinds))
     assert result.exit_code == 0, result.output
-    files = sorted(path.name for path in (scenes / "out" / "figures").iterdir())
-    assert files == sorted(file for file, _ in figures.DRAWN.values())
-    for file in files:
-        with Image.open(scenes / "out" / "figures" / file) as image:
+    folder = scenes / "out" / "figures"
+    assert {path.name for path in folder.iterdir()} == {figures.DRAWN[name][0] for name in kinds}
+    for file in folder.iterdir():
+        with Image.open(file) as image:
             pixels = np.asarray(image.convert("RGB"))
         # Something is drawn on the paper.
         assert min(pixels.shape[:2]) > 200
         assert pixels.std() > 10, file
+
+
+def test_a_sheet_has_every_tile_and_its_boxes_where_they_are() -> None:
+    black = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    label = torch.tensor([[1.0, 0.5, 0.75, 0.5, 0.25]])
+    tile = labelled(black, label, ["a", "b"])
+    picture = np.asarray(sheet([("first", [tile]), ("", [tile, tile])]))
+    dark = (picture == 0).all(axis=2)
+    # Titles are not black, and the place right of the first tile stays empty.
+    height, width = picture.shape[:2]
+    assert not dark[: height // 2, width // 2 :].any()
+    assert dark[height // 2 :, width // 2 :].mean() > 0.8
+    last = picture[-6 - SIDE : -6, -6 - SIDE : -6]
+    for x, y in ((0.5, 0.875), (0.25, 0.75), (0.75, 0.75)):
+        edge = last[
+            round(y * SIDE) - 3 : round(y * SIDE) + 3, round(x * SIDE) - 3 : round(x * SIDE) + 3
+        ]
+        assert (edge == ImageColor.getrgb(colour(1))).all(axis=2).any()
+
+
+def test_curves_of_all_methods_are_drawn(tmp_path: Path) -> None:
+    charts.convergence(
+        {"one": [[0.1, 0.2]], "two": [[0.2, 0.3], [0.3, 0.3]]}, 0.4, tmp_path / "c.png"
+    )
+    with Image.open(tmp_path / "c.png") as image:
+        colours = {
+            tuple(pixel) for pixel in np.asarray(image.convert("RGB")).reshape(-1, 3).tolist()
+        }
+    # The first two of matplotlib's cycle.
+    assert {(31, 119, 180), (255, 127, 14)} <= colours
 
 
 @pytest.mark.parametrize("name", list(all_tables([8])))
