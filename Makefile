@@ -46,7 +46,7 @@ FINE_TUNED += yolov5n-dark yolov5n-grey yolov5n-pale yolov5n-bluish
 .PHONY: bench-zero-shot bench-demo bench-synthesis bench-synthesis-ablation bench-synthesis-curve
 .PHONY: bench-qat bench-qat-step bench-rounding bench-kernels bench-evaluation bench-networks
 .PHONY: bench-mmdet bench-mmdet-full bench-mmdet-runner bench-calibration-sets
-.PHONY: bench-runtimes bench-gpu bench-ptq
+.PHONY: bench-runtimes bench-gpu bench-ptq bench-paper
 
 bench-zero-shot: env
 	$(BIN)/python -m benchmarks.accuracy.zero_shot --model $(KIT)/weights/yolov5n-coco/yolov5n.pt \
@@ -110,6 +110,17 @@ bench-ptq: env
 	for data in $(BENCH)/ptq/set $(KIT)/coco-train; do $(BIN)/python -m benchmarks.ptq.reconstruction \
 	  --model $(KIT)/weights/yolov5n-coco/yolov5n.pt --data $$data --photos $(KIT)/coco-train \
 	  --val $(KIT)/coco-val --out $(BENCH)/ptq/$$(basename $$data) || exit; done
+
+# Tables and figures of the paper, scaled down; with PAPER= its whole protocol, which takes weeks on a
+# CPU. Goes on where it stopped; PAPER_TABLES="--tables labels,stages" chooses.
+PAPER ?= --images 256 --iterations 500 --epochs 20 --size 320
+PAPER_ON = --model $(KIT)/weights/yolov5n-coco/yolov5n.pt --real $(KIT)/coco-train \
+  --val $(KIT)/coco-val --out $(BENCH)/paper $(PAPER)
+bench-paper: env
+	$(BIN)/python -m benchmarks.paper.tables $(PAPER_ON) $(PAPER_TABLES)
+	$(BIN)/python -m benchmarks.paper.figures $(PAPER_ON) \
+	  --family face=$(KIT)/weights/yolov5n-face/yolov5n.pt \
+	  --family ball=$(KIT)/weights/yolov9t-ball/yolov9t.pt
 
 bench-qat-step: env
 	$(BIN)/python -m benchmarks.speed.qat_step --model $(KIT)/weights/yolov5n-coco/yolov5n.pt
