@@ -187,4 +187,4 @@ def test_links_know_rectifiers_and_batchnorm() -> None:
     assert found["one"].sources == {None}
     assert found["two"].source == ("one", (0.2,))
     assert found["out"].source == ("two", (0.0,))
-    assert found["out"].readers == {""}
+    assert found["out"].consumers == {""}

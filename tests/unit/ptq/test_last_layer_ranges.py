@@ -20,7 +20,9 @@ from dfq.ptq.last_layer_ranges import (
 )
 from dfq.quantization.calibration import calibrate, run_observers
 from dfq.quantization.insertion import insert_quantizers
+from dfq.quantization.margins import span
 from dfq.quantization.policy import Policy
+from dfq.quantization.quantizers import Quantizer
 from dfq.quantization.traversal import activation_quantizers
 
 LAST = "4"
@@ -42,7 +44,7 @@ def network(heard: float) -> Detector:
             nn.Conv2d(6, 2, 1),
         )
     with torch.no_grad():
-        layers[2].weight[0] *= 60
+        layers[2].weight[0] *= -60
         layers[4].weight[:, 0] = 0.05 * heard
         layers[4].weight[:, 1:] *= 4
     return Scores(layers, last=(LAST,))
@@ -124,12 +126,28 @@ def test_nothing_else_moves(bits: int) -> None:
     teacher = network(0.0)
     student = started(teacher, bits=bits)
     before = {name: float(q.scale) for name, q in activation_quantizers(student.module)}
-    assert set(last_layer_inputs(student)) == ({LAST} if bits == 8 else set())
+    assert set(last_layer_inputs(student, images(1))) == ({LAST} if bits == 8 else set())
     search_last_inputs(student, teacher, pixels())
     after = {name: float(q.scale) for name, q in activation_quantizers(student.module)}
     assert {name for name in after if after[name] != before[name]} == set(
-        last_layer_inputs(student)
+        last_layer_inputs(student, images(1))
     )
+
+
+def test_grids_before_the_activation_function_move_along() -> None:
+    teacher = network(0.0)
+    policy = Policy(8, 8, "same", activations="asymmetric", placement="qdq", runtime="onnxruntime")
+    student = insert_quantizers(teacher.clone(), policy)
+    calibrate(student, [pixels() / 255.0])
+    assert set(last_layer_inputs(student, images(1))) >= {"2.output_quantizer"}
+    quantizer = student.module.get_submodule("2.output_quantizer")
+    assert isinstance(quantizer, Quantizer)
+    low, high = map(float, span(quantizer))
+    search_last_inputs(student, teacher, pixels())
+    least, most = map(float, span(quantizer))
+    assert most < 0.5 * high
+    # SiLU lets some of it through below zero.
+    assert least == pytest.approx(low, abs=0.1)
 
 
 def test_the_first_grid_spans_all_and_the_others_less_and_less() -> None:
