@@ -100,7 +100,8 @@ class GridWalk:
                 quantizer.initialise(*grid)
                 scored_grids.append((self.distance(), grid))
             least, best = min(scored_grids, key=lambda scored: scored[0])
-            if slack > 1:
+            # No distance, or nothing but rounding errors of one, tells no grid from another.
+            if slack > 1 and least > 0:
                 good = [grid for distance, grid in scored_grids if distance <= slack * least]
                 best = min(good, key=lambda grid: float(grid[0]))
             quantizer.initialise(*best)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dfq.graph.execution import hooks
 from dfq.models.base import Detector, DistillationPair
+from dfq.ptq.grid_walk import GridWalk
 from dfq.ptq.last_layer_ranges import (
     CLIP_RATIOS,
     SLACK,
@@ -110,6 +111,18 @@ def test_large_values_are_clipped_that_no_score_hears_and_kept_that_scores_are_m
         reached[heard] = ends(student) / calibrated
     assert reached[0.0] < 0.3
     assert reached[8.0] > 0.7
+
+
+@pytest.mark.parametrize("distance", [0.0, -1e-9, float("nan")])
+def test_the_present_grid_stays_where_no_distance_tells(
+    distance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = network(1.0)
+    student = started(teacher)
+    before = ends(student)
+    monkeypatch.setattr(GridWalk, "distance", lambda _self: distance)
+    search_last_inputs(student, teacher, pixels())
+    assert ends(student) == before
 
 
 def test_scores_of_other_images_are_closer_for_it() -> None:
