@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 MOST_CATEGORIES = 30
 """On the axis: the most frequent ones of the real set."""
@@ -66,10 +66,10 @@ def categories(
     for text in axes.get_xticklabels() if len(order) > 8 else ():
         text.set_horizontalalignment("right")
         text.set_rotation_mode("anchor")
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{round(100 * share, 2):g} %"))
     axes.set_ylabel("share of all objects")
     axes.set_xlim(-0.7, len(order) - 0.3)
     axes.spines[["top", "right"]].set_visible(False)
     # Outside: no place within is free of curves or marks whatever they are.
-    figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=9)
+    figure.legend(loc="outside upper left", frameon=False, fontsize=9)
     figure.savefig(file, dpi=150)

@@ -132,8 +132,9 @@ class Figures:
             updates = update_steps(
                 stage.iterations, start=stage.start, stop=stage.stop, updates=stage.updates
             )
-            spread = np.linspace(min(updates), max(updates) + 1, MOMENTS - 1)
-            looks = sorted({0, *(min(round(step), stage.iterations) for step in spread)})
+            # The beginning; then from the first update on.
+            spread = np.linspace(min(updates) + 1, stage.iterations, MOMENTS - 1)
+            looks = {0, *(round(step) for step in spread)}
             batch = min(settings.batch_size, settings.images)
             inversion = Inversion(self.bench.sets.detector.clone(), settings)
             moments = watch(inversion, settings, batch, self.seeds[0], moments=looks)
