@@ -140,8 +140,8 @@ STAGES = Table(
         ),
     },
     ("w6a6",),
-    "What the third stage is the paper does not say; here the iterations of the image stage are "
-    "shared between half and full size.",
+    "Our reading of the three: with three, the iterations of the image stage are shared between "
+    "half and full size.",
 )
 
 LOSSES = Table(
