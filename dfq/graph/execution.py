@@ -63,6 +63,11 @@ def calls_in_order(
     return calls
 
 
+def is_inside(name: str, module: str) -> bool:
+    """Whether a qualified name is that of a module or of something in it."""
+    return f"{name}.".startswith(f"{module}.")
+
+
 def last_layer_of_block(order: Iterable[str], blocks: Sequence[str]) -> dict[str, str]:
     """The blocks that end with certain layers: the last of those in them.
 
@@ -80,7 +85,7 @@ def last_layer_of_block(order: Iterable[str], blocks: Sequence[str]) -> dict[str
     last = {}
     for layer in order:
         for block in blocks:
-            if f"{layer}.".startswith(f"{block}."):
+            if is_inside(layer, block):
                 last[block] = layer
     return {layer: block for block, layer in last.items()}
 

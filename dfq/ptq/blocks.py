@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..graph.execution import calls_in_order, last_layer_of_block
+from ..graph.execution import calls_in_order, is_inside, last_layer_of_block
 from ..models.base import Model, Targets
 from ..runtime.precision import resolve_precision
 from .block_cache import BlockOutputCache
@@ -149,7 +149,7 @@ def _walk(
                 from_integers = method.start == "gptq" or before > 0
                 Block(shared, unit, calls[unit[0]], number, from_integers=from_integers).learn()
             for layer in order:
-                learned = any(f"{layer}.".startswith(f"{name}.") for name in unit)
+                learned = any(is_inside(layer, name) for name in unit)
                 if learned and layer in ended:
                     ours.finish(ended[layer])
                     theirs.finish(ended[layer])

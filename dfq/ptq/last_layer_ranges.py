@@ -10,7 +10,7 @@ do tell. With fewer than 8 bits, `activation_refinement` looks at all activation
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -95,7 +95,6 @@ def search_last_inputs(
     images: Tensor,
     *,
     batch_size: int = 8,
-    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Give the inputs of the last layers, of 8 bits, and what an activation function makes them of,
     the grids with which, all else in float, the predictions are closest to the float network's.
@@ -106,7 +105,6 @@ def search_last_inputs(
         teacher: the float network it is a copy of, folded.
         images: uint8 `(n, 3, h, w)`, RGB.
         batch_size: images of one forward pass.
-        progress: called with quantizers done and quantizers in all.
     """
     batches = (images.to(student.device).float() / 255).split(batch_size)
     quantizers = last_layer_inputs(student, batches[0][:1])
@@ -114,7 +112,7 @@ def search_last_inputs(
         return
     apart = partial(summed_divergence, student)
     with walking(student, teacher, batches, quantizers, apart) as walk:
-        walk.move(clipped_grids, stay_on=False, slack=SLACK, progress=progress)
+        walk.move(clipped_grids, stay_on=False, slack=SLACK)
 
 
 def clipped_grids(quantizer: Quantizer, values: Tensor) -> list[Grid]:

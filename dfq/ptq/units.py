@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..graph.execution import calls_in_order, hooks, last_layer_of_block
+from ..graph.execution import calls_in_order, hooks, is_inside, last_layer_of_block
 from ..models.base import Model
 
 Unit = tuple[str, ...]
@@ -41,7 +41,7 @@ def units_of(model: Model, order: Sequence[str], *, layers: bool) -> list[str]:
     for layer in order:
         if layer in ended:
             units.append(ended[layer])
-        elif not any(_inside(layer, block) for block in ended.values()):
+        elif not any(is_inside(layer, block) for block in ended.values()):
             units.append(layer)
     return units
 
@@ -76,11 +76,11 @@ def _parts(
 ) -> list[str]:
     """The children of a block with quantized layers in them, in the order in which they end; the
     block itself where it has one at most, or they are not all that its layers are in and run."""
-    layers = [layer for layer in order if _inside(layer, block)]
+    layers = [layer for layer in order if is_inside(layer, block)]
     # By the last of their layers.
-    ended = last_layer_of_block(layers, [name for name in children if _inside(name, block)])
+    ended = last_layer_of_block(layers, [name for name in children if is_inside(name, block)])
     parts = [ended[layer] for layer in layers if layer in ended]
-    whole = all(any(_inside(layer, part) for part in parts) for layer in layers)
+    whole = all(any(is_inside(layer, part) for part in parts) for layer in layers)
     return parts if len(parts) > 1 and whole and all(calls[part] for part in parts) else [block]
 
 
@@ -139,7 +139,3 @@ def _pairs(model: Model, blocks: Sequence[str], image: Tensor) -> list[Unit]:
             del rest[0]
         del rest[0]
     return pairs
-
-
-def _inside(name: str, module: str) -> bool:
-    return f"{name}.".startswith(f"{module}.")

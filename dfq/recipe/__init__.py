@@ -57,16 +57,14 @@ class Recipe(Section):
         return value
 
     @model_validator(mode="after")
-    def _dynamic_untrained(self) -> Recipe:
-        if self.quantization.activation_ranges == "dynamic" and self.method != "ptq":
+    def _untrained_kinds(self) -> Recipe:
+        if self.method == "ptq":
+            return self
+        if self.quantization.activation_ranges == "dynamic":
             raise ValueError(
                 "quantization.activation_ranges: dynamic ones are not trained; set method: ptq"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _piecewise_untrained(self) -> Recipe:
-        if self.quantization.weight_grid == "piecewise" and self.method != "ptq":
+        if self.quantization.weight_grid == "piecewise":
             raise ValueError(
                 "quantization.weight_grid: piecewise grids are not trained; set method: ptq"
             )
