@@ -32,25 +32,20 @@ class Comparison:
 
     Attributes:
         network, width: which.
-        synthetic: the figure with each seed.
-        photographs, noise: the figure with these.
+        synthetic, photographs: the figure with each seed.
+        noise: the figure with it.
     """
 
     network: str
     width: str
     synthetic: list[float]
-    photographs: float
+    photographs: list[float]
     noise: float
 
     @property
-    def mean(self) -> float:
-        """Over the seeds."""
-        return statistics.fmean(self.synthetic)
-
-    @property
     def difference(self) -> float:
-        """Of the mean to photographs; below 0 where these are better."""
-        return self.mean - self.photographs
+        """Between the means over the seeds; below 0 where photographs are better."""
+        return statistics.fmean(self.synthetic) - statistics.fmean(self.photographs)
 
 
 def comparisons(
@@ -61,7 +56,7 @@ def comparisons(
     Args:
         results: of all networks.
         networks: names of those to compare.
-        seeds: of the synthetic sets.
+        seeds: of the synthetic sets and of the draws of photographs.
         what: which figure.
     """
     found = []
@@ -74,27 +69,30 @@ def comparisons(
             return math.nan if known is None else float(known)
 
         synthetic = [value("synthetic", seed) for seed in seeds]
-        found.append(Comparison(network, width, synthetic, value("photographs"), value("noise")))
+        photographs = [value("photographs", seed) for seed in seeds]
+        found.append(Comparison(network, width, synthetic, photographs, value("noise")))
     return sorted(found, key=lambda one: (math.isnan(one.difference), one.difference))
 
 
 def table(rows: Sequence[Comparison]) -> list[str]:
     """Markdown, a line for each network and width."""
-    columns = ("synthetic (each seed):", "photographs:", "noise:", "difference:")
-    lines = [header("network", "width", *columns)]
-    for row in rows:
-        seeds = ", ".join(figure(value) for value in row.synthetic)
-        lines.append(
-            line(
-                row.network,
-                row.width.upper(),
-                f"{figure(row.mean)} ({seeds})",
-                figure(row.photographs),
-                figure(row.noise),
-                figure(row.difference, sign=True),
-            )
+    columns = ("synthetic (each seed):", "photographs (each draw):", "noise:", "difference:")
+    cells = (
+        (
+            row.network,
+            row.width.upper(),
+            _mean_and_each(row.synthetic),
+            _mean_and_each(row.photographs),
+            figure(row.noise),
+            figure(row.difference, sign=True),
         )
-    return lines
+        for row in rows
+    )
+    return [header("network", "width", *columns), *(line(*row) for row in cells)]
+
+
+def _mean_and_each(values: Sequence[float]) -> str:
+    return f"{figure(statistics.fmean(values))} ({', '.join(figure(value) for value in values)})"
 
 
 def quality_table(results: Results) -> list[str]:
@@ -112,7 +110,7 @@ def quality_table(results: Results) -> list[str]:
 
 def correlation(results: Results, what: str, sources: Collection[str]) -> tuple[float, int]:
     """Spearman's rank correlation between a figure of sets and the agreement at `JUDGED` relative
-    to that of photographs.
+    to the mean of photographs.
 
     Args:
         results: of all networks.
@@ -122,14 +120,17 @@ def correlation(results: Results, what: str, sources: Collection[str]) -> tuple[
     Returns:
         The coefficient, NaN where it is not defined, and of how many sets.
     """
+    references: dict[str, list[float]] = {}
+    for (network, source, _, width), row in results.items():
+        if width == JUDGED and source == "photographs" and row["agreement"]:
+            references.setdefault(network, []).append(row["agreement"])
     pairs = []
     for (network, source, seed, width), row in results.items():
-        if width is not None or source not in sources:
+        if width is not None or source not in sources or network not in references:
             continue
-        own = results[network, source, seed, JUDGED]["agreement"]
-        best = results[network, "photographs", 0, JUDGED]["agreement"]
-        if own is not None and best and row.get(what) is not None:
-            pairs.append((row[what], own / best))
+        agreement = results[network, source, seed, JUDGED]["agreement"]
+        if agreement is not None and row.get(what) is not None:
+            pairs.append((row[what], agreement / statistics.fmean(references[network])))
     if any(len(set(values)) < 2 for values in zip(*pairs, strict=True)) or not pairs:
         return math.nan, len(pairs)
     return float(spearmanr(*zip(*pairs, strict=True)).statistic), len(pairs)
@@ -144,7 +145,7 @@ def report(
         results: of every network, set and width.
         networks: names.
         labelled: those of them that have an average precision on labels too.
-        seeds: of the synthetic sets.
+        seeds: of the synthetic sets and of the draws of photographs.
     """
     lines = ["Agreement with the float network:", ""]
     lines += table(comparisons(results, networks, seeds, "agreement"))

@@ -92,7 +92,7 @@ class Settings:
         real: photographs to calibrate on.
         out: folder of sets and results.
         images: of every calibration set.
-        seeds: of synthetic sets.
+        seeds: of synthetic sets, and of which photographs are drawn.
         widths: recipes, as "w4a8".
         overrides: changes to all recipes.
     """
@@ -111,7 +111,8 @@ class Settings:
 
     def sources(self) -> list[tuple[str, int]]:
         """Source and seed of all calibration sets of a network."""
-        return [*(("synthetic", seed) for seed in self.seeds), ("photographs", 0), ("noise", 0)]
+        drawn = [(source, seed) for source in ("synthetic", "photographs") for seed in self.seeds]
+        return [*drawn, ("noise", 0)]
 
 
 def own_results(path: Path, identities: Sequence[Row]) -> Results:

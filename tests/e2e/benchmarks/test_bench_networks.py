@@ -52,10 +52,13 @@ def test_tables_and_nothing_measured_twice(scenes: Path) -> None:
     rows = rows_of(scenes / "out")
     assert {(row["source"], row["seed"], row["width"]) for row in rows} == {
         (source, seed, width)
-        for source, seed in (("synthetic", 0), ("synthetic", 1), ("photographs", 0), ("noise", 0))
+        for source, seed in (
+            *(("synthetic", 0), ("synthetic", 1), ("photographs", 0), ("photographs", 1)),
+            ("noise", 0),
+        )
         for width in (None, "w8a8", "w4a4")
     }
-    assert len(rows) == 12
+    assert len(rows) == 15
     for row in rows:
         if row["width"] is None:
             assert row["worst_log_variance"] >= row["mean_log_variance"] > 0
@@ -72,12 +75,14 @@ def test_tables_and_nothing_measured_twice(scenes: Path) -> None:
         (row["source"], row["seed"]): row["agreement"] for row in rows if row["width"] == "w8a8"
     }
     seeds = found["synthetic", 0], found["synthetic", 1]
-    mean, photographs = sum(seeds) / 2, found["photographs", 0]
+    draws = found["photographs", 0], found["photographs", 1]
+    mean, photographs = sum(seeds) / 2, sum(draws) / 2
     assert (
-        f"| demo | W8A8 | {mean:.3f} ({seeds[0]:.3f}, {seeds[1]:.3f}) | {photographs:.3f} | "
+        f"| demo | W8A8 | {mean:.3f} ({seeds[0]:.3f}, {seeds[1]:.3f}) | "
+        f"{photographs:.3f} ({draws[0]:.3f}, {draws[1]:.3f}) | "
         f"{found['noise', 0]:.3f} | {mean - photographs:+.3f} |"
     ) in agreement[:2]
-    assert "worst ln variance ratio, all sets (4): " in first.stdout
+    assert "worst ln variance ratio, all sets (5): " in first.stdout
 
     before = stamps(scenes / "out")
     again = bench(*words, "--seed", "1", "--width", "w4a4")
@@ -168,9 +173,12 @@ def test_an_unknown_width_is_one_line(place: Path) -> None:
 
 
 def results() -> dict[Any, dict[str, Any]]:
-    """Two networks; on the second the float one detects nothing. The worse a set's figure, the
+    """Two networks; on the first the float one detects nothing. The worse a set's figure, the
     worse the network, but for noise."""
-    agreements = {("synthetic", 0): 0.6, ("synthetic", 1): 0.4, ("photographs", 0): 0.8}
+    agreements = {
+        ("synthetic", 0): 0.6, ("synthetic", 1): 0.4,
+        ("photographs", 0): 0.75, ("photographs", 1): 0.85,
+    }  # fmt: skip
     found: dict[Any, dict[str, Any]] = {}
     for (source, seed), value in {**agreements, ("noise", 0): 0.7}.items():
         for network in ("none", "some"):
@@ -188,14 +196,15 @@ def test_the_worst_difference_comes_first_and_unknown_ones_last() -> None:
     assert [row.difference for row in rows[:2]] == pytest.approx([-0.3, -0.15])
     assert all(math.isnan(row.difference) for row in rows[2:])
     lines = report(results(), ["none", "some"], [], [0, 1])
-    assert "| none | W8A8 | – (–, –) | – | – | – |" in lines
+    assert "| none | W8A8 | – (–, –) | – (–, –) | – | – |" in lines
+    assert "| some | W8A8 | 0.500 (0.600, 0.400) | 0.800 (0.750, 0.850) | 0.700 | -0.300 |" in lines
 
 
 def test_the_correlation_is_that_of_ranks() -> None:
-    assert correlation(results(), "worst_log_variance", ["synthetic", "photographs"]) == (-1, 3)
-    # By figure: noise, photographs, 0, 1. By agreement: photographs, noise, 0, 1.
+    assert correlation(results(), "worst_log_variance", ["synthetic", "photographs"]) == (-1, 4)
+    # By figure: noise, photographs 1 and 0, 0, 1. By agreement: photographs 1 and 0, noise, 0, 1.
     value, count = correlation(
         results(), "worst_log_variance", ["synthetic", "photographs", "noise"]
     )
-    assert (value, count) == (pytest.approx(-0.8), 4)
+    assert (value, count) == (pytest.approx(1 - 6 * (4 + 9 + 1 + 4 + 16) / (5 * 24)), 5)
     assert math.isnan(correlation(results(), "mean_log_variance", ["synthetic"])[0])
