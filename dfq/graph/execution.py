@@ -92,22 +92,21 @@ def last_layer_of_block(order: Iterable[str], blocks: Sequence[str]) -> dict[str
 
 def last_called_by_end(
     modules: Mapping[str, nn.Module], blocks: Mapping[str, nn.Module], run: Callable[[], object]
-) -> tuple[list[str], dict[str, str]]:
+) -> tuple[list[str], dict[str, str | None]]:
     """The modules in the order they are first called in `run`; and for each of the blocks, of these
     the last one that had been called when the block's last call ended: what comes first after it
-    has no say in what the block gives.
+    has no say in what the block gives. None: it ended before any of them was called.
 
     Args:
-        modules, blocks: by name. Blocks that end before the first of the modules are left out.
+        modules, blocks: by name.
     """
     order: dict[str, None] = {}
-    ends: dict[str, str] = {}
+    ends: dict[str, str | None] = {}
 
     def after(name: str) -> None:
-        if order:
-            # At its last call's place among the ends.
-            ends.pop(name, None)
-            ends[name] = next(reversed(order))
+        # At its last call's place among the ends.
+        ends.pop(name, None)
+        ends[name] = next(reversed(order), None)
 
     def watch() -> Iterator[RemovableHandle]:
         for name, module in modules.items():

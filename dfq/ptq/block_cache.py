@@ -7,14 +7,16 @@ two have changed: without this, most of its time goes into computing the same va
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.hooks import RemovableHandle
 
-from ..graph.execution import StopForward, calls_in_order, hooks
+from ..graph.execution import StopForward, hooks
 from ..models.base import Model
 
 ROOM = 2 * 1024**3
@@ -47,8 +49,28 @@ class BlockOutputCache:
         self._modules = {name: module.get_submodule(name) for name in names}
         self._kept: dict[str, list[Any]] = {}
         self._batch = 0
-        calls = calls_in_order(self._modules.items(), lambda: self.run(0))
+        calls, self._overwritten = self._look()
         self._modules = {name: m for name, m in self._modules.items() if calls[name] == 1}
+
+    def _look(self) -> tuple[Counter[str], frozenset[str]]:
+        """How often each block runs in a pass, and those whose output is written into by what comes
+        after."""
+        calls: Counter[str] = Counter()
+        versions: list[tuple[str, Tensor, int]] = []
+
+        def after(name: str, output: Any) -> None:
+            calls.update([name])
+            leaves = (leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+            versions.extend((name, leaf, leaf._version) for leaf in leaves)
+
+        def watch() -> Iterator[RemovableHandle]:
+            for name, block in self._modules.items():
+                yield block.register_forward_hook(lambda _m, _i, out, name=name: after(name, out))
+
+        with hooks(watch()):
+            self.run(0)
+        # A view has the version of what it is of.
+        return calls, frozenset(name for name, leaf, then in versions if leaf._version != then)
 
     @classmethod
     def of(
@@ -96,10 +118,12 @@ class BlockOutputCache:
                 with contextlib.suppress(StopForward):
                     self.run(batch)
         self._kept[name] = outputs
+        copied = name in self._overwritten
 
         def answer(*_args: object, **_kwargs: object) -> Any:
-            # A copy: what comes next may write into it.
-            return tree_map_only(Tensor, torch.clone, self._kept[name][self._batch])
+            output = self._kept[name][self._batch]
+            # Copies of all that is kept would take a third of the time.
+            return tree_map_only(Tensor, torch.clone, output) if copied else output
 
         # Instead of the class's own; its hooks go on being called.
         block.forward = answer

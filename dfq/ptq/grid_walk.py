@@ -34,7 +34,8 @@ class GridWalk:
     Args:
         quantizers: by name, per tensor, in the order they run; all off.
         values: by name, those that reach each, `(n,)`.
-        ended: by name, the blocks that no quantizer after it has a say in.
+        ended: by name, the blocks that no quantizer after it has a say in; with None, those that
+            none has.
         network: the student over the batches.
         expected: the teacher's raw predictions for each.
         apart: how far those of a batch are from each other.
@@ -44,7 +45,7 @@ class GridWalk:
         self,
         quantizers: dict[str, Quantizer],
         values: Mapping[str, Tensor],
-        ended: Mapping[str, Sequence[str]],
+        ended: Mapping[str | None, Sequence[str]],
         network: BlockOutputCache,
         expected: Sequence[Any],
         apart: PredictionDistance,
@@ -52,6 +53,11 @@ class GridWalk:
         self.quantizers = quantizers
         self._values, self._ended = values, ended
         self._network, self._expected, self._apart = network, expected, apart
+        self._finish(None)
+
+    def _finish(self, name: str | None) -> None:
+        for block in self._ended.get(name, ()):
+            self._network.finish(block)
 
     def distance(self) -> float:
         """How far the predictions are from the teacher's, with the network as it is."""
@@ -106,8 +112,7 @@ class GridWalk:
                 best = min(good, key=lambda grid: float(grid[0]))
             quantizer.initialise(*best)
             quantizer.enabled = stay_on
-            for block in self._ended.get(name, ()):
-                self._network.finish(block)
+            self._finish(name)
             if progress is not None:
                 progress(done + 1, len(self.quantizers))
 
@@ -137,7 +142,7 @@ def walking(
             {name: student.module.get_submodule(name) for name in student.blocks()},
             lambda: student.raw(batches[0][:1]),
         )
-        ended = defaultdict(list)
+        ended = defaultdict[str | None, list[str]](list)
         for block, last in ends.items():
             ended[last].append(block)
         expected = [teacher.raw(batch) for batch in batches]

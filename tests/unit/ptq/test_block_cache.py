@@ -122,3 +122,30 @@ def test_rounding_does_not_depend_on_it(
     monkeypatch.setattr(BlockOutputCache, "of", functools.partial(BlockOutputCache.of, room=room))
     without = rounded()
     assert all(torch.equal(without[name], value) for name, value in with_memory.items())
+
+
+class Views(nn.Module):
+    """Two blocks; a view of what the second gives is written into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        a = self.a(x)
+        b = self.b(a)
+        b[0].mul_(2)
+        return a, b
+
+
+def test_only_what_is_written_into_is_copied() -> None:
+    torch.manual_seed(0)
+    network, batch = Views().requires_grad_(False), torch.randn(2, 4)
+    expected = network(batch)
+    with BlockOutputCache(network, lambda _: network(batch), 1, ["a", "b"]) as kept:
+        kept.finish("a")
+        kept.finish("b")
+        (a, b), (again, other) = kept.run(0), kept.run(0)
+    assert a is again
+    assert b is not other
+    torch.testing.assert_close((a, b, other), (*expected, expected[1]), rtol=0, atol=0)

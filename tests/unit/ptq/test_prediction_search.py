@@ -170,7 +170,7 @@ def test_blocks_end_with_the_last_that_was_called() -> None:
         lambda: last(late(block(none(torch.zeros(1))))),
     )
     assert order == ["early", "inner", "late"]
-    assert list(ends.items()) == [("block", "inner"), ("last", "late")]
+    assert list(ends.items()) == [("none", None), ("block", "inner"), ("last", "late")]
 
 
 @pytest.mark.parametrize("ranges", ["cosine", "pd"])
