@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from dfq.api.quantize import tell_unmeasured
 from dfq.data.class_set import open_photo_set
 from dfq.data.readers import open_set
 from dfq.errors import UserError
+from dfq.recipe import load_recipe
 from dfq.runs.deployment import DeploymentFolder, folder_for
 from dfq.runs.folder import AnotherRunError, Run, next_folder
 from dfq.runs.identity import contents
+from dfq.runtime.files import write_json
+from dfq.runtime.progress import Silent
 
 
 def fill(folder: Path, seed: int, count: int = 3) -> Path:
@@ -89,3 +94,25 @@ def test_other_labels_are_other_content(tmp_path: Path) -> None:
         (tmp_path / "labels" / "0.txt").write_text(f"{line}\n")
         digests |= set(contents(data=open_set(tmp_path / "data.yaml")).values())
     assert len(digests) == 3
+
+
+def test_a_finished_run_says_that_it_was_not_measured_on_what_is_asked_for(tmp_path: Path) -> None:
+    told: list[str] = []
+
+    class Notes(Silent):
+        def note(self, text: str) -> None:
+            told.append(text)
+
+    def tell(*overrides: str, **measured: Any) -> list[str]:
+        told.clear()
+        metrics = {"selected": "ptq", "quantized_share_of_macs": 1.0, **measured}
+        write_json(tmp_path / "metrics.json", metrics)
+        tell_unmeasured(tmp_path, load_recipe(None, overrides), Notes())
+        return told
+
+    asked = "evaluation.data=my val"
+    (line,) = tell(asked)
+    assert line.endswith(f"dfq eval --model {tmp_path} --data 'my val' does")
+    assert len(tell(asked, evaluation={"data": "other"})) == 1
+    assert tell(asked, evaluation={"data": "my val"}) == []
+    assert tell() == []
