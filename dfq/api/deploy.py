@@ -18,7 +18,7 @@ from ..recipe import Recipe, changed_recipe, load_recipe
 from ..recipe.overrides import Overrides
 from ..recipe.quick import QUICK
 from ..runs.deployment import Deployment, DeploymentFolder, folder_for
-from ..runs.identity import identity_of_recipe
+from ..runs.identity import contents, identity_of_recipe
 from ..runs.inputs import photographs, training_data
 from ..runs.loading import load_float
 from ..runs.pipeline import data_identity
@@ -99,7 +99,9 @@ def deploy(
         "image_size": side,
     }
     if data is not None:
-        identity["data"] = data_identity(training_data(data, settings, detector), data)
+        calibration = training_data(data, settings, detector)
+        identity["data"] = data_identity(calibration, data)
+        identity |= contents(data=calibration)
     photos = 0
     if images is not None:
         try:
@@ -111,6 +113,7 @@ def deploy(
         assert pictures is not None
         photos = len(pictures)
         identity["images"] = [str(pictures.source), photos]
+        identity |= contents(images=pictures)
     stem = short_name(Path(detector.source).stem)
     if out is None:
         out = folder_for(Path("deploy"), f"{stem}-{wanted.name}", identity)

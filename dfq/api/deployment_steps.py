@@ -60,6 +60,7 @@ class DeploymentSteps:
         self.stem = short_name(Path(detector.source).stem)
         self.run = self.folder / "run"
         self.set = Path()
+        self.data: str | Path | None = None
         self.photos: str | Path | None = None
         self.joined: str | None = None
 
@@ -76,7 +77,7 @@ class DeploymentSteps:
             made = synthesize(self.detector, self.settings, device=device, progress=self.told)
             self.set = made.root
         else:
-            self.set = user_path(data)
+            self.set, self.data = user_path(data), data
         quantize(
             self.settings, model=self.model, data=data, out=self.run, photos=images,
             device=device, trust=trust, progress=self.told,
@@ -241,7 +242,13 @@ class DeploymentSteps:
 
         page = report(self.run, self.folder / "report.html")
         run, recipe = (shlex.quote(str(path)) for path in (self.run, self.run / "recipe.yaml"))
-        photos = "" if self.photos is None else f" --photos {shlex.quote(str(self.photos))}"
+        # A set in the cache is what the recipe leads to.
+        named = {"data": self.data, "photos": self.photos}
+        inputs = "".join(
+            f" --{option} {shlex.quote(str(value))}"
+            for option, value in named.items()
+            if value is not None
+        )
         costs = detector_cost(load_run(self.run), self.side).to_dict()
         metrics = read_metrics(self.run)
         return {
@@ -250,7 +257,7 @@ class DeploymentSteps:
             "closeness": {
                 **metrics.get("closeness", {}),
                 "command": f"dfq qat --recipe {recipe} --model {shlex.quote(str(self.model))}"
-                f"{photos}",
+                f"{inputs}",
             },
             "cost": {
                 **{key: costs[key] for key in ("total", "float", "ratio", "image_size")},

@@ -15,7 +15,7 @@ from ..ptq.pipeline import float_start
 from ..quantization.insertion import insert_quantizers
 from ..recipe import Recipe
 from ..runs.folder import check_run, open_run
-from ..runs.identity import identity_of_recipe
+from ..runs.identity import contents, identity_of_recipe
 from ..runs.inputs import labelled_set, photographs, remark, require_side, training_data
 from ..runs.loading import require_float
 from ..runs.pipeline import data_identity
@@ -126,6 +126,8 @@ def begin_run(plan: Plan, images: LabelledImages, job: Job, name: str) -> Shared
     run = None
     with job.main_process_first():
         if job.is_main_process:
+            data = None if plan.source is None else images
+            identity |= contents(data=data, photos=plan.photos, select_on=plan.selected_on)
             numbered = f"{short_name(name)}-{short_name(Path(plan.detector.source).stem)}"
             run = open_run(job.out, Path("runs"), numbered, identity)
             if not run.finished:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
+from ..errors import shown
 from ..mixed_precision.policy import choose_bits
 from ..recipe import Recipe, changed_recipe
 from ..recipe.overrides import Overrides
+from ..runs.folder import read_metrics
 from ..runs.held_out import hold_out
 from ..runs.inputs import WithPhotographs
 from ..runs.pipeline import ptq_then_qat
+from ..runtime.progress import Progress
 from ..runtime.surroundings import Report
 from .finishing import finish
 from .job import Job
@@ -101,6 +105,8 @@ def quantize(
                 tensorboard=tensorboard,
             )
         run = begin_run(plan, images, job, name)
+        if run.finished and job.is_main_process:
+            tell_unmeasured(run.folder, plan.recipe, job.progress)
         if not run.finished:
             advise_on_quantization(job.progress, plan.recipe, plan.teacher, len(images))
             made_on, looked = hold_out(images)
@@ -133,3 +139,15 @@ def quantize(
                 left = None if joined is None else joined.left
                 finish(run.writable, plan, policy, result, len(images), looked, left, job.progress)
         return run.folder
+
+
+def tell_unmeasured(folder: Path, recipe: Recipe, progress: Progress) -> None:
+    """Say of a finished run, which is given back as it is, that it was not measured on the set that
+    is asked for now: that set fixes nothing of the run, and makes it no other."""
+    wanted, measured = recipe.evaluation.data, read_metrics(folder).get("evaluation")
+    if wanted is None or (isinstance(measured, dict) and measured.get("data") == wanted):
+        return
+    command = shlex.join(["dfq", "eval", "--model", str(folder), "--data", wanted])
+    progress.note(
+        f"the run is finished already, and was not measured on {shown(wanted)}: {command} does"
+    )

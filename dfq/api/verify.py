@@ -143,6 +143,9 @@ def verify(
         faults.of_scores(file_candidates, best) if file_candidates is not None else []
     )
     verification.faults += faults.of_ranges(range_fits, verification.moved)
+    if verification.parity is None and not verification.faults:
+        # What has no other name.
+        verification.faults += faults.of_detections(verification.moved)
     exact = verification.parity is not None and verification.parity.is_exact
     if verification.accuracy is not None and reference is not None and not exact:
         accuracy = verification.accuracy

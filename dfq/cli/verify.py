@@ -53,7 +53,7 @@ def verify(
 
     FILE may be anyone's INT8 file (.onnx, .xml, .tflite). The exit code is 1 where a fault is
     found: outputs that are not PyTorch's, layers in float, clipped ranges, one scale for boxes and
-    scores, lost accuracy.
+    scores, lost detections or accuracy.
     """
     from ..api.verify import verify as verb
     from ..runtime.progress import Live

@@ -19,6 +19,7 @@ from ..data.outlines import Segment
 from ..data.readers import ImageSet, open_set
 from ..errors import UserError
 from ..models.base import Detecting, Detections
+from ..models.coco_categories import distinct_names
 from .bootstrap import bootstrap_ap
 from .coco_accumulation import accumulate
 from .coco_matching import require_labels
@@ -249,6 +250,7 @@ def score(
     areas = {label: index for index, label in enumerate(accumulated.areas)}
     everywhere = precision[..., areas["all"]]
     mapping = imageset.category_mapping(names)
+    named = distinct_names(names, accumulated.categories)
     return Metrics(
         AP=_mean(everywhere),
         AP50=_mean(everywhere[iou.index(0.5)]),
@@ -259,7 +261,7 @@ def score(
         AR100=_mean(recall[..., areas["all"]]),
         images=len(imageset),
         per_category={
-            names[category]: _mean(everywhere[:, :, index])
+            named[category]: _mean(everywhere[:, :, index])
             for index, category in enumerate(accumulated.categories)
         },
         missing_categories=tuple(

@@ -29,6 +29,9 @@ SATURATED = 0.02
 FEW = 0.02
 """Share of the tensors that may clip, where the detections are what they were."""
 
+HALF, ENOUGH = 0.5, 8
+"""Of the float model's detections, the share that any use of a file takes; and of how many."""
+
 SHRUNK = 0.8
 """Of the sides of large boxes, what has to be left."""
 
@@ -137,6 +140,20 @@ def _as_before(moved: Moved) -> bool:
         and abs(overall.score_shift or 0.0) <= 0.05
         and (moved.side_ratio or 1.0) >= SHRUNK
     )
+
+
+def of_detections(moved: Moved | None) -> list[str]:
+    """A file that finds something else than its float model, whatever the reason.
+
+    Args:
+        moved: of a file that could not be compared with its reference program; else that tells.
+    """
+    if moved is None or moved.all.detections < ENOUGH or moved.all.share >= HALF:
+        return []
+    return [
+        f"detections: {moved.all.kept} of the {moved.against}'s {moved.all.detections} are kept; "
+        "the file is of another network, takes images in another way, or was quantized badly"
+    ]
 
 
 def of_accuracy(

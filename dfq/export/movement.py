@@ -14,6 +14,7 @@ from torchvision.ops import box_iou
 
 from ..evaluation.agreement import matches
 from ..models.base import Detections
+from ..models.coco_categories import distinct_names
 
 THRESHOLD = 0.25
 """Score from which on a detection counts, as most people set it."""
@@ -116,9 +117,8 @@ def moved(
         name: _group(table[(table[:, 0] >= low) & (table[:, 0] < high)])
         for name, (low, high) in _SIZES.items()
     }
-    groups = {
-        names[int(label)]: _group(table[table[:, 1] == label]) for label in np.unique(table[:, 1])
-    }
+    named = distinct_names(names, np.unique(table[:, 1]).astype(int).tolist())
+    groups = {name: _group(table[table[:, 1] == label]) for label, name in named.items()}
     worst = sorted(
         (item for item in groups.items() if item[1].detections >= _FEWEST),
         key=lambda item: (item[1].share, item[1].box_iou or 0.0),

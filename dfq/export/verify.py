@@ -115,6 +115,11 @@ class Verification:
         if self.faults:
             count = len(self.faults)
             return f"{self.file}: {count} fault{'s' if count > 1 else ''}"
+        if not self._is_compared:
+            return (
+                f"{self.file}: no fault, but nothing to compare it by: the float model detects "
+                "nothing on these images; name others with --data"
+            )
         clauses = [f"{self.file}: good"]
         if self.parity is not None:
             clauses.append("computes what PyTorch does")
@@ -127,6 +132,13 @@ class Verification:
         if self.accuracy is not None and self.accuracy.AP is not None:
             clauses.append(f"AP {self.accuracy.AP:.4f}")
         return ", ".join(clauses)
+
+    @property
+    def _is_compared(self) -> bool:
+        """Whether anything told a right file from a wrong one."""
+        detected = self.moved is not None and self.moved.all.detections > 0
+        measured = self.accuracy is not None and self.accuracy.AP is not None
+        return self.parity is not None or detected or measured
 
     def _parity(self) -> list[str]:
         if self.parity is None:

@@ -125,9 +125,12 @@ class _Unpickler(_Written):
         raise self._refusal(full)
 
     def _member(self, owner: Any, name: Any = None) -> Any:
-        # Protocol 2 writes a method (YOLO's Segment keeps one) as `getattr` of its class.
+        # Protocol 2 writes a method (YOLO's Segment keeps one) as `getattr` of its class, or of the
+        # very object (fused layers keep one as their `forward`).
         if isinstance(owner, type) and issubclass(owner, Inert) and isinstance(name, str):
             return Inert.named(f"{owner._file_name}.{name}")
+        if isinstance(owner, Inert) and isinstance(name, str):
+            return Inert.named(f"{owner.qualified_name}.{name}")
         raise self._refusal("builtins.getattr")
 
     def _refusal(self, full: str) -> UserError:

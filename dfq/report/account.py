@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from ..data.calibration_set import CalibrationSet
-from ..data.training_images import LetterboxedImages
 from ..runs.comparison import number
 from ..runs.inputs import joining
 from ..runtime.label_sets import label_set
@@ -22,7 +21,7 @@ RUN = "RUN"
 def is_made_on_real(material: Material) -> bool:
     """Whether the run was made on a real set."""
     if material.data is not None:
-        return isinstance(material.data, LetterboxedImages)
+        return not isinstance(material.data, CalibrationSet)
     identity = material.manifest.get("identity")
     data = identity.get("data") if isinstance(identity, Mapping) else None
     # Of a calibration set there are checksums.

@@ -23,6 +23,7 @@ from ..models.base import Detector, Model
 from ..models.loading import TIMM, TORCHVISION
 from ..quantization.inspection import LayerInfo, list_layers
 from ..recipe import Recipe, recorded_recipe
+from ..runs.identity import contents
 from ..runs.inputs import joining
 from ..runs.pipeline import data_identity
 from ..runs.set_cache import origin_of
@@ -200,7 +201,7 @@ class _Search:
                 size = self.material.recipe.synthesis.image_size
                 opened = open_training_data(path, self.material.student, size)
                 source = path if isinstance(opened, CalibrationSet) else self.material.origin
-                if data_identity(opened, source) == wanted:
+                if data_identity(opened, source) == wanted and self._is_unchanged(data=opened):
                     return opened
         name = self.material.origin or "its name is not known"
         where = "the cache" if name == SYNTHESIS else name
@@ -236,10 +237,16 @@ class _Search:
             photos = unlabelled(open_set(path))
             if len(photos) != count:
                 raise UserError(f"{source}: {len(photos)} images, and there were {count}")
+            if not self._is_unchanged(photos=photos):
+                raise UserError(f"{source}: other images than there were")
             joined = set(joining(len(photos)))
             left = [item for index, item in enumerate(photos.items) if index not in joined]
             return replace(photos, items=left)
         raise UserError(f"not found ({source})")
+
+    def _is_unchanged(self, **sets: object) -> bool:
+        # Earlier versions did not record it.
+        return all(self.identity.get(key, now) == now for key, now in contents(**sets).items())
 
     def float(self) -> Model:
         """The very network. Nothing is fetched for it, and no program run."""

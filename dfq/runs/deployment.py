@@ -23,7 +23,7 @@ from ..models.checkpoint import sha256_of
 from ..runtime.files import plain_name, read_json, write_json
 from ..runtime.lock import locked
 from ..runtime.plain import brief
-from .identity import in_todays_keys
+from .identity import differing, in_todays_keys
 
 KIND = "dfq deployment"
 FORMAT = 1
@@ -86,12 +86,9 @@ class DeploymentFolder:
             if not is_bare(folder):
                 raise UserError(f"{folder}: not empty and no deployment; choose another --out")
             folder.mkdir(parents=True, exist_ok=True)
-        elif recorded != identity:
-            keys = {*recorded, *identity}
-            differing = sorted(key for key in keys if recorded.get(key) != identity.get(key))
+        elif keys := differing(recorded, identity):
             raise UserError(
-                f"{folder}: holds a deployment of another {', '.join(differing)}; "
-                "choose another --out"
+                f"{folder}: holds a deployment of another {', '.join(keys)}; choose another --out"
             )
 
     @contextlib.contextmanager
@@ -181,7 +178,8 @@ def folder_for(parent: Path, stem: str, identity: dict[str, Any]) -> Path:
     number = 1
     while not is_bare(folder := parent / f"{stem}-{number}"):
         try:
-            if identity_of(folder) == identity:
+            recorded = identity_of(folder)
+            if recorded is not None and not differing(recorded, identity):
                 break
         except UserError:
             # Somebody else's, or broken: not this one.

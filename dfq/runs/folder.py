@@ -40,7 +40,7 @@ from ..recipe.removed import removed_that_matter
 from ..runtime.files import append_line, read_json, write_atomic, write_json
 from ..runtime.lock import locked
 from ..runtime.plain import ODD, brief, one_line
-from .identity import in_todays_keys
+from .identity import differing, in_todays_keys
 
 FORMAT = 3
 """3: quantized weights are integers, and the model says its format; 2: they are floats, and the
@@ -96,12 +96,7 @@ class Run:
         if recorded is None:
             raise UserError(f"{self.folder}: not empty and no run; choose another --out")
         recorded = in_todays_keys(recorded)
-        if recorded != self.identity:
-            keys = sorted(
-                key
-                for key in {*recorded, *self.identity}
-                if recorded.get(key) != self.identity.get(key)
-            )
+        if keys := differing(recorded, self.identity):
             gone = removed_that_matter(recorded.get("recipe"))
             if gone:
                 raise AnotherRunError(
@@ -218,7 +213,7 @@ def next_folder(parent: Path, stem: str, identity: dict[str, Any]) -> Path:
         if _is_bare(folder):
             return folder
         recorded = identity_of(folder)
-        ours = recorded is not None and in_todays_keys(recorded) == identity
+        ours = recorded is not None and not differing(in_todays_keys(recorded), identity)
         if ours and not _is_finished(folder):
             return folder
         number += 1

@@ -237,8 +237,23 @@ def test_photos_join(place: Path, model: Path) -> None:
     assert found["photos"].startswith("2 of 5 real photos")
     assert found["identity"]["images"] == ["photos", 5]
     assert "photos" in found["closeness"]
+    assert found["closeness"]["command"].endswith(" --photos photos")
+    # As many others in their place are others.
+    pixels = draw.integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(place / "photos" / "3.png")
+    line = has_one_error(command(*words_for(model, "--images", "photos", "--out", "out")))
+    assert "a deployment of another images: content; choose another --out" in line
     line = has_one_error(command(*words_for(model, "--out", "out")))
     assert "another images" in line
+
+
+def test_a_set_is_named_in_the_command_that_repeats_it(place: Path, model: Path) -> None:
+    (place / "my set").mkdir()
+    for index in range(2):
+        Image.new("RGB", (64, 64), (90 * index, 120, 60)).save(place / "my set" / f"{index}.png")
+    done = command(*words_for(model, "--data", "my set", "--out", "out"))
+    assert done.exit_code in (0, 1), done.output
+    assert figures(place / "out")["closeness"]["command"].endswith(" --data 'my set'")
 
 
 @pytest.mark.parametrize(

@@ -438,6 +438,19 @@ def test_the_exact_name_wins():
     assert named("sofa", "couch").category_mapping(["couch", "sofa"]) == [1, 0]
 
 
+def test_categories_of_one_name_are_told_apart_by_their_order():
+    model = ["", "cat", "", "cat"]
+    assert named(*model).category_mapping(model) == [0, 1, 2, 3]
+    assert named("cat", "dog", "cat").category_mapping(model) == [1, None, 3]
+    # Spelled another way, too; and several of a set may be one of the model.
+    assert named("Cat", "Cat").category_mapping(model) == [1, 3]
+    assert named("cat", "cat").category_mapping(["dog", "cat"]) == [1, 1]
+    assert named("cat", "Cat").category_mapping(["dog", "cat"]) == [1, 1]
+    for names in (["cat"], ["cat", "cat", "cat"], ["Cat"]):
+        with pytest.raises(UserError, match=r"(?i)set: has the category 'cat' \d times, and the"):
+            named(*names).category_mapping(model)
+
+
 def test_no_shared_name_names_both_lists():
     with pytest.raises(UserError, match=r"set: .*'ball'.*'person', 'bicycle'.*80 in all"):
         named("ball").category_mapping(COCO_NAMES)

@@ -94,6 +94,15 @@ def test_categories_meet_by_name():
     assert metrics.missing_categories == ("yeti",)
 
 
+def test_categories_of_one_name_are_measured_apart():
+    here, there = [0.0, 0.0, 40.0, 40.0], [50.0, 0.0, 90.0, 40.0]
+    images = replace(image_set([(here, 0, False), (there, 1, False)]), names=["cat", "cat", "dog"])
+    metrics = score(images, [found((here, 0.9, 0), (there, 0.8, 2))], images.names)
+    assert math.isnan(metrics.per_category.pop("dog"))
+    assert metrics.per_category == {"cat (0)": pytest.approx(1), "cat (1)": 0}
+    assert metrics.AP == pytest.approx(0.5)
+
+
 def test_detections_that_are_not_finite_are_no_detections():
     nan = float("nan")
     answer = found((LARGE, 0.5, 0), ([nan, 0.0, 5.0, 5.0], 0.9, 0))

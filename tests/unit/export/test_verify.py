@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from support.harness import command, contents, has_one_error
 from support.tiny_detector import tiny_detector
 from support.verify_files import (
@@ -189,6 +190,22 @@ def test_anyones_file_in_the_usual_layout(place: Path, made: Path, scenes: Path)
     assert found.accuracy is not None
     measured, wanted = found.accuracy.AP, dfq.evaluate("demo", scenes).AP
     assert measured == pytest.approx(wanted, abs=2e-3)
+
+
+def test_anyones_file_of_another_network(place: Path, made: Path, scenes: Path) -> None:
+    """With the layout and the categories of the float model, and other weights."""
+    stranger = dfq.load_detector("demo")
+    generator = torch.Generator().manual_seed(0)
+    for parameter in stranger.module.parameters():
+        if parameter.ndim == 4:
+            order = torch.randperm(len(parameter), generator=generator)
+            parameter.data = parameter.data[order]
+    save_detector(stranger, place / "stranger.safetensors")
+    dfq.export(place / "stranger.safetensors", place / "stranger.onnx")
+    path = changed(place / "stranger.onnx", place / "u.onnx", as_ultralytics)
+    for data in (scenes, scenes / "images"):
+        (fault,) = dfq.verify(path, "demo", data=data).faults
+        assert "of another network" in fault
 
 
 def test_images_without_labels_tell_how_much_agrees(made: Path, scenes: Path) -> None:

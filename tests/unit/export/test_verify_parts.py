@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from dfq.export.counting import IntegerShare, Operation
-from dfq.export.faults import of_integers, of_ranges, of_scores
+from dfq.export.faults import of_detections, of_integers, of_ranges, of_scores
 from dfq.export.layouts import Candidates, candidates, choose
-from dfq.export.movement import moved, same_number
+from dfq.export.movement import Group, Moved, moved, same_number
 from dfq.export.parity import distance, parity
 from dfq.export.ranges import GridObserver
+from dfq.export.verify import Accuracy, Verification
 from dfq.models.base import Detections
 
 # Files of the runtimes, which take their time.
@@ -205,3 +208,32 @@ def test_a_share_of_nothing_is_none() -> None:
         {"name": "b", "type": "Conv", "macs": 10, "reason": "why"}
     ]
     assert of_integers(None, found) == []
+
+
+def _of_all(kept: int, detections: int) -> Moved:
+    group = Group(detections, kept, 0.9 if kept else None, 0.0 if kept else None)
+    return Moved(group, {}, {}, None, 4, "float model")
+
+
+def test_a_file_that_finds_something_else_is_at_fault() -> None:
+    (fault,) = of_detections(_of_all(3, 20))
+    assert "3 of the float model's 20 are kept" in fault
+    assert not of_detections(_of_all(10, 20))
+    # Too few to say.
+    assert not of_detections(_of_all(0, 7))
+    assert not of_detections(None)
+
+
+def test_a_file_that_nothing_was_compared_of_is_not_called_good() -> None:
+    parts = {"format": "onnx", "runtime": "onnxruntime", "size_bytes": 1, "precision": "INT8"}
+    integers = IntegerShare([], "its nodes")
+
+    def summary(**more: Any) -> str:
+        return Verification(
+            "a.onnx", **parts, against="b", images="c", integers=integers, command="d", **more
+        ).summary()
+
+    assert "good" not in summary(moved=_of_all(0, 0))
+    assert "--data" in summary(moved=_of_all(0, 0))
+    assert "good" in summary(moved=_of_all(3, 3))
+    assert "good" in summary(accuracy=Accuracy("set", 2, AP=0.5))

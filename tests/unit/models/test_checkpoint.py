@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from ultralytics.nn.modules import Conv
 
 from dfq.errors import UserError
 from dfq.models.checkpoint import (
@@ -140,6 +141,17 @@ def test_getattr_reaches_no_real_object(tmp_path: Path) -> None:
     torch.save([Call(getattr, collections.OrderedDict, "__subclasses__")], path)
     with pytest.raises(UserError, match=r"asks to run builtins\.getattr"):
         read_checkpoint(path)
+
+
+def test_a_method_of_a_stand_in_is_one(tmp_path: Path) -> None:
+    """As `fuse` of Ultralytics and YOLOv5 leaves one in each layer."""
+    layer = Conv(1, 1)
+    layer.forward = layer.forward_fuse
+    torch.save({"model": layer}, tmp_path / "x.pt")
+    network = read_checkpoint(tmp_path / "x.pt").root["model"]
+    method = network.state["forward"]
+    assert issubclass(method, Inert)
+    assert method._file_name == "ultralytics.nn.modules.conv.Conv.forward_fuse"
 
 
 def test_known_packages_are_not_imported_or_called(tmp_path: Path) -> None:
