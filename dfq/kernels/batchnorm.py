@@ -205,16 +205,3 @@ def _linear(x: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
 def _zeros_ones(count: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     zeros = torch.zeros(count, dtype=dtype, device=device)
     return zeros, torch.ones_like(zeros)
-
-
-def gaussian_divergence(offset: Tensor, var: Tensor, expected: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of Gaussians from expected ones, elementwise, nats.
-
-    Args:
-        offset: mean less the expected one, of any shape.
-        var: variance, of the shape of `offset`; at least a millionth of the expected one counts.
-        expected: variance of the expected ones, broadcastable to it.
-    """
-    stored = expected.clamp_min(1e-12)
-    ratio = (var / stored).clamp_min(1e-6)
-    return 0.5 * (ratio + offset.square() / stored - 1 - ratio.log())
