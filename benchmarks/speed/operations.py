@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import click
 import torch
@@ -81,11 +82,8 @@ class Counted:
         def watched(iteration: Iteration, inputs: Any, step: int) -> Any:
             return self._counted(lambda: plain(iteration, inputs, step))
 
-        Iteration.__call__ = watched  # type: ignore[method-assign]
-        try:
+        with mock.patch.object(Iteration, "__call__", watched):
             inversion.optimise(images, labels, STEPS, 0.01, Generator(), stage="full")
-        finally:
-            Iteration.__call__ = plain  # type: ignore[method-assign]
         pixels = images.contiguous(memory_format=torch.channels_last).requires_grad_()
         with Counting() as self.bare:
             levels = inversion.detector.levels(inversion.detector.raw(pixels))
