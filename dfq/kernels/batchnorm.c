@@ -119,33 +119,45 @@ static inline void repeat(float *to, const float *from, ptrdiff_t channels, ptrd
   }                                                                                                \
                                                                                                    \
   /* out = grad + slope * x + offset, the gradient of x by way of its moments added; with `silu`,  \
-   * grad is that of silu(x). */                                                                   \
+   * grad is that of silu(x). The rows of grad lie `apart` values from each other, those of what was\
+   * one of several parts of a concatenation. */                                                   \
   static inline void backward_##T(const T *restrict x, const T *restrict grad, T *restrict out,    \
                                   const float *slope, const float *offset, ptrdiff_t rows,         \
-                                  ptrdiff_t channels, int silu) {                                  \
+                                  ptrdiff_t channels, ptrdiff_t apart, int silu) {                 \
     float a[WIDEST], b[WIDEST];                                                                    \
+    T line[WIDEST];                                                                                \
     ptrdiff_t count = together(rows, channels), width = channels * count;                          \
     repeat(a, slope, channels, count);                                                             \
     repeat(b, offset, channels, count);                                                            \
-    for (ptrdiff_t start = 0; start < rows * channels; start += width)                             \
+    for (ptrdiff_t row = 0; row < rows; row += count) {                                            \
+      ptrdiff_t start = row * channels;                                                            \
+      const T *restrict from = grad + row * apart;                                                 \
+      if (apart != channels) {                                                                     \
+        for (ptrdiff_t k = 0; k < count; k++)                                                      \
+          memcpy(line + k * channels, from + k * apart, channels * sizeof(T));                     \
+        from = line;                                                                               \
+      }                                                                                            \
       for (ptrdiff_t j = 0; j < width; j++) {                                                      \
-        float value = load_##T(x[start + j]), through = load_##T(grad[start + j]);                 \
+        float value = load_##T(x[start + j]), through = load_##T(from[j]);                         \
         if (silu) {                                                                                \
           float p = sigmoid_##T(value);                                                            \
           through = through * p * (1.0f + value * (1.0f - p));                                     \
         }                                                                                          \
         out[start + j] = store_##T(through + (a[j] * value + b[j]));                               \
       }                                                                                            \
+    }                                                                                              \
   }                                                                                                \
                                                                                                    \
   void add_linear_of_##T(const T *x, const T *grad, T *out, const float *slope,                    \
-                         const float *offset, ptrdiff_t rows, ptrdiff_t channels) {                \
-    backward_##T(x, grad, out, slope, offset, rows, channels, 0);                                  \
+                         const float *offset, ptrdiff_t rows, ptrdiff_t channels,                  \
+                         ptrdiff_t apart) {                                                        \
+    backward_##T(x, grad, out, slope, offset, rows, channels, apart, 0);                           \
   }                                                                                                \
                                                                                                    \
   void silu_backward_of_##T(const T *x, const T *grad, T *out, const float *slope,                 \
-                            const float *offset, ptrdiff_t rows, ptrdiff_t channels) {             \
-    backward_##T(x, grad, out, slope, offset, rows, channels, 1);                                  \
+                            const float *offset, ptrdiff_t rows, ptrdiff_t channels,               \
+                            ptrdiff_t apart) {                                                     \
+    backward_##T(x, grad, out, slope, offset, rows, channels, apart, 1);                           \
   }
 
 DEFINE(bfloat16)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .loader import usable
-from .operations import OPERATIONS
+from .operations import OPERATIONS, row_step
 
 _WIDEST = 8192
 
@@ -30,6 +30,13 @@ def _fits(x: Tensor) -> bool:
         and x.is_contiguous(memory_format=torch.channels_last)
         and usable(x)
     )
+
+
+def _in_rows(grad: Tensor) -> Tensor:
+    """A gradient as the compiled functions take it; that of a part of a concatenation as it is."""
+    if row_step(grad) is not None:
+        return grad
+    return grad.contiguous(memory_format=torch.channels_last)
 
 
 def _call(name: str, x: Tensor, *others: Tensor) -> None:
@@ -120,7 +127,7 @@ def grouped_moments_backward(
     groups = len(slope)
     if _fits(x) and grad.dtype == x.dtype:
         out, name = torch.empty_like(x), "silu_backward" if silu else "add_linear"
-        grad = grad.contiguous(memory_format=torch.channels_last)
+        grad = _in_rows(grad)
         for index, parts in enumerate(
             zip(x.chunk(groups), grad.chunk(groups), out.chunk(groups), strict=True)
         ):
@@ -180,7 +187,7 @@ def moments_backward(x: Tensor, grad: Tensor, slope: Tensor, offset: Tensor, sil
     """
     if _fits(x) and grad.dtype == x.dtype:
         out = torch.empty_like(x)
-        grad = grad.contiguous(memory_format=torch.channels_last)
+        grad = _in_rows(grad)
         _call("silu_backward" if silu else "add_linear", x, grad, out, slope, offset)
         return out
     return plain_moments_backward(x, grad, slope, offset, silu)
@@ -205,16 +212,3 @@ def _linear(x: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
 def _zeros_ones(count: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     zeros = torch.zeros(count, dtype=dtype, device=device)
     return zeros, torch.ones_like(zeros)
-
-
-def gaussian_divergence(offset: Tensor, var: Tensor, expected: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of Gaussians from expected ones, elementwise, nats.
-
-    Args:
-        offset: mean less the expected one, of any shape.
-        var: variance, of the shape of `offset`; at least a millionth of the expected one counts.
-        expected: variance of the expected ones, broadcastable to it.
-    """
-    stored = expected.clamp_min(1e-12)
-    ratio = (var / stored).clamp_min(1e-6)
-    return 0.5 * (ratio + offset.square() / stored - 1 - ratio.log())

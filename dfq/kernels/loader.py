@@ -28,8 +28,8 @@ TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _ARGUMENTS = {
     "moments": (4, 2),
     "silu_and_moments": (5, 2),
-    "add_linear": (5, 2),
-    "silu_backward": (5, 2),
+    "add_linear": (5, 3),
+    "silu_backward": (5, 3),
     "view": (5, 3),
     "view_backward": (4, 3),
     "variation": (4, 4),

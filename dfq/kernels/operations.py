@@ -1,9 +1,10 @@
 """The C functions as operations of PyTorch, `torch.ops.dfq`: what traces or compiles a program
 takes each for one step, and knows which tensors it writes.
 
-They check nothing: dtypes, shapes and layouts have to be those that the C file names. Gradients are
-not theirs to give, for that of the statistics is known only when the whole pass is through: the
-`torch.autograd.Function`s of `synthesis` call those for the way back.
+They check nothing: dtypes, shapes and layouts have to be those that the C file names (see
+`row_step` for gradients). Gradients are not theirs to give, for that of the statistics is known
+only when the whole pass is through: the `torch.autograd.Function`s of `synthesis` call those for
+the way back.
 """
 
 from __future__ import annotations
@@ -38,7 +39,27 @@ def _of_a_layer(name: str) -> Callable[..., None]:
         channels = x.shape[1]
         call(name, x.dtype, (x, *others), x.numel() // channels, channels)
 
-    return run
+    def run_back(x: Tensor, grad: Tensor, *others: Tensor) -> None:
+        channels, apart = x.shape[1], row_step(grad)
+        assert apart is not None
+        call(name, x.dtype, (x, grad, *others), x.numel() // channels, channels, apart)
+
+    return run_back if name in ("add_linear", "silu_backward") else run
+
+
+def row_step(x: Tensor) -> int | None:
+    """How many values lie between the places of `x` `(n, c, h, w)` in memory, its channels side by
+    side; None where they do not, or places do not follow each other evenly."""
+    count, channels, height, width = x.shape
+    step, before = None, 1
+    for size, stride in ((width, x.stride(3)), (height, x.stride(2)), (count, x.stride(0))):
+        if size > 1:
+            step = stride // before if step is None else step
+            if stride != step * before:
+                return None
+        before *= size
+    step = channels if step is None else step
+    return step if step >= channels and (channels == 1 or x.stride(1) == 1) else None
 
 
 def _view(pixels: Tensor, view: Tensor, flipped: Tensor, erased: Tensor) -> None:

@@ -3,6 +3,7 @@ prediction, first and last layers."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -57,10 +58,18 @@ class Targets:
 
     def flip_horizontal(self, flipped: Tensor) -> Targets:
         """Mirror the boxes of the images where the boolean tensor `flipped` `(batch,)` is true."""
-        data = self.data.clone()
-        mask = flipped[data[:, 0].long()]
-        data[:, 2] = torch.where(mask, 1.0 - data[:, 2], data[:, 2])
-        return Targets(data)
+        flips = flipped[self.data[:, 0].long()]
+        scale, offset = _mirror(self.data.dtype, self.data.device)
+        # 1 - x, exactly.
+        mirrored = torch.addcmul(offset, self.data, scale)
+        return Targets(torch.where(flips[:, None], mirrored, self.data))
+
+
+@functools.lru_cache(maxsize=16)
+def _mirror(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of a row of labels, `(6,)` each: factors and summands that mirror it."""
+    scale = torch.tensor([1, 1, -1, 1, 1, 1], dtype=dtype).to(device)
+    return scale, torch.tensor([0, 0, 1, 0, 0, 0], dtype=dtype).to(device)
 
 
 @dataclass(frozen=True)

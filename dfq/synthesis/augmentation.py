@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, cast
 
@@ -111,12 +112,17 @@ def _compiled(images: Tensor) -> bool:
 
 def _drawn(images: Tensor, flipped: Tensor | None, erased: Tensor | None) -> tuple[Tensor, Tensor]:
     """What was drawn as the compiled functions take it, and the kernels."""
-    count = len(images)
-    if flipped is None:
-        flipped = torch.zeros(count, dtype=torch.bool, device=images.device)
-    if erased is None:
-        erased = torch.zeros(count, 4, dtype=torch.int32, device=images.device)
-    return flipped.contiguous(), erased.contiguous()
+    no_flips, no_rectangles = nothing_drawn(len(images), images.device)
+    flipped = no_flips if flipped is None else flipped
+    return flipped.contiguous(), (no_rectangles if erased is None else erased).contiguous()
+
+
+@functools.lru_cache(maxsize=16)
+def nothing_drawn(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What `augmented_view` is given where nothing is drawn; to be asked for before anything is
+    recorded on a device, and kept."""
+    no_rectangles = torch.zeros(count, 4, dtype=torch.int32, device=device)
+    return torch.zeros(count, dtype=torch.bool, device=device), no_rectangles
 
 
 def resized(images: Tensor, size: int) -> Tensor:

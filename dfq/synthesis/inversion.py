@@ -66,8 +66,6 @@ class Inversion:
         self.image_size = settings.image_size or detector.image_size
         self.start_labels = label_start(settings, detector.names)
         self.shards = 1
-        # What each layer counts, in the order they run.
-        self._counts: Tensor | None = None
         # What is of fixed shapes can be recorded, and waits for nothing.
         self.static = self.can_take_several and detector.device.type == "cuda"
         self.record, self.not_recorded = not settings.techniques.swing, ""
@@ -129,7 +127,7 @@ class Inversion:
         raw = raw if self.detector.half_loss else float32(raw)
         if self.static:
             shard_losses = self.detector.shard_losses(raw, targets, size, self.shards)
-            return shard_losses[0] if self.shards == 1 else shard_losses
+            return shard_losses.squeeze(0) if self.shards == 1 else shard_losses
         if self.shards == 1:
             return torch.stack(list(self.detector.task_loss(raw, targets, size).values())).sum()
         count, losses = len(images) // self.shards, []
@@ -154,19 +152,19 @@ class Inversion:
         return terms
 
     def _bn_terms(self, statistics: BatchNormStatistics) -> dict[str, Tensor]:
-        form, weights = self.settings.bn_form, self.settings.weights
+        form = self.settings.bn_form
         if form == "gaussian":
-            divergences = statistics.divergences()
-            if self._counts is None or len(self._counts) != divergences.shape[-1]:
-                counts = torch.ones_like(divergences.reshape(-1, divergences.shape[-1])[0])
-                counts = counts.detach() if weights.bn > 0 else counts.detach() * 0
-                counts[1 : 1 + EARLY] *= EARLY_WEIGHT
-                counts[0] += weights.first_bn
-                self._counts = counts
-            # The worst layers count most, so that none is given up for the many.
-            return {"bn": torch.linalg.vector_norm(self._counts * divergences, dim=-1)}
+            return {"bn": statistics.divergence(self._weigh)}
         distances = statistics.distances(relative=form == "relative")
         return {"bn": distances.sum(-1), "first_bn": distances[..., 0]}
+
+    def _weigh(self, layers: int) -> Tensor:
+        """What each layer counts, in the order they run, `(layers,)`."""
+        weights = self.settings.weights
+        counts = torch.full((layers,), float(weights.bn > 0))
+        counts[1 : 1 + EARLY] *= EARLY_WEIGHT
+        counts[0] += weights.first_bn
+        return counts
 
     def _parts(self, view: Tensor, targets: Targets) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         """See `loss_weighting.Parts`: the micro-batches of a batch, or the batch itself.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..models.base import Targets
-from .augmentation import augmented_view
+from .augmentation import augmented_view, nothing_drawn
 from .loss_weighting import LossWeighting
 from .multiscale import MultiscaleAdam
 
@@ -67,6 +67,8 @@ class Iteration:
     ) -> None:
         self.pixels, self.optimizer, self.combine = pixels, optimizer, combine
         self.parts, self.seen_in, self.darkens = parts, seen_in, darkens
+        # A constant must not be made while an iteration is recorded.
+        nothing_drawn(len(pixels), pixels.device)
 
     def __call__(self, inputs: Inputs, step: int) -> Terms:
         """Do it; the terms of the loss, for logs.

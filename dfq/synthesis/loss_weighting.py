@@ -74,8 +74,8 @@ class LossWeighting(Protocol):
 
 def _note(logged: dict[str, Tensor], terms: dict[str, Tensor]) -> None:
     for name, term in terms.items():
-        known = 0 if name in _OF_THE_BATCH else logged.get(name, 0)
-        logged[name] = term.detach() + known
+        known = None if name in _OF_THE_BATCH else logged.get(name)
+        logged[name] = term.detach() if known is None else term.detach() + known
 
 
 def settled(weights: SynthesisWeights) -> SynthesisWeights:
@@ -100,8 +100,8 @@ class FixedWeighting:
             _note(logged, terms)
             if "first_bn" not in terms:
                 weights["bn"] = self.weights.bn or 1.0
-            gradients.append(_gradient([weights[n] * term for n, term in terms.items()], view))
-        return torch.cat(gradients), logged
+            gradients.append(_gradient([(weights[n], term) for n, term in terms.items()], view))
+        return _joined(gradients), logged
 
     def smoothed(self, gradient: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
         return self._with(total_variation, self.weights.tv, gradient, pixels)
@@ -143,10 +143,12 @@ class GradientNormWeighting:
         self.weights, self.shards = weights, shards
         # Of each shard; changed in place, for what was recorded of an iteration to see it.
         self.norms: dict[str, Tensor] = {}
+        self._factors: dict[str, Tensor] = {}
         self._alone = True
 
     def settle(self) -> None:
         self.weights = settled(self.weights)
+        self._update_factors({**self.weights.model_dump(), "bn": self.weights.bn or 1.0})
 
     def _groups(self, terms: dict[str, Tensor]) -> dict[str, tuple[float, Tensor]]:
         groups = {}
@@ -163,13 +165,18 @@ class GradientNormWeighting:
             groups["task"] = (self.weights.task, terms["task"])
         return groups
 
-    def _factor(self, name: str, share: float) -> Tensor | float:
-        norm = self.norms.get(name)
-        return share if norm is None else share / norm.clamp_min(1e-12)
+    def _update_factors(self, shares: dict[str, float]) -> None:
+        """After norms or shares changed."""
+        for name, norm in self.norms.items():
+            factor = shares[name] / norm.clamp_min(1e-12)
+            if name in self._factors:
+                self._factors[name].copy_(factor)
+            else:
+                self._factors[name] = factor
 
-    def _scaled(self, name: str, share: float, gradient: Tensor) -> Tensor:
-        factor = self._factor(name, share)
-        if self.shards > 1 and isinstance(factor, Tensor):
+    def _scaled(self, name: str, gradient: Tensor) -> Tensor:
+        factor = self._factors[name]
+        if self.shards > 1:
             factor = by_image(factor, len(gradient))[:, None, None, None]
         return factor * gradient
 
@@ -189,7 +196,9 @@ class GradientNormWeighting:
                     apart.setdefault(name, []).append(gradient)
                     shares[name] = share
             else:
-                scaled = [self._factor(n, share) * term for n, (share, term) in groups.items()]
+                scaled = [
+                    (self._factors.get(name, share), term) for name, (share, term) in groups.items()
+                ]
                 gradients.append(_gradient(scaled, view))
         if apart:
             # Of half-precision images they are of that type: too coarse for sums over all pixels.
@@ -202,9 +211,10 @@ class GradientNormWeighting:
                     self.norms[name] = norm
                 else:
                     average.copy_(torch.lerp(norm, average, _DECAY))
-            total = [self._scaled(name, shares[name], gradient) for name, gradient in whole.items()]
+            self._update_factors(shares)
+            total = [self._scaled(name, gradient) for name, gradient in whole.items()]
             return torch.stack(total).sum(0).to(view.dtype), logged
-        return torch.cat(gradients), logged
+        return _joined(gradients), logged
 
     def smoothed(self, gradient: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
         if self.weights.tv == 0:
@@ -224,18 +234,30 @@ class GradientNormWeighting:
     def _shared(self, gradient: Tensor, share: float, direction: Tensor, norms: Tensor) -> Tensor:
         """The gradient with a share of its own norm, image by image, in another direction added:
         as it is, where nothing else counts."""
-        weight = torch.full_like(norms, share)
-        if not self._alone:
-            reference = torch.linalg.vector_norm(gradient, dim=(1, 2, 3))
-            weight *= reference / norms.clamp_min(1e-12)
-        return gradient.addcmul_(direction, weight[:, None, None, None])
+        if self._alone:
+            return gradient.add_(direction, alpha=share)
+        reference = torch.linalg.vector_norm(gradient, dim=(1, 2, 3))
+        weight = reference / norms.clamp_min(1e-12)
+        return gradient.addcmul_(direction, weight[:, None, None, None], value=share)
 
 
-def _gradient(terms: list[Tensor], view: Tensor) -> Tensor:
-    """Of the sum of terms, with respect to `view`; zero where there are none."""
+def _joined(gradients: list[Tensor]) -> Tensor:
+    return gradients[0] if len(gradients) == 1 else torch.cat(gradients)
+
+
+def _gradient(terms: list[tuple[Tensor | float, Tensor]], view: Tensor) -> Tensor:
+    """Of the sum of terms times their factors, with respect to `view`; zero where there are none.
+
+    Args:
+        terms: factors, numbers or tensors shaped as the terms, and the terms.
+    """
     if not terms:
         return torch.zeros_like(view)
-    return torch.autograd.grad(torch.stack(terms).sum(), view)[0]
+    factors = [
+        factor if isinstance(factor, Tensor) else torch.full_like(term, factor)
+        for factor, term in terms
+    ]
+    return torch.autograd.grad([term for _, term in terms], view, factors)[0]
 
 
 WEIGHTINGS: dict[str, Callable[..., LossWeighting]] = {

@@ -45,6 +45,7 @@ class MultiscaleAdam:
         while len(self.grids) < scales and height % 2 == 0 and width % 2 == 0:
             height, width = height // 2, width // 2
             self.grids.append(images.new_zeros(*images.shape[:2], height, width))
+        self._means = [0.25 ** (1 + index) for index in range(len(self.grids))]
         # Of an iteration that is recorded, even the number of the step is on the device.
         self._optimizer = torch.optim.Adam(
             [images, *self.grids],
@@ -67,10 +68,13 @@ class MultiscaleAdam:
         self.images.grad = gradient = gradient.to(self.images.dtype).contiguous()
         if self.grids:
             # Turning the colours and averaging can change places: the former once, where less is.
-            coarse = _turned(self._opponent, _halved(gradient))
-            for index, grid in enumerate(self.grids):
-                coarse = _halved(coarse) if index else coarse
-                grid.grad = coarse
+            coarse = [_turned(self._opponent, _summed(gradient))]
+            for _ in self.grids[1:]:
+                coarse.append(_summed(coarse[-1]))
+            # Powers of two: means as they would be one after the other, to the last bit.
+            torch._foreach_mul_(coarse, self._means)
+            for grid, mean in zip(self.grids, coarse, strict=True):
+                grid.grad = mean
         self._optimizer.step()
         if self.grids:
             moved = self.grids[-1]
@@ -86,10 +90,10 @@ def _turned(matrix: Tensor, images: Tensor) -> Tensor:
     return F.conv2d(images, matrix[:, :, None, None]).contiguous()
 
 
-def _halved(images: Tensor) -> Tensor:
-    """Means of blocks of 2 by 2; on a CPU in a seventh of the time of `avg_pool2d`."""
+def _summed(images: Tensor) -> Tensor:
+    """Sums of blocks of 2 by 2; on a CPU in a seventh of the time of `avg_pool2d`."""
     rows = images[:, :, ::2] + images[:, :, 1::2]
-    return (rows[..., ::2] + rows[..., 1::2]).mul_(0.25)
+    return rows[..., ::2] + rows[..., 1::2]
 
 
 def _doubled(grid: Tensor) -> Tensor:

@@ -26,11 +26,11 @@ from ..base import Boundary, Detections, Detector, DistillationPair, Targets
 from ..checkpoint import Checkpoint, attribute, class_of, find_model
 from ..metadata import require_names, source_of, stated
 from ..rebuilt import Changes, apply_changes
+from .assignment import Rule, rules_of
 from .head import RawPredictions, best_pairs, predict
 from .layout import IMAGE, as_tuple, boundary, features_and_blocks, gather, kept_outputs, wiring
-from .loss import Points, Rule, branch_loss, rules_of
+from .loss import branch_losses
 from .resolve import build, checked_yaml, other_task, read_yaml
-from .static_loss import branch_losses
 from .weights import category_names, fingerprint_of, has_legacy_head, load_strictly, training_size
 
 
@@ -63,8 +63,6 @@ class UltralyticsDetector(Detector):
         self._yaml = yaml
         self._activations = activations or {}
         self._nms_free = False
-        # Of the last images: their grids and device, anchor points, sides.
-        self._points: tuple[Any, Points, Tensor] | None = None
         require_names(self.names, int(self._head.nc), source)
         # Read off once: a layer that a quantizer puts in another's place has no wiring of its own.
         self._inputs = wiring(module.model)
@@ -198,28 +196,26 @@ class UltralyticsDetector(Detector):
         "dfl" is the distribution focal loss, or the L1 distance where reg_max is 1. Networks with
         two branches weigh them as Ultralytics does at the start of training."""
         data = targets.data.to(raw.one2many.boxes.device, torch.float32)
-        parts = [
-            weight * branch_loss(branch, data, self._head.stride, rule)
-            for (_, branch), (weight, rule) in zip(raw.branches(), self._rules, strict=True)
-        ]
-        box, category, distance = torch.stack(parts).sum(0)
+        box, category, distance = self._losses(raw, data, 1, listed=True)[0].unbind()
         return {"box": box, "class": category, "dfl": distance}
 
     def shard_losses(
         self, raw: RawPredictions, targets: Targets, image_shape: tuple[int, int], shards: int
     ) -> Tensor:
         """See `Model.shard_losses`: float32 `(shards,)`."""
-        shapes, device = raw.one2many.shapes, targets.data.device
-        if self._points is None or self._points[0] != (shapes, device):
-            points = Points(*make_anchors(raw.one2many.grids(), self._head.stride, 0.5))
-            size = torch.tensor([*image_shape[::-1]] * 2, dtype=torch.float32)
-            self._points = (shapes, device), points, size.to(device)
-        _, points, size = self._points
-        losses = [
-            weight * branch_losses(branch, targets.data, points, size, rule, shards)
-            for (_, branch), (weight, rule) in zip(raw.branches(), self._rules, strict=True)
-        ]
-        return torch.stack(losses).sum(0)
+        return self._losses(raw, targets.data, shards, listed=False).sum(1)
+
+    def _losses(self, raw: RawPredictions, targets: Tensor, shards: int, *, listed: bool) -> Tensor:
+        """The terms of all branches, weighed: `(shards, 3)`."""
+        parts = []
+        for (_, branch), (weight, rule) in zip(raw.branches(), self._rules, strict=True):
+            part = branch_losses(branch, targets, self._strides, rule, shards=shards, listed=listed)
+            parts.append(part if weight == 1 else weight * part)
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+    @functools.cached_property
+    def _strides(self) -> tuple[int, ...]:
+        return tuple(int(stride) for stride in self._head.stride)
 
     @torch.no_grad()
     def decode(

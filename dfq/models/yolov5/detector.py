@@ -16,9 +16,8 @@ from ..base import Boundary, Detections, Detector, DistillationPair, Kinds, Targ
 from ..checkpoint import Checkpoint, attribute, class_of, find_model
 from ..metadata import require_names, source_of, stated
 from .blocks import BN_EPS
-from .loss import boxes_of, yolov5_loss
+from .loss import boxes_of, losses, yolov5_loss
 from .network import YOLOv5Network, activation_text
-from .static_loss import shard_losses
 from .weights import (
     activation_of,
     are_strides,
@@ -208,7 +207,9 @@ class YOLOv5(Detector):
         self, raw: list[Tensor], targets: Targets, image_shape: tuple[int, int], shards: int
     ) -> Tensor:
         """See `Model.shard_losses`: float32 `(shards,)`."""
-        return shard_losses(raw, targets.data, self.module.detect.anchors, image_shape, shards)
+        anchors = self.module.detect.anchors
+        terms = losses(raw, targets.data, anchors, image_shape, shards=shards, listed=False)
+        return terms.sum(1)
 
     def decode(
         self,

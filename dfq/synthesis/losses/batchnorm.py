@@ -21,12 +21,12 @@ from ...errors import UserError
 from ...graph.execution import hooks
 from ...graph.fold_batchnorm import FoldedBatchNorm
 from ...kernels.batchnorm import (
-    gaussian_divergence,
     grouped_moments,
     grouped_moments_backward,
     grouped_sums,
 )
 from ..moment_sums import Pass
+from .divergence import Divergence, DivergenceConstants
 from .expected import Expected
 
 
@@ -133,6 +133,8 @@ class BatchNormStatistics:
         # it, a circle that no garbage collector sees, with every activation in it.
         self._tokens: dict[int, Tensor] = {}
         self._whole: Pass | None = None
+        # For the runs, counts and groups of the last pass that was asked of.
+        self._constants: tuple[Any, DivergenceConstants] | None = None
         # What a layer gave whose SiLU comes next, and its index.
         self._due: tuple[Tensor, int] | None = None
         self._handles: list[Any] = []
@@ -303,34 +305,52 @@ class BatchNormStatistics:
         mean, var = mean[channels][alive], var[channels][alive]
         return mean, var, known.mean[channels][alive], known.var[channels][alive]
 
+    def _asked(self, relative: bool) -> tuple[Pass, Pass, Expected, dict[int, Tensor]]:
+        """The last pass, the one of which the moments count, what is known of them, and tokens of
+        the runs that were made, in their order."""
+        passed, known = self._take(), self._expected(relative)
+        tokens, self._tokens = self._tokens, {}
+        whole = self._whole or passed
+        whole.extend(known)
+        return passed, whole, known, tokens
+
     def _moments(self, relative: bool) -> tuple[Tensor, Tensor, Expected, list[int]]:
         """Mean and variance of every channel in the last pass, what is known of them, and which
         runs were made, in their order."""
-        passed, known = self._take(), self._expected(relative)
-        ran, tokens = list(self._tokens), list(self._tokens.values())
-        self._tokens = {}
-        whole = self._whole or passed
-        whole.extend(known)
-        mean, var = _Join.apply(passed, whole, *tokens)
-        return mean, var, known, ran
+        passed, whole, known, tokens = self._asked(relative)
+        mean, var = _Join.apply(passed, whole, *tokens.values())
+        return mean, var, known, list(tokens)
 
     def divergences(self) -> Tensor:
         """Of the last forward pass: by how much the layers' inputs are not distributed as in
-        training, `(runs,)` in the order the layers ran, nats; a layer that ran twice is there
-        twice. Each pass can be asked once.
-
-        Channels count as Gaussians, and a layer for the mean of its channels' Kullback-Leibler
-        divergence from those of the training data:
-
-            1/2 (v / v_l + (mu - mu_l)^2 / v_l - 1 - ln(v / v_l))
+        training, `(runs,)` in the order the layers ran, nats, see `losses.divergence`; a layer that
+        ran twice is there twice. Each pass can be asked once.
 
         Unlike a distance of variances it is not content with too little: half the variance counts
         for as much as 1.75 times it, a tenth as 3.7 times.
         """
-        mean, var, known, ran = self._moments(relative=True)
-        alive = known.to_mean > 0
-        divergence = torch.where(alive, gaussian_divergence(mean - known.mean, var, known.var), 0.0)
-        return known.of_runs(known.sums(divergence) / known.alive, ran)
+        return self._divergence(None, normed=False)
+
+    def divergence(self, weigh: Callable[[int], Tensor]) -> Tensor:
+        """The L2 norm over `divergences`, weighed: a scalar. Each pass can be asked once.
+
+        Args:
+            weigh: gives factors `(runs,)` in the order the layers ran, for their number; asked
+                when that changes.
+        """
+        return self._divergence(weigh, normed=True)
+
+    def _divergence(self, weigh: Callable[[int], Tensor] | None, *, normed: bool) -> Tensor:
+        passed, whole, known, tokens = self._asked(relative=True)
+        key = tuple(tokens), tuple(whole.counts), weigh is None, known
+        if self._constants is None or self._constants[0] != key:
+            weights = None if weigh is None else weigh(len(tokens)).to(known.mean.device)
+            constants = DivergenceConstants(known, list(tokens), key[1], weights)
+            self._constants = key, constants
+        result: Tensor = Divergence.apply(
+            passed, whole, self._constants[1], normed, *tokens.values()
+        )
+        return result
 
     def distances(self, *, relative: bool = False) -> Tensor:
         """Of the last forward pass: ||mu - mu_l||_2 + ||var - var_l||_2 of each layer, each time it

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from dfq.kernels import loader as compiled
-from dfq.kernels.batchnorm import moments, moments_backward
+from dfq.kernels.batchnorm import grouped_moments_backward, moments, moments_backward
 
 
 @pytest.fixture(params=["compiled", "torch"])
@@ -133,3 +133,28 @@ def test_kernels_for_a_gpu_give_the_same() -> None:
         text=True,
     )
     assert done.stdout.endswith("alike\n"), done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("shape", [(3, 8, 5, 7), (2, 48, 4, 4), (1, 64, 1, 6), (2, 1, 1, 3)])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_gradient_is_taken_as_it_lies(
+    shape: tuple[int, ...], silu: bool, dtype: torch.dtype, groups: int
+) -> None:
+    generator = Generator().manual_seed(0)
+    count, channels, *sides = shape
+    x, both = (
+        torch.randn(groups * count, width, *sides, generator=generator)
+        .to(dtype, memory_format=torch.channels_last)
+        for width in (channels, channels + 5)
+    )  # fmt: skip
+    # Of one of two parts of a concatenation, and of one that was laid out in planes.
+    parts = both[:, 5:], both[:, :channels].contiguous()
+    slope, offset = torch.randn(2, groups, channels, generator=generator)
+    if groups == 1:
+        slope, offset = slope[0], offset[0]
+    for part in parts:
+        dense = part.contiguous(memory_format=torch.channels_last)
+        wanted = grouped_moments_backward(x, dense, slope, offset, silu)
+        assert torch.equal(grouped_moments_backward(x, part, slope, offset, silu), wanted)
