@@ -8,15 +8,13 @@ moved by a step. To tell a fault from that, what the kernels do is done here onc
 integer sums, then one float32 factor, then the nearest even integer. Then a file's outputs agree
 to the last bits, or something is wrong with it.
 
-Rules of onnxruntime's CPU kernels (MLAS) and of LiteRT's (XNNPACK) are in `KERNELS`. OpenVINO's
-computes what follows a convolution in float32 with functions of its own: there the two cannot agree
-to the bit.
+OpenVINO computes in float32 what stands between integer sums and the next grid: there the same
+holds of each of its steps, its own SiLU among them.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from .kernels import LiteRtKernels, OnnxRuntimeKernels
+from .kernels_openvino import OpenVinoKernels
+from .on_grid import Grid, OnGrid
 from .passes import DEQUANTIZE, KEEPING, QUANTIZE, SPLITTING
 from .program import Program
 
@@ -35,145 +36,17 @@ ENLARGING = {_ATEN.upsample_bilinear2d.vec, _ATEN.upsample_bilinear2d.default}
 AVERAGES = {_ATEN.avg_pool2d.default, _ATEN.adaptive_avg_pool2d.default, *ENLARGING}
 """Give values between those that they are given."""
 
+_LAYERS = {_ATEN.conv2d.default, _ATEN.conv2d.padding, _ATEN.linear.default}
 
-@dataclass(frozen=True)
-class OnGrid:
-    """A tensor on a grid.
+_ACTIVATIONS = {_ATEN.silu.default, _ATEN.relu.default}
+"""That OpenVINO computes within the layer in front of them."""
 
-    Attributes:
-        integers: float64 whole numbers, of any shape.
-        scale: float32, a scalar or `(channels,)`.
-        zero_point: whole number.
-        low, high: of the integer type.
-        axis: of the channels; None per tensor.
-    """
-
-    integers: Tensor
-    scale: Tensor
-    zero_point: int
-    low: int
-    high: int
-    axis: int | None = None
-
-    def values(self) -> Tensor:
-        """float32."""
-        scale = self.scale
-        if self.axis is not None:
-            shape = [1] * self.integers.ndim
-            shape[self.axis] = -1
-            scale = scale.view(shape)
-        return (self.integers - self.zero_point).float() * scale
-
-    def with_integers(self, integers: Tensor) -> OnGrid:
-        """Others on the same grid."""
-        return OnGrid(integers, self.scale, self.zero_point, self.low, self.high, self.axis)
-
-
-Grid = tuple[float, int, int, int, torch.dtype]
-
-
-def _clamped(integers: Tensor, grid: Grid) -> Tensor:
-    return integers.clamp(grid[2], grid[3])
-
-
-def _float(number: float) -> Tensor:
-    return torch.tensor(number, dtype=torch.float32)
-
-
-def _fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """`a * b + c`, rounded to float32 once, as the processor's instruction does."""
-    return (a.double() * b.double() + c.double()).float()
-
-
-class OnnxRuntimeKernels:
-    """What onnxruntime's integer kernels compute, float32 factors and all."""
-
-    def quantize(self, x: Tensor, grid: Grid) -> Tensor:
-        return _clamped(torch.round(x / _float(grid[0])).double() + grid[1], grid)
-
-    def requantize(self, sums: Tensor, factor: Tensor, grid: Grid) -> Tensor:
-        """Whole `sums` times a float32 factor, to the nearest even integer."""
-        return _clamped(torch.round(sums.float() * factor).double() + grid[1], grid)
-
-    def bias(self, bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """As whole numbers of the products' own step, of the scales of input and weight."""
-        return torch.round(bias / (x * weight)).double()
-
-    def layer_factor(self, x: OnGrid, weight: OnGrid, grid: Grid) -> Tensor:
-        return x.scale * weight.scale / _float(grid[0])
-
-    def multiply(self, a: OnGrid, b: OnGrid, grid: Grid) -> Tensor:
-        product = (a.integers - a.zero_point) * (b.integers - b.zero_point)
-        return self.requantize(product, a.scale * b.scale / _float(grid[0]), grid)
-
-    def add(self, a: OnGrid, b: OnGrid, grid: Grid) -> Tensor:
-        left, right = a.scale / _float(grid[0]), b.scale / _float(grid[0])
-        zeros = _fused(left, _float(a.zero_point), right * b.zero_point)
-        total = _fused(b.integers, right, _float(grid[1]) - zeros)
-        return _clamped(torch.round(_fused(a.integers, left, total)).double(), grid)
-
-    def average(
-        self, x: OnGrid, function: Callable[[Tensor], Tensor], grid: Grid, *, pools: bool
-    ) -> Tensor:
-        """A pooling (`pools`) or an enlargement of what is on the grid that the result is on."""
-        if not pools:
-            return self.quantize(function(x.values()), grid)
-        # Halves are frequent, and which integer is even is seen with the zero point.
-        steps = function(x.values()) / _float(grid[0]) + _float(grid[1])
-        return _clamped(torch.round(steps).double(), grid)
-
-    def sigmoid(self, x: OnGrid, grid: Grid) -> Tensor:
-        return self.table(x, torch.sigmoid, grid)
-
-    def move(self, x: OnGrid, grid: Grid) -> Tensor:
-        """The same values on another grid."""
-        return self.table(x, lambda values: values, grid)
-
-    def table(self, x: OnGrid, function: Callable[[Tensor], Tensor], grid: Grid) -> Tensor:
-        """A function of each integer, looked up."""
-        integers = torch.arange(x.low, x.high + 1, dtype=torch.float64)
-        table = self.quantize(function(x.with_integers(integers).values()), grid)
-        return table[(x.integers - x.low).long()]
-
-
-class LiteRtKernels(OnnxRuntimeKernels):
-    """What XNNPACK's kernels compute for LiteRT."""
-
-    def bias(self, bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        # Its converter divides in double precision.
-        return torch.round(bias.double() / (x.double() * weight.double()))
-
-    def add(self, a: OnGrid, b: OnGrid, grid: Grid) -> Tensor:
-        left = float(a.scale / _float(grid[0]))
-        right = float(b.scale / _float(grid[0]))
-        # Fixed point of 20 bits or so, rounded half up.
-        most = max(left, right)
-        shift = 20 - _exponent(most)
-        factors = [round(side * 2.0**shift) for side in (left, right)]
-        total = 2.0 ** (shift - 1) - factors[0] * a.zero_point - factors[1] * b.zero_point
-        total = total + a.integers * factors[0] + b.integers * factors[1]
-        return _clamped(torch.floor(total / 2.0**shift) + grid[1], grid)
-
-    def average(
-        self, x: OnGrid, function: Callable[[Tensor], Tensor], grid: Grid, *, pools: bool
-    ) -> Tensor:
-        averages = function(x.integers)
-        # Halves go away from the integer 0 in a pooling, which knows of no zero point, else up.
-        nearest = (
-            averages.sign() * (averages.abs() + 0.5).floor() if pools else (averages + 0.5).floor()
-        )
-        return _clamped(nearest, grid)
-
-
-def _exponent(number: float) -> int:
-    return int(torch.frexp(torch.tensor(number, dtype=torch.float64))[1]) - 1
-
-
-KERNELS: dict[str, OnnxRuntimeKernels] = {
+KERNELS: dict[str, OnnxRuntimeKernels | OpenVinoKernels] = {
     "onnxruntime": OnnxRuntimeKernels(),
     "litert": LiteRtKernels(),
+    "openvino": OpenVinoKernels(),
 }
-"""Runtimes whose integer arithmetic is known to the bit."""
+"""Runtimes whose arithmetic between grids is known to the bit."""
 
 
 @torch.no_grad()
@@ -188,7 +61,12 @@ def run_in_integers(program: Program, images: Tensor, runtime: str) -> dict[str,
     Returns:
         Outputs by name, as the runtime's file has them.
     """
-    interpreter = _Interpreter(program, KERNELS[runtime])
+    kernels = KERNELS[runtime]
+    interpreter: _Interpreter = (
+        _FloatBetween(program, kernels)
+        if isinstance(kernels, OpenVinoKernels)
+        else _Requantizing(program, kernels)
+    )
     outputs = _values(interpreter.run(images))
     return dict(zip(program.outputs, outputs, strict=True))
 
@@ -196,9 +74,10 @@ def run_in_integers(program: Program, images: Tensor, runtime: str) -> dict[str,
 class _Interpreter(fx.Interpreter):
     """Runs a graph with tensors on grids as `OnGrid`."""
 
-    def __init__(self, program: Program, kernels: OnnxRuntimeKernels) -> None:
+    kernels: OnnxRuntimeKernels | OpenVinoKernels
+
+    def __init__(self, program: Program) -> None:
         super().__init__(program.exported.module())
-        self.kernels = kernels
         self.fused = {
             node.args[0]: node
             for node in self.module.graph.nodes
@@ -211,7 +90,9 @@ class _Interpreter(fx.Interpreter):
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if n.target is DEQUANTIZE:
-            return OnGrid(args[0].double(), _float(args[1]), *args[2:5])
+            grid: Grid = tuple(args[1:6])
+            scale = self.kernels.scale(grid)
+            return OnGrid(args[0].double(), scale, *grid[1:4], grid=grid)
         if n.target is _PER_CHANNEL:
             integers, scale, _, axis, low, high, *_ = args
             return OnGrid(integers.double(), scale.float(), 0, low, high, axis)
@@ -226,8 +107,12 @@ class _Interpreter(fx.Interpreter):
             return self.kernels.quantize(x, args[1:6])
         if n.target in KEEPING or n.target in SPLITTING or n.target is operator.getitem:
             return self._keep(n, args, kwargs)
+        if n.target is _ATEN.cat.default:
+            joined = self._join(n, args)
+            if joined is not None:
+                return joined
         if n in self.fused:
-            grid: Grid = tuple(self.fused[n].args[1:6])
+            grid = tuple(self.fused[n].args[1:6])
             requantized = self._kernel(n, args, grid)
             if requantized is not None:
                 return _Done(requantized)
@@ -235,6 +120,10 @@ class _Interpreter(fx.Interpreter):
             a, b = args
             sums = (a.integers - a.zero_point) @ (b.integers - b.zero_point)
             return sums.float() * (a.scale * b.scale)
+        return self._plain(n, args, kwargs)
+
+    def _plain(self, n: fx.Node, args: Any, kwargs: Any) -> Any:
+        """An operation on float32 values."""
         plain = [_values(value) for value in args]
         return n.target(*plain, **{k: _values(v) for k, v in kwargs.items()})
 
@@ -253,24 +142,47 @@ class _Interpreter(fx.Interpreter):
             return _Done(part.integers) if same else part
         return n.target(_values(x), *args[1:], **kwargs)
 
+    def _join(self, n: fx.Node, args: Any) -> OnGrid | _Done | None:
+        """A concatenation of what is on grids; None where something is on none, or nothing says on
+        which of several they are to be."""
+        parts, *rest = args
+        if not all(isinstance(part, OnGrid) and part.axis is None for part in parts):
+            return None
+        first = parts[0]
+        if n in self.fused:
+            grid: Grid = tuple(self.fused[n].args[1:6])
+            return _Done(torch.cat([self._moved(part, grid) for part in parts], *rest))
+        if all(part.grid == first.grid for part in parts):
+            return first.with_integers(torch.cat([part.integers for part in parts], *rest))
+        return None
+
     def _same_grid(self, n: fx.Node, x: OnGrid) -> bool:
         """Whether the only consumer puts it on the grid that it is on."""
         consumer = self.fused.get(n)
-        return consumer is not None and (consumer.args[1], consumer.args[2]) == (
-            float(x.scale),
-            x.zero_point,
-        )
+        return consumer is not None and x.grid == tuple(consumer.args[1:6])
 
     def _kernel(self, n: fx.Node, args: Any, grid: Grid) -> Tensor | None:
         """An operation and the quantize behind it as one kernel; None: there is no such kernel."""
+        return None
+
+    def _moved(self, x: OnGrid, grid: Grid) -> Tensor:
+        return x.integers if x.grid == grid else self.kernels.move(x, grid)
+
+
+class _Requantizing(_Interpreter):
+    """Where an operation and the quantize behind it are one integer kernel."""
+
+    def __init__(self, program: Program, kernels: OnnxRuntimeKernels) -> None:
+        super().__init__(program)
+        self.kernels: OnnxRuntimeKernels = kernels
+
+    def _kernel(self, n: fx.Node, args: Any, grid: Grid) -> Tensor | None:
         target, kernels = n.target, self.kernels
-        if target in (_ATEN.conv2d.default, _ATEN.conv2d.padding, _ATEN.linear.default):
-            x, weight, bias, *rest = (*args, None) if len(args) == 2 else args
-            if not (isinstance(x, OnGrid) and isinstance(weight, OnGrid)):
+        if target in _LAYERS:
+            layer = _sums(n, args)
+            if layer is None:
                 return None
-            function = F.linear if target is _ATEN.linear.default else F.conv2d
-            sums = function(x.integers - x.zero_point, weight.integers, None, *rest)
-            shape = [-1] if target is _ATEN.linear.default else [-1, 1, 1]
+            sums, x, weight, bias, shape = layer
             if bias is not None:
                 sums = sums + kernels.bias(bias, x.scale, weight.scale).view(shape)
             factor = kernels.layer_factor(x, weight, grid).expand(len(weight.integers))
@@ -279,7 +191,7 @@ class _Interpreter(fx.Interpreter):
             return kernels.sigmoid(args[0], grid)
         if target in AVERAGES and isinstance(args[0], OnGrid):
             x, *rest = args
-            if (float(x.scale), x.zero_point) == grid[:2]:
+            if x.grid == grid:
                 pools = target not in ENLARGING
 
                 def average(tensor: Tensor) -> Tensor:
@@ -292,15 +204,66 @@ class _Interpreter(fx.Interpreter):
             if isinstance(a, OnGrid) and isinstance(b, OnGrid):
                 kernel = kernels.multiply if target is _ATEN.mul.Tensor else kernels.add
                 return kernel(a, b, grid)
-        if target is _ATEN.cat.default and all(isinstance(part, OnGrid) for part in args[0]):
-            parts = [self._moved(part, grid) for part in args[0]]
-            return torch.cat(parts, *args[1:])
-        return None
+        return super()._kernel(n, args, grid)
 
-    def _moved(self, x: OnGrid, grid: Grid) -> Tensor:
-        if (float(x.scale), x.zero_point) == grid[:2]:
-            return x.integers
-        return self.kernels.move(x, grid)
+
+class _FloatBetween(_Interpreter):
+    """Where float32 stands between the integer sums of a layer and the next grid."""
+
+    def __init__(self, program: Program, kernels: OpenVinoKernels) -> None:
+        super().__init__(program)
+        self.kernels: OpenVinoKernels = kernels
+        self.rectified = {
+            relu.args[0]
+            for relu in list(self.fused)
+            if relu.target is _ATEN.relu.default
+            and relu.args[0].target is _ATEN.add.Tensor
+            and len(relu.args[0].users) == 1
+        }
+        """Sums that a ReLU and a quantize follow, all one operation."""
+        for total in self.rectified:
+            (relu,) = total.users
+            self.fused[total] = self.fused[relu]
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.target is _ATEN.relu.default and n.args[0] in self.rectified:
+            (done,), _ = self.fetch_args_kwargs_from_env(n)
+            if isinstance(done, _Done):
+                return done
+        return super().run_node(n)
+
+    def _kernel(self, n: fx.Node, args: Any, grid: Grid) -> Tensor | None:
+        if n.target in _LAYERS or n.target in _ACTIVATIONS:
+            return self.kernels.quantize(self._plain(n, args, n.kwargs), grid, in_layer=True)
+        if n.target is _ATEN.add.Tensor:
+            a, b = args[:2]
+            if isinstance(a, Tensor) and isinstance(b, OnGrid):
+                a, b = b, a
+            if isinstance(a, OnGrid) and isinstance(b, Tensor):
+                return self.kernels.add(a, b, grid, relu=n in self.rectified)
+        return super()._kernel(n, args, grid)
+
+    def _plain(self, n: fx.Node, args: Any, kwargs: Any) -> Any:
+        if n.target is _ATEN.silu.default:
+            return self.kernels.silu(_values(args[0]))
+        layer = _sums(n, args) if n.target in _LAYERS else None
+        if layer is None:
+            return super()._plain(n, args, kwargs)
+        sums, x, weight, bias, shape = layer
+        factor = (x.scale * weight.scale).view(shape)
+        return self.kernels.layer(sums, factor, None if bias is None else bias.view(shape))
+
+
+def _sums(n: fx.Node, args: Any) -> tuple[Tensor, OnGrid, OnGrid, Tensor | None, list[int]] | None:
+    """A layer's integer sums, its operands, and the shape of what is a channel's; None where it is
+    not computed of integers."""
+    x, weight, bias, *rest = (*args, None) if len(args) == 2 else args
+    if not (isinstance(x, OnGrid) and isinstance(weight, OnGrid)):
+        return None
+    linear = n.target is _ATEN.linear.default
+    function = F.linear if linear else F.conv2d
+    sums = function(x.integers - x.zero_point, weight.integers, None, *rest)
+    return sums, x, weight, bias, [-1] if linear else [-1, 1, 1]
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,9 @@ SPLITTING = {
 }
 
 
-def tidy(graph: fx.Graph, *, shield: bool = False, apart: bool = False) -> None:
+def tidy(
+    graph: fx.Graph, *, shield: bool = False, apart: bool = False, bare_joins: bool = False
+) -> None:
     """Make one pair of operations of each grid on each tensor, and carry grids on.
 
     Args:
@@ -58,6 +60,8 @@ def tidy(graph: fx.Graph, *, shield: bool = False, apart: bool = False) -> None:
             quantize their weights by itself.
         apart: do without concatenations of what is on several grids, or keep them in float, where
             a converter would put all of it on one of them.
+        bare_joins: put nothing behind a concatenation of what is on the very grid that its result
+            is on, for a runtime that would otherwise quantize each operand twice.
     """
     _drop_zeros(graph)
     _drop_idle_relus(graph)
@@ -66,6 +70,8 @@ def tidy(graph: fx.Graph, *, shield: bool = False, apart: bool = False) -> None:
     _hoist(graph)
     _carry(graph)
     _merge(graph)
+    if bare_joins:
+        _bare_joins(graph)
     if shield:
         _shield(graph)
     if apart:
@@ -152,6 +158,20 @@ def _carry(graph: fx.Graph) -> None:
         _describe(back, node, None)
         for user in users:
             user.replace_input_with(node, back)
+
+
+def _bare_joins(graph: fx.Graph) -> None:
+    """Take the pair away behind a concatenation whose operands are all on its grid."""
+    for node in list(graph.nodes):
+        if node.target is not _ATEN.cat.default:
+            continue
+        grids, users = {grid_at(part) for part in node.args[0]}, list(node.users)
+        if len(grids) > 1 or None in grids:
+            continue
+        for user in users:
+            if user.target is QUANTIZE and tuple(user.args[1:6]) in grids:
+                for back in list(user.users):
+                    back.replace_all_uses_with(node)
 
 
 def _describe(new: fx.Node, source: fx.Node, dtype: torch.dtype | None) -> None:

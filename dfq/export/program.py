@@ -184,7 +184,10 @@ def build(
     with torch.no_grad():
         exported = torch.export.export(graph, (example,), dynamic_shapes=shapes)
     shield = runtime in ("onnxruntime", "litert")
-    tidy(exported.graph, shield=shield, apart=runtime == "litert")
+    # OpenVINO moves the grid of a concatenation to its operands, beside the one that they have: the
+    # layer in front writes float32 then, for two operations to quantize.
+    bare_joins = runtime == "openvino"
+    tidy(exported.graph, shield=shield, apart=runtime == "litert", bare_joins=bare_joins)
     for node in exported.graph.nodes:
         # Names folders of this machine.
         node.meta.pop("stack_trace", None)

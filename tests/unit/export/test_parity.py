@@ -16,7 +16,9 @@ from support.toys import NETWORKS, Toy, exported, images, quantized, several, to
 from torch import Tensor, nn
 
 from dfq.errors import UserError
-from dfq.export.integer import AVERAGES, KERNELS, OnGrid, run_in_integers
+from dfq.export.integer import AVERAGES, run_in_integers
+from dfq.export.kernels import OnnxRuntimeKernels
+from dfq.export.on_grid import OnGrid
 from dfq.export.opening import open_file
 from dfq.export.passes import QUANTIZE, grid_at
 from dfq.export.program import build
@@ -337,5 +339,5 @@ def test_onnxruntime_rounds_once_between_a_factor_and_a_sum() -> None:
         OnGrid(torch.from_numpy(x).double(), torch.tensor(scale), zero, 0, 255)
         for x, scale, zero in zip((a, b), scales, zeros, strict=False)
     )
-    wanted = KERNELS["onnxruntime"].add(left, right, (scales[2], zeros[2], 0, 255, torch.uint8))
+    wanted = OnnxRuntimeKernels().add(left, right, (scales[2], zeros[2], 0, 255, torch.uint8))
     assert np.array_equal(given, wanted.numpy())

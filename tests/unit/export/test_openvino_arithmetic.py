@@ -1,0 +1,146 @@
+"""OpenVINO's arithmetic, done once more: equal to the last bit, on values enough for a sum to lie
+next to a half now and then."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from support.toys import quantized, several
+from torch import Tensor
+
+from dfq.api.export import describe_export
+from dfq.export.dependencies import compile_openvino
+from dfq.export.integer import run_in_integers
+from dfq.export.kernels_openvino import OpenVinoKernels, sigmoid
+from dfq.export.on_grid import Grid, OnGrid
+from dfq.export.opening import open_file
+from dfq.export.program import Program, build
+from dfq.export.writers import write
+from dfq.quantization.policy import Policy
+
+# Files of the runtime, which take their time.
+pytestmark = pytest.mark.e2e
+
+NETWORKS = ("residual", "residual relu", "pooled")
+LARGE = 96
+
+
+class Made(NamedTuple):
+    program: Program
+    path: Path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    student = quantized(several(NETWORKS), "openvino", (8, 8))
+    program = build(student, "openvino", image_size=LARGE)
+    policy = Policy(8, 8, "same", placement="qdq", runtime="openvino")
+    info = describe_export(student, policy, "openvino", "openvino", LARGE, 1, None)
+    path = tmp_path_factory.mktemp("made") / "x.xml"
+    write(program, info, path)
+    return Made(program, path)
+
+
+def noise(count: int, side: int) -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    return torch.rand(count, 3, side, side, generator=generator)
+
+
+def test_layers_sums_and_concatenations_are_equal_to_the_bit(made: Made) -> None:
+    file = open_file(made.path, threads=1)
+    for image in noise(2, LARGE).split(1):
+        wanted = run_in_integers(made.program, image, "openvino")
+        outputs = file.run(image.numpy())
+        assert outputs.keys() == wanted.keys()
+        for name, values in wanted.items():
+            assert np.array_equal(outputs[name], values.numpy())
+
+
+def compiled(inputs: list[Any], outputs: list[Any]) -> Any:
+    import openvino
+
+    return compile_openvino(openvino.Core(), openvino.Model(outputs, inputs))
+
+
+def on_grid(value: Any, grid: Grid) -> Any:
+    from openvino import opset13 as op
+
+    scale = np.float32(grid[0])
+    ends = [np.full((1, 1, 1, 1), scale * np.float32(end - grid[1])) for end in grid[2:4]]
+    return op.fake_quantize(value, *map(op.constant, (*ends, *ends)), 256)
+
+
+def layer(value: Any, weight: np.ndarray, scale: float) -> Any:
+    from openvino import opset13 as op
+
+    scales = np.full((len(weight), 1, 1, 1), scale, np.float32)
+    weights = op.multiply(op.convert(op.constant(weight), "f32"), op.constant(scales))
+    return op.convolution(value, weights, [1, 1], [0, 0], [0, 0], [1, 1])
+
+
+class Activated:
+    """A layer and SiLU behind it, in OpenVINO and done once more."""
+
+    grid: Grid = (0.061305128037929535, 5, 0, 255, torch.uint8)
+
+    def __init__(self, side: int, scale: float) -> None:
+        from openvino import opset13 as op
+
+        generator, kernels = np.random.default_rng(1), OpenVinoKernels()
+        weight = generator.integers(-127, 128, (8, 8, 1, 1)).astype(np.int8)
+        bias = generator.uniform(-0.1, 0.1, (1, 8, 1, 1)).astype(np.float32)
+        self.parameter = op.parameter([1, 8, side, side], np.float32)
+        self.on_grid = on_grid(self.parameter, self.grid)
+        self.node = op.swish(op.add(layer(self.on_grid, weight, scale), op.constant(bias)))
+        self.images = generator.uniform(-0.3, 15.3, (1, 8, side, side)).astype(np.float32)
+
+        integers = kernels.quantize(torch.from_numpy(self.images), self.grid)
+        step = kernels.scale(self.grid)
+        self.input = OnGrid(integers, step, *self.grid[1:4], grid=self.grid)
+        sums = torch.nn.functional.conv2d(
+            integers - self.grid[1], torch.from_numpy(weight).double()
+        )
+        self.before = kernels.layer(sums, step * torch.tensor(scale), torch.from_numpy(bias))
+        self.values = kernels.silu(self.before)
+
+
+def test_silu_is_that_of_its_convolutions() -> None:
+    made = Activated(100, 0.002)
+    found = compiled([made.parameter], [made.node])([made.images])[0]
+    assert np.array_equal(found, made.values)
+    # A function of its own: PyTorch's is another in the last bits.
+    assert (torch.nn.functional.silu(made.before).numpy() != found).any()
+    assert ((sigmoid(made.before) - made.before.double().sigmoid()).abs() <= 2e-7).all()
+
+
+def test_a_sum_is_computed_in_steps_of_what_is_added() -> None:
+    """With a zero point that OpenVINO does not round: here it is 5.0000005."""
+    from openvino import opset13 as op
+
+    made, kernels = Activated(500, 0.001), OpenVinoKernels()
+    result: Grid = (0.08121661841869354, 7, 0, 255, torch.uint8)
+    total = on_grid(op.add(made.on_grid, made.node), result)
+    # A layer that changes nothing: what is on a grid shows behind it as it is.
+    output = layer(total, np.eye(8, dtype=np.int8).reshape(8, 8, 1, 1), 1.0)
+    found = compiled([made.parameter], [output])([made.images])[0]
+    wanted = kernels.add(made.input, made.values, result)
+    assert np.array_equal(np.round(found / kernels.scale(result).numpy()) + result[1], wanted)
+
+
+def test_what_is_concatenated_is_put_on_its_grid_once(made: Made) -> None:
+    """By the layers that give it: nothing but the image is quantized by an operation of its own."""
+    import openvino
+
+    model = openvino.Core().read_model(str(made.path))
+    graph = compile_openvino(openvino.Core(), model).get_runtime_model()
+    quantizing = []
+    for node in graph.get_ordered_ops():
+        info = {key: getattr(value, "value", value) for key, value in node.get_rt_info().items()}
+        gives, runs = info.get("outputPrecisions"), info.get("runtimePrecision")
+        if gives == "u8" and runs == "f32":
+            quantizing.append(str(info["originalLayersNames"]))
+    assert len(quantizing) == 1
