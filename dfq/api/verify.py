@@ -123,7 +123,7 @@ def verify(
             origin, origin.float_model(trust) if info is not None else origin.model, reference
         )
         comparing.compare(verification, model, compared, images, data is not None, told)
-        range_fits = fits(opened, (image[None] for image in model.given(few[:_RANGE_IMAGES])))
+        range_fits = fits(opened, (image[None] for image in model.as_input(few[:_RANGE_IMAGES])))
         faults_of_task = comparing.faults(verification, model, compared, few)
     verification.blamed = worst(range_fits)
     verification.faults += faults.of_parity(verification.parity)

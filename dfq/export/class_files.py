@@ -164,7 +164,7 @@ class ForeignClassifier(ExportedClassifier):
             scores.append(score if score == score else float("-inf"))
         self.input = ways[int(np.argmax(scores))]
 
-    def given(self, images: np.ndarray) -> np.ndarray:
+    def as_input(self, images: np.ndarray) -> np.ndarray:
         shape = (1, 3, 1, 1)
         mean, std = (
             np.array(values, np.float32).reshape(shape)
@@ -173,7 +173,7 @@ class ForeignClassifier(ExportedClassifier):
         return (images - mean) / std
 
     def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        return run_in_batches(self.file, self.given(images))
+        return run_in_batches(self.file, self.as_input(images))
 
     def classify(self, images: Tensor) -> Tensor:
         value = self.run(images.detach().cpu().numpy())[self._output].astype(np.float32)

@@ -169,7 +169,7 @@ class ExportedModel(ABC):
             images: float32 `(n, 3, h, w)`, RGB in [0, 1], letterboxed or cut.
         """
 
-    def given(self, images: np.ndarray) -> np.ndarray:
+    def as_input(self, images: np.ndarray) -> np.ndarray:
         """Images, as for `run`, with the values that the graph takes: what dfq wrote normalises
         them itself."""
         return images
