@@ -95,7 +95,7 @@ def made(
 def accuracy(model: Model, val: RealSet, size: int) -> float:
     """AP of a detector, top-1 of a classifier."""
     found = measured(model, val, image_size=size)
-    return float(getattr(found, main_figure(found)))
+    return float(getattr(found, main_figure(model.task)))
 
 
 def table(rows: Sequence[Row], widths: Sequence[str]) -> str:

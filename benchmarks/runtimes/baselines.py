@@ -61,6 +61,7 @@ from dfq.export.latency import ROUNDS, in_turns
 from dfq.export.opening import OpenVinoFile, RuntimeFile, open_file
 from dfq.models import load_detector
 from dfq.models.base import Detections, Detector
+from dfq.models.detecting import Task
 from dfq.runtime.files import append_line, write_atomic
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -69,6 +70,8 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 class Through:
     """A file as what detects: the detector decodes what the file gives."""
+
+    task: Task = "detection"
 
     def __init__(self, file: RuntimeFile, detector: Detector) -> None:
         self.file, self.detector = file, detector

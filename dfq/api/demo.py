@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -15,7 +15,7 @@ from ..data.readers import ImageSet, open_set
 from ..demo.picture import Column, draw_picture
 from ..demo.scenes import VALIDATION_SEED_START, write_coco
 from ..evaluation.coco import predict, score
-from ..export.opening import open_exported
+from ..export.opened import open_exported
 from ..export.targets import load_target
 from ..models import require_detector
 from ..models.base import Detecting, Detections
@@ -96,7 +96,7 @@ def _compare(made: Deployment, out: Path, progress: Progress) -> None:
     models: dict[str, Detecting] = {
         FLOAT: require_detector(load_model("demo")),
         NAIVE: require_detector(load_model(naive)),
-        THIS: open_exported(made.model),
+        THIS: cast(Detecting, open_exported(made.model)),
     }
     results: dict[str, Any] = {}
     scenes = open_set(validation)

@@ -1,4 +1,4 @@
-"""`dfq deploy`: from a float detector to a checked file for a target, in one call."""
+"""`dfq deploy`: from a float model to a checked file for a target, in one call."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from ..errors import UserError, argument, shown
 from ..export.dependencies import require
 from ..export.targets import KINDS, Target, load_target
 from ..graph.fold_batchnorm import fold
-from ..models import require_detector
-from ..models.base import Detector
+from ..models.base import Model
 from ..quantization.insertion import insert_quantizers
 from ..quantization.inspection import list_layers
 from ..recipe import Recipe, changed_recipe, load_recipe
@@ -57,12 +56,12 @@ def deploy(
     trust: bool = False,
     progress: Report = None,
 ) -> Deployment:
-    """Quantize a detector for a target, export it, and check and time the exported files.
+    """Quantize a detector or a classifier for a target, export it, check and time the files.
 
     Stopped at any point, the same call goes on where it was.
 
     Args:
-        model: the float detector.
+        model: the float model.
         target: name of a shipped target, or a YAML file.
         out: folder; None: `deploy/<model>-<target>-<n>`.
         images: real photographs, no labels needed, which join calibration; None: none.
@@ -87,7 +86,7 @@ def deploy(
     if out is not None:
         out = user_path(out, argument("out"))
         require_output_folder(out, "out")
-    detector = require_detector(load_float(model, trust=trust, device=pick_device(device)))
+    detector = load_float(model, trust=trust, device=pick_device(device))
     side = image_size or detector.image_size
     detector.check_size(side, argument("image-size"))
     settings = settings_for(wanted, detector, image_size, quick, seed, overrides)
@@ -132,7 +131,7 @@ def deploy(
 
 def settings_for(
     target: Target,
-    detector: Detector,
+    detector: Model,
     image_size: int | None,
     quick: bool,
     seed: int | None,
@@ -173,7 +172,7 @@ def settings_for(
     return settings
 
 
-def _float_layers(target: Target, detector: Detector) -> list[str]:
+def _float_layers(target: Target, detector: Model) -> list[str]:
     """Names of the layers that a target keeps in float."""
     layers = list_layers(detector, detector.stride * 2)
     float_layers = []

@@ -12,7 +12,7 @@ from ..export.cost import BESIDE, detector_cost
 from ..export.exported import SUFFIXES
 from ..export.structure import structure_faults
 from ..export.targets import Target
-from ..models.base import Detector
+from ..models.base import Model
 from ..recipe import Recipe, changed_recipe
 from ..runs.deployment import DeploymentFolder, described
 from ..runs.folder import load_run, read_metrics
@@ -49,7 +49,7 @@ class DeploymentSteps:
         place: DeploymentFolder,
         target: Target,
         model: str | Path,
-        detector: Detector,
+        detector: Model,
         settings: Recipe,
         side: int,
         told: Progress,
@@ -175,7 +175,7 @@ class DeploymentSteps:
             self._export(self.detector, file.name, self.target.runtime)
         return file
 
-    def _export(self, model: Path | Detector, name: str, runtime: str) -> None:
+    def _export(self, model: Path | Model, name: str, runtime: str) -> None:
         with self.place.making() as making:
             export(
                 model, making / name, format=self.target.format, runtime=runtime,
@@ -284,7 +284,7 @@ def size_of(file: Path) -> int:
     return sum(path.stat().st_size for path in parts(file))
 
 
-def precision_notes(detector: Detector, settings: Recipe, data: Path) -> str:
+def precision_notes(detector: Model, settings: Recipe, data: Path) -> str:
     """For a compiler that takes bits layer by layer: how much each layer alone changes the
     predictions at 8 bits, the worst first."""
     with_widths = changed_recipe(

@@ -1,23 +1,25 @@
-"""`dfq eval`: a detector measured against a set's labels, or against another network."""
+"""`dfq eval`: a model measured against a set's labels, or against another network."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, overload
 
-from ..data.readers import open_set
-from ..errors import UserError, argument, shown
-from ..evaluation.agreement import REFERENCE_SCORE, Agreement, agreement, check_categories
+from ..errors import UserError, shown
+from ..evaluation.agreement import REFERENCE_SCORE, Agreement
 from ..evaluation.classification import Agreed, ClassificationMetrics
 from ..evaluation.coco import Metrics
-from ..evaluation.coco import evaluate as evaluate_detector
-from ..evaluation.measuring import close_on_images, measured, open_labelled, open_unlabelled
-from ..models import require_detector
-from ..models.base import Detecting, Detector, Model
-from ..models.classifying import Classifier
+from ..evaluation.measuring import (
+    check_alike,
+    close_on_images,
+    measured,
+    open_labelled,
+    open_unlabelled,
+)
+from ..models.base import Detecting, Model
+from ..models.classifying import Classifying
 from ..quantization.dynamic import is_dynamic
 from ..runs.loading import Measurable, as_float, as_measurable
-from ..runtime.progress import Progress
 from ..runtime.surroundings import Report, pick_device, reporter
 
 
@@ -51,7 +53,7 @@ def evaluate(
 
 @overload
 def evaluate(
-    model: Classifier,
+    model: Classifying,
     data: str | Path,
     *,
     against: str | Path | Model | None = None,
@@ -94,11 +96,12 @@ def evaluate(
     Args:
         model: a detector or a classifier, or what names one, a run folder, or an exported file.
         data: the set; of a classifier, a folder or a ZIP file with a folder for each category.
-        against: a float detector, or what names one: its detections are taken for labels, those of
-            the set do not count, and it needs none. None: measured against the set's labels.
-        image_size: side in pixels; None: the detector's own, which is the only one of most exported
+        against: a float model, or what names one: what it detects, or the category that it finds
+            likeliest, is taken for labels, those of the set do not count, and it needs none. None:
+            measured against the set's labels.
+        image_size: side in pixels; None: the model's own, which is the only one of most exported
             files.
-        interval: also find between which values AP is over the draw of images.
+        interval: also find between which values AP, or top-1 accuracy, is over the draw of images.
         device, trust, progress: as for `synthesize`.
 
     Returns:
@@ -113,63 +116,32 @@ def evaluate(
         8
     """
     target = pick_device(device)
-    detector, told = as_measurable(model, trust=trust, device=target), reporter(progress)
-    if isinstance(detector, Model) and is_dynamic(detector.module):
+    measurable, told = as_measurable(model, trust=trust, device=target), reporter(progress)
+    if isinstance(measurable, Model) and is_dynamic(measurable.module):
         told.note("activations: dynamic ranges, each call's own least and greatest value")
-    if isinstance(detector, Classifier):
-        return _of_classifier(detector, data, against, image_size, interval, target, trust, told)
-    if isinstance(detector, Model) and not isinstance(detector, Detector):
-        detector = require_detector(detector)
-    images = open_set(data)
-    if against is not None:
-        reference = require_detector(as_float(against, trust=trust, device=target))
-        check_categories(detector, reference)
-        metrics = agreement(
-            detector,
-            reference,
-            images,
-            progress=told,
-            image_size=image_size,
-            interval=interval,
-        )
-        if not metrics.objects:
-            raise UserError(
-                f"{shown(data)}: {shown(reference.source)} detects nothing with a score above "
-                f"{REFERENCE_SCORE} in these images; give images of what it was trained for"
-            )
-        return metrics
-    with told.task("evaluation", len(images), "images") as task:
-        return evaluate_detector(
-            detector, images, image_size=image_size, interval=interval, progress=task.update
-        )
-
-
-def _of_classifier(
-    model: Classifier,
-    data: str | Path,
-    against: str | Path | Model | None,
-    image_size: int | None,
-    interval: bool,
-    device: str,
-    trust: bool,
-    progress: Progress,
-) -> ClassificationMetrics | Agreed:
-    """`evaluate` of a classifier."""
     if against is None:
-        images = open_labelled(data, model)
-        with progress.task("evaluation", len(images), "images") as task:
-            metrics = measured(
-                model, images, image_size=image_size, interval=interval, progress=task.update
+        labelled = open_labelled(data, measurable)
+        with told.task("evaluation", len(labelled), "images") as task:
+            return measured(
+                measurable,
+                labelled,
+                image_size=image_size,
+                interval=interval,
+                progress=task.update,
             )
-        assert isinstance(metrics, ClassificationMetrics)
-        return metrics
-    reference = as_float(against, trust=trust, device=device)
-    if list(reference.names) != list(model.names):
+    reference = as_float(against, trust=trust, device=target)
+    check_alike(measurable, reference)
+    closeness = close_on_images(
+        measurable,
+        reference,
+        open_unlabelled(data, measurable),
+        progress=told,
+        image_size=image_size,
+        interval=interval,
+    )
+    if isinstance(closeness, Agreement) and not closeness.objects:
         raise UserError(
-            f"{argument('against', reference.source)}: its categories are not those of the model; "
-            "give the float network that the model was made from"
+            f"{shown(data)}: {shown(reference.source)} detects nothing with a score above "
+            f"{REFERENCE_SCORE} in these images; give images of what it was trained for"
         )
-    photos = open_unlabelled(data, model)
-    agreed = close_on_images(model, reference, photos, progress=progress, image_size=image_size)
-    assert isinstance(agreed, Agreed)
-    return agreed
+    return closeness

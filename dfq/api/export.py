@@ -19,7 +19,6 @@ from ..export.suppression import OUTPUTS
 from ..export.writers import write
 from ..graph.fold_batchnorm import fold
 from ..models.base import Model
-from ..models.classifying import Classifier
 from ..quantization.inspection import LayerInfo, list_layers, quantized_share
 from ..quantization.layers import QUANTIZED_LAYERS
 from ..quantization.placement import PLACEMENTS
@@ -322,11 +321,6 @@ def describe_export(
         "scores": "probability of each category, before NMS",
         "logits": "of each category, before softmax",
     }
-    resized = f"longer side to {image_size}, centred on grey 114/255"
-    if isinstance(detector, Classifier):
-        wanted = detector.preprocessing
-        short = round(image_size / wanted.crop)
-        resized = f"shorter side to {short} ({wanted.interpolation}), middle {image_size} cut out"
     source = _without_folders(detector.source)
     bits = (32, 32) if policy is None else (policy.weight_bits, policy.activation_bits)
     return ExportInfo.model_validate(
@@ -345,7 +339,7 @@ def describe_export(
             "checkpoint": manifest["identity"]["checkpoint"] if manifest else detector.fingerprint,
             "model_sha256": manifest["model_sha256"] if manifest else None,
             "source": source,
-            "letterbox": resized,
+            "letterbox": detector.resizing(image_size),
             "normalisation": "within the graph; images are RGB, float32 in [0, 1], n x 3 x h x w",
             "outputs": {
                 name: meaning[name] if understood else "raw predictions of the family"

@@ -7,16 +7,15 @@ from typing import Any
 import torch
 
 from ..data.calibration_set import CalibrationSet
-from ..data.image_set import ImageSet
 from ..evaluation.agreement import Agreement
 from ..evaluation.measuring import (
     RealSet,
     close_on_images,
     close_on_pixels,
     closeness_sentence,
+    main_figure,
 )
 from ..mixed_precision.policy import read_bits
-from ..models.classifying import Classifier
 from ..quantization.inspection import bit_operations, list_layers, quantized_share
 from ..quantization.policy import Policy
 from ..runs.folder import Run
@@ -77,7 +76,7 @@ def finish(
         if outcome.best is not None and selected.startswith("qat"):
             epoch, score = outcome.best
             where = settings.distillation.select_on
-            figure = "top1" if isinstance(student, Classifier) else "AP"
+            figure = main_figure(student.task)
             metrics["selected_on_real_images"] = {"data": where, "epoch": epoch, figure: score}
     said = [kept_sentence(selected, outcome)]
     if result.candidates:
@@ -113,8 +112,7 @@ def finish(
     # Not above: what draws is slow to import, and looks at runs.
     from .report import drawing_of
 
-    shown = photos if isinstance(photos, ImageSet) else None
-    draw = drawing_of(run, metrics, student, layers, teacher, looked.data, shown, progress)
+    draw = drawing_of(run, metrics, student, layers, teacher, looked.data, photos, progress)
     run.finish(student, policy, metrics, {"versions": versions()}, draw)
     for line in said:
         run.log(line)

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..data.image_set import ImageSet
 from ..data.pixels import LabelledImages
 from ..errors import UserError, argument, shown
+from ..evaluation.measuring import RealSet
 from ..models.base import Model
 from ..quantization.inspection import LayerInfo
 from ..report.material import Comparison, Material, gather
@@ -75,7 +75,7 @@ def drawing_of(
     layers: list[LayerInfo],
     teacher: Model,
     data: LabelledImages,
-    photos: ImageSet | None,
+    photos: RealSet | None,
     progress: Progress,
 ) -> Callable[[Mapping[str, Any]], None]:
     """What draws the page of a run that is about to be finished, given its manifest.

@@ -17,7 +17,8 @@ import torch
 from ..errors import UserError, argument, shown
 from ..export.exported import RUNTIMES
 from ..export.latency import Latency, in_turns
-from ..export.opening import OpenVinoFile, is_exported, open_exported, open_file
+from ..export.opened import open_exported
+from ..export.opening import OpenVinoFile, is_exported, open_file
 from ..graph.fold_batchnorm import fold
 from ..models import from_spec
 from ..models.base import Model

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..runs.comparison import Row
 
 
-@click.command(short_help="Put runs side by side: bits, method, AP, divergence, size.")
+@click.command(short_help="Put runs side by side: bits, method, accuracy, divergence, size.")
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True)
 @click.option("--csv", "csv_file", type=FILE, help="Write the table here.")
 @click.option("--json", "json_file", type=FILE, help="Write the rows here.")
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 def compare(
     runs: tuple[str, ...], csv_file: str | Path | None, json_file: str | Path | None
 ) -> None:
-    """Put finished runs side by side: bits, method, AP, divergence, size.
+    """Put finished runs side by side: bits, method, accuracy, divergence, size.
 
-    RUN... are folders that dfq qat has written. APs are those that the runs measured themselves
-    (evaluation.data of the recipe).
+    RUN... are folders that dfq qat has written. AP, or top-1 of classifiers, is what the runs
+    measured themselves (evaluation.data of the recipe).
     """
     from ..runs.comparison import COLUMNS
     from ..runs.comparison import compare as verb
@@ -39,7 +39,7 @@ def compare(
     rows = verb(runs)
     print_comparison(rows)
     if not _are_comparable(rows):
-        click.echo("measured on different sets: these APs do not compare")
+        click.echo("measured on different sets: these accuracies do not compare")
     write_json_output(json_file, [row.to_dict() for row in rows])
     if csv_file is not None:
         text = io.StringIO(newline="")
@@ -50,4 +50,4 @@ def compare(
 
 
 def _are_comparable(rows: list[Row]) -> bool:
-    return len({row.measured_on for row in rows if row.AP_quantized is not None}) < 2
+    return len({row.measured_on for row in rows if row.accuracies[1] is not None}) < 2

@@ -10,7 +10,9 @@ from .options import FILE, checkpoint_option, output_file, report_user_errors, w
 
 
 @click.command(short_help="Count operations, bytes and energy, layer by layer.")
-@click.option("--model", required=True, help="A detector, a run folder or an exported file.")
+@click.option(
+    "--model", required=True, help="A detector or classifier, a run folder or an exported file."
+)
 @checkpoint_option
 @click.option("--image-size", type=int, show_default="the model's", help="Side in pixels.")
 @click.option(
@@ -34,7 +36,7 @@ def cost(
     json_file: str | Path | None,
     trust: bool,
 ) -> None:
-    """Count what a detector costs for one image, layer by layer, beside the same one in float.
+    """Count what a network costs for one image, layer by layer, beside the same one in float.
 
     MACs, bit operations, bytes of weights on disk and in memory, the memory that activations take
     at most, and an estimate of the energy. Of an exported file, its size.

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..data.calibration_set import CalibrationSet
+    from ..data.class_set import ClassSet
     from ..data.image_set import ImageSet
     from ..data.statistics import Summary
 
@@ -81,14 +82,20 @@ def show(source: str, grid: str | Path | None, json_file: str | Path | None) -> 
 
 
 def _require_apart_from_set(
-    path: Path | None, name: str, source: str, images: CalibrationSet | ImageSet
+    path: Path | None, name: str, source: str, images: CalibrationSet | ImageSet | ClassSet
 ) -> None:
     """Refuse an output that is a file of the set, or would become one."""
     from ..data.calibration_set import CalibrationSet
+    from ..data.class_set import ClassSet
 
     if path is None:
         return
     root = user_path(source)
+    if isinstance(images, ClassSet):
+        require_not_read(path, name, [root, *(root / file for file, _ in images.files)])
+        if name == "grid" and path.resolve().is_relative_to(root.resolve()):
+            raise UserError(f"--grid {path}: would be an image of {root}; write it elsewhere")
+        return
     if isinstance(images, CalibrationSet):
         require_not_read(path, name, [root / file for file in images.files])
         return
@@ -166,18 +173,25 @@ def _tables(summary: Summary, title: str) -> list[Table]:
     tables = [_overview(summary, title)]
     if not summary.labelled:
         return tables
-    if summary.objects:
+    counted = "images" if summary.whole_images else "objects"
+    if summary.objects and not (summary.whole_images and summary.score is None):
         tables.append(_quantiles(summary))
+    if summary.whole_images:
+        return [*tables, *_categories(summary, counted)]
     per_image = [(str(n), images) for n, images in summary.per_image.items() if n <= TOP]
     crowded = sum(images for n, images in summary.per_image.items() if n > TOP)
     if crowded:
         per_image.append((f"more than {TOP}", crowded))
     tables.append(_histogram("objects in an image", "images", per_image))
+    return [*tables, *_categories(summary, counted)]
+
+
+def _categories(summary: Summary, counted: str) -> list[Table]:
     top, others, objects = summary.top(TOP)
-    if top:
-        rest = [(f"({others} others)", objects)] if others else []
-        tables.append(_histogram("category", "objects", [*top, *rest]))
-    return tables
+    if not top:
+        return []
+    rest = [(f"({others} others)", objects)] if others else []
+    return [_histogram("category", counted, [*top, *rest])]
 
 
 def _overview(summary: Summary, title: str) -> Table:
@@ -209,6 +223,10 @@ def _overview(summary: Summary, title: str) -> Table:
         rows["split"] = shown(summary.split)
     if not summary.labelled:
         rows = {name: rows[name] for name in ("images", "pixels", "labels")}
+    elif summary.whole_images:
+        rows["labels"] = "a category an image"
+        absent = ("object", "small", "medium", "large", "images without")
+        rows = {name: value for name, value in rows.items() if not name.startswith(absent)}
     for name, value in rows.items():
         table.add_row(name, escape(value))
     return table
@@ -222,9 +240,10 @@ def _quantiles(summary: Summary) -> Table:
     table = Table("quantile")
     for share in QUANTILES:
         table.add_column(f"{share:.0%}", justify="right")
+    sides = None if summary.whole_images else summary.side
     for name, values, form in (
-        ("box side (root of the area), px", summary.side, ".1f"),
-        ("box area, share of the image", summary.area, ".2%"),
+        ("box side (root of the area), px", sides, ".1f"),
+        ("box area, share of the image", sides and summary.area, ".2%"),
         ("teacher's score", summary.score, ".3f"),
     ):
         if values is not None:

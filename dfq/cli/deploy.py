@@ -21,7 +21,7 @@ def _list_targets(context: click.Context, option: click.Parameter, value: bool) 
     context.exit()
 
 
-@click.command(short_help="From a detector to a checked INT8 file for a target, at once.")
+@click.command(short_help="From a float model to a checked INT8 file for a target, at once.")
 @click.option("--model", required=True, help="Checkpoint, yaml, published name (yolo11s) or demo.")
 @checkpoint_option
 @click.option("--target", required=True, help="One of --list-targets, or your own YAML file.")
@@ -61,7 +61,7 @@ def deploy(
     device: str,
     trust: bool,
 ) -> None:
-    """Synthesize images, quantize, export, verify, time and report: a float detector in, a checked
+    """Synthesize images, quantize, export, verify, time and report: a float model in, a checked
     file for the target out.
 
     The folder holds the file and the float one, the run, report.html and deploy.json with all

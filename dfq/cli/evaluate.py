@@ -31,13 +31,14 @@ from .options import (
     "--against",
     metavar="FLOAT",
     show_default="the labels of --data",
-    help="Measure against what this float detector detects, and not against labels.",
+    help="Measure against what this float model detects or says, and not against labels.",
 )
 @click.option("--image-size", type=int, show_default="the model's", help="Side in pixels.")
 @click.option(
     "--interval",
     is_flag=True,
-    help="Also say between which values AP would be on other draws of images (95 %, bootstrap).",
+    help="Also say between which values AP, or top-1, would be on other draws of images (95 %, "
+    "bootstrap).",
 )
 @click.option("--json", "json_file", type=FILE, help="Write the result here.")
 @common_options

@@ -9,7 +9,7 @@ from .options import FILE, checkpoint_option, report_user_errors
 
 
 @click.command(short_help="Write a file that a runtime executes.")
-@click.option("--model", required=True, help="A run's folder, or a float detector (the baseline).")
+@click.option("--model", required=True, help="A run's folder, or a float model (the baseline).")
 @checkpoint_option
 @click.option("--out", required=True, type=FILE, help="The file.")
 @click.option(
@@ -58,7 +58,7 @@ def export(
     nms: float | None,
     trust: bool,
 ) -> None:
-    """Write a run as a file that a runtime executes in integers, or a float detector as it is.
+    """Write a run as a file that a runtime executes in integers, or a float model as it is.
 
     Detectors with proposals become several: FILE.onnx, and FILE.heads.onnx and FILE.masks.onnx for
     what is computed within boxes. Proposals, RoIAlign and NMS stay outside of them.

@@ -16,7 +16,7 @@ from .options import (
 
 
 @click.command()
-@click.option("--model", required=True, help="A detector or a run folder.")
+@click.option("--model", required=True, help="A detector or classifier, or a run folder.")
 @checkpoint_option
 @click.option("--json", "json_file", type=FILE, help="Write the result here.")
 @click.option("--trust", is_flag=True, help="Run what is in the checkpoint.")

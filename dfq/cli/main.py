@@ -28,11 +28,12 @@ from .verify import verify
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def cli() -> None:
-    """Make a trained object detector small without its training data.
+    """Make a trained object detector, or image classifier, small without its training data.
 
     A SET is a folder with annotations.json and images/ (COCO; also what dfq writes), a COCO
-    .json beside its images, a YOLO data.yaml, or a Pascal VOC folder. Where no labels are needed
-    (quantize, sensitivity, data show), a folder of photos will do.
+    .json beside its images, a YOLO data.yaml, or a Pascal VOC folder; of a classifier, a folder or
+    ZIP file of CLASS/IMAGE. Where no labels are needed (quantize, sensitivity, data show), a folder
+    of photos will do.
     """
 
 

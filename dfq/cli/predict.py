@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -19,22 +18,21 @@ from .options import (
     write_json_output,
 )
 
-if TYPE_CHECKING:
-    from ..evaluation.prediction import Prediction
-
 _STDOUT = "-"
 
 
-@click.command(short_help="Draw or list what a detector finds in images.")
-@click.option("--model", required=True, help="A detector, a run folder or an exported file.")
+@click.command(short_help="Draw or list what a model says of images.")
+@click.option(
+    "--model", required=True, help="A detector or classifier, a run folder or an exported file."
+)
 @checkpoint_option
 @click.argument("images", metavar="IMAGES...", nargs=-1)
 @click.option(
     "--out",
     type=PATH,
     show_default="none are drawn",
-    help="Folder for pictures with boxes (and masks, if the network predicts them), and "
-    "detections.json.",
+    help="Folder for pictures with boxes (and masks, if the network predicts them), or of a "
+    "classifier with categories; and detections.json, or classes.json.",
 )
 @click.option(
     "--json",
@@ -48,11 +46,10 @@ _STDOUT = "-"
     "--compare",
     metavar="FLOAT",
     show_default="none",
-    help="Also detect with this float detector: pictures show it on the left, and how many "
-    "detections agree is said.",
+    help="Also ask this float model: pictures show it on the left, and how far both agree is said.",
 )
 @click.option(
-    "--threshold", type=float, default=0.25, show_default=True, help="Least score, 0 to 1."
+    "--threshold", type=float, show_default="0.25", help="Least score of detections, 0 to 1."
 )
 @click.option("--image-size", type=int, show_default="the model's", help="Side in pixels.")
 @common_options
@@ -63,21 +60,20 @@ def predict(
     out: Path | None,
     json_file: str | None,
     compare: str | None,
-    threshold: float,
+    threshold: float | None,
     image_size: int | None,
     device: str,
     trust: bool,
 ) -> None:
-    """Draw or list what a detector finds in IMAGES..., which are files or folders of them.
+    """Draw or list what a detector finds in IMAGES..., which are files or folders of them, or the
+    five categories that a classifier finds likeliest.
 
     Boxes are in pixels of the images: x1 y1 x2 y2. An image that cannot be read is named and left
     out.
     """
     from ..api.predict import predict as verb
+    from ..api.predicting import ASKING
     from ..data.photos import list_photos
-    from ..evaluation.agreement import SAME_BOX
-    from ..evaluation.prediction import agreed, counts
-    from ..evaluation.prediction_picture import LIST
     from ..runtime.progress import Live
 
     if json_file not in (None, _STDOUT) and Path(json_file).suffix.lower() != ".json":
@@ -89,7 +85,8 @@ def predict(
     file = None
     if json_file not in (None, _STDOUT):
         file = output_file(json_file, inputs=(model, compare))
-        require_apart(("json", file), ("out", out and out / LIST))
+        for listed in (asking.listed for asking in ASKING.values()):
+            require_apart(("json", file), ("out", out and out / listed))
         require_not_read(file, "json", list_photos(images, without=out))
     predictions = verb(
         model,
@@ -108,29 +105,16 @@ def predict(
         return
     for prediction in predictions:
         if out is None:
-            _print(prediction)
+            for row in prediction.lines():
+                click.echo(row)
         if prediction.reference is not None:
-            click.echo(f"{shown(prediction.file)}: {agreed(counts([prediction]))}")
-    total = sum(map(len, predictions))
-    line = f"{len(predictions)} images, {total} detections with a score of {threshold:g} or more"
+            click.echo(f"{shown(prediction.file)}: {prediction.comparison()}")
+    line = f"{len(predictions)} images, {predictions.summary()}"
     if predictions.unreadable:
         line += f"; {len(predictions.unreadable)} could not be read"
     click.echo(line)
     if compare is not None:
-        click.echo(f"in all {agreed(counts(predictions))}: same category, IoU at least {SAME_BOX}")
+        click.echo(predictions.comparison())
     if out is not None:
         # Last, where scripts look for it.
         click.echo(str(out))
-
-
-def _print(prediction: Prediction) -> None:
-    """One row a detection."""
-    count = f"{len(prediction)} detections" if len(prediction) != 1 else "1 detection"
-    click.echo(f"{shown(prediction.file)} ({prediction.width} x {prediction.height}): {count}")
-    names = [shown(name, limit=40) for name in prediction.categories]
-    width = max(map(len, names), default=0)
-    for name, score, box in zip(
-        names, prediction.scores.tolist(), prediction.boxes.tolist(), strict=True
-    ):
-        corners = " ".join(f"{value:8.1f}" for value in box)
-        click.echo(f"  {name:<{width}}  {score:.2f}  {corners}")

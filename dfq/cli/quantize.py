@@ -24,7 +24,7 @@ from .options import (
 _select_on = click.option(
     "--select-on",
     show_default="none",
-    help="A labelled real SET: keep the epoch with the best AP on it, as the paper does.",
+    help="A labelled real SET: keep the epoch with the best AP or top-1 on it, as the paper does.",
 )
 
 
@@ -36,7 +36,7 @@ def _options(command: F) -> F:
             click.option(
                 "--model",
                 show_default="the recipe's, else what the newest set was made from",
-                help="The float detector.",
+                help="The float detector or classifier.",
             ),
             checkpoint_option,
             click.option(
@@ -82,12 +82,12 @@ def _options(command: F) -> F:
     return command
 
 
-@click.command(short_help="Make the low-bit detector: calibrate, round, train.")
+@click.command(short_help="Make the low-bit network: calibrate, round, train.")
 @_options
 @_select_on
 @report_user_errors
 def quantize(**options: Any) -> None:
-    """Make the low-bit detector: calibrate and round it on its synthetic images, train it, keep
+    """Make the low-bit network: calibrate and round it on its synthetic images, train it, keep
     what is closer to the float one.
 
     On several GPUs or nodes: torchrun --nproc-per-node=GPUS -m dfq quantize ...

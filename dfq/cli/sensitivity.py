@@ -19,7 +19,7 @@ from .options import (
 
 
 @click.command(short_help="Measure what each layer's bits do, and spread a budget.")
-@click.option("--model", required=True, help="The float detector.")
+@click.option("--model", required=True, help="The float detector or classifier.")
 @checkpoint_option
 @click.option(
     "--data",

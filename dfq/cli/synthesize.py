@@ -86,7 +86,7 @@ def synthesize(
     device: str,
     trust: bool,
 ) -> None:
-    """Make labelled images out of the detector itself.
+    """Make labelled images out of the network itself.
 
     On several GPUs or nodes: torchrun --nproc-per-node=GPUS -m dfq synthesize ...
     """

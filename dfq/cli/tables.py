@@ -140,8 +140,10 @@ def print_comparison(rows: Sequence[Row]) -> None:
     table = Table(title="runs")
     for column in ("run", "bits", "method", "kept"):
         table.add_column(column)
+    metric = " or ".join(sorted({row.metric for row in rows}))
     for column in (
-        "images", "AP float", "AP", "AP kept", "divergence", "of start", "MACs quantized", "weights"
+        "images", f"{metric} float", metric, f"{metric} kept", "divergence", "of start",
+        "MACs quantized", "weights",
     ):  # fmt: skip
         table.add_column(column, justify="right")
 
@@ -158,9 +160,9 @@ def print_comparison(rows: Sequence[Row]) -> None:
             escape(shown(row.method or "")),
             escape(shown((row.kept or "").partition(":")[0])),
             cell(row.images, "d"),
-            cell(row.AP_float, ".4f"),
-            cell(row.AP_quantized, ".4f"),
-            cell(row.AP_kept, ".1%"),
+            cell(row.accuracies[0], ".4f"),
+            cell(row.accuracies[1], ".4f"),
+            cell(row.accuracies[2], ".1%"),
             cell(row.divergence, ".4g"),
             cell(ratio, ".1%"),
             cell(row.quantized_share, ".1%"),

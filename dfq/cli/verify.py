@@ -22,14 +22,14 @@ from .options import FILE, output_file, report_user_errors, write_json_output
 @click.option(
     "--data",
     show_default="the network's set in the cache",
-    help="Images to compare on; with labels, AP is measured too.",
+    help="Images to compare on; with labels, AP or top-1 is measured too.",
 )
 @click.option(
     "--max-drop",
     type=click.FloatRange(min=0, max=1),
     default=0.003,
     show_default=True,
-    help="AP that the file may be below its run in PyTorch.",
+    help="AP or top-1 that the file may be below its run in PyTorch.",
 )
 @click.option("--json", "json_file", type=FILE, help="Write the result here.")
 @click.option(
@@ -53,7 +53,8 @@ def verify(
 
     FILE may be anyone's INT8 file (.onnx, .xml, .tflite). The exit code is 1 where a fault is
     found: outputs that are not PyTorch's, layers in float, clipped ranges, one scale for boxes and
-    scores, lost detections or accuracy.
+    scores, lost detections or accuracy; of anyone's classifier, too many images in another
+    category.
     """
     from ..api.verify import verify as verb
     from ..runtime.progress import Live

@@ -16,7 +16,7 @@ from ..errors import UserError, shown
 from ..runtime.files import IMAGE_SUFFIXES, reason, user_path
 from ..runtime.limits import MOST_CLASSES, MOST_IMAGES
 from .calibration_set import CalibrationSet
-from .image_set import decoded_image, image_files, is_file, read_image
+from .image_set import decoded_image, image_files, image_size, is_file, read_image
 
 LARGEST_MEMBER = 1 << 28
 """Bytes of an image in a ZIP file, unpacked."""
@@ -67,6 +67,18 @@ class ClassSet:
         except RuntimeError:
             raise UserError(f"{where}: is encrypted; give a ZIP file without a password") from None
         return decoded_image(data, where)
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        """Width and height of image `index`, EXIF orientation applied.
+
+        Raises:
+            UserError: it is no readable image.
+        """
+        name = self.files[index][0]
+        if not self.packed:
+            return image_size(self.source / name)
+        height, width = self.load_image(index).shape[:2]
+        return width, height
 
     def only(self, indices: Sequence[int]) -> ClassSet:
         """These images alone, at least one."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..models.base import Targets
-from ..models.classifying import Classifier, Preprocessing, whole_image
+from ..models.classifying import Classifying, Preprocessing, whole_image
 from ..runtime.ahead import batches_of, read_all, reading_ahead
 from .class_set import ClassSet, match_classes
 
@@ -56,6 +56,7 @@ class CroppedImages:
         size: side in pixels, a multiple of the stride; None: the model's own.
 
     Attributes:
+        names: the model's categories.
         mapping: of the set's categories, the model's; None where the model has none.
         by_position: whether names had nothing to do with it, see `match_classes`.
 
@@ -63,8 +64,9 @@ class CroppedImages:
         UserError: the set is labelled and shares no category with the model.
     """
 
-    def __init__(self, images: ClassSet, model: Classifier, size: int | None = None) -> None:
+    def __init__(self, images: ClassSet, model: Classifying, size: int | None = None) -> None:
         self.images, self.preprocessing = images, model.preprocessing
+        self.names = list(model.names)
         self.size = size or model.image_size
         self.mapping: list[int | None] = []
         self.by_position = False

@@ -12,10 +12,12 @@ from torch import Tensor
 from torchvision.utils import draw_bounding_boxes, make_grid
 
 from ..errors import shown
+from ..models.classifying import whole_image
 from ..runtime.files import write_atomic
 from .calibration_set import CalibrationSet
+from .class_set import ClassSet
 from .image_set import ImageSet
-from .letterbox import load_letterboxed
+from .letterbox import letterbox, load_letterboxed
 
 # Distinct on most backgrounds, repeated in this order over the categories.
 _COLOURS = ("#ff3838", "#48f90a", "#00d4ff", "#ffb21d", "#ff37c7", "#cfd231", "#8438ff", "#92cc17")
@@ -59,10 +61,14 @@ def draw_grid(
     return make_grid(drawn, nrow=columns, padding=4, pad_value=255)
 
 
-def draw_preview(data: CalibrationSet | ImageSet, count: int = 16) -> bytes:
+def draw_preview(data: CalibrationSet | ImageSet | ClassSet, count: int = 16) -> bytes:
     """The first `count` images of a set as a grid, a PNG file; those of a real set in squares."""
     indices = list(range(min(count, len(data))))
-    if isinstance(data, ImageSet):
+    if isinstance(data, ClassSet):
+        squares = [letterbox(data.load_image(i), _SIDE, _SIDE, rect=False)[0] for i in indices]
+        images = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
+        labels = [whole_image(torch.tensor([data.files[i][1]])) for i in indices]
+    elif isinstance(data, ImageSet):
         pixels, targets, _ = load_letterboxed(data, indices, _SIDE, _SIDE)
         images = (pixels * 255).round().to(torch.uint8)
         labels = targets.per_image(len(indices))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError, shown
+from ..runtime.ahead import read_all
 from ..runtime.files import user_path
 from .calibration_set import CalibrationSet
+from .class_set import ClassSet, open_class_set
 from .image_set import ImageSet, image_size
 from .readers import open_set
 
@@ -22,8 +25,13 @@ SMALL, LARGE = 32**2, 96**2
 """COCO's bounds between small, medium and large objects, square pixels."""
 
 
-def open_any(source: str | Path) -> CalibrationSet | ImageSet:
-    """A calibration set, checked to be what it was made as, or any real set or folder of photos.
+AnySet = CalibrationSet | ImageSet | ClassSet
+"""Whatever `dfq data show` describes."""
+
+
+def open_any(source: str | Path) -> AnySet:
+    """A calibration set, checked to be what it was made as, or any real set, class folders or
+    folder of photos.
 
     Raises:
         UserError: there is neither, or it is broken.
@@ -35,7 +43,16 @@ def open_any(source: str | Path) -> CalibrationSet | ImageSet:
         )
     if CalibrationSet.is_one(path):
         return CalibrationSet.open(path).require_intact()
-    return open_set(path)
+    if path.suffix.lower() == ".zip":
+        return open_class_set(path)
+    images = open_set(path)
+    if not images.labelled and path.is_dir():
+        # Photos that all lie in folders, of which there are several.
+        with contextlib.suppress(UserError):
+            classes = open_class_set(path)
+            if len(classes.names) > 1:
+                return classes
+    return images
 
 
 @dataclass(frozen=True)
@@ -68,7 +85,7 @@ class Objects:
     remark: str | None = None
 
     @classmethod
-    def of(cls, data: CalibrationSet | ImageSet) -> Objects:
+    def of(cls, data: AnySet) -> Objects:
         """Those of a set; crowd regions and difficult objects of a real one do not count.
 
         Raises:
@@ -76,6 +93,8 @@ class Objects:
         """
         if isinstance(data, ImageSet):
             return cls._of_real(data)
+        if isinstance(data, ClassSet):
+            return cls._of_classes(data)
         if not data.files:
             raise UserError(f"{data.root}: the set holds no images")
         sizes = np.array([image_size(data.root / name) for name in data.files], np.int64)
@@ -96,6 +115,20 @@ class Objects:
             categories=categories,
             sides=boxes[:, 3:] * np.repeat(sizes, counts, axis=0),
             scores=np.concatenate([score.double().numpy() for score in data.scores]),
+        )
+
+    @classmethod
+    def _of_classes(cls, data: ClassSet) -> Objects:
+        """Of class folders: an object an image, which is all of it."""
+        sizes = np.array(read_all(data.image_size, range(len(data))), np.int64)
+        return cls(
+            names=list(data.names),
+            sizes=sizes,
+            counts=np.ones(len(data), np.int64),
+            categories=np.array([category for _, category in data.files], np.int64),
+            sides=sizes.astype(np.float64),
+            scores=None,
+            remark=data.remark(),
         )
 
     @classmethod
@@ -152,6 +185,7 @@ class Summary:
         score: the teacher's score at `QUANTILES`; None without objects.
         mean_score: its mean; None without objects.
         labelled, split, dropped, first_dropped, remark: as in `Objects`.
+        whole_images: whether every object is all of its image, as the labels of classifiers are.
     """
 
     images: int
@@ -169,6 +203,7 @@ class Summary:
     dropped: int = 0
     first_dropped: str | None = None
     remark: str | None = None
+    whole_images: bool = False
 
     def top(self, count: int) -> tuple[list[tuple[str, int]], int, int]:
         """The `count` most frequent categories, how many others occur, and their objects."""
@@ -232,6 +267,9 @@ def summarize(objects: Objects) -> Summary:
         dropped=objects.dropped,
         first_dropped=objects.first_dropped,
         remark=objects.remark,
+        whole_images=len(objects) > 0
+        and bool((objects.counts <= 1).all())
+        and bool((share > 0.999).all()),
     )
 
 

@@ -94,7 +94,7 @@ def open_training_data(
         detector.check_size(size or detector.image_size, "synthesis.image_size")
         side = size or detector.image_size
         if isinstance(detector, Classifier):
-            return CroppedImages(_classes_or_photos(path), detector, side)
+            return CroppedImages(classes_or_photos(path), detector, side)
         return LetterboxedImages(open_set(path), detector, side)
     calibration_set = CalibrationSet.open(path)
     made_from = str(calibration_set.manifest["determinants"].get("checkpoint"))
@@ -109,7 +109,7 @@ def open_training_data(
     return calibration_set
 
 
-def _classes_or_photos(path: Path) -> ClassSet:
+def classes_or_photos(path: Path) -> ClassSet:
     """A set of class folders; images that lie in none are an unlabelled one."""
     photos = open_photo_set(path)
     loose = any("/" not in name for name, _ in photos.files)

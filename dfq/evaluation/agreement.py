@@ -18,7 +18,7 @@ from torchvision.ops import box_iou
 
 from ..data.image_set import ImageSet, Item, usable
 from ..errors import UserError, argument, shown
-from ..models.base import Detecting, Detections, Detector
+from ..models.base import Detecting, Detections, Detector, Predicting
 from ..runtime.progress import Progress
 from .coco import bootstrap_ap, plain, predict, score
 
@@ -54,6 +54,10 @@ class Kept:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def sentence(self, where: str) -> str:
+        """What was found, for people; `where` are the images."""
+        return sentence(self, where)
 
 
 @dataclass(frozen=True)
@@ -154,8 +158,8 @@ def sentence(counts: Kept, where: str) -> str:
     return f"{text}; scores shifted by {counts.score_shift:+.3f} on average"
 
 
-def check_categories(model: Detecting, reference: Detecting, name: str = "against") -> None:
-    """Refuse two networks that do not detect the same.
+def check_categories(model: Predicting, reference: Predicting, name: str = "against") -> None:
+    """Refuse two networks that do not have the same categories.
 
     Args:
         model, reference: the networks.

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.class_set import ClassSet
 from ..data.cropped_images import CroppedImages, require_classes
 from ..errors import UserError, shown
-from ..models.classifying import Classifier
-from ..models.divergence import total_divergence
+from ..models.classifying import Classifying
+from ..models.coco_categories import distinct_names
 from ..runtime.progress import Progress
 
 BATCH_SIZE = 64
@@ -106,7 +107,7 @@ class Agreed:
 
 
 def evaluate_classifier(
-    model: Classifier,
+    model: Classifying,
     data: ClassSet,
     *,
     image_size: int | None = None,
@@ -117,7 +118,7 @@ def evaluate_classifier(
     """Measure a classifier on the images of a set whose categories it has.
 
     Args:
-        model: in eval mode.
+        model: in eval mode, or a file.
         data: labelled.
         image_size: side in pixels; None: the model's own.
         interval: also find `top1_interval`.
@@ -139,24 +140,19 @@ def evaluate_classifier(
     best, done = [], 0
     with images.batches(measured, batch_size) as batches:
         for batch in batches:
-            logits = _logits(model, batch)
-            best.append(logits.topk(min(5, logits.shape[1]), dim=1).indices)
+            best.append(top(logits_of(model, batch)))
             done += len(batch)
             if progress is not None:
                 progress(done, len(measured))
     seconds = time.monotonic() - began
-    ranked = torch.cat(best)
-    right = ranked[:, 0] == targets
-    per_category, f1 = _by_category(targets, ranked[:, 0])
-    top1 = int(right.sum()) / len(measured)
+    names = distinct_names(model.names, range(len(model.names)))
+    figures, per_category = figures_of(torch.cat(best), targets)
+    top1 = figures["top1"]
     return ClassificationMetrics(
-        top1=top1,
-        top5=int((ranked == targets[:, None]).any(dim=1).sum()) / len(measured),
-        f1_micro=_micro(targets, ranked[:, 0]),
-        f1_macro=float(np.mean(f1)),
+        **figures,
         images=len(measured),
         image_size=size,
-        per_category={model.names[category]: share for category, share in per_category.items()},
+        per_category={names[category]: share for category, share in per_category.items()},
         missing_categories=tuple(
             name for name, index in zip(data.names, images.mapping, strict=True) if index is None
         ),
@@ -166,6 +162,39 @@ def evaluate_classifier(
         images_per_second=len(measured) / seconds if seconds > 0 else None,
         top1_interval=_interval(top1, len(measured)) if interval else None,
     )
+
+
+def figures_of(ranked: Tensor, targets: Tensor) -> tuple[dict[str, float], dict[int, float]]:
+    """`top1`, `top5`, `f1_micro` and `f1_macro` of `ClassificationMetrics`; and by category the
+    share of its images that are right.
+
+    Args:
+        ranked: the likeliest categories, int64 `(n, 5)`; see `top`.
+        targets: the right ones, int64 `(n,)`.
+    """
+    per_category, f1 = _by_category(targets, ranked[:, 0])
+    figures = {
+        "top1": int((ranked[:, 0] == targets).sum()) / len(targets),
+        "top5": int((ranked == targets[:, None]).any(dim=1).sum()) / len(targets),
+        "f1_micro": _micro(targets, ranked[:, 0]),
+        "f1_macro": float(np.mean(f1)),
+    }
+    return figures, per_category
+
+
+def paired_interval(right: Tensor, reference_right: Tensor) -> tuple[float, float]:
+    """Between which values the difference of two networks' top-1 is in 95 % of all draws of as many
+    images (bootstrap).
+
+    Args:
+        right, reference_right: bool `(n,)`, whether each of them is right about an image.
+    """
+    difference = right.numpy().astype(np.int64) - reference_right.numpy().astype(np.int64)
+    # Of each draw it counts how many images are of each of the three values.
+    shares = [float((difference == value).mean()) for value in (-1, 0, 1)]
+    drawn = np.random.default_rng(0).multinomial(len(difference), shares, SAMPLES)
+    low, high = np.percentile((drawn[:, 2] - drawn[:, 0]) / len(difference), [2.5, 97.5])
+    return float(low), float(high)
 
 
 def _micro(targets: Tensor, predicted: Tensor) -> float:
@@ -194,20 +223,34 @@ def _interval(share: float, images: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-@torch.no_grad()
-def _logits(model: Classifier, batch: Tensor) -> Tensor:
-    logits: Tensor = model.raw(batch.to(model.device).float() / 255)
-    return logits.float().cpu()
+def logits_of(model: Classifying, batch: Tensor) -> Tensor:
+    """Logits, float32 `(n, classes)` on the CPU, of uint8 images `(n, 3, h, w)`."""
+    return model.classify(batch.float() / 255)
 
 
-def agreed_on_pixels(model: Classifier, reference: Classifier, pixels: Tensor) -> Agreed:
+def top(logits: Tensor, count: int = 5) -> Tensor:
+    """The likeliest categories, int64 `(n, count)` or as many as there are, the likeliest first."""
+    return logits.topk(min(count, logits.shape[1]), dim=1).indices
+
+
+def divergences(logits: Tensor, reference: Tensor) -> Tensor:
+    """KL(reference || other) of two networks' probabilities by image, nats: `(n,)`.
+
+    Args:
+        logits, reference: `(n, classes)`.
+    """
+    ours, theirs = (F.log_softmax(rows.double(), dim=1) for rows in (logits, reference))
+    return F.kl_div(ours, theirs, reduction="none", log_target=True).sum(dim=1)
+
+
+def agreed_on_pixels(model: Classifying, reference: Classifying, pixels: Tensor) -> Agreed:
     """How often two networks agree on images as they take them, uint8 `(n, 3, h, w)`."""
     return _agreed(model, reference, pixels.split(BATCH_SIZE), len(pixels), None)
 
 
 def class_agreement(
-    model: Classifier,
-    reference: Classifier,
+    model: Classifying,
+    reference: Classifying,
     images: ClassSet,
     *,
     progress: Progress,
@@ -234,17 +277,17 @@ def class_agreement(
 
 
 def _agreed(
-    model: Classifier,
-    reference: Classifier,
+    model: Classifying,
+    reference: Classifying,
     batches: Any,
     count: int,
     progress: Report | None,
 ) -> Agreed:
     same, done, divergence = 0, 0, 0.0
     for batch in batches:
-        ours, theirs = _logits(model, batch), _logits(reference, batch)
+        ours, theirs = logits_of(model, batch), logits_of(reference, batch)
         same += int((ours.argmax(dim=1) == theirs.argmax(dim=1)).sum())
-        divergence += float(total_divergence(model, reference, [batch]))
+        divergence += float(divergences(ours, theirs).sum())
         done += len(batch)
         if progress is not None:
             progress(done, count)

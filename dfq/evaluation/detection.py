@@ -13,7 +13,7 @@ from torch import Tensor
 from ..data.image_set import ImageSet
 from ..data.letterbox import LetterboxTransform, letterboxed_batches
 from ..data.outlines import Segment
-from ..models.base import Detecting, Detections, Detector
+from ..models.base import Detecting, Detections, Detector, Model, Predicting
 from .masks import encode
 
 Progress = Callable[[int, int], object]
@@ -168,12 +168,12 @@ def _original(detections: Detections, transform: LetterboxTransform) -> Row:
 
 
 @contextlib.contextmanager
-def eval_mode(detector: Detecting) -> Iterator[None]:
+def eval_mode(model: Predicting) -> Iterator[None]:
     """Eval mode inside, every submodule's own mode (some may be frozen) afterwards."""
-    if not isinstance(detector, Detector):
+    if not isinstance(model, Model):
         yield
         return
-    module = detector.module
+    module = model.module
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 
 from ..data.image_set import usable
-from ..errors import UserError
+from ..errors import UserError, shown
 from ..models.base import Detections
-from .agreement import Kept, kept_of
+from .agreement import SAME_BOX, Kept, kept_of
+from .prediction_list import PredictionList
 
 if TYPE_CHECKING:
     import supervision
@@ -94,6 +95,21 @@ class Prediction:
         `dfq.evaluation.agreement.Kept`; all that were found above the threshold count."""
         return None if self.reference is None else _kept([self])
 
+    def lines(self) -> list[str]:
+        """For people: a row a detection."""
+        count = f"{len(self)} detections" if len(self) != 1 else "1 detection"
+        names = [shown(name, limit=40) for name in self.categories]
+        width = max(map(len, names), default=0)
+        rows = [f"{shown(self.file)} ({self.width} x {self.height}): {count}"]
+        for name, score, box in zip(names, self.scores.tolist(), self.boxes.tolist(), strict=True):
+            corners = " ".join(f"{value:8.1f}" for value in box)
+            rows.append(f"  {name:<{width}}  {score:.2f}  {corners}")
+        return rows
+
+    def comparison(self) -> str:
+        """For people: how much of it the float detector found too."""
+        return agreed(counts([self]))
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it; the masks as COCO's run lengths."""
         document: dict[str, Any] = {
@@ -122,48 +138,33 @@ class Prediction:
         return rows
 
 
-@dataclass(eq=False, repr=False)
-class Predictions(list[Prediction]):
-    """A list of one `Prediction` for each image that could be read, in the order of the images.
+@dataclass(eq=False, repr=False, kw_only=True)
+class Predictions(PredictionList[Prediction]):
+    """A list of one `Prediction` for each image that could be read; see `PredictionList`.
 
     Attributes:
-        model: what detected.
-        image_size: pixels of the long side that it saw.
         threshold: detections with a lower score are left out.
-        compared: the float detector that was compared with; None for none.
-        unreadable: images that could not be read, and what is wrong with each.
-        pictures: of images that were drawn, the name of the picture in the output folder.
     """
 
-    model: str
-    image_size: int
+    kind: ClassVar[str] = KIND
     threshold: float
-    compared: str | None = None
-    unreadable: dict[str, str] = field(default_factory=dict)
-    pictures: dict[str, str] = field(default_factory=dict)
 
     def kept(self) -> Kept | None:
         """How many of the float detector's detections these are; None without one."""
         return None if self.compared is None else _kept(self)
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
-        images = [prediction.to_dict() for prediction in self]
-        for image in images:
-            if image["file"] in self.pictures:
-                image["picture"] = self.pictures[image["file"]]
-        document: dict[str, Any] = {
-            "kind": KIND,
-            "version": 1,
-            "model": self.model,
-            "image_size": self.image_size,
-            "threshold": self.threshold,
-            "images": images,
-            "unreadable": [{"file": file, "problem": why} for file, why in self.unreadable.items()],
-        }
-        if self.compared is not None:
-            document["compare"] = {"model": self.compared, **counts(self)}
-        return document
+    def settings(self) -> dict[str, Any]:
+        return {"threshold": self.threshold}
+
+    def counts(self) -> dict[str, Any]:
+        return counts(self)
+
+    def summary(self) -> str:
+        total = sum(map(len, self))
+        return f"{total} detections with a score of {self.threshold:g} or more"
+
+    def comparison(self) -> str:
+        return f"in all {agreed(self.counts())}: same category, IoU at least {SAME_BOX}"
 
 
 def prediction(

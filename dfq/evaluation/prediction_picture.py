@@ -46,14 +46,7 @@ def draw_prediction(
         title: stands above; None for none.
     """
     height, width = pixels.shape[:2]
-    side = max(height, width)
-    scale = min(max(side, _SMALLEST), _LARGEST) / side
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    image = Image.fromarray(_with_masks(pixels, prediction))
-    if image.size != size:
-        # Pixels of what is hardly anything stay what they are.
-        way = Image.Resampling.BICUBIC if side > 16 else Image.Resampling.NEAREST
-        image = image.resize(size, way)
+    image, size = enlarged(_with_masks(pixels, prediction))
     text_size = max(14, round(max(size) / 55))
     # A strip of a few pixels has no room for a tag: paper is put beside it.
     least = 3 * tag_height(text_size)
@@ -66,7 +59,21 @@ def draw_prediction(
     ]
     boxes = prediction.boxes * np.array(factor)
     draw_boxes(sheet, boxes, prediction.labels.tolist(), texts, text_size=text_size, room=size)
-    return sheet if title is None else _titled(sheet, title, text_size)
+    return sheet if title is None else titled(sheet, title, text_size)
+
+
+def enlarged(pixels: np.ndarray) -> tuple[Image.Image, tuple[int, int]]:
+    """An image uint8 `(height, width, 3)` as large as a picture is to be, and its new size."""
+    height, width = pixels.shape[:2]
+    side = max(height, width)
+    scale = min(max(side, _SMALLEST), _LARGEST) / side
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    image = Image.fromarray(pixels)
+    if image.size != size:
+        # Pixels of what is hardly anything stay what they are.
+        way = Image.Resampling.BICUBIC if side > 16 else Image.Resampling.NEAREST
+        image = image.resize(size, way)
+    return image, size
 
 
 def draw_pair(left: Image.Image, right: Image.Image) -> Image.Image:
@@ -104,7 +111,13 @@ def name_pictures(files: Sequence[Path]) -> list[str]:
     return names
 
 
-def require_pictures(folder: Path, names: Sequence[str], inputs: Sequence[Path]) -> None:
+def require_pictures(
+    folder: Path,
+    names: Sequence[str],
+    inputs: Sequence[Path],
+    listed: str = LIST,
+    kind: str = KIND,
+) -> None:
     """Refuse an output folder in which something else has a name that is to be written: before the
     work, and not after it.
 
@@ -112,16 +125,16 @@ def require_pictures(folder: Path, names: Sequence[str], inputs: Sequence[Path])
         folder: there or not.
         names: of the pictures.
         inputs: image files that are read.
+        listed, kind: name of the list beside the pictures, and what it says that it is.
 
     Raises:
         UserError: a file is in the way that is not of an earlier call, or is one of the inputs.
     """
     present = set(os.listdir(folder)) if folder.is_dir() else set()
-    listed = folder / LIST
-    if LIST in present:
-        require_output_file(listed, "out")
-        if not _is_list(listed):
-            raise _in_the_way(listed)
+    if listed in present:
+        require_output_file(folder / listed, "out")
+        if not _is_list(folder / listed, kind):
+            raise _in_the_way(folder / listed)
     for name in present.intersection(names):
         path = folder / name
         require_not_read(path, "out", inputs)
@@ -135,12 +148,12 @@ def _is_picture(path: Path) -> bool:
         return _MARK in file.read(256)
 
 
-def _is_list(path: Path) -> bool:
+def _is_list(path: Path, kind: str) -> bool:
     try:
         document = read_json(path)
     except UserError:
         return False
-    return isinstance(document, dict) and document.get("kind") == KIND
+    return isinstance(document, dict) and document.get("kind") == kind
 
 
 def _in_the_way(path: Path) -> UserError:
@@ -162,7 +175,7 @@ def _with_masks(pixels: np.ndarray, prediction: Prediction) -> np.ndarray:
     return drawn
 
 
-def _titled(image: Image.Image, title: str, text_size: int) -> Image.Image:
+def titled(image: Image.Image, title: str, text_size: int) -> Image.Image:
     """The image below a line of text, which is shortened where it is too long."""
     letters, above = font(text_size), 2 * text_size
     sheet = Image.new("RGB", (image.width, above + image.height), PAPER)

@@ -1,4 +1,4 @@
-"""An exported detector: a file that a runtime executes, and what it says of itself."""
+"""An exported model: a file that a runtime executes, and what it says of itself."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ..errors import UserError, shown
 from ..models.base import Detections, check_side
+from ..models.classifying import Preprocessing
+from ..models.detecting import Task
 
 Format = Literal["onnx", "openvino", "litert", "torch"]
 
@@ -33,6 +35,9 @@ SUFFIXES: dict[str, str] = {
 }
 """How files of each format end."""
 
+LOGITS = "logits"
+"""The one output of a classifier's file."""
+
 Runtime = Literal["onnxruntime", "openvino", "tensorrt", "litert", "torch"]
 
 
@@ -41,7 +46,7 @@ class ExportInfo(BaseModel):
 
     Attributes:
         format, runtime: of the file, and whose placement its grids follow.
-        family: of the detector, as `Detector.family`.
+        family: of the model, as `Model.family`.
         names: category names by index.
         image_size: side in pixels that it was exported for; the graph takes any multiple of
             `stride` where `dynamic` is set, else this side alone.
@@ -49,18 +54,18 @@ class ExportInfo(BaseModel):
         batch: images a call takes; None: any number.
         weight_bits, activation_bits: 32 for a float file.
         precision: in words, as "W8A8" or "float32".
-        checkpoint: sha256 of the file that the float detector came from.
-        model_sha256: of the run's model; None: exported from a float detector.
+        checkpoint: sha256 of the file that the float model came from.
+        model_sha256: of the run's model; None: exported from a float model.
         ranges: sha256 of the images that ranges were found on; None: they are the run's own.
         source: what the user named, without its folders.
-        letterbox: how images get to the network's size.
+        letterbox: how images get to the network's size; a classifier's are cut.
         normalisation: what the graph does itself; images are RGB in [0, 1], float32.
         outputs: name of each output and what it holds.
         parts: of a two-stage detector: what lies beside in files of its own, `FILE.heads.onnx`.
         part: which of those the file is.
         nms: the score below which the NMS within the file leaves detections out; None: there is
             none within it.
-        spec: `Detector.spec()`, from which the family's decoding is rebuilt.
+        spec: `Model.spec()`, from which a family's decoding is rebuilt.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -90,15 +95,22 @@ class ExportInfo(BaseModel):
     nms: float | None = None
     spec: dict[str, Any]
 
+    @property
+    def task(self) -> Task:
+        """What the file is for, as its outputs tell."""
+        return "classification" if set(self.outputs) == {LOGITS} else "detection"
+
 
 class ExportedModel(ABC):
-    """A file opened in its runtime, which detects as a `Detector` does.
+    """A file opened in its runtime.
 
     Attributes:
+        task: what it is for.
         path: of the file.
         info: what the file says of itself.
     """
 
+    task: Task
     path: Path
     info: ExportInfo
 
@@ -132,11 +144,6 @@ class ExportedModel(ABC):
         """Images that a call takes, no more and no fewer; None: any number."""
         return self.info.batch
 
-    @property
-    def has_masks(self) -> bool:
-        """Whether it predicts instance masks: no exported file does."""
-        return False
-
     def check_size(self, size: int, key: str = "image size") -> None:
         """Refuse a side in pixels that the file cannot take.
 
@@ -159,10 +166,41 @@ class ExportedModel(ABC):
         """The file's outputs by name.
 
         Args:
-            images: float32 `(n, 3, h, w)`, RGB in [0, 1], letterboxed.
+            images: float32 `(n, 3, h, w)`, RGB in [0, 1], letterboxed or cut.
         """
+
+    def as_input(self, images: np.ndarray) -> np.ndarray:
+        """Images, as for `run`, with the values that the graph takes: what dfq wrote normalises
+        them itself."""
+        return images
+
+
+class ExportedDetector(ExportedModel):
+    """A file opened in its runtime, which detects as a `Detector` does."""
+
+    task: Task = "detection"
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether it predicts instance masks: most exported files do not."""
+        return False
 
     @abstractmethod
     def detect(self, images: Tensor, *, masks: bool = False, **thresholds: Any) -> list[Detections]:
         """Detections for images `(n, 3, h, w)` in [0, 1], one per image, as `Detector.detect`;
         `masks` is for its sake alone."""
+
+
+class ExportedClassifier(ExportedModel):
+    """A file opened in its runtime, which classifies as a `Classifier` does."""
+
+    task: Task = "classification"
+
+    @property
+    @abstractmethod
+    def preprocessing(self) -> Preprocessing:
+        """How images are resized and cut for it."""
+
+    @abstractmethod
+    def classify(self, images: Tensor) -> Tensor:
+        """Logits, float32 `(n, classes)`, of images `(n, 3, h, w)` in [0, 1]."""

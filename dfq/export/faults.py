@@ -9,9 +9,10 @@ import numpy as np
 from .counting import IntegerShare
 from .exported import ExportInfo
 from .layouts import Candidates
-from .movement import Moved
+from .movement import SHRUNK
 from .parity import Parity
 from .ranges import Fit
+from .verify import Accuracy, Movement
 
 LEAST_LEVELS = 16
 """Scores of fewer levels are of no use."""
@@ -28,12 +29,6 @@ SATURATED = 0.02
 
 FEW = 0.02
 """Share of the tensors that may clip, where the detections are what they were."""
-
-HALF, ENOUGH = 0.5, 8
-"""Of the float model's detections, the share that any use of a file takes; and of how many."""
-
-SHRUNK = 0.8
-"""Of the sides of large boxes, what has to be left."""
 
 
 def of_parity(parity: Parity | None) -> list[str]:
@@ -92,14 +87,14 @@ def of_scores(candidates: Candidates, best: float) -> list[str]:
     return [f"one scale for boxes and scores: {zero}, and the float model's go up to {best:.2f}"]
 
 
-def of_ranges(fits: Sequence[Fit] | None, moved: Moved | None) -> list[str]:
+def of_ranges(fits: Sequence[Fit] | None, moved: Movement | None) -> list[str]:
     """Grids that do not hold what the network has."""
     bad = [
         fit
         for fit in fits or ()
         if (fit.lost > LOST if fit.sqnr is not None else fit.clipped > SATURATED)
     ]
-    if len(bad) <= FEW * len(fits or ()) and moved is not None and _as_before(moved):
+    if len(bad) <= FEW * len(fits or ()) and moved is not None and moved.as_before():
         # A tensor or two that the network can do without.
         return []
     faults = []
@@ -131,50 +126,21 @@ def of_ranges(fits: Sequence[Fit] | None, moved: Moved | None) -> list[str]:
     return faults
 
 
-def _as_before(moved: Moved) -> bool:
-    """Whether the detections hardly changed."""
-    overall = moved.all
-    return (
-        overall.share >= 0.98
-        and (overall.box_iou or 0.0) >= 0.8
-        and abs(overall.score_shift or 0.0) <= 0.05
-        and (moved.side_ratio or 1.0) >= SHRUNK
-    )
-
-
-def of_detections(moved: Moved | None) -> list[str]:
-    """A file that finds something else than its float model, whatever the reason.
-
-    Args:
-        moved: of a file that could not be compared with its reference program; else that tells.
-    """
-    if moved is None or moved.all.detections < ENOUGH or moved.all.share >= HALF:
-        return []
-    return [
-        f"detections: {moved.all.kept} of the {moved.against}'s {moved.all.detections} are kept; "
-        "the file is of another network, takes images in another way, or was quantized badly"
-    ]
-
-
-def of_accuracy(
-    file: float | None,
-    reference: float | None,
-    most: float,
-    between: tuple[float, float] | None = None,
-) -> list[str]:
+def of_accuracy(accuracy: Accuracy, most: float) -> list[str]:
     """More accuracy lost on the way into the runtime than may be.
 
     Args:
-        file, reference: AP in the runtime and in PyTorch; None where not measured.
+        accuracy: in the runtime and in PyTorch. Two right executions of a network differ by chance,
+            on few images by more than `most`: where the interval of the difference is known, it
+            has to lie below zero.
         most: that may be lost.
-        between: 95 % interval of the difference over the draw of images: two right executions of
-            one network differ by chance, on few images by more than `most`.
     """
+    file, reference = accuracy.figures
     if file is None or reference is None or reference - file <= most:
         return []
-    if between is not None and not between[1] < 0:
+    if accuracy.difference is not None and not accuracy.difference[1] < 0:
         return []
     return [
-        f"accuracy: AP {file:.4f} in the runtime and {reference:.4f} in PyTorch; the drop of "
-        f"{reference - file:.4f} is more than {most:g}"
+        f"accuracy: {accuracy.metric} {file:.4f} in the runtime and {reference:.4f} in PyTorch; "
+        f"the drop of {reference - file:.4f} is more than {most:g}"
     ]

@@ -3,7 +3,7 @@ in them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torchvision.ops import batched_nms
 
 from ..errors import UserError, shown
 from ..models.base import Detections
-from .exported import ExportedModel, ExportInfo
+from .exported import ExportedDetector, ExportInfo
 from .opening import RuntimeFile
 
 _FORMATS = {".onnx": "onnx", ".xml": "openvino", ".tflite": "litert", ".pt2": "torch"}
@@ -183,7 +183,68 @@ def choose(
     return detections
 
 
-class ForeignModel(ExportedModel):
+def input_side(file: RuntimeFile) -> int | None:
+    """Side in pixels of the square images that anyone's file takes; None: any.
+
+    Raises:
+        UserError: its input is no batch of square images.
+    """
+    sides = [side for side in file.input_shape[1:] if side != 3]
+    if len(file.input_shape) != 4 or 3 not in (file.input_shape[1], file.input_shape[3]):
+        raise UserError(
+            f"{shown(file.path)}: its input {file.input_shape} is no batch of RGB images"
+        )
+    if len(set(sides)) > 1:
+        raise UserError(
+            f"{shown(file.path)}: takes images of {sides[1]} x {sides[0]}; dfq compares "
+            "files of square images"
+        )
+    return sides[0] if sides else 3
+
+
+def described(
+    file: RuntimeFile, names: Sequence[str], size: int, outputs: Iterable[str]
+) -> ExportInfo:
+    """What there is to say of anyone's file.
+
+    Args:
+        file: opened.
+        names: categories.
+        size: side in pixels.
+        outputs: their names.
+    """
+    fixed = input_side(file)
+    return ExportInfo(
+        format=_FORMATS[file.path.suffix.lower()],
+        runtime=file.runtime,
+        family="unknown",
+        names=list(names),
+        image_size=size,
+        stride=1 if fixed is not None else 32,
+        dynamic=fixed is None,
+        batch=file.input_shape[0],
+        precision="unknown",
+        checkpoint="",
+        source=str(file.path),
+        letterbox="centred",
+        normalisation="unknown",
+        outputs=dict.fromkeys(outputs, "as the file has it"),
+        spec={},
+    )
+
+
+def run_in_batches(file: RuntimeFile, images: np.ndarray) -> dict[str, np.ndarray]:
+    """A file's outputs by name, of any number of images float32 `(n, 3, h, w)`."""
+    fixed = file.input_shape[0] or len(images)
+    rows = []
+    for start in range(0, len(images), fixed):
+        part = images[start : start + fixed]
+        full_batch = np.concatenate([part, np.repeat(part[:1], fixed - len(part), axis=0)])
+        rows.append({n: v[: len(part)] for n, v in file.run(full_batch).items()})
+    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+
+class ForeignModel(ExportedDetector):
     """Anyone's detection file, float or quantized.
 
     Args:
@@ -199,17 +260,8 @@ class ForeignModel(ExportedModel):
         self, file: RuntimeFile, names: Sequence[str] | None, image_size: int | None
     ) -> None:
         self.file, self.path = file, file.path
-        sides = [side for side in file.input_shape[1:] if side != 3]
-        if len(file.input_shape) != 4 or 3 not in (file.input_shape[1], file.input_shape[3]):
-            raise UserError(
-                f"{shown(self.path)}: its input {file.input_shape} is no batch of RGB images"
-            )
-        if len(set(sides)) > 1:
-            raise UserError(
-                f"{shown(self.path)}: takes images of {sides[1]} x {sides[0]}; dfq compares "
-                "files of square images"
-            )
-        size = sides[0] if sides and sides[0] is not None else image_size
+        fixed = input_side(file)
+        size = fixed or image_size
         if size is None:
             raise UserError(
                 f"{shown(self.path)}: takes images of any side; compare it with a model"
@@ -229,32 +281,10 @@ class ForeignModel(ExportedModel):
         if names is None:
             count = predictions.scores.shape[2] if predictions.labels is None else 1000
             names = [str(index) for index in range(count)]
-        self.info = ExportInfo(
-            format=_FORMATS[self.path.suffix.lower()],
-            runtime=file.runtime,
-            family="unknown",
-            names=list(names),
-            image_size=size,
-            stride=1 if sides[0] is not None else 32,
-            dynamic=sides[0] is None,
-            batch=self._batch,
-            precision="unknown",
-            checkpoint="",
-            source=str(self.path),
-            letterbox="centred",
-            normalisation="unknown",
-            outputs=dict.fromkeys(outputs, "as the file has it"),
-            spec={},
-        )
+        self.info = described(file, names, size, outputs)
 
     def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        fixed = self._batch or len(images)
-        rows = []
-        for start in range(0, len(images), fixed):
-            part = images[start : start + fixed]
-            full_batch = np.concatenate([part, np.repeat(part[:1], fixed - len(part), axis=0)])
-            rows.append({n: v[: len(part)] for n, v in self.file.run(full_batch).items()})
-        return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+        return run_in_batches(self.file, images)
 
     def candidates(self, images: np.ndarray) -> Candidates:
         """What it gives before suppression, of images as for `run`."""

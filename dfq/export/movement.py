@@ -15,9 +15,16 @@ from torchvision.ops import box_iou
 from ..evaluation.agreement import matches
 from ..models.base import Detections
 from ..models.coco_categories import distinct_names
+from .verify import Movement
 
 THRESHOLD = 0.25
 """Score from which on a detection counts, as most people set it."""
+
+SHRUNK = 0.8
+"""Of the sides of large boxes, what has to be left."""
+
+HALF, ENOUGH = 0.5, 8
+"""Of the float model's detections, the share that any use of a file takes; and of how many."""
 
 _SIZES = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, math.inf)}
 """COCO's, in square pixels of the original images."""
@@ -50,7 +57,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Moved:
+class Moved(Movement):
     """`Group` of all detections of the float model with a score of 0.25 or more, by size, and of
     the categories that lost most.
 
@@ -60,6 +67,8 @@ class Moved:
             as a median over the boxes that overlap most; None where there are none to compare.
         images: of how many images.
         against: what the float model is.
+        threshold: score from which on the file has as many detections as the float model from
+            0.25 on; None where there is none.
     """
 
     all: Group
@@ -68,6 +77,45 @@ class Moved:
     side_ratio: float | None
     images: int
     against: str
+    threshold: float | None = None
+
+    def as_before(self) -> bool:
+        return (
+            self.all.share >= 0.98
+            and (self.all.box_iou or 0.0) >= 0.8
+            and abs(self.all.score_shift or 0.0) <= 0.05
+            and (self.side_ratio or 1.0) >= SHRUNK
+        )
+
+    def lost(self) -> str | None:
+        if self.all.detections < ENOUGH or self.all.share >= HALF:
+            return None
+        return (
+            f"detections: {self.all.kept} of the {self.against}'s {self.all.detections} are kept; "
+            "the file is of another network, takes images in another way, or was quantized badly"
+        )
+
+    def clause(self) -> str | None:
+        if not self.all.detections:
+            return None
+        return f"{self.all.share:.1%} of the {self.against}'s detections kept"
+
+    def lines(self) -> list[str]:
+        if not self.all.detections:
+            return [f"moved: the {self.against} detects nothing above {THRESHOLD} on these images"]
+        text = [
+            f"moved: {self.all.kept} of {self.all.detections} detections of the {self.against} "
+            f"kept on {self.images} images{_words(self.all)}"
+        ]
+        for name, group in [*self.sizes.items(), *self.worst.items()]:
+            if group.detections and (group.share < 1 or name in self.sizes):
+                text.append(f"  {name}: {group.kept} of {group.detections}{_words(group)}")
+        if self.threshold is not None and abs(self.threshold - THRESHOLD) >= 0.005:
+            text.append(
+                f"threshold: use {self.threshold:g} instead of {THRESHOLD:g} for as many "
+                "detections as the float model has"
+            )
+        return text
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it, with shares."""
@@ -82,6 +130,7 @@ class Moved:
             "side_ratio": self.side_ratio,
             "images": self.images,
             "against": self.against,
+            "threshold": {"float": THRESHOLD, "this": self.threshold},
         }
 
 
@@ -124,7 +173,16 @@ def moved(
         key=lambda item: (item[1].share, item[1].box_iou or 0.0),
     )
     ratio = _side_ratio(reference, detections, above)
-    return Moved(_group(table), sizes, dict(worst[:_WORST]), ratio, len(reference), against)
+    threshold = same_number(reference, detections)
+    return Moved(
+        _group(table), sizes, dict(worst[:_WORST]), ratio, len(reference), against, threshold
+    )
+
+
+def _words(group: Group) -> str:
+    if group.box_iou is None:
+        return ""
+    return f", box IoU {group.box_iou:.3f}, scores {group.score_shift:+.3f}"
 
 
 def _group(table: np.ndarray) -> Group:

@@ -1,28 +1,22 @@
-"""Open an exported file in its runtime."""
+"""Anyone's file in the runtime of its format."""
 
 from __future__ import annotations
 
-import functools
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from pydantic import ValidationError
-from torch import Tensor
 
 from ..errors import UserError, shown
-from ..models import from_spec, require_detector
-from ..models.base import Detections, Detector
 from ..runtime.files import user_path
 from ..runtime.plain import one_line
 from .dependencies import compile_openvino, require
-from .exported import SUFFIXES, ExportedModel, ExportInfo
+from .exported import SUFFIXES, ExportInfo
 from .program import input_shape
-from .suppression import MOST, detections
-from .writers import KEY, path_of_part
+from .writers import KEY
 
 
 def is_exported(path: str | Path) -> bool:
@@ -30,10 +24,8 @@ def is_exported(path: str | Path) -> bool:
     return Path(path).suffix.lower() in SUFFIXES.values()
 
 
-def open_exported(
-    path: str | Path, *, threads: int | None = None, trust: bool = False
-) -> ExportedModel:
-    """Open an exported file in the runtime of its format.
+def open_file(path: str | Path, *, threads: int | None = None, trust: bool = False) -> RuntimeFile:
+    """Open a file in the runtime of its format.
 
     Args:
         path: the file; `.onnx` opens in onnxruntime, `.xml` in OpenVINO, `.tflite` in LiteRT,
@@ -43,25 +35,8 @@ def open_exported(
             finds there.
 
     Raises:
-        UserError: no such file, one that is broken, of no dfq export, or whose runtime is not
-            installed.
+        UserError: no such file, one that is broken, or whose runtime is not installed.
     """
-    file = open_file(path, threads=threads, trust=trust)
-    if file.says is None:
-        raise UserError(
-            f"{shown(path)}: is no export of dfq (it says nothing of itself); `dfq verify` takes "
-            "such files"
-        )
-    if file.says.part is not None:
-        raise UserError(
-            f"{shown(path)}: is the part '{file.says.part}' of a detector; name the file without it"
-        )
-    return Opened(file, file.says, open_parts(file.path, file.says, threads, trust))
-
-
-def open_file(path: str | Path, *, threads: int | None = None, trust: bool = False) -> RuntimeFile:
-    """Anyone's file, opened in the runtime of its format; arguments and errors are those of
-    `open_exported`, which wants a file of dfq's."""
     path = user_path(path)
     kind = _KINDS.get(path.suffix.lower())
     if kind is None:
@@ -296,82 +271,3 @@ _KINDS: dict[str, type[Any]] = {
     ".tflite": LiteRtFile,
     ".pt2": TorchFile,
 }
-
-
-class Opened(ExportedModel):
-    """An export of dfq's in its runtime."""
-
-    def __init__(
-        self, file: RuntimeFile, info: ExportInfo, parts: Mapping[str, RuntimeFile]
-    ) -> None:
-        self.file, self.info, self.path = file, info, file.path
-        self.parts = dict(parts)
-
-    @property
-    def has_masks(self) -> bool:
-        return "masks" in self.parts
-
-    @functools.cached_property
-    def _family(self) -> Detector:
-        """For its decoding; its weights are random."""
-        family = require_detector(from_spec(self.info.spec))
-        family.runners.update({name: _runner(part) for name, part in self.parts.items()})
-        return family
-
-    def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        batch, count = self.info.batch, len(images)
-        if batch is None or count == batch:
-            return self.file.run(images)
-        # Filled up with black images to as many as the file takes at once.
-        filled = np.zeros((-count % batch, *images.shape[1:]), images.dtype)
-        images = np.concatenate([images, filled])
-        rows = [self.file.run(images[i : i + batch]) for i in range(0, len(images), batch)]
-        if self.info.nms is not None:
-            for number, row in enumerate(rows):
-                row["images_of"] = row["images_of"] + number * batch
-            count = sum(len(row["scores"]) for row in rows)
-        return {name: np.concatenate([row[name] for row in rows])[:count] for name in rows[0]}
-
-    def detect(self, images: Tensor, *, masks: bool = False, **thresholds: Any) -> list[Detections]:
-        arrays = self.run(images.detach().cpu().numpy())
-        if self.info.nms is not None:
-            least, most = thresholds.get("score_threshold", 0.0), thresholds.get("max_detections")
-            return detections(arrays, len(images), max(least, self.info.nms), most or MOST)
-        outputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        shape = (images.shape[2], images.shape[3])
-        if masks and self.has_masks:
-            thresholds["masks"] = True
-        return self._family.from_outputs(outputs, shape, **thresholds)
-
-
-def _runner(file: RuntimeFile) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """A part's file as a function of tensors `(k, ...)`."""
-
-    def run(pooled: Tensor) -> tuple[Tensor, ...]:
-        rows = pooled.detach().float().cpu().contiguous().numpy()
-        # Runtimes do not all take none.
-        outputs = file.run(rows if len(rows) else np.zeros((1, *rows.shape[1:]), rows.dtype))
-        return tuple(torch.from_numpy(array)[: len(rows)] for array in outputs.values())
-
-    return run
-
-
-def open_parts(
-    path: Path, info: ExportInfo, threads: int | None, trust: bool
-) -> dict[str, RuntimeFile]:
-    """The files that lie beside one of a two-stage detector."""
-    parts = {}
-    for name in info.parts:
-        beside = path_of_part(path, name)
-        if not beside.is_file():
-            raise UserError(f"{shown(path)}: belongs with {shown(beside)}, which is not there")
-        parts[name] = open_file(beside, threads=threads, trust=trust)
-        says = parts[name].says
-        same = ("checkpoint", "model_sha256", "runtime", "precision", "image_size")
-        if (
-            says is None
-            or says.part != name
-            or any(getattr(says, key) != getattr(info, key) for key in same)
-        ):
-            raise UserError(f"{shown(beside)}: is no part of {shown(path)}; export them again")
-    return parts

@@ -56,6 +56,9 @@ class GridObserver:
         x = values.astype(np.float64).ravel()
         if not x.size:
             return
+        if self.low == 0:
+            # Such a grid is the ReLU as well, which files leave out before it.
+            x = np.maximum(x, 0)
         inside = np.clip(x, self.low, self.high)
         on_grid = self.low + np.round((inside - self.low) / self.step) * self.step
         self.count += x.size

@@ -47,6 +47,7 @@ def without_grids(path: Path) -> tuple[Any, dict[str, list[GridObserver]]] | Non
         for node in graph.node
         if node.op_type == "DequantizeLinear" and node.input[0] in quantizers
     }
+    makers = {name: node for node in graph.node for name in node.output}
 
     def origin(name: str) -> str:
         while name in instead:
@@ -54,7 +55,9 @@ def without_grids(path: Path) -> tuple[Any, dict[str, list[GridObserver]]] | Non
         return name
 
     branches = _branches(graph)
+    consumers = _consumers(graph)
     observers: dict[str, list[GridObserver]] = {}
+    relus: list[tuple[Any, str]] = []
     for node in quantizers.values():
         scale = numpy_helper.to_array(constants[node.input[1]]).astype(np.float64)
         if scale.size != 1:
@@ -66,6 +69,9 @@ def without_grids(path: Path) -> tuple[Any, dict[str, list[GridObserver]]] | Non
         limits = np.iinfo(kind)
         low, high = step * (limits.min - zero), step * (limits.max - zero)
         tensor = origin(node.input[0])
+        if low == 0 and consumers.get(node.output[0], {""}) == {"DequantizeLinear"}:
+            # The grid is the ReLU as well, and what comes next has to have one.
+            relus.append((node, node.input[0]))
         if any(
             (observer.low, observer.high) == (low, high) for observer in observers.get(tensor, [])
         ):
@@ -76,6 +82,16 @@ def without_grids(path: Path) -> tuple[Any, dict[str, list[GridObserver]]] | Non
         )
     if not observers:
         return None
+    # They say of integers that they are integers.
+    del graph.value_info[:]
+    for node, source in relus:
+        node.op_type = "Relu"
+        del node.input[:], node.attribute[:]
+        node.input.append(source)
+        for idle in [makers[out] for out in instead if makers[out].input[0] == node.output[0]]:
+            instead[idle.output[0]] = node.output[0]
+            # It takes no floats.
+            graph.node.remove(idle)
     outputs = {output.name for output in graph.output}
     for node in graph.node:
         if node.op_type == "DequantizeLinear" and node.output[0] in instead:
@@ -102,6 +118,15 @@ def without_grids(path: Path) -> tuple[Any, dict[str, list[GridObserver]]] | Non
         onnx.save(model, str(target))
         session = ort.InferenceSession(str(target), options, providers=["CPUExecutionProvider"])
     return session, observers
+
+
+def _consumers(graph: Any) -> dict[str, set[str]]:
+    """By tensor the kinds of operations that take it; "" for an output of the graph."""
+    consumers: dict[str, set[str]] = {output.name: {""} for output in graph.output}
+    for node in graph.node:
+        for name in node.input:
+            consumers.setdefault(name, set()).add(node.op_type)
+    return consumers
 
 
 def _rename(graph: Any, name: str, identity: Any) -> None:

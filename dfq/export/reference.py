@@ -10,7 +10,7 @@ import torch
 import torch.ao.quantization.fx._decomposed
 from torch import Tensor, fx
 
-from ..models.base import Detector
+from ..models.base import Model
 from .exported import ExportedModel
 from .integer import KERNELS, run_in_integers
 from .parity import TIMES_FLOOR, TIMES_FLOOR_APPROXIMATE, WITHIN_ONE, Parity, distance, parity
@@ -53,7 +53,7 @@ def reference_outputs(
     return dict(zip(program.outputs, arrays, strict=True))
 
 
-def parity_of(file: ExportedModel, source: Detector, images: np.ndarray) -> Parity:
+def parity_of(file: ExportedModel, source: Model, images: np.ndarray) -> Parity:
     """How far a file's outputs are from those of the network that it was lowered from.
 
     Args:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .counting import IntegerShare
-from .movement import THRESHOLD, Moved
 from .parity import Parity
 from .ranges import Fit
 
@@ -15,8 +15,71 @@ KIND = "dfq verification"
 _BLAMED = 5
 
 
+class Movement(ABC):
+    """How far what a file says moved from what its float model says.
+
+    Attributes:
+        side_ratio, threshold: of boxes, see `Moved`; None where there are none.
+    """
+
+    side_ratio: float | None
+    threshold: float | None
+
+    @abstractmethod
+    def as_before(self) -> bool:
+        """Whether it hardly moved."""
+
+    def lost(self) -> str | None:
+        """The fault of a file that says something else than its float model, whatever the reason;
+        None where it does not, or faults of its task name that."""
+        return None
+
+    @abstractmethod
+    def lines(self) -> list[str]:
+        """For people."""
+
+    @abstractmethod
+    def clause(self) -> str | None:
+        """For people, in a few words; None where there is nothing to say."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+
+
+class Accuracy(ABC):
+    """Of the file, of its reference in PyTorch, and of the float model, on a set.
+
+    Attributes:
+        metric: what it is called.
+        difference: 95 % interval of the file's less the reference's over the draw of images; None
+            where not measured.
+    """
+
+    metric: str
+    difference: tuple[float, float] | None
+
+    @property
+    @abstractmethod
+    def figures(self) -> tuple[float | None, float | None]:
+        """Of the file, and of its reference; None where not measured."""
+
+    @abstractmethod
+    def lines(self) -> list[str]:
+        """For people."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+
+    def clause(self) -> str | None:
+        """For people, in a few words; None where it was not measured."""
+        value = self.figures[0]
+        return None if value is None else f"{self.metric} {value:.4f}"
+
+
 @dataclass(frozen=True)
-class Accuracy:
+class DetectionAccuracy(Accuracy):
     """Of the file, of its reference in PyTorch, and of the float model.
 
     Attributes:
@@ -34,6 +97,31 @@ class Accuracy:
     float_AP: float | None = None
     difference: tuple[float, float] | None = None
     agreement: dict[str, Any] | None = None
+    metric = "AP"
+
+    @property
+    def figures(self) -> tuple[float | None, float | None]:
+        return self.AP, self.reference_AP
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        if self.agreement is not None:
+            measured = self.agreement["AP"]
+            text = "none, as it detects nothing" if measured is None else f"{measured:.4f}"
+            return [f"AP against the float model's detections on {self.data}: {text}"]
+        cells = {"file": self.AP, "PyTorch": self.reference_AP, "float": self.float_AP}
+        return [f"AP on {self.images} images of {self.data}: {beside(cells, self.difference)}"]
+
+
+def beside(cells: dict[str, float | None], difference: tuple[float, float] | None) -> str:
+    """Figures by name, for people, and the interval of the first less the second."""
+    text = ", ".join(f"{name} {value:.4f}" for name, value in cells.items() if value is not None)
+    if difference is not None:
+        low, high = difference
+        text += f"; file minus PyTorch, 95 % interval: {low:+.4f} to {high:+.4f}"
+    return text
 
 
 @dataclass
@@ -47,9 +135,7 @@ class Verification:
         parity: None where there is no reference program of it.
         integers: what its runtime computes in integers.
         accuracy: None without a set named.
-        moved: detections against the float model's.
-        threshold: score from which on the file has as many detections as the float model from
-            0.25 on; None where there is none.
+        moved: what it says against what the float model says.
         blamed: activations whose grids fit worst; None where the file cannot be read so.
         notes: what a user should know of how this was measured.
         faults: by name; none where the file is right.
@@ -67,8 +153,7 @@ class Verification:
     command: str
     parity: Parity | None = None
     accuracy: Accuracy | None = None
-    moved: Moved | None = None
-    threshold: float | None = None
+    moved: Movement | None = None
     blamed: list[Fit] | None = None
     notes: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
@@ -88,9 +173,8 @@ class Verification:
             "images": self.images,
             "parity": parity,
             "integers": self.integers.to_dict(),
-            "accuracy": None if self.accuracy is None else vars(self.accuracy),
-            "moved": None if self.moved is None else self.moved.to_dict(),
-            "threshold": {"float": THRESHOLD, "this": self.threshold},
+            "accuracy": None if self.accuracy is None else self.accuracy.to_dict(),
+            **self._movement(),
             "worst_activations": None
             if self.blamed is None
             else [f.to_dict() for f in self.blamed],
@@ -103,7 +187,9 @@ class Verification:
         """For people; the last one sums up."""
         text = [f"{self.format}, {self.size_bytes / 1e6:.1f} MB, {self.precision}, {self.runtime}"]
         text += self.notes
-        text += self._parity() + self._integers() + self._accuracy() + self._moved()
+        text += self._parity() + self._integers()
+        for part in (self.accuracy, self.moved):
+            text += [] if part is None else part.lines()
         for fit in self.blamed or ():
             sqnr = "" if fit.sqnr is None else f"{fit.sqnr:.1f} dB, "
             text.append(f"  worst grids: {fit.name}: {sqnr}{fit.clipped:.2%} of its values clip")
@@ -125,20 +211,29 @@ class Verification:
             clauses.append("computes what PyTorch does")
         if self.integers.operations:
             clauses.append(f"{self.integers.share_of_macs:.1%} of the MACs in integers")
-        if self.moved is not None and self.moved.all.detections:
-            clauses.append(
-                f"{self.moved.all.share:.1%} of the {self.moved.against}'s detections kept"
-            )
-        if self.accuracy is not None and self.accuracy.AP is not None:
-            clauses.append(f"AP {self.accuracy.AP:.4f}")
-        return ", ".join(clauses)
+        said = [part.clause() for part in (self.moved, self.accuracy) if part is not None]
+        return ", ".join([*clauses, *filter(None, said)])
+
+    @property
+    def threshold(self) -> float | None:
+        """Score from which on a detector's file has as many detections as the float model from 0.25
+        on; None where there is none."""
+        return None if self.moved is None else self.moved.threshold
+
+    def _movement(self) -> dict[str, Any]:
+        """`moved` as JSON has it, beside it what it tells of thresholds."""
+        moved = None if self.moved is None else self.moved.to_dict()
+        return {
+            "moved": moved,
+            "threshold": None if moved is None else moved.pop("threshold", None),
+        }
 
     @property
     def _is_compared(self) -> bool:
         """Whether anything told a right file from a wrong one."""
-        detected = self.moved is not None and self.moved.all.detections > 0
-        measured = self.accuracy is not None and self.accuracy.AP is not None
-        return self.parity is not None or detected or measured
+        moved = self.moved is not None and self.moved.clause() is not None
+        measured = self.accuracy is not None and self.accuracy.figures[0] is not None
+        return self.parity is not None or moved or measured
 
     def _parity(self) -> list[str]:
         if self.parity is None:
@@ -167,47 +262,6 @@ class Verification:
         text += [f"  in float: {layer.name} ({layer.type}): {layer.reason}" for layer in shown[:20]]
         unlisted = len(floats) - len(shown[:20])
         return [*text, f"  and {unlisted} more in float"] if unlisted else text
-
-    def _accuracy(self) -> list[str]:
-        accuracy = self.accuracy
-        if accuracy is None:
-            return []
-        if accuracy.agreement is not None:
-            measured = accuracy.agreement["AP"]
-            text = "none, as it detects nothing" if measured is None else f"{measured:.4f}"
-            return [f"AP against the float model's detections on {accuracy.data}: {text}"]
-        cells = {"file": accuracy.AP, "PyTorch": accuracy.reference_AP, "float": accuracy.float_AP}
-        text = ", ".join(f"{k} {v:.4f}" for k, v in cells.items() if v is not None)
-        if accuracy.difference is not None:
-            low, high = accuracy.difference
-            text += f"; file minus PyTorch, 95 % interval: {low:+.4f} to {high:+.4f}"
-        return [f"AP on {accuracy.images} images of {accuracy.data}: {text}"]
-
-    def _moved(self) -> list[str]:
-        if self.moved is None:
-            return []
-        overall, against = self.moved.all, self.moved.against
-        if not overall.detections:
-            return [f"moved: the {against} detects nothing above {THRESHOLD} on these images"]
-        text = [
-            f"moved: {overall.kept} of {overall.detections} detections of the {against} kept on "
-            f"{self.moved.images} images{_words(overall)}"
-        ]
-        for name, group in [*self.moved.sizes.items(), *self.moved.worst.items()]:
-            if group.detections and (group.share < 1 or name in self.moved.sizes):
-                text.append(f"  {name}: {group.kept} of {group.detections}{_words(group)}")
-        if self.threshold is not None and abs(self.threshold - THRESHOLD) >= 0.005:
-            text.append(
-                f"threshold: use {self.threshold:g} instead of {THRESHOLD:g} for as many "
-                "detections as the float model has"
-            )
-        return text
-
-
-def _words(group: Any) -> str:
-    if group.box_iou is None:
-        return ""
-    return f", box IoU {group.box_iou:.3f}, scores {group.score_shift:+.3f}"
 
 
 def worst(fits: list[Fit] | None) -> list[Fit] | None:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .detecting import Detecting as Detecting
-from .detecting import Part, check_side
+from .detecting import Part, Task, check_side
+from .detecting import Predicting as Predicting
 from .structures import Boundary as Boundary
 from .structures import Detections as Detections
 from .structures import DistillationPair as DistillationPair
@@ -31,6 +32,7 @@ class Model(ABC):
     """A trained network of any family behind one protocol.
 
     Attributes:
+        task: what it is for.
         module: the network itself, in eval mode, parameters frozen unless a trainer thaws them.
         names: category names, by index.
         image_size: side in pixels the network was trained for.
@@ -60,6 +62,7 @@ class Model(ABC):
     static_loss: ClassVar[bool] = False
     half_loss: ClassVar[bool] = False
     family: ClassVar[str]
+    task: Task
     module: nn.Module
     names: list[str]
     image_size: int
@@ -199,6 +202,10 @@ class Model(ABC):
     def boundary_layers(self) -> Boundary:
         """First and last conv/linear layers, kept in float or 8 bit by policy."""
 
+    def resizing(self, image_size: int) -> str:
+        """How images get to a side in pixels, in words."""
+        return f"longer side to {image_size}, centred on grey 114/255"
+
     @property
     def has_masks(self) -> bool:
         """Whether the network predicts instance masks."""
@@ -260,6 +267,7 @@ class Detector(Model):
             that `raw` changes, so that one batch may be decoded while another is predicted for.
     """
 
+    task: Task = "detection"
     decode_is_pure: bool = False
 
     @property

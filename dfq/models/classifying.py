@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,8 @@ from torch import Tensor
 from ..errors import UserError
 from ..runtime.limits import LARGEST_SIDE
 from ..runtime.plain import brief
-from .base import DistillationPair, Model, Targets
+from .base import DistillationPair, Model, Predicting, Targets
+from .detecting import Task
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -83,6 +84,17 @@ def _are_three(value: Any) -> bool:
     return isinstance(value, list | tuple) and len(value) == 3 and all(map(_is_number, value))
 
 
+class Classifying(Predicting, Protocol):
+    """What evaluation and prediction need of a classifier: a `Classifier`, or an exported file."""
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How it wants its images."""
+
+    def classify(self, images: Tensor) -> Tensor:
+        """Logits, float32 `(n, classes)` on the CPU, of images `(n, 3, h, w)` in [0, 1], RGB."""
+
+
 class Classifier(Model):
     """A model that gives each image one category; `raw` is its logits `(n, classes)`.
 
@@ -93,13 +105,26 @@ class Classifier(Model):
         preprocessing: how it wants its images.
     """
 
+    task: Task = "classification"
     preprocessing: Preprocessing
+
+    @torch.no_grad()
+    def classify(self, images: Tensor) -> Tensor:
+        """Logits, float32 `(n, classes)` on the CPU, of images `(n, 3, h, w)` in [0, 1]."""
+        logits: Tensor = self.raw(images.to(self.device))
+        return logits.float().cpu()
 
     def normalize(self, images: Tensor) -> Tensor:
         """Subtract the mean and divide by the spread that the network was trained with."""
         mean = images.new_tensor(self.preprocessing.mean).view(1, 3, 1, 1)
         std = images.new_tensor(self.preprocessing.std).view(1, 3, 1, 1)
         return (images - mean) / std
+
+    def resizing(self, image_size: int) -> str:
+        """The shorter side, and what is cut out."""
+        short = round(image_size / self.preprocessing.crop)
+        interpolation = self.preprocessing.interpolation
+        return f"shorter side to {short} ({interpolation}), middle {image_size} cut out"
 
     def levels(self, raw: Tensor) -> list[Tensor]:
         """The logits."""

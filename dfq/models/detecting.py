@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,10 @@ from ..runtime.limits import LARGEST_SIDE
 
 if TYPE_CHECKING:
     from .base import Detections
+
+
+Task = Literal["detection", "classification"]
+"""What a model is for: to find objects, or to say of what category a whole image is."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,13 @@ class Part:
     outputs: tuple[str, ...]
 
 
-class Detecting(Protocol):
-    """What evaluation and prediction need of a detector: a `Detector`, or an exported file."""
+class Predicting(Protocol):
+    """What evaluation and prediction need of a model of any task: a `Model`, or an exported
+    file."""
+
+    @property
+    def task(self) -> Task:
+        """What it is for."""
 
     @property
     def names(self) -> list[str]:
@@ -54,6 +63,13 @@ class Detecting(Protocol):
     def device(self) -> torch.device:
         """Where it takes images."""
 
+    def check_size(self, size: int, key: str = "image size") -> None:
+        """Raise a `UserError` for a side in pixels that it cannot take."""
+
+
+class Detecting(Predicting, Protocol):
+    """What evaluation and prediction need of a detector: a `Detector`, or an exported file."""
+
     @property
     def has_masks(self) -> bool:
         """Whether it predicts instance masks."""
@@ -61,9 +77,6 @@ class Detecting(Protocol):
     @property
     def fixed_batch(self) -> int | None:
         """Images that a call takes, no more and no fewer; None: any number."""
-
-    def check_size(self, size: int, key: str = "image size") -> None:
-        """Raise a `UserError` for a side in pixels that it cannot take."""
 
     def detect(self, images: Tensor, *, masks: bool = False, **thresholds: Any) -> list[Detections]:
         """Detections for images `(n, 3, h, w)` in [0, 1], RGB, one per image."""

@@ -13,6 +13,7 @@ from ..runs.inputs import joining
 from ..runtime.label_sets import label_set
 from .formats import text
 from .material import SYNTHESIS, Material
+from .tasks import PAGES
 
 RUN = "RUN"
 """What commands on the page call the run's folder, whose name is another for everybody."""
@@ -82,6 +83,8 @@ def _labels_of_set(material: Material) -> str:
         return "its labels are random, as frequent and as large as those of a real set"
     if labels == "none":
         return "without labels"
+    if labels == "class":
+        return "its categories were drawn, each as often"
     return "its labels are the network's own" if labels == "adaptive" else "its labels are random"
 
 
@@ -116,7 +119,7 @@ def sentence(material: Material) -> str:
         on = f"a set of {many}images of noise"
     kinds = len(material.student.names)
     return (
-        f"The detector {network_name(material)} ({kinds} "
+        f"The {PAGES[material.student.task].noun} {network_name(material)} ({kinds} "
         f"{'category' if kinds == 1 else 'categories'}) with {bits_in_words(metrics)}, {how} on "
         f"{on}. {what_was_real(material)}"
     )
@@ -130,12 +133,12 @@ def real_images(material: Material) -> list[tuple[str, str]]:
     else:
         kind = "images of noise" if is_noise(material) else "synthetic images"
         made_on = f"none: {count} {kind}; {_labels_of_set(material)}"
-    joined = joined_photos(material)
+    joined, metric = joined_photos(material), PAGES[material.student.task].metric
     select_on = material.recipe.distillation.select_on if _is_selected_on_real(material) else None
     rows = [
         ("Calibration and training", made_on),
         ("Photos that joined calibration", f"{joined}" if joined else "none"),
-        ("Choice of the epoch", f"AP on {text(select_on)}" if select_on else "none"),
+        ("Choice of the epoch", f"{metric} on {text(select_on)}" if select_on else "none"),
     ]
     closeness = material.metrics.get("closeness")
     photos = closeness.get("photos") if isinstance(closeness, Mapping) else None

@@ -63,8 +63,8 @@ class Export:
         counted_from: how that was found.
         float_operations: what it computes in float.
         latency: by image size and threads.
-        AP, float_AP, accuracy_data: of the file and of the float network, fractions in [0, 1], and
-            on what.
+        AP, float_AP, top1, float_top1, accuracy_data: of the file and of the float network,
+            fractions in [0, 1], and on what.
         threshold_float, threshold: a score threshold of the float network, and the one of this file
             that goes with it.
         faults: what is wrong with it, a line each.
@@ -84,6 +84,8 @@ class Export:
     latency: list[Latency] = field(default_factory=list)
     AP: float | None = None
     float_AP: float | None = None
+    top1: float | None = None
+    float_top1: float | None = None
     accuracy_data: str | None = None
     threshold_float: float | None = None
     threshold: float | None = None
@@ -154,6 +156,8 @@ def parse(content: Mapping[str, Any], source: str) -> Export:
         ],
         AP=_number(accuracy.get("AP")),
         float_AP=_number(accuracy.get("float_AP")),
+        top1=_number(accuracy.get("top1")),
+        float_top1=_number(accuracy.get("float_top1")),
         accuracy_data=_text(accuracy.get("data")),
         threshold_float=_number(threshold.get("float")),
         threshold=_number(threshold.get("this")),

@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..data.calibration_set import CalibrationSet
-from ..data.image_set import ImageSet
 from ..data.pixels import LabelledImages
-from ..data.readers import open_set
 from ..data.training_images import open_training_data
 from ..errors import UserError
-from ..evaluation.agreement import unlabelled
+from ..evaluation.measuring import RealSet, open_unlabelled
 from ..graph.fold_batchnorm import fold
 from ..models import load_model
-from ..models.base import Detector, Model
+from ..models.base import Model
 from ..models.loading import TIMM, TORCHVISION
 from ..quantization.inspection import LayerInfo, list_layers
 from ..recipe import Recipe, recorded_recipe
@@ -104,7 +102,7 @@ class Material:
     origin: str | None = None
     teacher: Model | None = None
     data: LabelledImages | None = None
-    photos: ImageSet | None = None
+    photos: RealSet | None = None
     sensitivity: Mapping[str, Any] | None = None
     exports: list[Export] = field(default_factory=list)
     comparison: Comparison | None = None
@@ -119,7 +117,7 @@ def gather(
     *,
     teacher: Model | None = None,
     data: LabelledImages | None = None,
-    photos: ImageSet | None = None,
+    photos: RealSet | None = None,
     layers: list[LayerInfo] | None = None,
     comparison: Comparison | None = None,
 ) -> Material:
@@ -152,7 +150,7 @@ def gather(
         # The next ones may be named by it.
         search.material = material = replace(material, data=search.tried("the set", search.set))
     looked = "photos" in _mapping(metrics.get("closeness"))
-    if photos is None and looked and isinstance(student, Detector):
+    if photos is None and looked:
         material = replace(material, photos=search.tried("the photos", search.photos))
     if teacher is None:
         material = replace(material, teacher=search.tried("the float network", search.float))
@@ -226,7 +224,7 @@ class _Search:
         if not path.is_absolute():
             yield from (parent / path for parent in self.folder.resolve().parents)
 
-    def photos(self) -> ImageSet:
+    def photos(self) -> RealSet:
         wanted = self.identity.get("photos")
         source, count = wanted if isinstance(wanted, list) and len(wanted) == 2 else (None, None)
         if not isinstance(source, str):
@@ -234,14 +232,13 @@ class _Search:
         for path in self._places(source):
             if not path.exists():
                 continue
-            photos = unlabelled(open_set(path))
+            photos = open_unlabelled(path, self.material.student)
             if len(photos) != count:
                 raise UserError(f"{source}: {len(photos)} images, and there were {count}")
             if not self._is_unchanged(photos=photos):
                 raise UserError(f"{source}: other images than there were")
             joined = set(joining(len(photos)))
-            left = [item for index, item in enumerate(photos.items) if index not in joined]
-            return replace(photos, items=left)
+            return photos.only([index for index in range(len(photos)) if index not in joined])
         raise UserError(f"not found ({source})")
 
     def _is_unchanged(self, **sets: object) -> bool:

@@ -83,6 +83,7 @@ class Tile:
         boxes: over it, the surest last.
         words: what is in it, for those who do not see it.
         more: boxes that are not drawn.
+        caption: below it.
     """
 
     data: str
@@ -93,6 +94,7 @@ class Tile:
     boxes: list[Box]
     words: str
     more: int = 0
+    caption: str = ""
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import numpy as np
-
 from .._version import __version__
-from ..data.calibration_set import CalibrationSet
-from ..data.statistics import Objects, Summary, summarize
-from ..data.training_images import LetterboxedImages
+from ..data.statistics import Summary, summarize
 from ..errors import UserError
-from ..models.base import Detector
 from ..quantization.output_quantizers import count_adds_and_concats
 from ..quantization.policy import Policy
 from ..runs.comparison import number
@@ -23,13 +18,13 @@ from ..runs.held_out import hold_out
 from ..synthesis.quality import BOUND, FIRST_BOUND, quality_of
 from . import account, figures
 from .cost import cost_of, cost_rows
-from .figures import Chart
 from .formats import amount, fixed, percent, text
 from .layers import LayerRow, layer_rows, too_wide
 from .material import Material
-from .pictures import Tile, pairs_on_photos, pairs_on_squares, set_tiles
+from .pictures import Tile
 from .table import measured_AP, side_by_side
-from .verdict import RULE, verdict_of
+from .tasks import PAGES, summary_of
+from .verdict import rule_of, verdict_of
 
 TOP = 20
 """Categories that are listed one by one."""
@@ -46,13 +41,15 @@ T = TypeVar("T")
 def sections(material: Material) -> dict[str, Any]:
     """All that the template is given."""
     pictures = _Pictures(material)
+    task = material.student.task
     policy = Policy.from_dict(dict(material.manifest["policy"]))
     rows = layer_rows(material.student, material.layers, policy, material.sensitivity)
     context: dict[str, Any] = {
         "title": f"{account.network_name(material)} in {_bits(material.metrics)}",
         "sentence": account.sentence(material),
-        "verdict": verdict_of(material.metrics, measured_AP(material)),
-        "rule": RULE,
+        "task": PAGES[task],
+        "verdict": verdict_of(material.metrics, measured_AP(material), task),
+        "rule": rule_of(task),
         "comparison": side_by_side(material),
         "set": pictures.tried("the images it was made on", _set, material),
         "pairs": [group for group in pictures.groups() if group["pairs"]],
@@ -87,34 +84,32 @@ class _Pictures:
             return None
 
     def groups(self) -> list[dict[str, Any]]:
-        """Images with both networks' detections."""
+        """Images with what both networks say of them."""
         material = self.material
         teacher, student = material.teacher, material.student
-        # Pictures are of boxes.
-        if not isinstance(teacher, Detector) or not isinstance(student, Detector):
+        if teacher is None:
             return []
+        page = PAGES[student.task]
         groups: list[dict[str, Any]] = []
         if material.data is not None:
             _, looked = hold_out(material.data)
             pairs = self.tried(
-                "detections on images of the set", pairs_on_squares,
+                "predictions on images of the set", page.pairs_on_squares,
                 teacher, student, looked.data, looked.indices,
             )  # fmt: skip
             title = f"On {looked.where}" if looked.held_out else "On images it was made on"
-            groups.append({"title": title, "pairs": pairs, "real": _is_real(material)})
+            groups.append(
+                {"title": title, "pairs": pairs, "real": account.is_made_on_real(material)}
+            )
         if material.photos is not None:
             size = material.recipe.evaluation.image_size
             pairs = self.tried(
-                "detections on photos", pairs_on_photos,
+                "predictions on photos", page.pairs_on_photos,
                 teacher, student, material.photos, size,
             )  # fmt: skip
             title = f"On {len(material.photos)} photos it was made without"
             groups.append({"title": title, "pairs": pairs, "real": True})
         return groups
-
-
-def _is_real(material: Material) -> bool:
-    return isinstance(material.data, LetterboxedImages)
 
 
 def _bits(metrics: Mapping[str, Any]) -> str:
@@ -126,44 +121,19 @@ def _bits(metrics: Mapping[str, Any]) -> str:
 
 def _set(material: Material) -> dict[str, Any] | None:
     data = material.data
-    if isinstance(data, LetterboxedImages):
-        objects = Objects.of(data.images)
-    elif isinstance(data, CalibrationSet):
-        objects = Objects.of(data)
-    else:
+    page = PAGES[material.student.task]
+    objects = None if data is None else page.objects(data)
+    if data is None or objects is None:
         return None
-    summary = summarize(objects)
-    tiles: list[Tile] = set_tiles(data, material.student.names)
+    tiles: list[Tile] = page.tiles(data, material.student.names)
     return {
         "tiles": tiles,
-        "real": _is_real(material),
+        "real": account.is_made_on_real(material),
         "noise": account.is_noise(material),
-        "labelled": summary.labelled,
-        "summary": _overview(summary),
-        "categories": _categories(summary),
-        "charts": _set_charts(objects),
+        "summary": summary_of(page, objects),
+        "categories": _categories(summarize(objects)),
+        "charts": page.charts(objects) if len(objects) else [],
     }
-
-
-def _overview(summary: Summary) -> list[tuple[str, str]]:
-    width, height, _ = summary.sizes[0]
-    size = f"{width} × {height}"
-    if len(summary.sizes) > 1:
-        size += f" and {len(summary.sizes) - 1} other sizes"
-    rows = [("Images", f"{summary.images}"), ("Pixels", size)]
-    if not summary.labelled:
-        return rows
-    rows += [
-        ("Objects", f"{summary.objects}"),
-        ("Objects an image", f"{summary.objects / summary.images:.2f}"),
-        ("Categories that occur", f"{len(summary.categories)}"),
-        ("Small (under 32 × 32 px)", f"{summary.by_size['small']}"),
-        ("Medium", f"{summary.by_size['medium']}"),
-        ("Large (over 96 × 96 px)", f"{summary.by_size['large']}"),
-    ]
-    if summary.mean_score is not None:
-        rows.append(("Mean score of the labels", f"{summary.mean_score:.3f}"))
-    return rows
 
 
 def _categories(summary: Summary) -> dict[str, Any] | None:
@@ -176,22 +146,6 @@ def _categories(summary: Summary) -> dict[str, Any] | None:
         "others": others,
         "objects": objects,
     }
-
-
-def _set_charts(objects: Objects) -> list[Chart]:
-    if not len(objects):
-        return []
-    sides = np.sqrt(objects.sides.prod(axis=1))
-    charts = [
-        figures.histogram("side", "Box sizes", sides, "root of the box's area, pixels"),
-        figures.histogram(
-            "count", "Objects an image", objects.counts.astype(float), "objects", whole=True
-        ),
-    ]
-    if objects.scores is not None:
-        title = "How sure the float network is of the labels"
-        charts.append(figures.histogram("score", title, objects.scores, "score"))
-    return charts
 
 
 def _quality(metrics: Mapping[str, Any]) -> dict[str, Any] | None:

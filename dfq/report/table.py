@@ -10,10 +10,18 @@ from .cost import cost_of, cost_rows
 from .formats import NOTHING, fixed, mebibytes, percent, text
 from .material import Compared, Material
 
+_ACCURACIES = {
+    "top1": "Top-1 accuracy",
+    "top5": "Top-5 accuracy",
+    "f1_micro": "Micro F1",
+    "f1_macro": "Macro F1",
+}
+"""Figures of a classifier, as the page calls them."""
 
-def _accuracies(measured: Any) -> tuple[str, str]:
+
+def _accuracies(measured: Any) -> tuple[str, ...]:
     """Which figures say how accurate a network is: those of a detector, or of a classifier."""
-    return ("AP", "AP50") if number(measured, "top1") is None else ("top1", "top5")
+    return ("AP", "AP50") if number(measured, "top1") is None else tuple(_ACCURACIES)
 
 
 def measured_AP(material: Material) -> tuple[float | None, float | None]:
@@ -63,7 +71,7 @@ def side_by_side(material: Material) -> dict[str, Any]:
             first, last = number(float_figures, key), number(quantized_figures, key)
             share = percent(last / first) if first and last is not None else ""
             where = f" on {text(measured.get('data'), 80)}" if key == keys[0] else ""
-            add(f"{key}{where}", fixed(first), (fixed(last), share), source)
+            add(f"{_ACCURACIES.get(key, key)}{where}", fixed(first), (fixed(last), share), source)
     closeness = _mapping(material.metrics.get("closeness"))
     for key in ("synthetic", "photos"):
         source = f"metrics.json, closeness.{key}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..evaluation.agreement import REFERENCE_SCORE
+from ..models.detecting import Task
 from ..runs.comparison import number
 
 Light = Literal["green", "amber", "red", "grey"]
@@ -28,14 +29,33 @@ _WORDS: dict[Light, str] = {
     "grey": "Not known how close it is",
 }
 
-RULE = (
-    f"Green: at least {AP_BOUNDS[0]:.0%} of the float network's AP or, where none was measured, "
-    f"{KEPT_BOUNDS[0]:.0%} of its detections above a score of {REFERENCE_SCORE}, above it again; "
-    f"amber: at least {AP_BOUNDS[1]:.0%} or {KEPT_BOUNDS[1]:.0%}; red: less. Measured AP counts "
-    "before photos, photos before synthetic images. Synthetic images alone give no more than amber "
-    "where the network was made on them, or where they are not like those that the network was "
-    "trained on."
+_RULE = (
+    f"Green: at least {AP_BOUNDS[0]:.0%} of the float network's {{metric}} or, where none was "
+    f"measured, {KEPT_BOUNDS[0]:.0%} of {{kept}}; amber: at least {AP_BOUNDS[1]:.0%} or "
+    f"{KEPT_BOUNDS[1]:.0%}; red: less. Measured {{metric}} counts before photos, photos before "
+    "synthetic images. Synthetic images alone give no more than amber where the network was made "
+    "on them, or where they are not like those that the network was trained on."
 )
+
+_WORDING: Mapping[Task, dict[str, str]] = {
+    "detection": {
+        "metric": "AP",
+        "kept": f"its detections above a score of {REFERENCE_SCORE}, above it again",
+        "reached": "AP",
+        "nothing": f"images in which the float network has {FEWEST} detections or more",
+    },
+    "classification": {
+        "metric": "top-1 accuracy",
+        "kept": "the images in its likeliest category",
+        "reached": "a top-1 accuracy of",
+        "nothing": f"{FEWEST} images or more",
+    },
+}
+
+
+def rule_of(task: Task) -> str:
+    """How runs of networks of a task are judged."""
+    return _RULE.format(**_WORDING[task])
 
 
 @dataclass(frozen=True)
@@ -53,38 +73,38 @@ class Verdict:
     why: str
 
 
-def verdict_of(metrics: Mapping[str, Any], AP: tuple[float | None, float | None]) -> Verdict:
+def verdict_of(
+    metrics: Mapping[str, Any],
+    AP: tuple[float | None, float | None],
+    task: Task = "detection",
+) -> Verdict:
     """The verdict on a run.
 
     Args:
         metrics: the run's.
-        AP: of the float and of the low-bit network, where measured.
+        AP: of the float and of the low-bit network, where measured; of classifiers, top-1 accuracy.
+        task: of the network.
     """
     before, after = AP
     if before and after is not None:
-        measured = metrics.get("evaluation")
-        float_figures = measured.get("float") if isinstance(measured, Mapping) else None
-        metric = "AP" if number(float_figures, "top1") is None else "a top-1 accuracy of"
         return _of(
             _light(after / before, AP_BOUNDS),
-            f"It reaches {metric} {after:.3f}, and the float network {before:.3f}: "
-            f"{after / before:.1%} of it, measured against labels.",
+            f"It reaches {_WORDING[task]['reached']} {after:.3f}, and the float network "
+            f"{before:.3f}: {after / before:.1%} of it, measured against labels.",
         )
     closeness = metrics.get("closeness")
     closeness = closeness if isinstance(closeness, Mapping) else {}
     for where, images in (("photos", "real photos"), ("synthetic", "synthetic images")):
         values = closeness.get(where)
-        objects, kept = number(values, "objects"), number(values, "kept_above")
-        classified = number(values, "same") is not None
-        if classified:
-            objects, kept = number(values, "images"), number(values, "same")
+        names = ("images", "same") if task == "classification" else ("objects", "kept_above")
+        objects, kept = (number(values, name) for name in names)
         if objects is None or kept is None or objects < FEWEST:
             continue
         kept_of = (
             f"it has {kept:.0f} of the float network's {objects:.0f} detections above a score of "
             f"{REFERENCE_SCORE} above that score too"
         )
-        if classified:
+        if task == "classification":
             kept_of = f"in {kept:.0f} of {objects:.0f} it finds the float network's category"
         light = _light(kept / objects, KEPT_BOUNDS)
         if where == "photos":
@@ -102,8 +122,8 @@ def verdict_of(metrics: Mapping[str, Any], AP: tuple[float | None, float | None]
         return _of(light, f"{why}. How close it is on other images was not measured.")
     return _of(
         "grey",
-        f"Nothing was measured on images in which the float network has {FEWEST} detections or "
-        "more. Try it on photos: dfq eval --against FLOAT --data PHOTOS.",
+        f"Nothing was measured on {_WORDING[task]['nothing']}. Try it on photos: dfq eval "
+        "--against FLOAT --data PHOTOS.",
     )
 
 

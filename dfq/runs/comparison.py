@@ -31,6 +31,7 @@ class Row:
         measured_on: the set that the next ones are of.
         AP_float, AP_quantized: fractions in [0, 1].
         AP_kept: their ratio.
+        top1_float, top1_quantized, top1_kept: the same of classifiers.
         weight_bytes, float_weight_bytes: what the weights take at their bits, and as floats.
     """
 
@@ -49,6 +50,21 @@ class Row:
     AP_kept: float | None
     weight_bytes: int
     float_weight_bytes: int
+    top1_float: float | None = None
+    top1_quantized: float | None = None
+    top1_kept: float | None = None
+
+    @property
+    def metric(self) -> str:
+        """What was measured."""
+        return "AP" if self.top1_quantized is None else "top-1"
+
+    @property
+    def accuracies(self) -> tuple[float | None, float | None, float | None]:
+        """Of the float network and of the quantized one, and their ratio, whatever was measured."""
+        if self.top1_quantized is None:
+            return self.AP_float, self.AP_quantized, self.AP_kept
+        return self.top1_float, self.top1_quantized, self.top1_kept
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -81,7 +97,10 @@ def _row(folder: Path) -> Row:
     metrics = read_metrics(folder)
     measured = metrics.get("evaluation")
     measured = measured if isinstance(measured, dict) else {}
-    before, after = (number(measured.get(name), "AP") for name in ("float", "quantized"))
+    (before, after), top1 = (
+        [number(measured.get(name), figure) for name in ("float", "quantized")]
+        for figure in ("AP", "top1")
+    )
     start_divergence, divergence = _divergence(metrics)
     weights = weight_bytes(layers)
     return Row(
@@ -97,12 +116,19 @@ def _row(folder: Path) -> Row:
         measured_on=_text(measured.get("data")),
         AP_float=before,
         AP_quantized=after,
-        AP_kept=after / before if before and after is not None else None,
+        AP_kept=_ratio(before, after),
         weight_bytes=round(weights),
         float_weight_bytes=round(
             sum(weight_bytes([row]) * FLOAT_BITS / row.weight_bits for row in layers)
         ),
+        top1_float=top1[0],
+        top1_quantized=top1[1],
+        top1_kept=_ratio(*top1),
     )
+
+
+def _ratio(before: float | None, after: float | None) -> float | None:
+    return after / before if before and after is not None else None
 
 
 def _recipe(folder: Path) -> dict[str, Any]:

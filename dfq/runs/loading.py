@@ -6,9 +6,10 @@ from pathlib import Path
 
 from ..data.image_set import is_file
 from ..errors import UserError
-from ..export.opening import is_exported, open_exported
+from ..export.opened import open_exported
+from ..export.opening import is_exported
 from ..models import loading
-from ..models.base import AnyModel, Detecting, Detector, Model
+from ..models.base import AnyModel, Detector, Model, Predicting
 from ..models.loading import require_detector
 from ..models.storage import is_quantized
 from ..models.tensors import read_metadata
@@ -18,8 +19,8 @@ from ..runtime.surroundings import cache_folder
 from .folder import is_run, load_quantized, load_run
 from .inputs import refuse_set
 
-Measurable = Detecting | Model
-"""What can be measured: whatever detects, or a model of either kind."""
+Measurable = Predicting
+"""What can be measured: a model of either task, or an exported file."""
 
 
 def load_detector(source: str | Path, *, trust: bool = False, device: str = "cpu") -> Detector:
@@ -72,25 +73,16 @@ def _load(source: str | Path, *, trust: bool, device: str) -> Model:
     return loading.load_model(source, trust=trust, device=device)
 
 
-def as_detecting(model: str | Path | Detecting, *, trust: bool, device: str) -> Detecting:
-    """What detects, on a device: as it is given, or as it is named: a float detector with weights,
+def as_measurable(model: str | Path | Predicting, *, trust: bool, device: str) -> Predicting:
+    """What predicts, on a device: as it is given, or as it is named: a float model with weights,
     the quantized one of a run folder, or an exported file."""
+    if isinstance(model, Model):
+        return model.to(device)
     if not isinstance(model, str | Path):
-        return model.to(device) if isinstance(model, Detector) else model
+        return model
     # NETWORK@WEIGHTS names two files and is the name of none.
     if is_exported(model) and ("@" not in str(model) or is_file(user_path(model))):
         return open_exported(user_path(model), trust=trust)
-    return require_detector(require_weights(load_model(model, trust=trust, device=device)))
-
-
-def as_measurable(model: str | Path | Detecting | Model, *, trust: bool, device: str) -> Measurable:
-    """What can be measured, on a device: as for `as_detecting`, or a classifier."""
-    if isinstance(model, Model):
-        return model.to(device)
-    if not isinstance(model, str | Path) or (
-        is_exported(model) and ("@" not in str(model) or is_file(user_path(model)))
-    ):
-        return as_detecting(model, trust=trust, device=device)
     return require_weights(load_model(model, trust=trust, device=device))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..data.calibration_set import CalibrationSet
 from ..data.pixels import LabelledImages, Pixels
 from ..errors import DivergedError
-from ..evaluation.measuring import RealSet, main_figure, measured
+from ..evaluation.measuring import RealSet, main_figure, measured, metric_name
 from ..models.base import Model
 from ..models.divergence import divergence_per_image
 from ..ptq.block_io import ROOM
@@ -170,7 +170,10 @@ def ptq_then_qat(
     selected = f"qat: {outcome.selected} weights"
     if outcome.best is not None:
         where = recipe.distillation.select_on
-        selected = f"qat: epoch {outcome.best[0]}, the best by AP on the real images of {where}"
+        selected = (
+            f"qat: epoch {outcome.best[0]}, the best by {metric_name(student.task)} on the real "
+            f"images of {where}"
+        )
     return QuantizationResult(student, outcome, f"{selected}; but {worse}" if worse else selected)
 
 
@@ -188,7 +191,10 @@ def _train(
     settings = recipe.distillation
     evaluator = None
     if select_on is not None:
-        run.log(f"weights are selected by AP on {settings.select_on}: not data-free")
+        run.log(
+            f"weights are selected by {metric_name(student.task)} on {settings.select_on}: "
+            "not data-free"
+        )
         evaluator = evaluator_on(select_on, recipe)
     trainer = Trainer(
         student,
@@ -238,7 +244,7 @@ def evaluator_on(images: RealSet, recipe: Recipe) -> Callable[[Model], float]:
 
     def evaluator(student: Model) -> float:
         figures = measured(student, images, image_size=recipe.evaluation.image_size)
-        accuracy: float = getattr(figures, main_figure(figures))
+        accuracy: float = getattr(figures, main_figure(student.task))
         return accuracy if math.isfinite(accuracy) else 0.0
 
     return evaluator

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dfq.export.exported import ExportedModel, ExportInfo
+from dfq.export.exported import ExportedDetector, ExportInfo
 from dfq.models.base import Detections, Detector
 
 
-class ExportedDouble(ExportedModel):
+class ExportedDouble(ExportedDetector):
     """Takes only what its file says: a side of its own, and just so many images.
 
     Attributes:

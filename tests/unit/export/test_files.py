@@ -19,7 +19,8 @@ from dfq.api.export import choose
 from dfq.errors import UserError
 from dfq.export import writers
 from dfq.export.counting_openvino import count_openvino
-from dfq.export.opening import OpenVinoFile, open_exported
+from dfq.export.opened import open_exported
+from dfq.export.opening import OpenVinoFile
 from dfq.graph.fold_batchnorm import fold
 from dfq.quantization.bit_widths import parse_widths
 from dfq.quantization.calibration import calibrate

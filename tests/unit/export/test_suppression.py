@@ -11,7 +11,7 @@ from support.tiny_detector import blobs, tiny_detector
 import dfq
 from dfq import export
 from dfq.errors import UserError
-from dfq.export.opening import open_exported
+from dfq.export.opened import open_exported
 
 # Files of the runtimes, which take their time.
 pytestmark = pytest.mark.e2e

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dfq import export
 from dfq.api.export import describe_export
 from dfq.errors import UserError
-from dfq.export.opening import open_exported
+from dfq.export.opened import open_exported
 from dfq.export.program import build
 from dfq.export.writers import write
 from dfq.graph.fold_batchnorm import fold

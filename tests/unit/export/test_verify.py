@@ -218,7 +218,15 @@ def test_images_without_labels_tell_how_much_agrees(made: Path, scenes: Path) ->
 
 
 def test_a_drop_of_accuracy_counts(made: Path, scenes: Path) -> None:
-    from dfq.export.faults import of_accuracy
+    from dfq.export import faults
+    from dfq.export.verify import DetectionAccuracy
+
+    def of_accuracy(
+        file: float, reference: float, most: float, between: tuple[float, float] | None = None
+    ) -> list[str]:
+        return faults.of_accuracy(
+            DetectionAccuracy("set", 8, file, reference, difference=between), most
+        )
 
     assert of_accuracy(0.5, 0.5031, 0.003)
     assert not of_accuracy(0.5, 0.5029, 0.003)

@@ -18,7 +18,8 @@ from support.toys import exported, policy_of
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
-from dfq.export.opening import LiteRtFile, open_exported
+from dfq.export.opened import open_exported
+from dfq.export.opening import LiteRtFile
 from dfq.export.program import build
 from dfq.export.structure import structure_faults
 from dfq.graph.fold_batchnorm import fold
