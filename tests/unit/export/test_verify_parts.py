@@ -14,7 +14,7 @@ from dfq.export.layouts import Candidates, candidates, choose
 from dfq.export.movement import Group, Moved, moved, same_number
 from dfq.export.parity import distance, parity
 from dfq.export.ranges import GridObserver
-from dfq.export.verify import Accuracy, Verification
+from dfq.export.verify import DetectionAccuracy, Verification
 from dfq.models.base import Detections
 
 # Files of the runtimes, which take their time.
@@ -234,4 +234,4 @@ def test_a_file_that_nothing_was_compared_of_is_not_called_good() -> None:
     assert "good" not in summary(moved=_of_all(0, 0))
     assert "--data" in summary(moved=_of_all(0, 0))
     assert "good" in summary(moved=_of_all(3, 3))
-    assert "good" in summary(accuracy=Accuracy("set", 2, AP=0.5))
+    assert "good" in summary(accuracy=DetectionAccuracy("set", 2, AP=0.5))
