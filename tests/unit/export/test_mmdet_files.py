@@ -13,7 +13,7 @@ from support.small_mmdet import SIDE, enliven, write_config
 from torch import Tensor, nn
 
 from dfq.api.export import describe_export
-from dfq.export.opening import Opened, open_exported
+from dfq.export.opened import OpenedDetector, open_exported
 from dfq.export.parity import WITHIN_ONE, distance
 from dfq.export.program import Program, build
 from dfq.export.reference import reference_outputs
@@ -74,7 +74,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def test_backbone_neck_and_heads_are_what_the_programs_are(made: Made) -> None:
     opened = open_exported(made.path, threads=1)
-    assert isinstance(opened, Opened)
+    assert isinstance(opened, OpenedDetector)
     if opened.info.runtime != "onnxruntime":
         pytest.xfail(
             "the first stage's features are up to 3.6 steps off, for a reason not yet known"
