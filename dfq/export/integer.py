@@ -84,11 +84,24 @@ class _Interpreter(fx.Interpreter):
             if node.target is QUANTIZE and len(node.args[0].users) == 1
         }
         """Operations whose only consumer puts them on a grid."""
+        self.rectified = {
+            relu.args[0]
+            for relu in list(self.fused)
+            if relu.target is _ATEN.relu.default
+            and relu.args[0].target is _ATEN.add.Tensor
+            and len(relu.args[0].users) == 1
+        }
+        """Sums that a ReLU and a quantize follow, all one operation."""
+        for total in self.rectified:
+            (relu,) = total.users
+            self.fused[total] = self.fused[relu]
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op != "call_function":
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if n.target is _ATEN.relu.default and isinstance(args[0], _Done):
+            return args[0]
         if n.target is DEQUANTIZE:
             grid: Grid = tuple(args[1:6])
             scale = self.kernels.scale(grid)
@@ -203,7 +216,8 @@ class _Requantizing(_Interpreter):
             a, b = args[:2]
             if isinstance(a, OnGrid) and isinstance(b, OnGrid):
                 kernel = kernels.multiply if target is _ATEN.mul.Tensor else kernels.add
-                return kernel(a, b, grid)
+                integers = kernel(a, b, grid)
+                return integers.clamp(min=grid[1]) if n in self.rectified else integers
         return super()._kernel(n, args, grid)
 
 
@@ -213,24 +227,6 @@ class _FloatBetween(_Interpreter):
     def __init__(self, program: Program, kernels: OpenVinoKernels) -> None:
         super().__init__(program)
         self.kernels: OpenVinoKernels = kernels
-        self.rectified = {
-            relu.args[0]
-            for relu in list(self.fused)
-            if relu.target is _ATEN.relu.default
-            and relu.args[0].target is _ATEN.add.Tensor
-            and len(relu.args[0].users) == 1
-        }
-        """Sums that a ReLU and a quantize follow, all one operation."""
-        for total in self.rectified:
-            (relu,) = total.users
-            self.fused[total] = self.fused[relu]
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.target is _ATEN.relu.default and n.args[0] in self.rectified:
-            (done,), _ = self.fetch_args_kwargs_from_env(n)
-            if isinstance(done, _Done):
-                return done
-        return super().run_node(n)
 
     def _kernel(self, n: fx.Node, args: Any, grid: Grid) -> Tensor | None:
         if n.target in _LAYERS or n.target in _ACTIVATIONS:

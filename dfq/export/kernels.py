@@ -9,6 +9,9 @@ from torch import Tensor
 
 from .on_grid import Grid, OnGrid, clamped, fused, single
 
+_FINEST, _COARSEST = 2.0**-8, 2.0**7
+"""Quotients of two steps that XNNPACK goes from one grid to the other with."""
+
 
 class OnnxRuntimeKernels:
     """What onnxruntime's integer kernels compute, float32 factors and all."""
@@ -82,6 +85,16 @@ class LiteRtKernels(OnnxRuntimeKernels):
         total = 2.0 ** (shift - 1) - factors[0] * a.zero_point - factors[1] * b.zero_point
         total = total + a.integers * factors[0] + b.integers * factors[1]
         return clamped(torch.floor(total / 2.0**shift) + grid[1], grid)
+
+    def move(self, x: OnGrid, grid: Grid) -> Tensor:
+        ratio = x.scale / single(grid[0])
+        if not _FINEST <= float(ratio) <= _COARSEST:
+            # Not XNNPACK's.
+            return super().move(x, grid)
+        # Fixed point of 8 bits behind the point, rounded half up.
+        factor = torch.round(256 * ratio).double()
+        steps = ((x.integers - x.zero_point) * factor + 128) / 256
+        return clamped(steps.floor() + grid[1], grid)
 
     def average(
         self, x: OnGrid, function: Callable[[Tensor], Tensor], grid: Grid, *, pools: bool

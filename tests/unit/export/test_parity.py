@@ -303,6 +303,38 @@ def test_channels_that_vanish_are_computed_all_the_same(
         assert np.abs(found - wanted.numpy()).max() <= 1.05 * step_of(wanted)
 
 
+class Rectified(nn.Module):
+    """A sum behind which a ReLU stands, as at the end of a residual block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.act, self.out = nn.ReLU(), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.out(self.act(x + self.conv(x)))
+
+
+def test_a_sum_and_the_relu_behind_it_are_one_kernel(tmp_path: Path) -> None:
+    """Half of the sums lie half-way between two integers here, and LiteRT rounds those up."""
+    torch.manual_seed(1)
+    student = quantized(Toy(Rectified()), "litert", (8, 8))
+    grids = {
+        name: quantizer
+        for name, quantizer in output_quantizers(student.module)
+        if not name.startswith("out.")
+    }
+    step = max(quantizer.log_scale.exp().max() for quantizer in grids.values())
+    for name, quantizer in grids.items():
+        quantizer.initialise(step.reshape(1) * (1 if name.endswith("output_quantizer") else 2))
+    program, path = exported(student, "litert", tmp_path, (8, 8))
+    image = images(1, seed=3)
+    (wanted,) = run_in_integers(program, image, "litert").values()
+    (given,) = open_file(path, threads=1).run(image.numpy()).values()
+    assert np.abs(given - wanted.numpy()).max() < 1e-5
+
+
 def test_a_sum_that_litert_cannot_add_is_refused(tmp_path: Path) -> None:
     student = quantized(toy("residual"), "litert", (8, 8))
     exported(student, "litert", tmp_path, (8, 8))
