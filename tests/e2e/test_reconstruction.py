@@ -107,7 +107,8 @@ def test_auto_keeps_what_is_closest_on_held_out_images(place: Path, model: Path)
     # Each is finite, and none is another's.
     candidates = metrics["candidates"]
     assert set(candidates) == {"gptq", "best", "qat"}
-    closest = min(candidates, key=candidates.__getitem__)
+    # Of equals the simplest: where reconstruction came no closer, it is the start.
+    closest = min(("gptq", "best", "qat"), key=candidates.__getitem__)
     assert f"kept: {closest}" in result.output
     assert metrics["selected"].startswith("qat") == (closest == "qat")
 

@@ -155,6 +155,9 @@ def objects_of(targets: Tensor, image_shape: tuple[int, int], rule: Rule) -> Obj
     numbers, boxes = targets[:, :2].long(), targets[:, 2:6] * size
     image, sides = numbers[:, 0], boxes @ corners
     absent = (sides[:, 4] <= 0) | (image < 0)
+    # Ultralytics goes by way of the corners: on the very edge of a box the last bit decides.
+    starts, ends = sides[:, :2], sides[:, 2:4]
+    boxes = torch.cat([(ends - starts) * 0.5, ends + starts], 1)
     reach = torch.maximum(boxes, least) @ corners[:, :4]
     # ~i = -1 - i.
     image = image ^ (image >> 63)

@@ -114,8 +114,8 @@ def test_evaluation_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     def stop(*_: object, **__: object) -> None:
         raise UserError("far enough")
 
-    monkeypatch.setattr("dfq.api.evaluate.open_set", lambda _: [])
-    monkeypatch.setattr("dfq.api.evaluate.evaluate_detector", stop)
+    monkeypatch.setattr("dfq.api.evaluate.open_labelled", lambda *_: [])
+    monkeypatch.setattr("dfq.api.evaluate.measured", stop)
     assert isinstance(student, Detector)
     with pytest.raises(UserError, match="far enough"):
         evaluate(student, "set", progress=Told())
