@@ -63,6 +63,17 @@ def same(one: list[Detections], other: list[Detections], *, pixels: float) -> No
         assert (ours.scores - theirs.scores).abs().max() < pixels / 10
 
 
+def clear_threshold(detector: Any, batch: torch.Tensor) -> float:
+    """A score near 0.02 in the widest gap there, where the last bits of no detection decide."""
+    found = detector.detect(batch, score_threshold=0.015)
+    scores = torch.cat([one.scores for one in found]).sort().values
+    near = scores[scores < 0.04]
+    if len(near) < 2:
+        return 0.02
+    widest = int(near.diff().argmax())
+    return float(near[widest : widest + 2].mean())
+
+
 @pytest.mark.parametrize(
     ("name", "format"),
     [
@@ -76,7 +87,8 @@ def test_a_float_file_detects_what_the_network_does(name: str, format: str, tmp_
     detector = detector_of(name)
     path = export(detector, tmp_path / f"x{SUFFIXES[format]}", image_size=SIDE)
     opened = open_exported(path)
-    given, batch = {"score_threshold": 0.02}, images(2)
+    batch = images(2)
+    given = {"score_threshold": clear_threshold(detector, batch)}
     same(opened.detect(batch, **given), detector.detect(batch, **given), pixels=0.05)
     expected = {"maskrcnn_resnet50_fpn": {"heads", "masks"}, "fasterrcnn_mobilenet_v2": {"heads"}}
     parts = expected.get(name, set())
@@ -89,7 +101,11 @@ def test_a_float_file_detects_what_the_network_does(name: str, format: str, tmp_
         )
         assert found.masks is not None
         assert wanted.masks is not None
-        assert (found.masks - wanted.masks).abs().max() < 0.01
+        # Two scores that are nearly equal may change places.
+        others = wanted.labels[:, None] != found.labels
+        order = (torch.cdist(wanted.boxes, found.boxes) + 1e3 * others).argmin(1)
+        assert len(order.unique()) == len(found)
+        assert (found.masks[order] - wanted.masks).abs().max() < 0.01
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", "litert"])
