@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..data.calibration_set import CalibrationSet
 from ..data.class_set import open_photo_set
-from ..data.cropped_images import CroppedImages, require_classes
+from ..data.cropped_images import CroppedImages
 from ..data.pixels import Pixels
 from ..data.training_images import classes_or_photos
 from ..errors import UserError, shown
@@ -83,16 +83,7 @@ def open_squares(data: str | Path, like: Classifying, size: int) -> Squares:
     images = CroppedImages(classes_or_photos(path), like, size)
     if not images.images.names:
         return Squares(images, range(len(images)))
-    require_classes(images)
-    labels = [images.label(index) for index in range(len(images))]
-    measured = [index for index, label in enumerate(labels) if label is not None]
-    return Squares(
-        images,
-        measured,
-        torch.tensor([label for label in labels if label is not None]),
-        images.by_position,
-        images.images.names,
-    )
+    return Squares(images, *images.labelled(), images.by_position, images.images.names)
 
 
 def _of_size(squares: Squares, size: int, where: str) -> Squares:

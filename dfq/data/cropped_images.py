@@ -110,19 +110,21 @@ class CroppedImages:
         category = self.images.files[index][1]
         return self.mapping[category] if category >= 0 else None
 
+    def labelled(self) -> tuple[list[int], Tensor]:
+        """The images with a category that the model has, and these, int64 `(n,)`.
+
+        Raises:
+            UserError: there is none.
+        """
+        labels = {index: self.label(index) for index in range(len(self))}
+        known = {index: label for index, label in labels.items() if label is not None}
+        if not known:
+            raise UserError(f"{self.images.source}: has no image of the model's categories")
+        return list(known), torch.tensor(list(known.values()))
+
     def targets(self, indices: Sequence[int]) -> Targets:
         """Labels whose boxes are the whole image."""
         labels = [self.label(index) for index in indices]
         return Targets.from_per_image(
             [whole_image(torch.tensor([] if label is None else [label])) for label in labels]
         )
-
-
-def require_classes(images: CroppedImages) -> None:
-    """Refuse a set without one image of a category that the model has.
-
-    Raises:
-        UserError: it has none.
-    """
-    if not any(images.label(index) is not None for index in range(len(images))):
-        raise UserError(f"{images.images.source}: has no image of the model's categories")

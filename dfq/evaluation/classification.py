@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.class_set import ClassSet
-from ..data.cropped_images import CroppedImages, require_classes
+from ..data.cropped_images import CroppedImages
 from ..errors import UserError, shown
 from ..models.classifying import Classifying
 from ..models.coco_categories import distinct_names
@@ -132,10 +132,7 @@ def evaluate_classifier(
     size = image_size or model.image_size
     model.check_size(size)
     images = CroppedImages(data, model, size)
-    require_classes(images)
-    labels = [images.label(index) for index in range(len(images))]
-    measured = [index for index, label in enumerate(labels) if label is not None]
-    targets = torch.tensor([label for label in labels if label is not None])
+    measured, targets = images.labelled()
     began = time.monotonic()
     best, done = [], 0
     with images.batches(measured, batch_size) as batches:

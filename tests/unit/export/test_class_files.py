@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper
+from support.onnx_files import SIDE, written
 
 from dfq.errors import UserError
 from dfq.evaluation.classification import paired_interval
@@ -18,23 +18,8 @@ from dfq.export.faults import of_accuracy
 from dfq.export.opening import open_file
 from dfq.models.classifying import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 
-SIDE, CLASSES = 8, 4
+CLASSES = 4
 WEIGHT = np.random.default_rng(0).normal(size=(CLASSES, 3)).astype(np.float32)
-
-
-def written(path: Path, nodes: list[onnx.NodeProto], **constants: np.ndarray) -> Path:
-    """An ONNX file of one input `images` and one output `out`."""
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["n", 3, SIDE, SIDE])],
-        [helper.make_tensor_value_info("out", TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(value, name) for name, value in constants.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
-    model.ir_version = 8
-    onnx.save(model, str(path))
-    return path
 
 
 def classifier(path: Path, *, softmax: bool = False) -> Path:
