@@ -34,7 +34,8 @@ from torch import Generator, Tensor
 from benchmarks.common import benchmark, header, in_turns, line
 from dfq.errors import UserError
 from dfq.kernels import batchnorm, loader, operations
-from dfq.kernels.plain import blanked, mirrored, plain_variation
+from dfq.kernels.grids import add_doubled, halved
+from dfq.kernels.plain import blanked, mirrored, plain_doubled, plain_halved, plain_variation
 from dfq.runtime.malloc import freed_memory_kept
 from dfq.synthesis.augmentation import augmented_view, random_erasing
 from dfq.synthesis.losses.total_variation import squared_variation
@@ -237,11 +238,45 @@ def variations(side: int, images: int, dtype: torch.dtype, compiler: Compiler) -
     yield Part(ways)
 
 
+def scales(side: int, images: int, dtype: torch.dtype, compiler: Compiler) -> Iterator[Part]:
+    """A gradient summed over four coarser grids, and what these move added up on the pixels."""
+    compiler.restart()
+    generator = Generator().manual_seed(0)
+    gradient, pixels = torch.randn(2, images, 3, side, side, generator=generator)
+
+    def way(halve: Function, add: Function) -> Function:
+        def run(gradient: Tensor, pixels: Tensor) -> tuple[Tensor, ...]:
+            grids = [halve(gradient)]
+            for _ in range(3):
+                grids.append(halve(grids[-1]))
+            coarsest = grids[-1].clone()
+            for coarser, finer in zip(grids[:0:-1], grids[-2::-1], strict=True):
+                add(coarser, finer)
+            # Not what is there already: in every turn the same.
+            return coarsest, add(grids[0], pixels.clone())
+
+        return run
+
+    plain = way(plain_halved, lambda grid, out: out.add_(plain_doubled(grid)))
+    ways = {
+        PLAIN: Way(lambda: plain(gradient, pixels)),
+        C: Way(lambda: way(halved, add_doubled)(gradient, pixels)),
+    }
+    compiled = compiler(plain, gradient, pixels)
+    if compiled is not None:
+        ways[COMPILED] = Way(lambda: compiled(gradient, pixels))
+    yield Part(ways, tolerance=1e-5)
+
+
+OF_PIXELS = "variation", "scales"
+"""Of what is computed in float32 whatever the network computes in."""
+
 KERNELS: dict[str, Callable[[int, int, torch.dtype, Compiler], Iterator[Part]]] = {
     "SiLU, moments": functools.partial(layers, silu=True),
     "moments": functools.partial(layers, silu=False),
     "view": views,
     "variation": variations,
+    "scales": scales,
 }
 
 
@@ -337,7 +372,7 @@ def _run(
         f"{C}, ms:", f"{PLAIN} / {C}:", f"{COMPILED} / {C}:", "least to most:", "to compile, s:",
     ))  # fmt: skip
     for kernel in kernels:
-        for dtype in dtypes if kernel != "variation" else ("float32",):
+        for dtype in dtypes if kernel not in OF_PIXELS else ("float32",):
             for side, images in cases:
                 _report(kernel, getattr(torch, dtype), side, images, rounds)
     calls = overhead(100 * rounds)

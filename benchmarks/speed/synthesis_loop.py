@@ -92,7 +92,9 @@ def peak_memory(run: Callable[[], None], device: str) -> float:
 @click.option("--iterations", default=20, show_default=True, help="A round.")
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--threads", type=int, help="Of torch on a CPU.")
+@click.option(
+    "--threads", default=1, show_default=True, help="Of torch on a CPU; a synthesis has one."
+)
 def main(
     model: str,
     sizes: tuple[int, ...],
@@ -101,10 +103,9 @@ def main(
     iterations: int,
     rounds: int,
     device: str,
-    threads: int | None,
+    threads: int,
 ) -> None:
-    if threads:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads)
     detector = load_detector(model, device=device)
     columns = ("bare ms:", "real ms:", "ratio:", "loaded ms:", "ratio:", "real MB:")
     print(header("model", "px:", "batch:", "precision", *columns))

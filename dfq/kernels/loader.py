@@ -33,6 +33,8 @@ _ARGUMENTS = {
     "view": (5, 3),
     "view_backward": (4, 3),
     "variation": (4, 4),
+    "halved": (3, 3),
+    "add_doubled": (3, 3),
 }
 """Of each function: how many pointers, then how many sizes."""
 

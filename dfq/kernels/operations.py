@@ -26,6 +26,8 @@ _SCHEMAS = {
     "view": "(Tensor pixels, Tensor(a!) view, Tensor flipped, Tensor erased) -> ()",
     "view_backward": "(Tensor grad, Tensor(a!) out, Tensor flipped, Tensor erased) -> ()",
     "variation": "(Tensor images, Tensor(a!) gradient, Tensor(b!) sums) -> ()",
+    "halved": "(Tensor images, Tensor(a!) out) -> ()",
+    "add_doubled": "(Tensor grid, Tensor(a!) out) -> ()",
 }
 
 
@@ -51,6 +53,8 @@ def row_step(x: Tensor) -> int | None:
     """How many values lie between the places of `x` `(n, c, h, w)` in memory, its channels side by
     side; None where they do not, or places do not follow each other evenly."""
     count, channels, height, width = x.shape
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return channels
     step, before = None, 1
     for size, stride in ((width, x.stride(3)), (height, x.stride(2)), (count, x.stride(0))):
         if size > 1:
@@ -80,10 +84,21 @@ def _variation(images: Tensor, gradient: Tensor, sums: Tensor) -> None:
     call("variation", images.dtype, (images, gradient, sums, row), *sizes)
 
 
+def _on_planes(name: str) -> Callable[..., None]:
+    def run(images: Tensor, out: Tensor) -> None:
+        count, channels, height, width = images.shape
+        row = images.new_empty(width + 2)
+        call(name, images.dtype, (images, out, row), count * channels, height, width)
+
+    return run
+
+
 _PIXELS: dict[str, Callable[..., None]] = {
     "view": _view,
     "view_backward": _view_backward,
     "variation": _variation,
+    "halved": _on_planes("halved"),
+    "add_doubled": _on_planes("add_doubled"),
 }
 
 _LIBRARY = torch.library.Library("dfq", "DEF")

@@ -113,3 +113,35 @@ void variation_of_float32(const float *restrict pixels, float *restrict out, dou
     sums[2 * n + 1] += inner;
   }
 }
+
+/* Sums of blocks of 2 by 2, `(planes, height / 2, width / 2)`; the rows of a block first. */
+void halved_of_float32(const float *restrict images, float *restrict out, float *restrict line,
+                       ptrdiff_t planes, ptrdiff_t height, ptrdiff_t width) {
+  for (ptrdiff_t row = 0; row < planes * height / 2; row++) {
+    const float *restrict upper = images + 2 * row * width, *restrict lower = upper + width;
+    float *restrict to = out + row * (width / 2);
+    for (ptrdiff_t x = 0; x < width; x++) line[x] = upper[x] + lower[x];
+    for (ptrdiff_t x = 0; x < width / 2; x++) to[x] = line[2 * x] + line[2 * x + 1];
+  }
+}
+
+/* Adds to `out`, `(planes, 2 * height, 2 * width)`, what a grid of half the side is when it is
+ * enlarged bilinearly: three quarters of the nearest and one of the next nearest, in both
+ * directions. A `line` holds width + 2 values. */
+void add_doubled_of_float32(const float *restrict grid, float *restrict out, float *restrict line,
+                            ptrdiff_t planes, ptrdiff_t height, ptrdiff_t width) {
+  for (ptrdiff_t row = 0; row < planes * 2 * height; row++) {
+    ptrdiff_t plane = row / (2 * height), down = row % (2 * height), y = down / 2;
+    ptrdiff_t next = down % 2 ? (y + 1 < height ? y + 1 : y) : (y > 0 ? y - 1 : y);
+    const float *restrict near = grid + (plane * height + y) * width;
+    const float *restrict far = grid + (plane * height + next) * width;
+    float *restrict to = out + row * 2 * width;
+    for (ptrdiff_t x = 0; x < width; x++) line[x + 1] = 0.75f * near[x] + 0.25f * far[x];
+    line[0] = line[1];
+    line[width + 1] = line[width];
+    for (ptrdiff_t x = 0; x < width; x++) {
+      to[2 * x] += 0.75f * line[x + 1] + 0.25f * line[x];
+      to[2 * x + 1] += 0.75f * line[x + 1] + 0.25f * line[x + 2];
+    }
+  }
+}

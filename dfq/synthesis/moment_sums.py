@@ -27,6 +27,8 @@ class Pass:
     def __init__(self, known: Expected) -> None:
         self.known = known
         self.mean, self.var = known.zeros(), known.zeros()
+        # Of all runs at once: a slice for each takes several times as long.
+        self._views: dict[tuple[str, bool], tuple[Tensor, ...]] = {}
         self.counts = [0] * known.count
         self.summed = adds_up(known.mean.device)
 
@@ -38,6 +40,7 @@ class Pass:
             self.var = (self.var / count - away.square()).clamp_min(0)
             self.mean = self.known.mean + away
             self.summed = False
+            self._views.clear()
 
     def extend(self, known: Expected) -> None:
         """Make room for runs that were not known of when the pass began."""
@@ -48,14 +51,37 @@ class Pass:
         self.mean, self.var = torch.cat([self.mean, more], -1), torch.cat([self.var, more], -1)
         self.counts += [0] * missing
         self.known = known
+        self._views.clear()
 
     def channels(self, run: int, group: int) -> tuple[Tensor, Tensor]:
         """Views of the mean and the variance of a run in a group, contiguous, `(channels of the
         run,)` each."""
-        part = self.known.channels[run]
-        if self.known.groups == 1:
-            return self.mean[part], self.var[part]
-        return self.mean[group, part], self.var[group, part]
+        mean, var = self._parts("mean")[run], self._parts("var")[run]
+        return (mean, var) if self.known.groups == 1 else (mean[group], var[group])
+
+    def sums(self, run: int) -> tuple[Tensor, Tensor]:
+        """Views of what `mean` and `var` hold of a run before `finish`, `(groups, channels of the
+        run)` each."""
+        return self._parts("mean", by_group=True)[run], self._parts("var", by_group=True)[run]
+
+    def linear(self, run: int) -> tuple[Tensor, Tensor]:
+        """Views of slope and offset of a run, `(channels of the run,)`, by group where there are
+        several."""
+        return self._parts("slope")[run], self._parts("offset")[run]
+
+    def set_linear(self, slope: Tensor, offset: Tensor) -> None:
+        """The gradient of the moments is known."""
+        self.slope, self.offset = slope, offset
+        self._views.clear()
+
+    def _parts(self, name: str, *, by_group: bool = False) -> tuple[Tensor, ...]:
+        """An attribute by run; `by_group`: with a dimension of groups even where there is one."""
+        key = name, by_group
+        if key not in self._views:
+            values: Tensor = getattr(self, name)
+            values = values.view(self.known.groups, -1) if by_group else values
+            self._views[key] = values.split(self.known.sizes, -1)
+        return self._views[key]
 
     def _count(self) -> Tensor:
         return self.known.counted(tuple(self.counts))
@@ -67,6 +93,7 @@ class Pass:
         away = other.mean - self.mean
         self.var = torch.lerp(self.var, other.var, share) + share * (1 - share) * away.square()
         self.mean = self.mean + share * away
+        self._views.clear()
         self.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
 
     def differentiate(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:

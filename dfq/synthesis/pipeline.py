@@ -34,7 +34,7 @@ from .together import shards_at_once
 from .worker_pool import Workers, worker_count
 
 # Raised when a change of the code changes the images: older sets are then not mistaken for new.
-ALGORITHM = 7
+ALGORITHM = 8
 
 PREVIEW = "preview.png"
 """A grid of the first images with their labels, beside `images/`."""

@@ -24,6 +24,7 @@ from torch import Tensor
 from ..data.calibration_writer import CalibrationWriter
 from ..errors import UserError
 from ..models.base import Model
+from ..runtime.malloc import with_huge_pages
 from .settings import Synthesis
 from .shards import Plan, ShardReport
 
@@ -193,7 +194,8 @@ def _start() -> tuple[Connection, subprocess.Popen[bytes]]:
     """A process of its own rather than one of `multiprocessing`, which would run the caller's
     script a second time."""
     ours, theirs = Pipe()
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = with_huge_pages(os.environ)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     command = [
         sys.executable,
         "-m",

@@ -43,13 +43,11 @@ class _Watch(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.passed, ctx.run, ctx.silu = passed, run, silu
         known = passed.known
-        part = known.channels[run]
         if passed.summed:
-            total, squares = (v.view(known.groups, -1)[:, part] for v in (passed.mean, passed.var))
-            out = grouped_sums(x, known.mean[part], total, squares, silu)
+            out = grouped_sums(x, known.means[run], *passed.sums(run), silu)
         else:
             where = [passed.channels(run, group) for group in range(known.groups)]
-            out = grouped_moments(x, known.mean[part], where, silu)
+            out = grouped_moments(x, known.means[run], where, silu)
         return (out if silu else x.view_as(x)), x.new_empty(0)
 
     @staticmethod
@@ -58,9 +56,8 @@ class _Watch(torch.autograd.Function):
         if token is None:
             through = torch.ops.aten.silu_backward(grad, x) if ctx.silu else grad
             return through, None, None, None
-        channels = ctx.passed.known.channels[ctx.run]
         output_grad = torch.zeros_like(x) if grad is None else grad
-        slope, offset = ctx.passed.slope[..., channels], ctx.passed.offset[..., channels]
+        slope, offset = ctx.passed.linear(ctx.run)
         return grouped_moments_backward(x, output_grad, slope, offset, ctx.silu), None, None, None
 
 
@@ -76,7 +73,7 @@ class _Join(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, mean: Tensor, var: Tensor) -> Any:
         passed = ctx.passed
-        passed.slope, passed.offset = ctx.whole.differentiate(mean, var)
+        passed.set_linear(*ctx.whole.differentiate(mean, var))
         return None, None, *[ctx.token] * ctx.count
 
 
@@ -171,8 +168,12 @@ class BatchNormStatistics:
     def __enter__(self) -> BatchNormStatistics:
         # What calls the network as a whole begins a pass with that; see `forget`.
         self._handles.append(self._module.register_forward_pre_hook(lambda *_: self.forget()))
-        for layer in self._indices:
-            self._handles.append(layer.register_forward_pre_hook(self._tap))
+        for layer, index in self._indices.items():
+            if layer in self._fused:
+                # A hook on each would take as long as the SiLU of a small layer.
+                layer.forward = functools.partial(self._come_by, index)
+            else:
+                self._handles.append(layer.register_forward_pre_hook(self._tap))
         for silu in self._silus if self._fused else ():
             # A hook can follow what a module computes, not take its place.
             silu.forward = functools.partial(self._activate, silu.forward)
@@ -183,6 +184,8 @@ class BatchNormStatistics:
             handle.remove()
         for silu in self._silus if self._fused else ():
             del silu.forward
+        for layer in self._fused:
+            del layer.forward
         self._handles.clear()
         self.forget()
         self._whole = None
@@ -208,10 +211,11 @@ class BatchNormStatistics:
         self._pass = self._due = None
         self._tokens = {}
 
-    def _tap(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor] | None:
-        if layer in self._fused:
-            self._due = inputs[0], self._indices[layer]
-            return None
+    def _come_by(self, index: int, x: Tensor) -> Tensor:
+        self._due = x, index
+        return x
+
+    def _tap(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
         x = self._watch(inputs[0], self._indices[layer], silu=False)
         return (x.clone() if layer in self._overwritten else x,)
 
@@ -300,10 +304,12 @@ class BatchNormStatistics:
         """Of the last forward pass, for the living channels of what ran first: mean and
         variance, and those of the training data, `(c,)` each. Each pass can be asked once."""
         mean, var, known, ran = self._moments(relative=True)
-        channels = known.channels[ran[0]]
-        alive = known.to_mean[channels] > 0
-        mean, var = mean[channels][alive], var[channels][alive]
-        return mean, var, known.mean[channels][alive], known.var[channels][alive]
+        *moments, factor = (
+            values.split(known.sizes)[ran[0]]
+            for values in (mean, var, known.mean, known.var, known.to_mean)
+        )
+        mean, var, stored_mean, stored_var = (values[factor > 0] for values in moments)
+        return mean, var, stored_mean, stored_var
 
     def _asked(self, relative: bool) -> tuple[Pass, Pass, Expected, dict[int, Tensor]]:
         """The last pass, the one of which the moments count, what is known of them, and tokens of

@@ -106,6 +106,5 @@ class Divergence(torch.autograd.Function):
         slope = 1 - F.threshold(ratio, LEAST, 1.0).reciprocal_()
         slope = slope.mul_(constants.inverse).mul_(pull)
         offset = pull.mul_(ctx.away).mul_(constants.root)
-        ctx.passed.slope = slope
-        ctx.passed.offset = offset.addcmul_(slope, ctx.mean, value=-1)
+        ctx.passed.set_linear(slope, offset.addcmul_(slope, ctx.mean, value=-1))
         return None, None, None, None, *[ctx.token] * ctx.count

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Iterable
 
@@ -60,7 +59,8 @@ class Expected:
         to_mean, to_var: factors of the differences from them.
         run: index of the run a channel belongs to.
         count: the number of runs.
-        channels: by run, where its channels are.
+        sizes: by run, the number of its channels.
+        means: by run, the expected mean, `(channels of the run,)`.
     """
 
     def __init__(
@@ -79,9 +79,8 @@ class Expected:
         self.run, self.count, self.groups = torch.cat(owners), len(owners), groups
         first = torch.arange(groups, device=self.run.device) * self.count
         self._owner = (self.run + first[:, None]).flatten()
-        ends = list(itertools.accumulate(len(mean) for mean in means))
-        self.channels = [slice(end - len(mean), end) for end, mean in zip(ends, means, strict=True)]
-
+        self.sizes = [len(mean) for mean in means]
+        self.means = self.mean.split(self.sizes)
         self._counted: dict[tuple[int, ...], Tensor] = {}
         self._orders: dict[tuple[int, ...], Tensor] = {}
 

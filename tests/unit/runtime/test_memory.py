@@ -6,6 +6,7 @@ Each check runs in a process of its own: what others have left on the heap would
 from __future__ import annotations
 
 import ctypes
+import platform
 import resource
 import subprocess
 import sys
@@ -14,7 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dfq.runtime.malloc import freed_memory_kept
+from dfq.runtime.malloc import freed_memory_kept, with_huge_pages
+
+HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 BYTES = 48 << 20
 """Above what glibc ever keeps by its own rule."""
@@ -90,3 +93,26 @@ def test_memory_that_is_freed_is(check: str) -> None:
 
 if __name__ == "__main__":
     {check.__name__: check for check in CHECKS}[sys.argv[1]]()
+
+
+def test_large_pages_are_asked_for_beside_other_wishes() -> None:
+    assert with_huge_pages({"A": "1"}) == {"A": "1", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    chosen = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}
+    assert with_huge_pages(chosen) == chosen
+
+
+def test_a_process_asks_the_system_for_large_pages() -> None:
+    # glibc before 2.35 does not know of it, and asks only where the system waits to be asked.
+    name, version = platform.libc_ver()
+    known = name == "glibc" and tuple(map(int, version.split("."))) >= (2, 35)
+    asked = known and HUGE.exists() and "[madvise]" in HUGE.read_text()
+    # "hg": of a part of memory, that large pages were asked for.
+    code = "x = bytearray(64 << 20); print(' hg ' in open('/proc/self/smaps').read())"
+
+    def asks(environment: dict[str, str]) -> str:
+        command = [sys.executable, "-c", code]
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    assert (asks({}), asks(with_huge_pages({}))) == ("False", str(asked))
