@@ -25,7 +25,7 @@ from ..quantization.placement import PLACEMENTS
 from ..quantization.policy import Policy
 from ..runs.folder import check_run, is_run
 from ..runs.loading import load_model, require_weights
-from ..runs.set_cache import sets_of
+from ..runs.set_cache import sets_of_run
 from ..runtime.files import require_output_file, user_path
 from ..runtime.surroundings import Report, reporter
 
@@ -57,8 +57,8 @@ def export(
         image_size: side in pixels; None: the detector's own.
         batch: images a call takes; None: any number (not LiteRT).
         int4: ONNX alone: weights of 4 bits and fewer are stored as INT4.
-        data: images to find ranges on, where the run was not made for this runtime; None: the
-            calibration set of its network that the cache has.
+        data: images to find ranges on, where the run was not made for this runtime; None: the set
+            that it was made on, else the one of its network that the cache has.
         nms: ONNX and OpenVINO alone: the runtime's own NMS is part of the file, and leaves out
             detections with lower scores than this; None: what the file gives is before NMS.
         trust: run what is in a checkpoint.
@@ -227,14 +227,16 @@ def _where(policy: Policy) -> str:
 
 
 def range_source(manifest: dict[str, Any], data: str | Path | None) -> str | Path:
-    """What to find a run's ranges on: what is named, else its network's newest set in the cache."""
+    """What to find a run's ranges on: what is named, else the set that it was made on, else its
+    network's newest set in the cache."""
     if data is not None:
         return data
-    sets = sets_of(manifest["identity"]["checkpoint"])
+    sets = sets_of_run(manifest)
     if not sets:
         raise UserError(
-            f"{argument('data')}: ranges have to be found for this runtime, and no calibration "
-            "set of this network is in the cache; name the set or some photos"
+            f"{argument('data')}: ranges have to be found for this runtime, the set that the run "
+            "was made on is not where it was, and no calibration set of this network is in the "
+            "cache; name the set or some photos"
         )
     return sets[0]
 

@@ -22,6 +22,7 @@ from ..runs.folder import Run
 from ..runs.held_out import Looked
 from ..runs.outcome import candidates_sentence, divergence_sentence, kept_sentence
 from ..runs.pipeline import QuantizationResult, measure
+from ..runtime.files import user_path
 from ..runtime.progress import Progress
 from ..runtime.surroundings import versions
 from ..synthesis.quality import quality_of
@@ -113,7 +114,11 @@ def finish(
     from .report import drawing_of
 
     draw = drawing_of(run, metrics, student, layers, teacher, looked.data, photos, progress)
-    run.finish(student, policy, metrics, {"versions": versions()}, draw)
+    extra: dict[str, Any] = {"versions": versions()}
+    if plan.source is not None:
+        # For what is to be found on the same images later.
+        extra["data_path"] = str(user_path(plan.source).absolute())
+    run.finish(student, policy, metrics, extra, draw)
     for line in said:
         run.log(line)
     run.log(f"finished: {selected}")

@@ -25,7 +25,6 @@ from ..models.detecting import Task
 from ..quantization.policy import Policy
 from ..runs.folder import check_run, is_run, load_run
 from ..runs.loading import load_float
-from ..runs.set_cache import sets_of
 from ..runtime.files import reason, user_path, write_json
 from ..runtime.surroundings import Report, reporter
 from .export import digest_of, range_images
@@ -224,7 +223,7 @@ def _reference(
     policy = Policy.from_dict(origin.manifest["policy"])
     if info.runtime == "torch" or is_placed_for(policy, info.runtime):
         return model
-    sources = [*([data] if data is not None else []), *sets_of(origin.checkpoint or "")]
+    sources = [*([data] if data is not None else []), *origin.sets]
     for source in sources:
         with contextlib.suppress(UserError):
             pixels = range_images(model, source)
@@ -232,7 +231,7 @@ def _reference(
                 batches = (batch.float() / 255 for batch in pixels.split(8))
                 return place_for(model, policy, info.runtime, batches)[0]
     notes.append(
-        "parity: not measured, as the images that ranges were found on are not in the cache; "
+        "parity: not measured, as the images that ranges were found on are not where they were; "
         "name them as --data"
     )
     return None

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
+from ..data.calibration_set import CalibrationSet
+from ..errors import UserError, shown
 from ..export.exported import ExportedModel, ExportInfo
 from ..export.opening import RuntimeFile
 from ..export.verify import Verification
 from ..models.base import Model, Predicting
-from ..runs.set_cache import origin_of, sets_of
+from ..runs.set_cache import origin_of, sets_of, sets_of_run
 from ..runtime.progress import Progress
 
 DIAGNOSIS_IMAGES = 64
@@ -40,6 +41,13 @@ class Origin:
     manifest: dict[str, Any] | None = None
     checkpoint: str | None = None
 
+    @property
+    def sets(self) -> list[Path]:
+        """Images that there are for it, see `sets_of_run`."""
+        return (
+            sets_of(self.checkpoint or "") if self.manifest is None else sets_of_run(self.manifest)
+        )
+
     def is_source_of(self, info: ExportInfo) -> bool:
         """Whether the file was exported from this very model."""
         model = None if self.manifest is None else self.manifest["model_sha256"]
@@ -49,7 +57,7 @@ class Origin:
         """The float model, where it is at hand."""
         if self.manifest is None:
             return self.model
-        for folder in sets_of(self.checkpoint or ""):
+        for folder in self.sets:
             with contextlib.suppress(UserError):
                 return origin_of(folder).load(trust=trust, device="cpu")
         return None
@@ -129,6 +137,13 @@ class Comparing(ABC):
         self, verification: Verification, model: Any, compared: Compared, few: np.ndarray
     ) -> list[str]:
         """Faults that only files of this task have."""
+
+
+def said_of(folder: Path) -> str:
+    """What images nobody named are, for people."""
+    if CalibrationSet.is_one(folder):
+        return f"synthetic images of {shown(folder)}"
+    return f"images of {shown(folder)}, which the run was made on"
 
 
 @contextlib.contextmanager

@@ -26,10 +26,9 @@ from ..export.exported import ExportedModel
 from ..export.opening import RuntimeFile
 from ..export.verify import Verification
 from ..models.classifying import Classifying
-from ..runs.set_cache import sets_of
 from ..runtime.files import user_path
 from ..runtime.progress import Progress
-from .verifying import DIAGNOSIS_IMAGES, Compared, Comparing, Origin, scenes
+from .verifying import DIAGNOSIS_IMAGES, Compared, Comparing, Origin, said_of, scenes
 
 FEWEST = 20
 """Of fewer images, shares say nothing."""
@@ -113,7 +112,7 @@ class ComparingClassifiers(Comparing):
         if data is not None:
             yield open_squares(data, like, size), shown(data)
             return
-        for folder in sets_of(origin.checkpoint) if origin.checkpoint else []:
+        for folder in origin.sets:
             # Of a run of another size.
             with contextlib.suppress(UserError):
                 squares = open_squares(folder, like, size)
@@ -124,7 +123,7 @@ class ComparingClassifiers(Comparing):
                 photos = CroppedImages(open_photo_set(drawn), like, size)
                 yield Squares(photos, range(len(photos))), said
             return
-        yield some, f"synthetic images of {shown(folder)}"
+        yield some, said_of(folder)
 
     def few(self, images: Squares, count: int, model: ExportedModel) -> np.ndarray:
         return images.head(count).numpy()

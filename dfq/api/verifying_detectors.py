@@ -14,7 +14,7 @@ import torch
 from ..data.image_set import ImageSet
 from ..data.letterbox import load_letterboxed
 from ..data.readers import open_set
-from ..errors import shown
+from ..errors import UserError, shown
 from ..evaluation.agreement import kept_of, pseudo_labelled
 from ..evaluation.bootstrap import bootstrap_difference
 from ..evaluation.coco import predict, score
@@ -25,9 +25,8 @@ from ..export.movement import moved
 from ..export.opening import RuntimeFile
 from ..export.verify import DetectionAccuracy, Verification
 from ..models.base import Detecting, Detections
-from ..runs.set_cache import sets_of
 from ..runtime.progress import Progress
-from .verifying import DIAGNOSIS_IMAGES, Compared, Comparing, Origin, scenes
+from .verifying import DIAGNOSIS_IMAGES, Compared, Comparing, Origin, said_of, scenes
 
 
 class ComparingDetectors(Comparing):
@@ -45,13 +44,16 @@ class ComparingDetectors(Comparing):
         if data is not None:
             yield open_set(data), shown(data)
             return
-        sets = sets_of(origin.checkpoint) if origin.checkpoint else []
-        if sets:
-            synthetic = f"synthetic images of {shown(sets[0])}"
-            yield open_set(sets[0]).head(DIAGNOSIS_IMAGES), synthetic
+        for folder in origin.sets:
+            # What a run was made on may have changed since.
+            with contextlib.suppress(UserError):
+                some = open_set(folder).head(DIAGNOSIS_IMAGES)
+                break
+        else:
+            with scenes(model.image_size) as (drawn, said):
+                yield open_set(drawn), said
             return
-        with scenes(model.image_size) as (folder, said):
-            yield open_set(folder), said
+        yield some, said_of(folder)
 
     def few(self, images: ImageSet, count: int, model: ExportedModel) -> np.ndarray:
         some = images.head(count)

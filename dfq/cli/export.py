@@ -32,7 +32,7 @@ from .options import FILE, checkpoint_option, report_user_errors
 )
 @click.option(
     "--data",
-    show_default="the network's set in the cache",
+    show_default="what the run was made on",
     help="Images to find ranges on, where the run was made for another runtime.",
 )
 @click.option(

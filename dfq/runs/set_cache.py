@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..data.calibration_set import CalibrationSet
 from ..data.integrity import require_own_files
@@ -133,6 +134,16 @@ def newest_origin() -> Origin | None:
         if CalibrationSet.is_one(folder):
             return origin_of(folder)
     return None
+
+
+def sets_of_run(manifest: dict[str, Any]) -> list[Path]:
+    """What images there are for a run: the set it was made on, where that was named and is still
+    there, and those of its network in the cache; see `sets_of`."""
+    named = manifest.get("data_path")
+    cached = sets_of(manifest["identity"]["checkpoint"])
+    if not isinstance(named, str) or not Path(named).exists():
+        return cached
+    return [Path(named), *(folder for folder in cached if folder != Path(named))]
 
 
 def sets_of(fingerprint: str) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ from support.verify_files import (
 
 import dfq
 from dfq.demo.scenes import write_coco
+from dfq.errors import UserError
 from dfq.export.counting import count
 from dfq.export.layouts import ForeignModel
 from dfq.export.opening import open_file
@@ -246,17 +248,30 @@ def test_without_a_set_shapes_are_drawn_and_it_is_said(made: Path) -> None:
 
 
 def test_a_run_for_another_runtime(place: Path, made: Path, scenes: Path) -> None:
-    """Its ranges were found anew, and are found again."""
-    dfq.export(made / "run", place / "run.xml", data=scenes)
-    found = dfq.verify(place / "run.xml", made / "run", data=scenes)
+    """Its ranges are found anew, and found again, on the images that it was made on."""
+    dfq.export(made / "run", place / "run.xml")
+    found = dfq.verify(place / "run.xml", made / "run")
+    assert found.images.endswith("scenes, which the run was made on")
     assert found.parity is not None
     assert found.faults == []
     assert found.integers.share_of_macs > 0.98
     assert "OpenVINO" in found.integers.counted_from
-    # On other images they would be others.
-    other = dfq.verify(place / "run.xml", made / "run")
+    # On other images they are others.
+    write_coco(place / "others", 4, 160, first_seed=99)
+    dfq.export(made / "run", place / "other.xml", data=place / "others")
+    other = dfq.verify(place / "other.xml", made / "run")
     assert other.parity is None
     assert any("parity: not measured" in note for note in other.notes)
+
+
+def test_a_run_whose_images_are_gone_asks_for_others(place: Path, made: Path) -> None:
+    shutil.copytree(made / "run", place / "run")
+    manifest = json.loads((place / "run" / "manifest.json").read_text())
+    manifest["data_path"] = str(place / "gone")
+    (place / "run" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="was made on is not where it was"):
+        dfq.export("run", "run.xml")
+    assert not (place / "run.xml").exists()
 
 
 def test_what_does_not_belong_together_is_refused(place: Path, made: Path, other: Path) -> None:
