@@ -87,6 +87,7 @@ class FoldedBatchNorm(nn.Identity):
         mean, var: running statistics of x, `(channels,)`.
         factor: gamma / sqrt(var + eps), `(channels,)`.
         shift: beta, `(channels,)`.
+        eps: what was added to the variance.
     """
 
     mean: Tensor
@@ -94,8 +95,11 @@ class FoldedBatchNorm(nn.Identity):
     factor: Tensor
     shift: Tensor
 
-    def __init__(self, mean: Tensor, var: Tensor, factor: Tensor, shift: Tensor) -> None:
+    def __init__(
+        self, mean: Tensor, var: Tensor, factor: Tensor, shift: Tensor, eps: float
+    ) -> None:
         super().__init__()
+        self.eps = eps
         # Buffers follow the module to its device; not persistent, so that state dicts of folded
         # networks hold weights only.
         for name, value in (("mean", mean), ("var", var), ("factor", factor), ("shift", shift)):
@@ -132,7 +136,7 @@ def fold_batchnorm(module: nn.Module, run: Callable[[], object]) -> list[str]:
         conv.weight = nn.Parameter(conv.weight * factor[:, None, None, None], requires_grad)
         conv.bias = nn.Parameter(bias, requires_grad)
         parent, _, leaf = bn_name.rpartition(".")
-        folded_bn = FoldedBatchNorm(bn.running_mean, bn.running_var, factor, shift)
+        folded_bn = FoldedBatchNorm(bn.running_mean, bn.running_var, factor, shift, bn.eps)
         setattr(module.get_submodule(parent), leaf, folded_bn.train(bn.training))
         folded.append(bn_name)
     return folded

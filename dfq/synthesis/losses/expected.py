@@ -12,6 +12,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...graph.fold_batchnorm import FoldedBatchNorm
 
+CONSTANT = 1e-4
+"""Of eps: a channel with less variance gives the same whatever the image, to 1 % of its gamma, and
+has no spread that a difference could be measured in."""
+
 
 def expected_statistics(
     layer: _BatchNorm | FoldedBatchNorm, *, relative: bool
@@ -40,7 +44,8 @@ def expected_statistics(
     to_mean, to_var = inverse, inverse.square()
     if relative:
         spread, root = stored + 1e-5, math.sqrt(len(stored))
-        to_mean, to_var = to_mean * spread.rsqrt() / root, to_var / spread / root
+        varies = (stored >= CONSTANT * layer.eps) / root
+        to_mean, to_var = to_mean * spread.rsqrt() * varies, to_var / spread * varies
     return mean, var, to_mean, to_var
 
 

@@ -220,6 +220,6 @@ def test_the_absolute_form_is_the_mean_over_all_convolutions_and_batchnorms(
 
 def test_channels_that_batchnorm_switches_off_do_not_count_before_it() -> None:
     zero, one = torch.zeros(2), torch.ones(2)
-    net = nn.Sequential(FoldedBatchNorm(zero, one, torch.tensor([0.5, 0.0]), zero))
+    net = nn.Sequential(FoldedBatchNorm(zero, one, torch.tensor([0.5, 0.0]), zero, 1e-5))
     ours, theirs = {"0": torch.ones(1, 2, 1, 1)}, {"0": torch.zeros(1, 2, 1, 1)}
     assert float(absolute_distance(ours, theirs, net)) == pytest.approx((2**2 + 0) / 2)

@@ -218,7 +218,7 @@ class _Residual(nn.Module):
         super().__init__()
         ones = torch.ones(3)
         self.conv = nn.Conv2d(3, 3, 3, padding=1)
-        self.norm = FoldedBatchNorm(0.1 * ones, 2 * ones, 0.5 * ones, 0.2 * ones)
+        self.norm = FoldedBatchNorm(0.1 * ones, 2 * ones, 0.5 * ones, 0.2 * ones, 1e-5)
         self.in_place = in_place
 
     def forward(self, x: Tensor) -> Tensor:
@@ -315,6 +315,43 @@ def test_divergences_are_those_of_gaussians(folded: bool) -> None:
     (gradient,) = torch.autograd.grad(found.sum(), images)
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(gradient, wanted, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_channel_that_never_varied_says_nothing(folded: bool) -> None:
+    """Its spread is zero, and no rounding error is to count as thousands of it."""
+    network, images = small_network(), torch.rand(4, 3, 9, 9)
+    convolution, norm = network[0], network[1]
+    with torch.no_grad():
+        convolution.weight[2], norm.running_var[2] = 0.0, 0.0
+        norm.running_mean[2] = convolution.bias[2] + 1e-4
+    if folded:
+        fold_batchnorm(network, lambda: network(images))
+    with BatchNormStatistics(network) as statistics:
+        network(images)
+        with_it = statistics.divergences()
+        network(images)
+        statistics.gather()
+        ((_, shift_told, _), *_) = statistics.compared()
+    living = torch.tensor([0, 1, 3, 4, 5])
+    var, mean = torch.var_mean(convolution(images), (0, 2, 3), correction=0)
+    known_mean, known_var = norm.running_mean, norm.running_var
+    if folded:
+        known_mean, known_var = network[1].shift, network[1].var * network[1].factor.square()
+    ratio = (var / known_var)[living]
+    shift = ((mean - known_mean).square() / known_var)[living]
+    wanted = 0.5 * (ratio + shift - 1 - ratio.log()).mean()
+    torch.testing.assert_close(with_it[0], wanted, rtol=1e-3, atol=1e-5)
+    assert shift_told < 10
+
+
+def test_statistics_that_were_lost_are_refused() -> None:
+    network = small_network()
+    for layer in network.modules():
+        if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            layer.running_var.zero_()
+    with pytest.raises(UserError, match="running variances of zero"):
+        BatchNormStatistics(network)
 
 
 def test_a_channel_whose_gamma_has_died_says_nothing() -> None:
