@@ -177,6 +177,32 @@ def check_kinds(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], s
             )
 
 
+def refuse_pruned(
+    expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str
+) -> None:
+    """Refuse tensors of a network whose channels were cut: its description knows nothing of that,
+    and the network cannot be built.
+
+    Raises:
+        UserError: names and dimensions are those of the network, and some sides are smaller.
+    """
+    smaller = []
+    for name, tensor in expected.items():
+        cut = tensors.get(name)
+        if cut is None or cut.ndim != tensor.ndim:
+            return
+        if cut.shape != tensor.shape:
+            if any(ours > theirs for ours, theirs in zip(cut.shape, tensor.shape, strict=True)):
+                return
+            smaller.append(f"{name} is {tuple(cut.shape)}, not {tuple(tensor.shape)}")
+    if smaller:
+        raise UserError(
+            f"{source} was pruned: {len(smaller)} of its tensors are smaller than the checkpoint's "
+            f"own description says ({smaller[0]}), and dfq builds networks from that; name the "
+            "checkpoint from before pruning, or train one that its description makes as narrow"
+        )
+
+
 def _kind(tensor: Tensor) -> str:
     layout = "" if tensor.layout == torch.strided else f"{tensor.layout} ".replace("torch.", "")
     return f"{layout}{str(tensor.dtype).removeprefix('torch.')}"

@@ -14,7 +14,7 @@ from ..checkpoint import Checkpoint, attribute, find_model, modules_of, state_di
 from ..coco_categories import COCO_NAMES
 from ..metadata import image_side, listed_names
 from ..rebuilt import Changes, check_layers, take_over_activations
-from ..tensors import check_kinds
+from ..tensors import check_kinds, refuse_pruned
 from .resolve import ULTRALYTICS_VERSION
 
 
@@ -101,6 +101,7 @@ def load_strictly(module: nn.Module, checkpoint: Checkpoint) -> Changes:
                 )
     # Before the shapes are compared: an activation may have weights of its own.
     changes = take_over_activations(module, model, source)
+    refuse_pruned(module.state_dict(), state, source)
     wrong = _differences(module.state_dict(), state)
     if wrong:
         root = checkpoint.root

@@ -12,7 +12,7 @@ from ..activations import describe, known
 from ..checkpoint import Checkpoint, Inert, attribute, class_of, modules_of, state_dict_of
 from ..metadata import image_side, listed_names, require_names
 from ..rebuilt import check_layers, take_over_activations
-from ..tensors import check_kinds, sound
+from ..tensors import check_kinds, refuse_pruned, sound
 from .blocks import BN_EPS
 from .network import YOLOv5Network
 
@@ -127,6 +127,7 @@ def load(network: YOLOv5Network, model: Inert | nn.Module, checkpoint: Checkpoin
     # Activations may have weights; a checkpoint's may differ past its description.
     take_over_activations(network, model, source)
     check_kinds(network.state_dict(), state, source)
+    refuse_pruned(network.state_dict(), state, source)
     try:
         network.load_state_dict(state)
     except RuntimeError as error:

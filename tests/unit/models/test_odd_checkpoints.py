@@ -289,3 +289,27 @@ def test_mutations_by_chance(seed: int, tmp_path: Path) -> None:
                 # Something above it is already another thing.
                 continue
         tried(small_ultralytics.save(model, tmp_path / "odd.pt"))
+
+
+def pruned(model: nn.Module) -> None:
+    """Cuts the last channel between the first two layers."""
+    first, second = model.get_submodule("model.0"), model.get_submodule("model.1.conv")
+    conv, norm = first.get_submodule("conv"), first.get_submodule("bn")
+    for layer, name in ((conv, "weight"), (norm, "weight"), (norm, "bias")):
+        setattr(layer, name, nn.Parameter(getattr(layer, name).detach()[:-1].clone()))
+    for name in ("running_mean", "running_var"):
+        setattr(norm, name, getattr(norm, name)[:-1].clone())
+    second.weight = nn.Parameter(second.weight.detach()[:, :-1].clone())
+
+
+@pytest.mark.parametrize("family", ["ultralytics", "yolov5"])
+def test_a_pruned_network_is_called_that(family: str, tmp_path: Path) -> None:
+    path = tmp_path / "pruned.pt"
+    if family == "yolov5":
+        yolov5_files.write(path, lambda model, _: pruned(model))
+    else:
+        model = small_ultralytics.network()
+        pruned(model)
+        small_ultralytics.save(model, path)
+    with pytest.raises(UserError, match=r"pruned.pt was pruned: 6 of its tensors are smaller"):
+        load_detector(path)
