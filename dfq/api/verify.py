@@ -34,6 +34,8 @@ from .verifying_detectors import ComparingDetectors
 
 PARITY_IMAGES = 8
 _RANGE_IMAGES = 8
+MAX_DROP = 0.003
+"""Of AP or top-1 accuracy, below the run in PyTorch, that a file may lose."""
 
 COMPARING: Mapping[Task, Comparing] = {
     "detection": ComparingDetectors(),
@@ -46,7 +48,7 @@ def verify(
     against: str | Path | Model,
     *,
     data: str | Path | None = None,
-    max_drop: float = 0.003,
+    max_drop: float = MAX_DROP,
     threads: int | None = None,
     trust: bool = False,
     progress: Report = None,
@@ -97,6 +99,9 @@ def verify(
     if model.task != origin.model.task:
         check_alike(model, origin.model)
     words = ["dfq", "verify", str(file), "--against", str(origin.model.source)]
+    words += ["--data", str(data)] if data is not None else []
+    words += ["--max-drop", str(max_drop)] if max_drop != MAX_DROP else []
+    words += ["--threads", str(threads)] if threads is not None else []
     verification = Verification(
         file=shown(opened.path.name),
         format=model.info.format,
@@ -106,7 +111,7 @@ def verify(
         against=shown(origin.model.source),
         images="",
         integers=counted,
-        command=shlex.join([*words, *(["--data", str(data)] if data is not None else [])]),
+        command=shlex.join(words),
         notes=notes,
     )
     with contextlib.ExitStack() as stack:

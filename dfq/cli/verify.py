@@ -21,7 +21,7 @@ from .options import FILE, output_file, report_user_errors, write_json_output
 )
 @click.option(
     "--data",
-    show_default="the network's set in the cache",
+    show_default="what the run was made on",
     help="Images to compare on; with labels, AP or top-1 is measured too.",
 )
 @click.option(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -84,8 +85,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_good_file_passes_and_is_described(place: Path, made: Path, scenes: Path) -> None:
     before = contents(made / "run")
     result = command(
-        "verify", made / "run.onnx", "--against", made / "run", "--data", scenes, "--json", "a.json"
-    )
+        "verify", made / "run.onnx", "--against", made / "run", "--data", scenes,
+        "--json", "a.json", "--max-drop", "0.01", "--threads", "1",
+    )  # fmt: skip
     assert result.exit_code == 0, result.output
     last = result.stdout.splitlines()[-1]
     assert last.startswith("run.onnx: good, computes what PyTorch does, ")
@@ -107,7 +109,9 @@ def test_a_good_file_passes_and_is_described(place: Path, made: Path, scenes: Pa
     assert accuracy["reference_AP"] == pytest.approx(
         dfq.evaluate(made / "run", scenes).AP, abs=0.01
     )
-    assert found["command"].startswith("dfq verify ")
+    words = shlex.split(found["command"])
+    assert words[:2] == ["dfq", "verify"]
+    assert words[-6:] == ["--data", str(scenes), "--max-drop", "0.01", "--threads", "1"]
     # What was found stays beside the run, which is as sound as before.
     beside = made / "run" / "exports" / "run.onnx.verify.json"
     assert json.loads(beside.read_text()) == found
