@@ -23,6 +23,7 @@ from torch import Generator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.common import benchmark, header, line
+from benchmarks.speed.bare import bare_pass
 from dfq.models import load_detector
 from dfq.models.base import Model
 from dfq.recipe import load_recipe
@@ -69,9 +70,9 @@ class Counting(TorchDispatchMode):
 class Counted:
     """What was counted of iterations one after the other, and of the bare pass."""
 
-    def __init__(self, detector: Model, *, static: bool) -> None:
+    def __init__(self, detector: Model, *, static: bool, precision: str = "float32") -> None:
         settings = load_recipe(None, [f"synthesis.image_size={SIZE}"]).synthesis
-        settings = settings.model_copy(update={"precision": "float32"})
+        settings = settings.model_copy(update={"precision": precision})
         inversion = Inversion(detector, settings)
         inversion.static = static
         self.iterations: list[Counting] = []
@@ -84,10 +85,9 @@ class Counted:
 
         with mock.patch.object(Iteration, "__call__", watched):
             inversion.optimise(images, labels, STEPS, 0.01, Generator(), stage="full")
-        pixels = images.contiguous(memory_format=torch.channels_last).requires_grad_()
+        run = bare_pass(inversion.detector, images, precision)
         with Counting() as self.bare:
-            levels = inversion.detector.levels(inversion.detector.raw(pixels))
-            torch.autograd.grad(levels, pixels, [torch.ones_like(level) for level in levels])
+            run()
 
     def _counted(self, run: Callable[[], Any]) -> Any:
         with Counting() as counting:
@@ -98,13 +98,17 @@ class Counted:
 
 @benchmark(__doc__)
 @click.option("--model", "models", required=True, multiple=True, help="A file or published name.")
-def main(models: tuple[str, ...]) -> None:
+@click.option(
+    "--precision", default="float32", show_default=True,
+    type=click.Choice(["float32", "bfloat16"]), help="The latter where a processor has it.",
+)  # fmt: skip
+def main(models: tuple[str, ...], precision: str) -> None:
     columns = ("bare:", "iteration:", "compiled:", "ratio:", "with all:", "settling:")
     print(header("model", "shapes", *columns))
     for model in models:
         detector = load_detector(model)
         for static in (False, True):
-            counted = Counted(detector, static=static)
+            counted = Counted(detector, static=static, precision=precision)
             bare = counted.bare.count
             _, usual, *_, last = counted.iterations
             cells = [bare, usual.count + usual.in_place, usual.in_place]

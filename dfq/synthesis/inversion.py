@@ -16,6 +16,7 @@ from ..models.classifying import Classifier
 from ..runtime.precision import computing_in, float32, resolve_precision
 from .adaptive_labels import AdaptiveSampler
 from .augmentation import resized
+from .half_weights import cast_once
 from .iteration import own_stream
 from .labels import applied, label_start, teacher_scores
 from .loop import LAST_STAGE, Loop, Report
@@ -100,6 +101,8 @@ class Inversion:
     @contextlib.contextmanager
     def _watching(self, *generators: Generator) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
+            if self.precision == "bfloat16":
+                stack.enter_context(cast_once(self.detector.module))
             if self.settings.techniques.swing:
                 stack.enter_context(swinging(self.detector.module, generators))
             for watcher in (self.statistics, self.similarity):
@@ -140,8 +143,7 @@ class Inversion:
         """The terms that come from the network: "bn", "first_bn", "entropy" and "task"; scalars, or
         `(shards,)` where there are several."""
         # First, as a network may run layers for the labels that it does not run for the images.
-        task = self._run(images, targets)
-        terms: dict[str, Tensor] = {}
+        task, terms = self._run(images, targets), dict[str, Tensor]()
         if self.statistics is not None:
             terms |= self._bn_terms(self.statistics)
         if self.similarity is not None:

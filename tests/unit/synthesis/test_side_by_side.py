@@ -307,6 +307,16 @@ def test_an_iteration_has_few_operations_more_than_the_bare_pass(
     assert all(0 < part.in_place == counted.bare.silus for part in counted.iterations[1:])
 
 
+def test_in_half_precision_even_with_compiled_functions_counted(
+    published_network: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights are not cast in every pass, as they are in the bare one."""
+    monkeypatch.setattr("dfq.synthesis.inversion.resolve_precision", lambda *_: "bfloat16")
+    counted = Counted(load_detector(published_network), static=True, precision="bfloat16")
+    counts = [part.count + part.in_place for part in counted.iterations[1:]]
+    assert max(counts) <= 1.5 * counted.bare.count
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("shards", [1, 2])
 def test_a_gpu_is_never_waited_for_and_recordings_give_the_same(
