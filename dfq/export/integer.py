@@ -304,6 +304,9 @@ class _FloatBetween(_Interpreter):
             waits = not self._ends_layer(operands[1 - moved])
         else:
             return None
+        # Nor does it for what is as large as the sum only after it is repeated.
+        shapes = {tuple(operand.meta["val"].shape) for operand in operands}
+        waits = waits and len(shapes) == 1
         layer = layers[moved]
         rounds = layer is None or layer.target not in _CONVOLUTIONS or not waits
         return _Sum(moved, any(layers), None if rounds else layer)

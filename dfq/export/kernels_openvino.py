@@ -103,7 +103,7 @@ class OpenVinoKernels:
 
         Args:
             x: what is put in steps of `other`.
-            other: of the same shape.
+            other: of the same shape, or of one that is repeated to it.
             grid: to put the sum on.
             relu: whether a ReLU stands in front of it.
             in_layer: whether a layer gives one of them, and so the sum.

@@ -4,7 +4,7 @@ next to a half now and then."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import pytest
@@ -71,19 +71,19 @@ class Sums(nn.Module):
         super().__init__()
         self.act = nn.SiLU()
         self.stem, self.down = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, 2, padding=1)
-        self.layers = nn.ModuleList(nn.Conv2d(8, 8, 1) for _ in range(5))
+        self.layers = nn.ModuleList(nn.Conv2d(8, 8, 1) for _ in range(6))
         self.outs = nn.ModuleList(nn.Conv2d(8, 4, 1) for _ in range(6))
         self.up, self.pyramid = nn.Upsample(scale_factor=2), Pyramid()
 
     def forward(self, x: Tensor) -> list[Any]:
         levels = self.pyramid(x)
         x = self.act(self.stem(x))
-        first, second, third, fourth = (layer(x) for layer in self.layers[:4])
+        first, second, third, fourth, fifth = (layer(x) for layer in self.layers[:5])
         coarse = self.up(self.act(self.down(x)))
         sums = [
             # Of what others read as well, with an activation function on either side, of layers.
             *(first + coarse, self.act(second) + coarse, (third + coarse).relu()),
-            *(fourth + self.layers[4](x), coarse),
+            *(fourth + self.layers[5](x), coarse, fifth + coarse.mean((2, 3), keepdim=True)),
         ]
         return [levels, [out(total) for out, total in zip(self.outs, sums, strict=False)]]
 
@@ -183,7 +183,7 @@ def test_what_is_concatenated_is_put_on_its_grid_once(made: Made) -> None:
     assert len(quantizing) == 1
 
 
-Other = Literal["grid", "grid read twice", "float", "layer"]
+Other = Literal["grid", "grid read twice", "channel", "float", "layer"]
 
 
 class Summed:
@@ -201,14 +201,15 @@ class Summed:
 
         kernels = OpenVinoKernels()
         shape, generator = (1, 8, 400, 400), np.random.default_rng(1)
+        beside_shape = (1, 8, 1, 1) if other == "channel" else shape
         weight = generator.integers(-127, 128, (8, 8, 1, 1)).astype(np.int8)
         added = generator.uniform(-0.5, 0.5, (1, 8, 1, 1)).astype(np.float32)
         images = [
-            generator.uniform(low, high, shape).astype(np.float32)
-            for low, high in ((-0.3, 15.3), (-12, 8))
+            generator.uniform(-0.3, 15.3, shape).astype(np.float32),
+            generator.uniform(-12, 8, beside_shape).astype(np.float32),
         ]
         of_input, first, second, of_sum = self.grids
-        one, two = (op.parameter(shape, np.float32) for _ in range(2))
+        one, two = op.parameter(shape, np.float32), op.parameter(beside_shape, np.float32)
         node = layer(on_grid(one, of_input), weight, 0.002)
         node = op.add(node, op.constant(added)) if bias else node
         node = on_grid(op.swish(node) if swish else node, first)
@@ -255,14 +256,14 @@ class Summed:
             ).numpy()
             for unrounded in (None, given)
         )
-        if swish or other in ("grid read twice", "layer"):
+        if swish or other in ("grid read twice", "channel", "layer"):
             rounded, self.wanted = self.wanted, rounded
         self.otherwise = rounded
 
 
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize(("swish", "bias"), [(False, True), (False, False), (True, True)])
-@pytest.mark.parametrize("other", ["grid", "grid read twice", "float", "layer"])
+@pytest.mark.parametrize("other", get_args(Other))
 def test_a_sum_that_a_layer_gives(other: Other, swish: bool, bias: bool, relu: bool) -> None:
     """The first of its two grids is left out but for its ends, where the layer waits for what is
     added and no activation function stands in front."""
