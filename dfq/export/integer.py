@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from .kernels import LiteRtKernels, OnnxRuntimeKernels
-from .kernels_openvino import OpenVinoKernels
+from .kernels_openvino import OpenVinoKernels, Unquantized
 from .on_grid import Grid, OnGrid
-from .passes import DEQUANTIZE, KEEPING, QUANTIZE, SPLITTING
+from .passes import DEQUANTIZE, KEEPING, QUANTIZE, SPLITTING, grid_at
 from .program import Program
 
 _ATEN = torch.ops.aten
@@ -36,7 +36,8 @@ ENLARGING = {_ATEN.upsample_bilinear2d.vec, _ATEN.upsample_bilinear2d.default}
 AVERAGES = {_ATEN.avg_pool2d.default, _ATEN.adaptive_avg_pool2d.default, *ENLARGING}
 """Give values between those that they are given."""
 
-_LAYERS = {_ATEN.conv2d.default, _ATEN.conv2d.padding, _ATEN.linear.default}
+_CONVOLUTIONS = {_ATEN.conv2d.default, _ATEN.conv2d.padding}
+_LAYERS = {*_CONVOLUTIONS, _ATEN.linear.default}
 
 _ACTIVATIONS = {_ATEN.silu.default, _ATEN.relu.default}
 """That OpenVINO computes within the layer in front of them."""
@@ -227,11 +228,28 @@ class _FloatBetween(_Interpreter):
     def __init__(self, program: Program, kernels: OpenVinoKernels) -> None:
         super().__init__(program)
         self.kernels: OpenVinoKernels = kernels
+        self.sums = {
+            node: plan
+            for node in self.fused
+            if node.target is _ATEN.add.Tensor and (plan := self._sum_on_grids(node)) is not None
+        }
+        """Sums of operands on different grids, or of a layer's own that is on one already."""
+        self.unrounded: dict[fx.Node, Unquantized] = {
+            plan.unrounded: Unquantized(torch.empty(0))
+            for plan in self.sums.values()
+            if plan.unrounded is not None
+        }
+        """What layers gave before they put it on a grid, where a sum in them is of that."""
 
     def _kernel(self, n: fx.Node, args: Any, grid: Grid) -> Tensor | None:
         if n.target in _LAYERS or n.target in _ACTIVATIONS:
-            return self.kernels.quantize(self._plain(n, args, n.kwargs), grid, in_layer=True)
+            given = self._unquantized(n, args)
+            if n in self.unrounded:
+                self.unrounded[n] = given
+            return self.kernels.quantize_in_layer(given, grid)
         if n.target is _ATEN.add.Tensor:
+            if n in self.sums:
+                return self._add_on_grids(n, args, grid)
             a, b = args[:2]
             if isinstance(a, Tensor) and isinstance(b, OnGrid):
                 a, b = b, a
@@ -249,6 +267,89 @@ class _FloatBetween(_Interpreter):
         factor = (x.scale * weight.scale).view(shape)
         return self.kernels.layer(sums, factor, None if bias is None else bias.view(shape))
 
+    def _unquantized(self, n: fx.Node, args: Any) -> Unquantized:
+        """What a layer, or an activation function, gives before it is put on a grid."""
+        layer = _sums(n, args) if n.target in _CONVOLUTIONS else None
+        if layer is None or layer[3] is not None:
+            return Unquantized(self._plain(n, args, n.kwargs))
+        sums, x, weight, _, shape = layer
+        return Unquantized(sums.float(), (x.scale * weight.scale).view(shape))
+
+    def _add_on_grids(self, n: fx.Node, args: Any, grid: Grid) -> Tensor:
+        plan = self.sums[n]
+        return self.kernels.add_on_grids(
+            args[plan.moved],
+            args[1 - plan.moved],
+            grid,
+            relu=n in self.rectified,
+            in_layer=plan.in_layer,
+            unrounded=None if plan.unrounded is None else self.unrounded[plan.unrounded],
+        )
+
+    def _sum_on_grids(self, n: fx.Node) -> _Sum | None:
+        """How a sum is computed one or both of whose operands are on grids; None where another
+        operation puts the one that is on a grid there, and the other one is on none."""
+        operands = n.args[:2]
+        if not all(isinstance(operand, fx.Node) for operand in operands):
+            return None
+        on_grid = [_is_on_grid(operand) for operand in operands]
+        layers = [self._layer(operand) for operand in operands]
+        if all(on_grid):
+            moved = self._which_moves(operands, layers)
+            # The layer does not wait for what others read as well.
+            waits = len(operands[1 - moved].users) == 1
+        elif any(layers):
+            moved = on_grid.index(True)
+            # Where that comes out of a layer too, the sum is part of the latter.
+            waits = not self._ends_layer(operands[1 - moved])
+        else:
+            return None
+        # Nor does it for what is as large as the sum only after it is repeated.
+        shapes = {tuple(operand.meta["val"].shape) for operand in operands}
+        waits = waits and len(shapes) == 1
+        layer = layers[moved]
+        rounds = layer is None or layer.target not in _CONVOLUTIONS or not waits
+        return _Sum(moved, any(layers), None if rounds else layer)
+
+    def _which_moves(self, operands: Any, layers: list[fx.Node | None]) -> int:
+        """Which of two operands on grids is put in steps of the other."""
+        several = [len(operand.users) > 1 for operand in operands]
+        if several[0] != several[1]:
+            return several.index(False)
+        direct = [layer is not None and layer.target in _CONVOLUTIONS for layer in layers]
+        return direct.index(True) if any(direct) else 0
+
+    def _layer(self, operand: fx.Node) -> fx.Node | None:
+        """What gives a layer's result, the activation function included, where nothing but a sum
+        reads it, and on a grid; None where it is anything else."""
+        if operand.target is not DEQUANTIZE or len(operand.users) > 1:
+            return None
+        quantize = operand.args[0]
+        if quantize.target is not QUANTIZE or len(quantize.users) > 1:
+            return None
+        return quantize.args[0] if self._ends_layer(quantize.args[0]) else None
+
+    def _ends_layer(self, node: fx.Node) -> bool:
+        """Whether a node is a convolution, or the activation function of one, read once."""
+        if node.target in _ACTIVATIONS and len(node.users) == 1:
+            node = node.args[0]
+        return node.target in _CONVOLUTIONS and len(node.users) == 1
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """How OpenVINO adds what is on grids.
+
+    Attributes:
+        moved: place of the operand that is put in steps of the other one, or that has a grid.
+        in_layer: whether a layer gives an operand, and so does the sum.
+        unrounded: what gives that layer's result, where it is added without being rounded.
+    """
+
+    moved: int
+    in_layer: bool
+    unrounded: fx.Node | None
+
 
 def _sums(n: fx.Node, args: Any) -> tuple[Tensor, OnGrid, OnGrid, Tensor | None, list[int]] | None:
     """A layer's integer sums, its operands, and the shape of what is a channel's; None where it is
@@ -260,6 +361,14 @@ def _sums(n: fx.Node, args: Any) -> tuple[Tensor, OnGrid, OnGrid, Tensor | None,
     function = F.linear if linear else F.conv2d
     sums = function(x.integers - x.zero_point, weight.integers, None, *rest)
     return sums, x, weight, bias, [-1] if linear else [-1, 1, 1]
+
+
+def _is_on_grid(node: fx.Node) -> bool:
+    """Whether a tensor is on a grid: as it comes, or joined of such as are on one and the same."""
+    if node.target is _ATEN.cat.default:
+        grids = {grid_at(part) for part in node.args[0]}
+        return len(grids) == 1 and None not in grids
+    return grid_at(node) is not None
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,14 @@ step as its kernels (oneDNN's) take them.
 
 A convolution is an exact sum of integers, times a float32 factor, plus a float32 bias; then comes
 the activation function in float32, by a polynomial of oneDNN's own, and one fused multiplication
-and addition puts the result on the next grid. All of that is deterministic, and done here once
-more, as found on a processor with AVX-512 and AMX; oneDNN has other kernels for others.
+and addition puts the result on the next grid. Without a bias, the factor is a part of that
+multiplication. All of that is deterministic, and done here once more, as found on a processor with
+AVX-512 and AMX; oneDNN has other kernels for others.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,20 +26,34 @@ _NO_SHIFT = 1e-5
 """Of what a quantize adds, the share of the grid below which oneDNN leaves the addition out."""
 
 
+@dataclass(frozen=True)
+class Unquantized:
+    """What a layer gives before it is put on a grid.
+
+    Attributes:
+        values: float32, of any shape.
+        factor: that they are yet to be multiplied with, which the quantize does; None: 1.
+    """
+
+    values: Tensor
+    factor: Tensor | None = None
+
+    def ends(self, grid: Grid) -> tuple[Tensor, Tensor]:
+        """What `values` are at the ends of a grid."""
+        low, high = _ends(grid)
+        return (low, high) if self.factor is None else (low / self.factor, high / self.factor)
+
+
 class OpenVinoKernels:
     """The steps, a method an operation."""
 
-    def quantize(self, x: Tensor, grid: Grid, *, in_layer: bool = False) -> Tensor:
-        """Integers of float32 values, to the nearest even one.
+    def quantize(self, x: Tensor, grid: Grid) -> Tensor:
+        """Integers of float32 values of any shape, to the nearest even one."""
+        return _by_itself(x, *_ends(grid), grid)
 
-        Args:
-            x: of any shape.
-            grid: to put them on.
-            in_layer: whether the layer that gives them does that, as it does where nothing else
-                reads them.
-        """
-        low, high = _ends(grid)
-        return (_in_layer if in_layer else _by_itself)(x, low, high, grid)
+    def quantize_in_layer(self, x: Unquantized, grid: Grid) -> Tensor:
+        """The same, done by the layer that gives the values, as where nothing else reads them."""
+        return _in_layer(x.values, *x.ends(grid), grid)
 
     def scale(self, grid: Grid) -> Tensor:
         """The step that OpenVINO makes of a grid's ends."""
@@ -68,6 +85,54 @@ class OpenVinoKernels:
         total = x.integers.float() + others
         return _by_itself(total.relu() if relu else total, low, high, grid)
 
+    def add_on_grids(
+        self,
+        x: OnGrid,
+        other: OnGrid | Tensor,
+        grid: Grid,
+        *,
+        relu: bool = False,
+        in_layer: bool = False,
+        unrounded: Unquantized | None = None,
+    ) -> Tensor:
+        """A sum of what is on a grid and what is on another one, or on none, put on a third.
+
+        It is computed in steps of `other`, where that is on a grid, else of `x`. oneDNN leaves out
+        the rounding onto the first of two grids in a layer where a sum stands between them, and
+        only cuts off where it ends.
+
+        Args:
+            x: what is put in steps of `other`.
+            other: of the same shape, or of one that is repeated to it.
+            grid: to put the sum on.
+            relu: whether a ReLU stands in front of it.
+            in_layer: whether a layer gives one of them, and so the sum.
+            unrounded: what the layer gave for `x`, where it is added as it is.
+        """
+        assert x.grid is not None
+        levels = single(x.high - x.low)
+        # One rounding error off the zero point, now and then.
+        zero_point = _line(*_ends(x.grid), x.grid)[1]
+        factor, least = single(1), single(0)
+        if isinstance(other, OnGrid):
+            assert other.grid is not None
+            step, others = other.scale, (other.integers - other.low).float()
+            zero = zero_point + _line(*_ends(other.grid), other.grid)[1] * step / x.scale
+            ends = [(end - zero) * (x.scale / step) for end in (single(0), levels)]
+            least, factor = ends[0], (ends[1] - ends[0]) / levels
+        else:
+            step, others = x.scale, (other - zero_point * x.scale) * (1 / x.scale)
+        if unrounded is None:
+            steps = fused(x.integers - x.low, factor, least)
+        else:
+            onto, shift = _line(*unrounded.ends(x.grid), x.grid)
+            steps = fused(unrounded.values, onto * factor, shift * factor + least)
+            steps = steps.clamp(least, fused(levels, factor, least))
+        total = steps + others
+        low, high = (end / step for end in _ends(grid))
+        put = _in_layer if in_layer else _by_itself
+        return put(total.relu() if relu else total, low, high, grid)
+
     def silu(self, x: Tensor) -> Tensor:
         return sigmoid(x) * x
 
@@ -77,14 +142,19 @@ def _ends(grid: Grid) -> tuple[Tensor, Tensor]:
     return single(low - zero_point) * single(scale), single(high - zero_point) * single(scale)
 
 
+def _line(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Factor and shift from values to steps from the least one of a grid between two ends."""
+    levels = single(grid[3] - grid[2])
+    return levels / (high - low), -low * levels / (high - low)
+
+
 def _in_layer(x: Tensor, low: Tensor, high: Tensor, grid: Grid) -> Tensor:
     """Integers, where the layer that gives `x` puts it on the grid."""
-    levels = single(grid[3] - grid[2])
-    factor, shift = levels / (high - low), -low * levels / (high - low)
-    if abs(float(shift)) < float(levels) * _NO_SHIFT:
+    factor, shift = _line(low, high, grid)
+    if float(shift.abs().max()) < float(grid[3] - grid[2]) * _NO_SHIFT:
         # As a scale of the result, which it divides by.
         return _nearest(x * (1 / (1 / factor)), grid)
-    return _nearest(fused(x, factor, shift.expand_as(x)), grid)
+    return _nearest(fused(x, factor, shift), grid)
 
 
 def _by_itself(x: Tensor, low: Tensor, high: Tensor, grid: Grid) -> Tensor:

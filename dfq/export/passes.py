@@ -33,12 +33,12 @@ _RESHAPING = {
     _ATEN.unflatten.int,
 }
 
-_MONOTONE = {
+MONOTONE = {
     *(_ATEN.max_pool2d.default, _ATEN.upsample_nearest2d.vec, _ATEN.upsample_nearest2d.default),
 }
 """Of those, the ones that runtimes compute in integers: rounding before them is rounding after."""
 
-_WEIGHTED = {
+WEIGHTED = {
     *(_ATEN.conv2d.default, _ATEN.conv2d.padding, _ATEN.conv_transpose2d.input),
     *(_ATEN.linear.default,),
 }
@@ -120,7 +120,7 @@ def _hoist(graph: fx.Graph) -> None:
     """Quantize in front of poolings and enlargements what is quantized behind them."""
     for node in reversed(list(graph.nodes)):
         source, users = node.args[0] if node.args else None, list(node.users)
-        if node.target not in _MONOTONE or not users or not isinstance(source, fx.Node):
+        if node.target not in MONOTONE or not users or not isinstance(source, fx.Node):
             continue
         grid = tuple(users[0].args[1:6])
         alike = all(u.target is QUANTIZE and tuple(u.args[1:6]) == grid for u in users)
@@ -129,8 +129,8 @@ def _hoist(graph: fx.Graph) -> None:
         with graph.inserting_before(node):
             quantized = graph.call_function(QUANTIZE, (source, *grid))
             back = graph.call_function(DEQUANTIZE, (quantized, *grid))
-        _describe(quantized, source, grid[4])
-        _describe(back, source, None)
+        describe(quantized, source, grid[4])
+        describe(back, source, None)
         node.update_arg(0, back)
 
 
@@ -154,8 +154,8 @@ def _carry(graph: fx.Graph) -> None:
             quantized = graph.call_function(QUANTIZE, (node, *grid))
         with graph.inserting_after(quantized):
             back = graph.call_function(DEQUANTIZE, (quantized, *grid))
-        _describe(quantized, node, grid[4])
-        _describe(back, node, None)
+        describe(quantized, node, grid[4])
+        describe(back, node, None)
         for user in users:
             user.replace_input_with(node, back)
 
@@ -174,7 +174,14 @@ def _bare_joins(graph: fx.Graph) -> None:
                     back.replace_all_uses_with(node)
 
 
-def _describe(new: fx.Node, source: fx.Node, dtype: torch.dtype | None) -> None:
+def describe(new: fx.Node, source: fx.Node, dtype: torch.dtype | None) -> None:
+    """Say of a new node that its tensor has the shape of another's.
+
+    Args:
+        new: a node of the graph.
+        source: whose tensor has that shape.
+        dtype: of the new tensor; None: the source's.
+    """
     value = source.meta.get("val")
     if value is not None:
         new.meta["val"] = value if dtype is None else value.to(dtype)
@@ -184,14 +191,14 @@ def _shield(graph: fx.Graph) -> None:
     """Between a grid and a layer whose weight is on none, cut off where the grid ends: this changes
     no value, and takes the layer out of the pattern that runtimes look for."""
     for node in list(graph.nodes):
-        grid = grid_at(node.args[0]) if node.target in _WEIGHTED else None
+        grid = grid_at(node.args[0]) if node.target in WEIGHTED else None
         if grid is None or getattr(node.args[1], "op", "") == "call_function":
             continue
         scale, zero, low, high, _ = grid
         ends = scale * (low - zero), scale * (high - zero)
         with graph.inserting_before(node):
             cut = graph.call_function(_ATEN.clamp.default, (node.args[0], *ends))
-        _describe(cut, node.args[0], None)
+        describe(cut, node.args[0], None)
         node.update_arg(0, cut)
 
 
@@ -267,16 +274,21 @@ def _keep_apart(graph: fx.Graph) -> None:
         grids = {grid_at(part) for part in node.args[0]}
         if len(grids) == 1 or any(user.target is QUANTIZE for user in node.users):
             continue
-        parts = []
-        for part in node.args[0]:
-            back = part
-            if grid_at(part) is not None:
-                with graph.inserting_before(node):
-                    for _ in range(2):
-                        back = graph.call_function(_ATEN.neg.default, (back,))
-                        _describe(back, part, None)
-            parts.append(back)
+        parts = [
+            part if grid_at(part) is None else negated_twice(graph, part, before=node)
+            for part in node.args[0]
+        ]
         node.update_arg(0, parts)
+
+
+def negated_twice(graph: fx.Graph, node: fx.Node, *, before: fx.Node) -> fx.Node:
+    """A tensor's own values, computed in float in front of another operation."""
+    back = node
+    with graph.inserting_before(before):
+        for _ in range(2):
+            back = graph.call_function(_ATEN.neg.default, (back,))
+            describe(back, node, None)
+    return back
 
 
 def _merge(graph: fx.Graph) -> None:

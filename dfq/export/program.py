@@ -21,6 +21,7 @@ from ..quantization.placement import PLACEMENTS
 from ..quantization.quantizers import Quantizer
 from .grids import grid_of
 from .passes import tidy
+from .passes_litert import suit_converter
 from .written import Ends, GatedSiLU, Layer, Product, QuantizeDequantize
 
 
@@ -188,6 +189,8 @@ def build(
     # layer in front writes float32 then, for two operations to quantize.
     bare_joins = runtime == "openvino"
     tidy(exported.graph, shield=shield, apart=runtime == "litert", bare_joins=bare_joins)
+    if runtime == "litert":
+        suit_converter(exported.graph)
     for node in exported.graph.nodes:
         # Names folders of this machine.
         node.meta.pop("stack_trace", None)

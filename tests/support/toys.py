@@ -276,3 +276,28 @@ def exported(
     assert isinstance(info, ExportInfo)
     written = write(program, info, folder / f"made{SUFFIX[format]}", int4=int4)
     return program, written[0]
+
+
+class Pyramid(nn.Module):
+    """Three levels, each added to the finer one, a fourth of every second value of the last, and a
+    head that all of them share; gives the levels and what the head makes of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.SiLU()
+        self.downs = nn.ModuleList(nn.Conv2d(a, 8, 3, 2, padding=1) for a in (3, 8, 8))
+        self.laterals = nn.ModuleList(nn.Conv2d(8, 8, 1) for _ in range(3))
+        self.outs = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(3))
+        self.head, self.last = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.up, self.every_second = nn.Upsample(scale_factor=2), nn.MaxPool2d(1, 2)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        levels = []
+        for down, lateral in zip(self.downs, self.laterals, strict=True):
+            x = self.act(down(x))
+            levels.append(lateral(x))
+        for finer in (1, 0):
+            levels[finer] = levels[finer] + self.up(levels[finer + 1])
+        levels = [out(level) for out, level in zip(self.outs, levels, strict=True)]
+        levels.append(self.every_second(levels[-1]))
+        return [*levels, *(self.last(self.act(self.head(level))) for level in levels)]

@@ -4,18 +4,18 @@ next to a half now and then."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import pytest
 import torch
-from support.toys import quantized, several
-from torch import Tensor
+from support.toys import Pyramid, Toy, exported, quantized, several
+from torch import Tensor, nn
 
 from dfq.api.export import describe_export
 from dfq.export.dependencies import compile_openvino
 from dfq.export.integer import run_in_integers
-from dfq.export.kernels_openvino import OpenVinoKernels, sigmoid
+from dfq.export.kernels_openvino import OpenVinoKernels, Unquantized, sigmoid
 from dfq.export.on_grid import Grid, OnGrid
 from dfq.export.opening import open_file
 from dfq.export.program import Program, build
@@ -50,14 +50,51 @@ def noise(count: int, side: int) -> Tensor:
     return torch.rand(count, 3, side, side, generator=generator)
 
 
-def test_layers_sums_and_concatenations_are_equal_to_the_bit(made: Made) -> None:
-    file = open_file(made.path, threads=1)
+def require_equal(program: Program, path: Path) -> None:
+    file = open_file(path, threads=1)
     for image in noise(2, LARGE).split(1):
-        wanted = run_in_integers(made.program, image, "openvino")
+        wanted = run_in_integers(program, image, "openvino")
         outputs = file.run(image.numpy())
         assert outputs.keys() == wanted.keys()
         for name, values in wanted.items():
             assert np.array_equal(outputs[name], values.numpy())
+
+
+def test_layers_sums_and_concatenations_are_equal_to_the_bit(made: Made) -> None:
+    require_equal(*made)
+
+
+class Sums(nn.Module):
+    """Sums of a layer that is computed first and of what comes after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.SiLU()
+        self.stem, self.down = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, 2, padding=1)
+        self.layers = nn.ModuleList(nn.Conv2d(8, 8, 1) for _ in range(6))
+        self.outs = nn.ModuleList(nn.Conv2d(8, 4, 1) for _ in range(6))
+        self.up, self.pyramid = nn.Upsample(scale_factor=2), Pyramid()
+
+    def forward(self, x: Tensor) -> list[Any]:
+        levels = self.pyramid(x)
+        x = self.act(self.stem(x))
+        first, second, third, fourth, fifth = (layer(x) for layer in self.layers[:5])
+        coarse = self.up(self.act(self.down(x)))
+        sums = [
+            # Of what others read as well, with an activation function on either side, of layers.
+            *(first + coarse, self.act(second) + coarse, (third + coarse).relu()),
+            *(fourth + self.layers[5](x), coarse, fifth + coarse.mean((2, 3), keepdim=True)),
+        ]
+        return [levels, [out(total) for out, total in zip(self.outs, sums, strict=False)]]
+
+
+def test_sums_in_the_layer_that_gives_an_operand_are_too(tmp_path: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        detector = Toy(Sums())
+    detector.image_size = LARGE
+    student = quantized(detector, "openvino", (8, 8))
+    require_equal(*exported(student, "openvino", tmp_path, (8, 8)))
 
 
 def compiled(inputs: list[Any], outputs: list[Any]) -> Any:
@@ -144,3 +181,92 @@ def test_what_is_concatenated_is_put_on_its_grid_once(made: Made) -> None:
         if gives == "u8" and runs == "f32":
             quantizing.append(str(info["originalLayersNames"]))
     assert len(quantizing) == 1
+
+
+Other = Literal["grid", "grid read twice", "channel", "float", "layer"]
+
+
+class Summed:
+    """A layer on a grid, and the sum with something else on another, in OpenVINO and done once
+    more."""
+
+    grids: tuple[Grid, ...] = (
+        *((0.0613, 5, 0, 255, torch.uint8), (0.0467, 140, 0, 255, torch.uint8)),
+        *((0.0783, 153, 0, 255, torch.uint8), (0.1042, 148, 0, 255, torch.uint8)),
+    )
+    """Of the layer's input, of its output, of what is added, and of the sum."""
+
+    def __init__(self, other: Other, *, swish: bool, bias: bool, relu: bool) -> None:
+        from openvino import opset13 as op
+
+        kernels = OpenVinoKernels()
+        shape, generator = (1, 8, 400, 400), np.random.default_rng(1)
+        beside_shape = (1, 8, 1, 1) if other == "channel" else shape
+        weight = generator.integers(-127, 128, (8, 8, 1, 1)).astype(np.int8)
+        added = generator.uniform(-0.5, 0.5, (1, 8, 1, 1)).astype(np.float32)
+        images = [
+            generator.uniform(-0.3, 15.3, shape).astype(np.float32),
+            generator.uniform(-12, 8, beside_shape).astype(np.float32),
+        ]
+        of_input, first, second, of_sum = self.grids
+        one, two = op.parameter(shape, np.float32), op.parameter(beside_shape, np.float32)
+        node = layer(on_grid(one, of_input), weight, 0.002)
+        node = op.add(node, op.constant(added)) if bias else node
+        node = on_grid(op.swish(node) if swish else node, first)
+        beside = two if other == "float" else on_grid(two, second)
+        if other == "layer":
+            beside = op.add(layer(beside, weight[::-1].copy(), 0.002), op.constant(added))
+        total = op.add(node, beside)
+        total = on_grid(op.relu(total) if relu else total, of_sum)
+        # Layers that change nothing.
+        keeping = np.eye(8, dtype=np.int8).reshape(8, 8, 1, 1)
+        outputs = [layer(total, keeping, 1.0)]
+        if other == "grid read twice":
+            outputs.append(layer(beside, keeping, 1.0))
+        found = compiled([one, two], outputs)(images)[0]
+        self.found = np.round(found / kernels.scale(of_sum).numpy()) + of_sum[1]
+
+        def quantized_input(values: np.ndarray, grid: Grid) -> OnGrid:
+            integers = kernels.quantize(torch.from_numpy(values), grid)
+            return OnGrid(integers, kernels.scale(grid), *grid[1:4], grid=grid)
+
+        def convolved(x: OnGrid, weight: np.ndarray) -> tuple[Tensor, Tensor]:
+            weights = torch.from_numpy(weight.copy()).double()
+            sums = torch.nn.functional.conv2d(x.integers - x.zero_point, weights)
+            return sums, x.scale * torch.tensor(0.002)
+
+        sums, factor = convolved(quantized_input(images[0], of_input), weight)
+        given = Unquantized(sums.float(), factor)
+        if bias:
+            given = Unquantized(kernels.layer(sums, factor, torch.from_numpy(added)))
+        if swish:
+            given = Unquantized(kernels.silu(given.values))
+        integers = kernels.quantize_in_layer(given, first)
+        x = OnGrid(integers, kernels.scale(first), *first[1:4], grid=first)
+        beside_it: OnGrid | Tensor = torch.from_numpy(images[1])
+        if other != "float":
+            beside_it = quantized_input(images[1], second)
+        if other == "layer":
+            assert isinstance(beside_it, OnGrid)
+            products, factor = convolved(beside_it, weight[::-1])
+            beside_it = kernels.layer(products, factor, torch.from_numpy(added))
+        rounded, self.wanted = (
+            kernels.add_on_grids(
+                x, beside_it, of_sum, relu=relu, in_layer=True, unrounded=unrounded
+            ).numpy()
+            for unrounded in (None, given)
+        )
+        if swish or other in ("grid read twice", "channel", "layer"):
+            rounded, self.wanted = self.wanted, rounded
+        self.otherwise = rounded
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize(("swish", "bias"), [(False, True), (False, False), (True, True)])
+@pytest.mark.parametrize("other", get_args(Other))
+def test_a_sum_that_a_layer_gives(other: Other, swish: bool, bias: bool, relu: bool) -> None:
+    """The first of its two grids is left out but for its ends, where the layer waits for what is
+    added and no activation function stands in front."""
+    made = Summed(other, swish=swish, bias=bias, relu=relu)
+    assert np.array_equal(made.found, made.wanted)
+    assert (made.otherwise != made.found).mean() > 0.02
