@@ -86,7 +86,7 @@ def export(
     require_weights(detector)
     size = image_size or detector.image_size
     detector.check_size(size, "--image-size")
-    refuse_wide(detector, runtime)
+    refuse_widths(detector, runtime)
     if nms is not None:
         _require_decoded(detector, size)
     ranges = None
@@ -252,17 +252,24 @@ def digest_of(pixels: Tensor) -> str:
     return hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest()
 
 
-def refuse_wide(detector: Model, runtime: str) -> None:
-    """Refuse what a runtime has no integers for.
+def refuse_widths(detector: Model, runtime: str) -> None:
+    """Refuse what a runtime, or its converter, has no integers for.
 
     Raises:
-        UserError: a layer's activations have more than 8 bits, and the runtime's 8 at most.
+        UserError: a layer's activations have more bits than the runtime's, or fewer than its
+            converter has limits for.
     """
-    wide = [row.name for row in list_layers(detector, detector.stride * 2) if row.wide]
-    if wide and runtime in PLACEMENTS and PLACEMENTS[runtime].most_bits <= 8:
+    if runtime not in PLACEMENTS:
+        return
+    kernels = PLACEMENTS[runtime]
+    for row in list_layers(detector, detector.stride * 2):
+        if not row.quantized or kernels.least_bits <= row.activation_bits <= kernels.most_bits:
+            continue
+        than = "more" if row.wide else "fewer"
         raise UserError(
-            f"{argument('runtime', runtime)}: no activations of more than 8 bits, as '{wide[0]}' "
-            "has; make the run with 8 bits or float there, or export for another runtime"
+            f"{argument('runtime', runtime)}: no activations of {than} than 8 bits, as "
+            f"'{row.name}' has; make the run with 8 bits or float there, or export for another "
+            "runtime"
         )
 
 

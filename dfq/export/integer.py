@@ -243,10 +243,10 @@ class _FloatBetween(_Interpreter):
 
     def _kernel(self, n: fx.Node, args: Any, grid: Grid) -> Tensor | None:
         if n.target in _LAYERS or n.target in _ACTIVATIONS:
-            given = self._unquantized(n, args)
+            unquantized = self._unquantized(n, args)
             if n in self.unrounded:
-                self.unrounded[n] = given
-            return self.kernels.quantize_in_layer(given, grid)
+                self.unrounded[n] = unquantized
+            return self.kernels.quantize_in_layer(unquantized, grid)
         if n.target is _ATEN.add.Tensor:
             if n in self.sums:
                 return self._add_on_grids(n, args, grid)

@@ -34,6 +34,7 @@ class Placement:
         signed: integers of activations are int8, else uint8 (the same values, 128 apart).
         narrow_weights: integers of weights end at -127.
         most_bits: that activations may have.
+        least_bits: that they may have.
     """
 
     outputs: bool = False
@@ -47,6 +48,7 @@ class Placement:
     signed: bool = False
     narrow_weights: bool = False
     most_bits: int = 16
+    least_bits: int = 1
 
 
 INPUTS = Placement(adds_and_concats=False)
@@ -71,7 +73,8 @@ PLACEMENTS: dict[str, Placement] = {
     ),
     # LOGISTIC has 1/256 for its output, CONCATENATION and averages one scale throughout, and no
     # convolution takes integers and gives floats; weights have no -128. Its kernels of 16 bits gave
-    # other values than PyTorch, or were not to be had.
+    # other values than PyTorch, or were not to be had. With fewer than 8 its converter leaves out
+    # the limits: values beyond them are not clipped.
     "litert": Placement(
         outputs=True,
         one_grid=True,
@@ -81,5 +84,6 @@ PLACEMENTS: dict[str, Placement] = {
         signed=True,
         narrow_weights=True,
         most_bits=8,
+        least_bits=8,
     ),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -221,11 +222,26 @@ class Quantization(Section):
 
     @model_validator(mode="after")
     def _kernels(self) -> Quantization:
-        widths = [parse_widths(bits) for bits in (*self.overrides.values(), *self.mixed.candidates)]
-        most = max(self.activation_bits, *(pair[1] for pair in widths if pair), 0)
-        limit = PLACEMENTS[self.runtime].most_bits
-        if self.placement == "qdq" and most > limit:
-            raise ValueError(f"{self.runtime} has no activations of {most} bits; {limit} at most")
+        if self.placement != "qdq":
+            return self
+
+        def of(widths: Iterable[int | str]) -> list[int]:
+            return [pair[1] for width in widths if (pair := parse_widths(width))]
+
+        # Candidates of the defaults, which nobody asked for, may be narrower than a runtime's.
+        bits = [self.activation_bits, *of(self.overrides.values())]
+        candidates = of(self.mixed.candidates)
+        most = max(*bits, *candidates, 0)
+        least = min(*bits, *(candidates if self.mixed.budget is not None else ()), 99)
+        kernels = PLACEMENTS[self.runtime]
+        if most > kernels.most_bits:
+            raise ValueError(
+                f"{self.runtime} has no activations of {most} bits; {kernels.most_bits} at most"
+            )
+        if least < kernels.least_bits:
+            raise ValueError(
+                f"{self.runtime} has no activations of {least} bits; {kernels.least_bits} at least"
+            )
         return self
 
     @property

@@ -168,6 +168,20 @@ def test_runtimes_of_eight_bits_alone_have_none(runtime: str, tmp_path: Path) ->
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 
+def test_litert_has_none_of_fewer_than_eight_bits(tmp_path: Path) -> None:
+    """Its converter would leave out that they are clipped."""
+    for section in ({"activation_bits": 4}, {"overrides": {"a": "w8a6"}}):
+        with pytest.raises(ValueError, match=r"litert has no activations of \d bits; 8 at least"):
+            Quantization(**section, placement="qdq", runtime="litert")
+        Quantization(**section, placement="qdq", runtime="onnxruntime")
+    student = insert_quantizers(fold(tiny_detector()), Policy(4, 4))
+    calibrate(student, [blobs(2)], search="minmax")
+    Run(tmp_path / "run", {"seed": 0, "checkpoint": "0" * 64}).finish(student, Policy(4, 4), {}, {})
+    with pytest.raises(UserError, match="no activations of fewer than 8 bits"):
+        export(tmp_path / "run", tmp_path / "x.tflite")
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
 def test_sixteen_bits_round_where_eight_spoil() -> None:
     quantizer = Quantizer(16, asymmetric=True)
     x = torch.linspace(-3, 100, 5000)

@@ -266,6 +266,7 @@ def test_every_attribute_has_a_test_that_sees_it() -> None:
         "signed",
         "narrow_weights",
         "most_bits",
+        "least_bits",
     }
     tested = {name for names in SEEN for name in names} | elsewhere
     assert {one.name for one in fields(Placement)} == tested
