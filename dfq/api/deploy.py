@@ -26,6 +26,7 @@ from ..runtime.files import require_output_folder, short_name, user_path
 from ..runtime.suggest import suggestion
 from ..runtime.surroundings import Report, pick_device, reporter
 from .deployment_steps import DeploymentSteps
+from .expected import foretold_deployment
 
 RECIPE = "w8a8"
 """Whose values count where neither a target nor a user says another."""
@@ -97,8 +98,10 @@ def deploy(
         "recipe": identity_of_recipe(settings),
         "image_size": side,
     }
+    count = settings.synthesis.images
     if data is not None:
         calibration = training_data(data, settings, detector)
+        count = len(calibration)
         identity["data"] = data_identity(calibration, data)
         identity |= contents(data=calibration)
     photos = 0
@@ -121,7 +124,13 @@ def deploy(
         return _as_made(out, finished, new=False)
     for name in PACKAGES[wanted.format]:
         require(name, f"The target {wanted.name}")
-    with place.lock():
+    with (
+        place.lock(),
+        foretold_deployment(
+            told, wanted, detector, settings, side,
+            named=data is not None, count=count, photos=photos,
+        ),
+    ):  # fmt: skip
         steps = DeploymentSteps(place, wanted, model, detector, settings, side, told)
         steps.quantize(images, photos, data, device, trust)
         content = steps.calibration_only() if wanted.calibration else steps.exported(data)

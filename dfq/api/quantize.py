@@ -15,10 +15,10 @@ from ..runs.inputs import WithPhotographs
 from ..runs.pipeline import ptq_then_qat
 from ..runtime.progress import Progress
 from ..runtime.surroundings import Report
+from .expected import foretell
 from .finishing import finish
 from .job import Job
 from .plan import begin_run, prepare
-from .shorter import advise_on_quantization
 from .synthesize import synthesize
 
 
@@ -97,6 +97,7 @@ def quantize(
             job.draw_curves(tensorboard, goes_on=True)
         images = plan.images
         if images is None:
+            foretell(job, plan, None)
             images = synthesize(
                 plan.detector,
                 plan.recipe,
@@ -108,7 +109,7 @@ def quantize(
         if run.finished and job.is_main_process:
             tell_unmeasured(run.folder, plan.recipe, job.progress)
         if not run.finished:
-            advise_on_quantization(job.progress, plan.recipe, plan.teacher, len(images))
+            foretell(job, plan, images)
             made_on, looked = hold_out(images)
             joined = None
             if plan.photos is not None:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from ..models.base import Model
 from ..recipe import Recipe
 from ..recipe.quick import QUICK, quick_side
-from ..runtime.progress import Progress, advise
 
 
-def advise_on_synthesis(
-    progress: Progress, recipe: Recipe, model: Model, workers: int | None
-) -> None:
-    """Say it of a synthesis.
+def ways_of_synthesis(recipe: Recipe, model: Model, workers: int | None = None) -> list[str]:
+    """What makes a synthesis shorter.
 
     Args:
-        progress: whom to tell.
         recipe: the experiment.
         model: what images are made of, on its device.
         workers: processes that were asked for.
@@ -30,39 +27,38 @@ def advise_on_synthesis(
     ways = [way for way, is_left in fewer.items() if is_left]
     if ways:
         ways.append("--quick")
-    on_cpu = model.device.type == "cpu"
-    if on_cpu and workers is not None and workers < (os.cpu_count() or 1):
+    if model.device.type == "cpu" and workers is not None and workers < (os.cpu_count() or 1):
         ways.append("more workers")
-    _say(progress, "synthesis", ways, on_cpu)
+    return ways
 
 
-def advise_on_quantization(progress: Progress, recipe: Recipe, model: Model, count: int) -> None:
-    """Say it of the steps of a quantization.
+def ways_of_quantization(recipe: Recipe, count: int) -> list[str]:
+    """What makes a quantization shorter.
 
     Args:
-        progress: whom to tell.
         recipe: the experiment.
-        model: the float network, on its device.
         count: images of the set.
     """
-    on_cpu = model.device.type == "cpu"
-    section, epochs = recipe.quantization, recipe.distillation.epochs
-    trains = recipe.method != "ptq"
-    follows = f"training for {epochs} epochs follows" if trains else ""
-    images = []
-    if min(section.rounding_images, count) > QUICK["quantization.rounding_images"]:
-        images = ["fewer images to round on (--quick, or quantization.rounding_images)"]
-    _say(progress, "rounding", images, on_cpu, follows)
-    steps = []
-    if section.reconstruction_iterations > QUICK["quantization.reconstruction_iterations"]:
-        steps = ["fewer quantization.reconstruction_iterations"]
-    _say(progress, "reconstruction", [*images, *steps, "gptq instead"], on_cpu, follows)
-    ways = ["a smaller set", "fewer distillation.epochs", "dfq ptq, which does not train"]
-    _say(progress, "training", ways, on_cpu)
+    section, ways = recipe.quantization, []
+    images = min(section.rounding_images, count)
+    if section.reconstruction != "none" and images > QUICK["quantization.rounding_images"]:
+        ways.append("fewer images to round on (--quick, or quantization.rounding_images)")
+    if section.reconstruction not in ("none", "gptq"):
+        if section.reconstruction_iterations > QUICK["quantization.reconstruction_iterations"]:
+            ways.append("fewer quantization.reconstruction_iterations")
+        ways.append("quantization.reconstruction=gptq")
+    if recipe.method != "ptq":
+        ways += ["a smaller set", "fewer distillation.epochs", "dfq ptq, which does not train"]
+    return ways
 
 
-def _say(progress: Progress, task: str, ways: list[str], on_cpu: bool, follows: str = "") -> None:
-    ways = [*ways, *(["a GPU"] if on_cpu else [])]
-    *first, last = ways or [""]
-    shorter = f"shorter with {', '.join(first)}{' or ' if first else ''}{last}" if last else ""
-    advise(progress, task, "; ".join(filter(None, (follows, shorter))))
+def shorter(ways: Sequence[str], model: Model) -> str:
+    """The ways in a line, each once; empty where there are none.
+
+    Args:
+        ways: as those above give them.
+        model: on its device.
+    """
+    every = list(dict.fromkeys([*ways, *(["a GPU"] if model.device.type == "cpu" else [])]))
+    *first, last = every or [""]
+    return f"shorter with {', '.join(first)}{' or ' if first else ''}{last}" if last else ""

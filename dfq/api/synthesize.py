@@ -9,10 +9,11 @@ from ..models.base import Model
 from ..recipe import Recipe, as_noise, changed_recipe
 from ..recipe.overrides import Overrides
 from ..runs.set_cache import cached_folder
+from ..runtime.progress import advise
 from ..runtime.surroundings import Report
 from ..synthesis.pipeline import synthesize_set
 from .job import Job
-from .shorter import advise_on_synthesis
+from .shorter import shorter, ways_of_synthesis
 
 
 def synthesize(
@@ -89,7 +90,8 @@ def synthesize(
         if quick:
             settings = job.quickly(settings, detector)
         synthesis = settings.synthesis
-        advise_on_synthesis(job.progress, settings, detector, workers)
+        ways = ways_of_synthesis(settings, detector, workers)
+        advise(job.progress, "synthesis", shorter(ways, detector))
         folder = job.out or cached_folder(detector, synthesis, settings.seed)
         with job.progress.task("synthesis", synthesis.images, "images") as task:
 

@@ -77,17 +77,21 @@ def calibrate_and_round(
         section: of the recipe.
         progress: told how far rounding is.
     """
-    batches = (batch.float() / 255 for batch in pixels[: section.calibration_images].split(8))
-    calibrate(student, batches, search=section.local_search)
+    # The other searches are rules of their own, to be compared with.
+    least_squares = section.ranges == "mse" and section.activation_ranges == "static"
+    with progress.task("calibration", 1 + least_squares, "steps") as task:
+        task.update(0, 1 + least_squares)
+        batches = (batch.float() / 255 for batch in pixels[: section.calibration_images].split(8))
+        calibrate(student, batches, search=section.local_search)
+        task.update(1, 1 + least_squares)
+        if least_squares:
+            keep_within_statistics(student, pixels[:MARGIN_IMAGES])
+            search_last_inputs(student, teacher, pixels[:MARGIN_IMAGES])
+            task.update(2, 2)
     if section.ranges in METRICS:
         with progress.task("ranges", 1, "activations") as task:
             images = pixels[: section.refine_images]
             search_grids(student, teacher, images, section.ranges, progress=task.update)
-    # The other searches are rules of their own, to be compared with.
-    least_squares = section.ranges == "mse" and section.activation_ranges == "static"
-    if least_squares:
-        keep_within_statistics(student, pixels[:MARGIN_IMAGES])
-        search_last_inputs(student, teacher, pixels[:MARGIN_IMAGES])
     refined = section.refine_images if least_squares else 0
     if refined and narrow_activations(student):
         with progress.task("ranges", 1, "activations") as task:

@@ -43,7 +43,7 @@ def hold_out(data: LabelledImages) -> tuple[LabelledImages, Looked]:
     real one, which may be all that its owner has, none are.
     """
     n = len(data)
-    count = min(MOST_HELD_OUT, n // 8) if isinstance(data, CalibrationSet) else 0
+    count = count_held_out(n) if isinstance(data, CalibrationSet) else 0
     if not count or not isinstance(data, CalibrationSet):
         return data, Looked(data, list(range(min(MOST_HELD_OUT, n))), held_out=False)
     rest = replace(
@@ -53,3 +53,8 @@ def hold_out(data: LabelledImages) -> tuple[LabelledImages, Looked]:
         scores=data.scores[:-count],
     )
     return rest, Looked(data, list(range(n - count, n)), held_out=True)
+
+
+def count_held_out(images: int) -> int:
+    """How many of the images of a calibration set are held out."""
+    return min(MOST_HELD_OUT, images // 8)

@@ -32,6 +32,11 @@ def cached_folder(detector: Model, settings: Synthesis, seed: int) -> Path:
     return others[0] if others else cache / name
 
 
+def is_complete(folder: Path) -> bool:
+    """Whether a folder holds a calibration set that is made."""
+    return (folder / "manifest.json").is_file()
+
+
 @dataclass(frozen=True)
 class Origin:
     """What a calibration set was made from.

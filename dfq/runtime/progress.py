@@ -6,18 +6,18 @@ import contextlib
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
+from .forecast import LONG_SECONDS, Forecast, Phase, duration
+
 PLAIN_SECONDS = 15.0
 """Without a terminal, a line at most so often."""
-
-LONG_SECONDS = 60.0
-"""Work that takes longer says at its start how long it will take."""
 
 _SURE_SECONDS = 3.0
 """A rate that was watched for less is not spoken of: the first steps are slower than others."""
@@ -70,13 +70,6 @@ class Silent:
     def note(self, text: str) -> None: ...
 
 
-def duration(seconds: float) -> str:
-    """As "0:20", "18:00" or "3:10:00"."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
 class _Rate:
     """Units per second since the first report, the last ones counting most; what was done before
     it is not counted. Shares of a unit count, so that it is known before the first one is done."""
@@ -122,35 +115,39 @@ class _Rate:
         """Whether what `left` says can be relied on."""
         return self._left is not None or self._seconds >= _SURE_SECONDS
 
-    def text(self, total: int, unit: str) -> str:
-        """Rate and time left, as far as they are known."""
-        left, parts = self.left(total), []
-        if self._units > 0 and self._seconds > 0:
-            rate = self._units / self._seconds
-            per = f"{rate:.1f} {unit}/s" if rate >= 1 else f"{rate * 60:.1f} {unit}/min"
-            parts.append(per)
-        if left is not None and (parts or self._left is not None):
-            parts.append(f"{duration(left)} left")
-        return ", ".join(parts)
+    @property
+    def speed(self) -> float | None:
+        """Units a second; None while nothing is known of it."""
+        return self._units / self._seconds if self._units > 0 and self._seconds > 0 else None
 
 
 class _Task(ABC):
     """What tasks on a terminal and in a log have in common: how far they are, and how long yet."""
 
-    def __init__(self, name: str, total: int, unit: str, advice: str = "") -> None:
-        self.advice = advice
+    def __init__(
+        self, name: str, total: int, unit: str, advice: str = "", forecast: Forecast | None = None
+    ) -> None:
+        self.advice, self.forecast = advice, forecast
         self.name, self.total, self.unit = name, total, unit
         self.rate = _Rate()
         self.done = 0
         self._announced = False
+        # Seconds that each unit is expected to take; and up to each and the end, which is how much
+        # work there is.
+        self._units = forecast.units if forecast else None
+        self._work: list[float] | None = None
 
     def update(self, done: int, total: int) -> None:
         self.done, self.total = done, total
-        self.rate.reach(done)
+        units = self._units
+        if units and len(units) != total:
+            units = [sum(units) / total] * total if total else None
+        self._work = [0.0, *accumulate(units)] if units else None
+        self.rate.reach(self._reached(done))
         self.show(done == total)
 
     def within(self, share: float) -> None:
-        self.rate.reach(self.done + share)
+        self.rate.reach(self._reached(self.done, share))
         self.show(False)
 
     def left(self, seconds: float) -> None:
@@ -165,11 +162,44 @@ class _Task(ABC):
     def show(self, last: bool, detail: str = "") -> None:
         """Show how far it is, if it is time to."""
 
+    def _reached(self, done: int, share: float = 0.0) -> float:
+        """How much is done: units, or the seconds that they were expected to take."""
+        if self._work is None:
+            return done + share
+        following = self._work[min(done + 1, self.total)]
+        return self._work[done] + share * (following - self._work[done])
+
+    def _seconds_left(self) -> float | None:
+        """To the end of the task; None while nothing is known of it."""
+        left = self.rate.left(self._reached(self.total))
+        if self._work is None or self.rate.sure or left == 0:
+            return left
+        return self._work[-1] - (self.rate.done or 0.0)
+
+    def text(self) -> str:
+        """Rate and time left, as far as they are known."""
+        parts, speed = [], self.rate.speed
+        if speed is not None and self.total:
+            rate = speed * self.total / self._reached(self.total)
+            parts.append(
+                f"{rate:.1f} {self.unit}/s" if rate >= 1 else f"{rate * 60:.1f} {self.unit}/min"
+            )
+        left = self._seconds_left()
+        if left is not None and (parts or self.rate.sure):
+            parts.append(f"{duration(left)} left")
+            ahead = self.forecast.ahead() if self.forecast else None
+            if ahead:
+                parts.append(f"{duration(left + ahead)} in all")
+        return ", ".join(parts)
+
     def announcement(self) -> str:
         """How long the work will take, once it is known and if it is long, and what would make it
         shorter, in a line each; else nothing."""
-        left = self.rate.left(self.total)
-        if self._announced or not left or not self.rate.sure:
+        left = self._seconds_left()
+        sure = self.rate.sure or self._work is not None
+        if self.forecast is not None:
+            return self.forecast.announcement(left if sure else None)
+        if self._announced or not left or not sure:
             return ""
         self._announced = True
         if left < LONG_SECONDS:
@@ -179,24 +209,35 @@ class _Task(ABC):
 
 
 class _PlainTask(_Task):
-    def __init__(self, name: str, total: int, unit: str, advice: str = "") -> None:
-        super().__init__(name, total, unit, advice)
+    def __init__(
+        self, name: str, total: int, unit: str, advice: str = "", forecast: Forecast | None = None
+    ) -> None:
+        super().__init__(name, total, unit, advice, forecast)
         self.printed = time.monotonic()
 
     def show(self, last: bool, detail: str = "") -> None:
         announcement = self.announcement()
-        if last or time.monotonic() - self.printed > PLAIN_SECONDS:
-            rate = self.rate.text(self.total, self.unit)
-            parts = [f"{self.name}: {self.done}/{self.total} {self.unit}", rate, detail]
+        due = last or time.monotonic() - self.printed > PLAIN_SECONDS
+        # What a line says anyway of a task alone.
+        if announcement and (self.forecast is not None or not due):
+            print(announcement, file=sys.stderr, flush=True)
+        if due:
+            parts = [f"{self.name}: {self.done}/{self.total} {self.unit}", self.text(), detail]
             print("  ".join(part for part in parts if part), file=sys.stderr, flush=True)
             self.printed = time.monotonic()
-        elif announcement:
-            print(announcement, file=sys.stderr, flush=True)
 
 
 class _BarTask(_Task):
-    def __init__(self, bar: Bar, name: str, total: int, unit: str, advice: str = "") -> None:
-        super().__init__(name, total, unit, advice)
+    def __init__(
+        self,
+        bar: Bar,
+        name: str,
+        total: int,
+        unit: str,
+        advice: str = "",
+        forecast: Forecast | None = None,
+    ) -> None:
+        super().__init__(name, total, unit, advice, forecast)
         self.bar = bar
         self.id = bar.add_task(name, total=total, rate="", detail="")
 
@@ -204,8 +245,7 @@ class _BarTask(_Task):
         announcement = self.announcement()
         if announcement:
             self.bar.console.print(announcement, highlight=False, markup=False)
-        rate = self.rate.text(self.total, self.unit)
-        self.bar.update(self.id, completed=self.done, total=self.total, rate=rate)
+        self.bar.update(self.id, completed=self.done, total=self.total, rate=self.text())
         if detail:
             self.bar.update(self.id, detail=detail)
 
@@ -222,12 +262,23 @@ class Live:
         self._bar: Bar | None = None
         # By the name of a task, what would make it shorter.
         self.advice: dict[str, str] = {}
+        # Of the work that tasks are phases of.
+        self.forecast: Forecast | None = None
 
     @contextlib.contextmanager
     def task(self, name: str, total: int, unit: str) -> Iterator[Task]:
+        forecast = self.forecast if self.forecast and self.forecast.begin(name) else None
+        with self._task(name, total, unit, forecast) as task:
+            yield task
+        # Not of what failed.
+        if forecast is not None and (said := forecast.end()):
+            self.note(said)
+
+    @contextlib.contextmanager
+    def _task(self, name: str, total: int, unit: str, forecast: Forecast | None) -> Iterator[Task]:
         console, advice = Console(stderr=True), self.advice.get(name, "")
         if not console.is_terminal:
-            yield _PlainTask(name, total, unit, advice)
+            yield _PlainTask(name, total, unit, advice, forecast)
             return
         columns = (
             TextColumn("{task.description}"),
@@ -239,7 +290,7 @@ class Live:
         with Bar(*columns, console=console) as bar:
             self._bar = bar
             try:
-                yield _BarTask(bar, name, total, unit, advice)
+                yield _BarTask(bar, name, total, unit, advice, forecast)
             finally:
                 self._bar = None
 
@@ -255,3 +306,26 @@ def advise(progress: Progress, task: str, text: str) -> None:
     """Have a line told after the estimate of the tasks of a name, where they are long."""
     if isinstance(progress, Live) and progress.advises:
         progress.advice[task] = text
+
+
+@contextlib.contextmanager
+def forecast(
+    progress: Progress, work: str, phases: Callable[[], Sequence[Phase]], advice: str = ""
+) -> Iterator[None]:
+    """Have the tasks within the context told as phases of one work, where somebody is told at all
+    and they are not phases of other work already.
+
+    Args:
+        progress: whom to tell.
+        work: what it is called.
+        phases: gives them and how long they will take, for which it may time a few things.
+        advice: what would make it shorter.
+    """
+    if not isinstance(progress, Live) or progress.forecast is not None:
+        yield
+        return
+    progress.forecast = Forecast(work, phases(), advice if progress.advises else "")
+    try:
+        yield
+    finally:
+        progress.forecast = None

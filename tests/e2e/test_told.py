@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import errno
+import re
 import shutil
 from pathlib import Path
 
 import pytest
-from support.harness import command
+from support.harness import command, contents
 
+import dfq
 from dfq.api import shorter
 from dfq.data.calibration_writer import CalibrationWriter
+from dfq.ptq import rates
 from dfq.runtime import progress
+from dfq.runtime.progress import Live
 from dfq.synthesis import pace
 
 SLOW = 1000.0
@@ -26,12 +30,15 @@ class Clock:
         self.now += SLOW
         return self.now
 
+    perf_counter = monotonic
+
 
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr(pace, "time", clock)
     monkeypatch.setattr(progress, "time", clock)
+    monkeypatch.setattr(rates, "time", clock)
     # Nothing is shown but what is told once.
     monkeypatch.setattr(progress, "PLAIN_SECONDS", float("inf"))
 
@@ -91,19 +98,61 @@ def test_short_work_tells_no_estimate(place: Path, model: Path) -> None:
 
 
 @pytest.mark.usefixtures("slow")
-def test_training_says_at_its_start_how_long_it_takes(place: Path, model: Path, made: Path) -> None:
+def test_quantization_says_at_its_start_how_long_all_of_it_takes(
+    place: Path, model: Path, made: Path
+) -> None:
     words = ("qat", "--recipe", "tiny.yaml", "--model", model, "--data", made, "--out", "run")
-    result = command(*words, "--set", "distillation.epochs=5", "--device", "cpu")
+    words = (*words, "--set", "distillation.epochs=5", "--set", f"evaluation.data={made}")
+    result = command(*words, "--device", "cpu")
     assert result.exit_code == 0, result.output
-    told = [line for line in result.stderr.splitlines() if line.startswith("training: about")]
-    assert len(told) == 1
-    # Before the first epoch is through.
-    assert told[0].endswith(" for 5 epochs")
     lines = result.stderr.splitlines()
-    assert lines[lines.index(told[0]) + 1] == (
-        "training: shorter with a smaller set, fewer distillation.epochs, dfq ptq, which does not "
+    # First of all, before anything is calibrated; and once.
+    assert re.fullmatch(
+        r"quantize: about [\d:]+: calibration [\d:]+, training [\d:]+, evaluation [\d:]+", lines[0]
+    ), lines[0]
+    assert lines[1] == (
+        "quantize: shorter with a smaller set, fewer distillation.epochs, dfq ptq, which does not "
         "train or a GPU"
     )
+    after = [line for line in lines[2:] if "about" in line]
+    assert [line.partition(" left: ")[2].split()[::2] for line in after] == [
+        ["training", "evaluation"], ["evaluation"], ["evaluation"],
+    ]  # fmt: skip
+    # Each phase took the name that it was told by.
+    ends = [line for line in lines if re.match(r"[a-z ()]+: (\d+)/\1 ", line)]
+    assert [line.partition(":")[0] for line in ends] == [
+        "calibration", "training", "evaluation (float)", "evaluation (quantized)",
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("slow")
+def test_a_set_that_is_made_first_is_told_with_the_rest(place: Path, model: Path) -> None:
+    words = ("ptq", "--recipe", "tiny.yaml", "--model", model, "--out", "run", "--device", "cpu")
+    result = command(*words)
+    assert result.exit_code == 0, result.output
+    lines = result.stderr.splitlines()
+    assert re.fullmatch(
+        r"quantize: about [\d:]+: synthesis [\d:]+, calibration [\d:]+", lines[0]
+    ), lines[0]
+    assert lines[1].startswith("quantize: shorter with ")
+    # Asked again, nothing is left to do, nor to tell; a set that is there takes no time.
+    assert "about" not in command(*words).stderr
+    again = command(*words[:-3], "run2", "--device", "cpu", "--set", "quantization.weight_bits=8")
+    assert re.fullmatch(r"quantize: about [\d:]+: calibration [\d:]+", again.stderr.splitlines()[0])
+
+
+def test_what_is_told_changes_nothing(place: Path, model: Path, made: Path) -> None:
+    for method in ("ptq", "qat"):
+        ways = {"told": Live(), "silent": None}
+        for out, progress_of_it in ways.items():
+            dfq.quantize(
+                "tiny.yaml", model=model, data=made, out=f"{method}-{out}", device="cpu",
+                overrides={"method": method, "quantization.reconstruction": "gptq"},
+                progress=progress_of_it,
+            )  # fmt: skip
+        told, silent = (contents(Path(f"{method}-{out}")) for out in ways)
+        assert told.keys() == silent.keys()
+        assert [name for name in told if told[name] != silent[name]] == []
 
 
 def test_without_a_compiler_it_says_that_it_takes_longer(

@@ -33,6 +33,7 @@ class Method:
             are met (PD-Quant's Distribution Correction).
         fisher: whether it looks at the Fisher information.
         labels: whether it looks at the labels of the set.
+        predictions: whether each step looks at the network's predictions.
         start: where rounding starts, "gptq" or "nearest".
         continuous: whether the weights themselves are learned, straight through rounding, and their
             step sizes, in place of rounding variables.
@@ -49,6 +50,7 @@ class Method:
     correct: bool = False
     fisher: bool = False
     labels: bool = False
+    predictions: bool = False
     start: str = "nearest"
     continuous: bool = False
     progressive: bool = False
@@ -59,10 +61,10 @@ METHODS: dict[str, Method] = {
     "adaquant": Method(block_error, layers=True, biases=True, continuous=True),
     "brecq": Method(fisher_error, fisher=True),
     "qdrop": Method(block_error, drop=0.5),
-    "pd": Method(prediction_difference, drop=0.5, correct=True),
-    "spq": Method(similarity_preserving),
-    "mgrq": Method(mixed_granularity),
+    "pd": Method(prediction_difference, drop=0.5, correct=True, predictions=True),
+    "spq": Method(similarity_preserving, predictions=True),
+    "mgrq": Method(mixed_granularity, predictions=True),
     "pfcr": Method(block_error, progressive=True),
-    "task": Method(task_guided, labels=True),
+    "task": Method(task_guided, labels=True, predictions=True),
     "best": Method(fisher_error, drop=0.5, scales=False, biases=True, fisher=True, start="gptq"),
 }
