@@ -324,7 +324,12 @@ def forecast(
     if not isinstance(progress, Live) or progress.forecast is not None:
         yield
         return
-    progress.forecast = Forecast(work, phases(), advice if progress.advises else "")
+    try:
+        foreseen = phases()
+    except Exception:  # whatever a network does with noise: an estimate is not worth a run
+        yield
+        return
+    progress.forecast = Forecast(work, foreseen, advice if progress.advises else "")
     try:
         yield
     finally:

@@ -131,7 +131,7 @@ def test_short_work_and_what_is_told_to_nobody(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def never() -> list[Phase]:
-        raise AssertionError("timed for nobody")
+        pytest.fail("timed for nobody")
 
     with forecast(Silent(), "quantize", never):
         pass
@@ -143,6 +143,15 @@ def test_short_work_and_what_is_told_to_nobody(
             task.update(0, 1)
         clock.now += 500
     assert capsys.readouterr().err == ""
+
+
+def test_what_cannot_be_timed_is_done_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    def broken() -> list[Phase]:
+        raise ValueError("of noise this network makes nothing")
+
+    with forecast(Live(), "quantize", broken):
+        print("done")
+    assert capsys.readouterr() == ("done\n", "")
 
 
 def test_what_failed_says_nothing_of_what_is_left(
