@@ -197,9 +197,9 @@ def refuse_pruned(
             smaller.append(f"{name} is {tuple(cut.shape)}, not {tuple(tensor.shape)}")
     if smaller:
         raise UserError(
-            f"{source} was pruned: {len(smaller)} of its tensors are smaller than the checkpoint's "
-            f"own description says ({smaller[0]}), and dfq builds networks from that; name the "
-            "checkpoint from before pruning, or train one that its description makes as narrow"
+            f"the weights in {source} do not fit its own description: {len(smaller)} are smaller "
+            f"({smaller[0]}), as of a pruned network, which cannot be built from that; name the "
+            "checkpoint from before pruning, or train one whose description is as narrow"
         )
 
 

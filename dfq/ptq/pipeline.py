@@ -129,7 +129,10 @@ def quantized(
     progress: Progress,
 ) -> AnyModel:
     """A copy of the folded `teacher` with quantizers; unless `data` is None calibrated on it, and
-    its weights rounded as `section` says. Blocks are left to `with_reconstructed_blocks`."""
+    its weights rounded as `section` says. Blocks are left to `with_reconstructed_blocks`, and what
+    that refuses is refused here, before the work."""
+    if data is not None:
+        _require_labels(section, data)
     student = insert_quantizers(teacher.clone(), policy)
     if section.ranges == "lsq":
         clip_strictly(student.module)
@@ -137,6 +140,15 @@ def quantized(
         pixels = data.load(list(range(min(images_to_prepare(section), len(data)))))
         calibrate_and_round(student, teacher, pixels, section, progress)
     return student
+
+
+def _require_labels(section: Quantization, data: Pixels) -> None:
+    method = METHODS.get(section.reconstruction)
+    if method is not None and method.labels and getattr(data, "targets", None) is None:
+        raise UserError(
+            f"quantization.reconstruction: {section.reconstruction} needs the labels of the set; "
+            "leave --photos out, or use another method"
+        )
 
 
 def reconstructs_blocks(section: Quantization) -> bool:
@@ -171,12 +183,8 @@ def with_reconstructed_blocks(
     Raises:
         UserError: there are no labels, and the method needs them; the checkpoint cannot be read.
     """
+    _require_labels(section, data)
     method, labels = METHODS[section.reconstruction], getattr(data, "targets", None)
-    if method.labels and labels is None:
-        raise UserError(
-            f"quantization.reconstruction: {section.reconstruction} needs the labels of the set; "
-            "leave --photos out, or use another method"
-        )
     count = min(section.rounding_images, len(data))
     pixels = data.load(list(range(count)))
     begun = clone_state(student)
