@@ -55,7 +55,7 @@ class OnnxRuntimeKernels:
         return clamped(torch.round(steps).double(), grid)
 
     def sigmoid(self, x: OnGrid, grid: Grid) -> Tensor:
-        return self.table(x, torch.sigmoid, grid)
+        return self.table(x, logistic, grid)
 
     def move(self, x: OnGrid, grid: Grid) -> Tensor:
         """The same values on another grid."""
@@ -70,6 +70,9 @@ class OnnxRuntimeKernels:
 
 class LiteRtKernels(OnnxRuntimeKernels):
     """What XNNPACK's kernels compute for LiteRT."""
+
+    def sigmoid(self, x: OnGrid, grid: Grid) -> Tensor:
+        return self.table(x, torch.sigmoid, grid)
 
     def bias(self, bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         # Its converter divides in double precision.
@@ -109,3 +112,27 @@ class LiteRtKernels(OnnxRuntimeKernels):
 
 def _exponent(number: float) -> int:
     return int(torch.frexp(torch.tensor(number, dtype=torch.float64))[1]) - 1
+
+
+_ODD = 4.37031012579801e-11, 1.15627324459942e-07, 6.08574864600143e-05, 8.51377133304701e-03
+_EVEN = 6.10247389755681e-13, 5.76102136993427e-09, 6.29106785017040e-06, 1.70198817374094e-03
+_ODD_LAST, _EVEN_LAST = (2.48287947061529e-01,), (1.16817656904453e-01, 9.93151921023180e-01)
+"""Coefficients of MLAS's sigmoid, of Eigen's rational approximation: of the odd powers from 9 down
+to 1, and of the even ones from 10 to 0."""
+
+
+def logistic(x: Tensor) -> Tensor:
+    """The sigmoid of float32 values as MLAS computes it: on a processor with fused
+    multiply-adds, a quotient of two polynomials, up to 2e-7 beside the exact one. That decides how
+    a value next to a half is rounded."""
+    value = x.float().clamp(-18.0, 18.0)
+    square = value * value
+
+    def polynomial(coefficients: tuple[float, ...]) -> Tensor:
+        result = torch.full_like(value, coefficients[0])
+        for coefficient in coefficients[1:]:
+            result = fused(result, square, single(coefficient))
+        return result
+
+    odd, even = polynomial(_ODD + _ODD_LAST) * value, polynomial(_EVEN + _EVEN_LAST)
+    return (odd / even + 0.5).clamp(0.0, 1.0)
