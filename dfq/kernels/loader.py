@@ -101,6 +101,11 @@ def usable(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in TYPES and x.numel() > 0 and _library() is not None
 
 
+def usable_planes(images: Tensor) -> bool:
+    """Whether they take images as functions of pixels do: in float32, plane by plane."""
+    return images.dtype == torch.float32 and images.is_contiguous() and usable(images)
+
+
 @functools.cache
 def fused_pixels(device: torch.device) -> ModuleType | None:
     """The kernels for images on a GPU, where they can be had."""

@@ -115,12 +115,6 @@ class BatchNormStatistics:
                 "they were fused away; use an unfused checkpoint, or --set synthesis.weights.bn=0 "
                 "--set synthesis.weights.first_bn=0"
             )
-        if not self._expected_of(list(self.layers), relative=True, groups=1).to_mean.any():
-            raise UserError(
-                "the model's BatchNorm layers have running variances of zero: it was saved before "
-                "training, or its statistics were lost; name a trained checkpoint, or --set "
-                "synthesis.weights.bn=0 --set synthesis.weights.first_bn=0"
-            )
         self._module, self._groups = module, 1
         self._indices = {layer: index for index, layer in enumerate(self.layers.values())}
         # By run, its layer: the first one of each, then further ones as they were seen.
@@ -128,6 +122,12 @@ class BatchNormStatistics:
         self._further: dict[tuple[int, int], int] = {}
         self._silus = [child for child in module.modules() if type(child) is nn.SiLU]
         self._known: dict[tuple[bool, int], Expected] = {}
+        if not self._expected(relative=True).to_mean.any():
+            raise UserError(
+                "the model's BatchNorm layers have running variances of zero: it was saved before "
+                "training, or its statistics were lost; name a trained checkpoint, or --set "
+                "synthesis.weights.bn=0 --set synthesis.weights.first_bn=0"
+            )
         self._pass: Pass | None = None
         # How often each layer ran in the last pass.
         self._times = [0] * len(self._indices)
@@ -257,11 +257,9 @@ class BatchNormStatistics:
     def _expected(self, relative: bool) -> Expected:
         key = relative, self._groups
         if key not in self._known:
-            self._known[key] = self._expected_of(self._runs, relative, self._groups)
+            layers = (self.layers[name] for name in self._runs)
+            self._known[key] = Expected(layers, relative, self._groups)
         return self._known[key]
-
-    def _expected_of(self, runs: list[str], relative: bool, groups: int) -> Expected:
-        return Expected((self.layers[name] for name in runs), relative, groups)
 
     def gather(self) -> None:
         """Count the last forward pass as one more part of a batch.

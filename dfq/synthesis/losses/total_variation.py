@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...kernels.loader import fused_pixels, usable
+from ...kernels.loader import fused_pixels, usable_planes
 from ...kernels.operations import OPERATIONS
 from ...kernels.plain import plain_variation
 
@@ -68,7 +68,7 @@ def squared_variation(images: Tensor, shards: int = 1) -> tuple[Tensor, Tensor, 
         squared differences; and that gradient's norm in each image, `(n,)`.
     """
     kernels = fused_pixels(images.device)
-    if images.dtype == torch.float32 and images.is_contiguous() and usable(images):
+    if usable_planes(images):
         gradient = torch.empty_like(images)
         sums = torch.empty(len(images), 2, dtype=torch.float64)
         OPERATIONS["variation"](images, gradient, sums)

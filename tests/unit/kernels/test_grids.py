@@ -14,7 +14,7 @@ from dfq.kernels.grids import add_doubled, halved
 @pytest.fixture(params=["compiled", "plain"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "plain":
-        monkeypatch.setattr(grids, "usable", lambda _: False)
+        monkeypatch.setattr(grids, "usable_planes", lambda _: False)
     return str(request.param)
 
 
@@ -51,5 +51,5 @@ def test_compiled_sums_are_those_of_pytorch_to_the_bit(
 ) -> None:
     images = drawn(3, 3, *sides)
     compiled = halved(images)
-    monkeypatch.setattr(grids, "usable", lambda _: False)
+    monkeypatch.setattr(grids, "usable_planes", lambda _: False)
     assert torch.equal(compiled, halved(images))
