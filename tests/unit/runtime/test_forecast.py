@@ -3,26 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from support.clock import Clock
 
-from dfq.runtime import progress
 from dfq.runtime.forecast import Forecast, Phase
 from dfq.runtime.progress import Live, Silent, forecast
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(progress, "time", clock)
-    return clock
-
 
 PHASES: list[Phase] = [
     ("calibration", [20.0]),

@@ -6,24 +6,10 @@ import itertools
 import re
 
 import pytest
+from support.clock import Clock
 
 from dfq.runtime import progress
 from dfq.runtime.progress import Live, Silent, advise
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(progress.time, "monotonic", clock.monotonic)
-    return clock
 
 
 def test_plain_lines_go_to_standard_error(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
