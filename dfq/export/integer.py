@@ -247,6 +247,8 @@ class _FloatBetween(_Interpreter):
             if n in self.unrounded:
                 self.unrounded[n] = unquantized
             return self.kernels.quantize_in_layer(unquantized, grid)
+        if n.target is _ATEN.avg_pool2d.default:
+            return self.kernels.quantize_in_layer(Unquantized(self._plain(n, args, {})), grid)
         if n.target is _ATEN.add.Tensor:
             if n in self.sums:
                 return self._add_on_grids(n, args, grid)
@@ -284,7 +286,13 @@ class _FloatBetween(_Interpreter):
             relu=n in self.rectified,
             in_layer=plan.in_layer,
             unrounded=None if plan.unrounded is None else self.unrounded[plan.unrounded],
+            signed=not self._only_activated(n),
         )
+
+    def _only_activated(self, n: fx.Node) -> bool:
+        """Whether nothing but activation functions reads what a node gives on a grid."""
+        readers = [reader for put in self.fused[n].users for reader in put.users]
+        return all(reader.target in _ACTIVATIONS for reader in readers)
 
     def _sum_on_grids(self, n: fx.Node) -> _Sum | None:
         """How a sum is computed one or both of whose operands are on grids; None where another

@@ -49,11 +49,11 @@ class OpenVinoKernels:
 
     def quantize(self, x: Tensor, grid: Grid) -> Tensor:
         """Integers of float32 values of any shape, to the nearest even one."""
-        return _by_itself(x, *_ends(grid), grid)
+        return _by_itself(x, *_ends(grid), grid, _is_signed(grid))
 
     def quantize_in_layer(self, x: Unquantized, grid: Grid) -> Tensor:
         """The same, done by the layer that gives the values, as where nothing else reads them."""
-        return _in_layer(x.values, *x.ends(grid), grid)
+        return _in_layer(x.values, *x.ends(grid), grid, _is_signed(grid))
 
     def scale(self, grid: Grid) -> Tensor:
         """The step that OpenVINO makes of a grid's ends."""
@@ -79,11 +79,11 @@ class OpenVinoKernels:
             relu: whether a ReLU stands between.
         """
         assert x.grid is not None
-        zero_point = -_ends(x.grid)[0] / x.scale
+        origin, zero_point = _origin(x.grid)
         others = (other - zero_point * x.scale) * (1 / x.scale)
         low, high = (end / x.scale for end in _ends(grid))
-        total = x.integers.float() + others
-        return _by_itself(total.relu() if relu else total, low, high, grid)
+        total = (x.integers - origin).float() + others
+        return _by_itself(total.relu() if relu else total, low, high, grid, _is_signed(grid))
 
     def add_on_grids(
         self,
@@ -94,6 +94,7 @@ class OpenVinoKernels:
         relu: bool = False,
         in_layer: bool = False,
         unrounded: Unquantized | None = None,
+        signed: bool = True,
     ) -> Tensor:
         """A sum of what is on a grid and what is on another one, or on none, put on a third.
 
@@ -108,17 +109,19 @@ class OpenVinoKernels:
             relu: whether a ReLU stands in front of it.
             in_layer: whether a layer gives one of them, and so the sum.
             unrounded: what the layer gave for `x`, where it is added as it is.
+            signed: whether it may be put there as signed integers, which those that read it take;
+                an activation function takes float32.
         """
         assert x.grid is not None
         levels = single(x.high - x.low)
-        # One rounding error off the zero point, now and then.
-        zero_point = _line(*_ends(x.grid), x.grid)[1]
-        factor, least = single(1), single(0)
+        origin, zero_point = _origin(x.grid)
+        factor, least = single(1), single(x.low - origin)
         if isinstance(other, OnGrid):
             assert other.grid is not None
-            step, others = other.scale, (other.integers - other.low).float()
-            zero = zero_point + _line(*_ends(other.grid), other.grid)[1] * step / x.scale
-            ends = [(end - zero) * (x.scale / step) for end in (single(0), levels)]
+            other_origin, other_zero_point = _origin(other.grid)
+            step, others = other.scale, (other.integers - other_origin).float()
+            zero = zero_point + other_zero_point * step / x.scale
+            ends = [(end - zero) * (x.scale / step) for end in (least, least + levels)]
             least, factor = ends[0], (ends[1] - ends[0]) / levels
         else:
             step, others = x.scale, (other - zero_point * x.scale) * (1 / x.scale)
@@ -131,7 +134,8 @@ class OpenVinoKernels:
         total = steps + others
         low, high = (end / step for end in _ends(grid))
         put = _in_layer if in_layer else _by_itself
-        return put(total.relu() if relu else total, low, high, grid)
+        signed = signed and _is_signed(grid)
+        return put(total.relu() if relu else total, low, high, grid, signed)
 
     def silu(self, x: Tensor) -> Tensor:
         return sigmoid(x) * x
@@ -142,29 +146,48 @@ def _ends(grid: Grid) -> tuple[Tensor, Tensor]:
     return single(low - zero_point) * single(scale), single(high - zero_point) * single(scale)
 
 
+def _origin(grid: Grid) -> tuple[int, Tensor]:
+    """The integer that OpenVINO counts a grid's steps from, and the zero point from there: one
+    rounding error off an integer now and then, but where there is none, as on a grid whose zero
+    point lies in its middle: that is of signed integers."""
+    _, zero_point, low, high, _ = grid
+    if _is_signed(grid):
+        return zero_point, single(0)
+    return low, _line(*_ends(grid), grid)[1]
+
+
+def _is_signed(grid: Grid) -> bool:
+    _, zero_point, low, high, _ = grid
+    return 2 * (zero_point - low) == high - low + 1
+
+
 def _line(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Factor and shift from values to steps from the least one of a grid between two ends."""
     levels = single(grid[3] - grid[2])
     return levels / (high - low), -low * levels / (high - low)
 
 
-def _in_layer(x: Tensor, low: Tensor, high: Tensor, grid: Grid) -> Tensor:
+def _in_layer(x: Tensor, low: Tensor, high: Tensor, grid: Grid, signed: bool) -> Tensor:
     """Integers, where the layer that gives `x` puts it on the grid."""
     factor, shift = _line(low, high, grid)
+    if signed:
+        return _nearest(x * (1 / (1 / factor)), grid, grid[1])
     if float(shift.abs().max()) < float(grid[3] - grid[2]) * _NO_SHIFT:
         # As a scale of the result, which it divides by.
-        return _nearest(x * (1 / (1 / factor)), grid)
-    return _nearest(fused(x, factor, shift), grid)
+        return _nearest(x * (1 / (1 / factor)), grid, grid[2])
+    return _nearest(fused(x, factor, shift), grid, grid[2])
 
 
-def _by_itself(x: Tensor, low: Tensor, high: Tensor, grid: Grid) -> Tensor:
+def _by_itself(x: Tensor, low: Tensor, high: Tensor, grid: Grid, signed: bool) -> Tensor:
     """Integers, where an operation of its own does, with a sum in it or without."""
     factor = single(grid[3] - grid[2]) / (high - low)
-    return _nearest(x * factor - low * factor, grid)
+    if signed:
+        return _nearest(x * factor, grid, grid[1])
+    return _nearest(x * factor - low * factor, grid, grid[2])
 
 
-def _nearest(steps: Tensor, grid: Grid) -> Tensor:
-    return clamped(torch.round(steps).double() + grid[2], grid)
+def _nearest(steps: Tensor, grid: Grid, origin: int) -> Tensor:
+    return clamped(torch.round(steps).double() + origin, grid)
 
 
 def exponential(x: Tensor) -> Tensor:
