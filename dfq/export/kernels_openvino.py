@@ -150,10 +150,9 @@ def _origin(grid: Grid) -> tuple[int, Tensor]:
     """The integer that OpenVINO counts a grid's steps from, and the zero point from there: one
     rounding error off an integer now and then, but where there is none, as on a grid whose zero
     point lies in its middle: that is of signed integers."""
-    _, zero_point, low, high, _ = grid
     if _is_signed(grid):
-        return zero_point, single(0)
-    return low, _line(*_ends(grid), grid)[1]
+        return grid[1], single(0)
+    return grid[2], _line(*_ends(grid), grid)[1]
 
 
 def _is_signed(grid: Grid) -> bool:
