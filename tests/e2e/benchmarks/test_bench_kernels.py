@@ -11,7 +11,8 @@ from click.testing import CliRunner
 from torch import Tensor
 
 from benchmarks.speed import kernels
-from benchmarks.speed.kernels import COMPILED, KERNELS, PLAIN, C, Compiler, Part, Way, agree
+from benchmarks.speed.kernel_parts import COMPILED, PLAIN, C, Compiler, Part, Way
+from benchmarks.speed.kernels import KERNELS, agree
 from dfq.errors import UserError
 
 HAS_COMPILER = shutil.which("cc") is not None
