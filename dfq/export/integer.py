@@ -106,7 +106,8 @@ class _Interpreter(fx.Interpreter):
         if n.target is DEQUANTIZE:
             grid: Grid = tuple(args[1:6])
             scale = self.kernels.scale(grid)
-            return OnGrid(args[0].double(), scale, *grid[1:4], grid=grid)
+            read = any(reader.target is _ATEN.cat.default for reader in n.users)
+            return OnGrid(args[0].double(), scale, *grid[1:4], grid=grid, joined=read)
         if n.target is _PER_CHANNEL:
             integers, scale, _, axis, low, high, *_ = args
             return OnGrid(integers.double(), scale.float(), 0, low, high, axis)

@@ -79,7 +79,7 @@ class OpenVinoKernels:
             relu: whether a ReLU stands between.
         """
         assert x.grid is not None
-        origin, zero_point = _origin(x.grid)
+        origin, zero_point = _origin(x)
         others = (other - zero_point * x.scale) * (1 / x.scale)
         low, high = (end / x.scale for end in _ends(grid))
         total = (x.integers - origin).float() + others
@@ -114,11 +114,11 @@ class OpenVinoKernels:
         """
         assert x.grid is not None
         levels = single(x.high - x.low)
-        origin, zero_point = _origin(x.grid)
+        origin, zero_point = _origin(x)
         factor, least = single(1), single(x.low - origin)
         if isinstance(other, OnGrid):
             assert other.grid is not None
-            other_origin, other_zero_point = _origin(other.grid)
+            other_origin, other_zero_point = _origin(other)
             step, others = other.scale, (other.integers - other_origin).float()
             zero = zero_point + other_zero_point * step / x.scale
             ends = [(end - zero) * (x.scale / step) for end in (least, least + levels)]
@@ -146,13 +146,16 @@ def _ends(grid: Grid) -> tuple[Tensor, Tensor]:
     return single(low - zero_point) * single(scale), single(high - zero_point) * single(scale)
 
 
-def _origin(grid: Grid) -> tuple[int, Tensor]:
+def _origin(x: OnGrid) -> tuple[int, Tensor]:
     """The integer that OpenVINO counts a grid's steps from, and the zero point from there: one
-    rounding error off an integer now and then, but where there is none, as on a grid whose zero
-    point lies in its middle: that is of signed integers."""
-    if _is_signed(grid):
-        return grid[1], single(0)
-    return grid[2], _line(*_ends(grid), grid)[1]
+    rounding error off an integer now and then. There is none on a grid whose zero point lies in its
+    middle: that is of signed integers."""
+    assert x.grid is not None
+    if _is_signed(x.grid):
+        return x.grid[1], single(0)
+    low, high = _ends(x.grid)
+    # What is concatenated has its grid from elsewhere: another order of the same operations.
+    return x.low, -low / x.scale if x.joined else _line(low, high, x.grid)[1]
 
 
 def _is_signed(grid: Grid) -> bool:

@@ -22,6 +22,7 @@ class OnGrid:
         low, high: of the integer type.
         axis: of the channels; None per tensor.
         grid: what a quantize was given to put it there; None per channel.
+        joined: whether a concatenation reads it.
     """
 
     integers: Tensor
@@ -31,6 +32,7 @@ class OnGrid:
     high: int
     axis: int | None = None
     grid: Grid | None = None
+    joined: bool = False
 
     def values(self) -> Tensor:
         """float32."""
