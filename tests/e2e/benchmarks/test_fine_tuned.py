@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 
 from dfq.models import load_detector
-from scripts import fine_tuned
+from scripts import fine_tuned, own_world
 from scripts.fine_tuned import with_categories
 
 
@@ -44,3 +46,19 @@ def test_unknown_variants_and_missing_photographs(tmp_path: Path) -> None:
         assert result.exit_code == 2
         assert message in result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_photographs_of_a_grey_world_are_grey(tmp_path: Path) -> None:
+    photos, out = tmp_path / "photos", tmp_path / "grey"
+    photos.mkdir()
+    for number, colour in enumerate(("red", "blue")):
+        Image.new("RGB", (24, 16), colour).save(photos / f"{number}.png")
+    words = ["--of", "yolov5n-grey", "--photos", str(photos), "--out", str(out)]
+    result = CliRunner().invoke(own_world.main, words)
+    assert result.exit_code == 0, result.output
+    for path in sorted(out.iterdir()):
+        pixels = np.asarray(Image.open(path))
+        assert pixels.shape == (16, 24, 3)
+        # The mean of a pure colour, in each of the three.
+        assert np.abs(pixels.astype(int) - 85).max() <= 1
+    assert len(list(out.iterdir())) == 2
