@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +10,8 @@ import yaml
 from torch import Tensor
 
 from ..errors import UserError
-from ..runtime.files import read_regular, require_output_folder, short_name, user_path
+from ..runtime.files import read_regular, require_output_folder, user_path
+from ..runtime.unfinished import unfinished_folder
 from .calibration_set import CalibrationSet
 
 SPLIT = "val"
@@ -73,14 +72,9 @@ def new_folder(out: Path) -> Iterator[Path]:
     # The name "..", which has no parent of its own, would otherwise go wrong.
     out = require_new_folder(out).resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".{short_name(out.name)}.{os.getpid()}.tmp"
-    partial.mkdir()
-    try:
+    with unfinished_folder(out.parent, out.name) as partial:
         yield partial
         partial.replace(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def write_yolo(folder: Path, names: list[str], images: Iterable[tuple[str, bytes, Tensor]]) -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import UserError, naming, shown
-from ..runtime.files import NAME_BYTES, user_path
+from ..runtime.files import user_path
 from ..runtime.plain import ODD, brief, one_line
 from ..runtime.suggest import suggestion
+from ..runtime.unfinished import NAME_BYTES
 from .base import Detector, Model
 from .bounded import bounded, most_for
 from .checkpoint import (

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import stat
@@ -19,9 +18,7 @@ from typing import Any
 
 from ..errors import UserError, argument, shown
 from .label_sets import label_set
-
-NAME_BYTES = 255
-"""The longest name of a file that file systems take."""
+from .unfinished import NAME_BYTES, unfinished_file
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp"})
 """Name endings (lower case) by which files of a folder count as images."""
@@ -81,33 +78,15 @@ def user_path(path: str | Path, prefix: str = "", *, file: bool = False) -> Path
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a whole file or nothing: to a temporary name beside it, synced, then renamed. A file
     that is there keeps its mode and owner; a link that is there is replaced and not followed."""
-    temporary = _temporary(path)
-    try:
-        # One that a killed process left; or a link that somebody put there, not to be followed.
-        temporary.unlink(missing_ok=True)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        with os.fdopen(os.open(temporary, flags, 0o666), "wb") as file:
-            status = _lstat(path)
-            if status is not None and stat.S_ISREG(status.st_mode):
-                # As far as user and file system can.
-                with contextlib.suppress(OSError):
-                    os.fchown(file.fileno(), status.st_uid, status.st_gid)
-                with contextlib.suppress(OSError):
-                    os.fchmod(file.fileno(), stat.S_IMODE(status.st_mode))
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _temporary(path: Path) -> Path:
-    name = f".{path.name}.tmp"
-    if len(os.fsencode(name)) > NAME_BYTES:
-        name = f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()}.tmp"
-    return path.with_name(name)
+    with unfinished_file(path) as file:
+        status = _lstat(path)
+        if status is not None and stat.S_ISREG(status.st_mode):
+            # As far as user and file system can.
+            with contextlib.suppress(OSError):
+                os.fchown(file.fileno(), status.st_uid, status.st_gid)
+            with contextlib.suppress(OSError):
+                os.fchmod(file.fileno(), stat.S_IMODE(status.st_mode))
+        file.write(data)
 
 
 def append_line(path: Path, text: str) -> None:
