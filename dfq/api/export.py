@@ -16,7 +16,7 @@ from ..export.exported import FORMATS, RUNTIMES, SUFFIXES, ExportInfo
 from ..export.program import build
 from ..export.replacing import is_placed_for, place_for
 from ..export.suppression import OUTPUTS
-from ..export.writers import write
+from ..export.writers import files_of, write
 from ..graph.fold_batchnorm import fold
 from ..models.base import Model
 from ..quantization.inspection import LayerInfo, list_layers, quantized_share
@@ -81,11 +81,15 @@ def export(
         path = path.with_name(path.name + SUFFIXES[format])
     _check(format, batch, int4)
     _check_nms(nms, format)
-    require_output_file(path, "out", (str(model), str(data) if data else None))
+    inputs = (str(model), str(data) if data else None)
+    for file in files_of(path, format):
+        require_output_file(file, "out", inputs)
     detector = model if isinstance(model, Model) else load_model(model, trust=trust)
     require_weights(detector)
     size = image_size or detector.image_size
     detector.check_size(size, "--image-size")
+    for file in files_of(path, format, detector.parts(size)):
+        require_output_file(file, "out", inputs)
     refuse_widths(detector, runtime)
     if nms is not None:
         _require_decoded(detector, size)

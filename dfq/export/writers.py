@@ -6,10 +6,8 @@ import contextlib
 import io
 import logging
 import os
-import shutil
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import torch
 
 from ..errors import UserError, shown
 from ..runtime.plain import one_line
+from ..runtime.unfinished import unfinished_folder
 from .dependencies import require
 from .exported import ExportInfo
 from .factors import require_addable
@@ -61,8 +60,8 @@ def write(
         UserError: the converter is not installed, or cannot convert the network.
     """
     writer = _WRITERS[info.format]
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        target = Path(folder) / path.name
+    with unfinished_folder(path.parent, path.name) as folder:
+        target = folder / path.name
         info = info.model_copy(update={"parts": list(parts or ())})
         try:
             files = writer(program, info, target, int4)
@@ -73,15 +72,32 @@ def write(
         except UserError:
             raise
         except Exception as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
             raise UserError(
                 f"{shown(path)}: {info.format} has no way to write this network "
                 f"({type(error).__name__}: {one_line(error)[:300]})"
             ) from error
-        written = []
-        for file in files:
-            shutil.move(file, path.parent / file.name)
-            written.append(path.parent / file.name)
-    return written
+        if len(files) > 1:
+            # Never beside parts that it is not of, not even where this process is killed here.
+            path.unlink(missing_ok=True)
+        for file in reversed(files):
+            file.replace(path.parent / file.name)
+    return [path.parent / file.name for file in files]
+
+
+def files_of(path: Path, format: str, parts: Iterable[str] = ()) -> list[Path]:
+    """The files that `write` makes of a detector.
+
+    Args:
+        path: the file.
+        format: that is written.
+        parts: names of the detector's parts.
+    """
+    files = [path, *(path_of_part(path, name) for name in parts)]
+    if format != "openvino":
+        return files
+    return [place for file in files for place in (file, file.with_suffix(".bin"))]
 
 
 @contextlib.contextmanager
@@ -194,12 +210,19 @@ def _write_openvino(program: Program, info: ExportInfo, path: Path, int4: bool) 
     _drop_zero_points(onnx_model)
     if info.nms is not None:
         append_nms(onnx_model, info.nms)
-    with tempfile.TemporaryDirectory() as folder, _quietly():
-        source = Path(folder) / "model.onnx"
-        source.write_bytes(onnx_model.SerializeToString())
+    data = onnx_model.SerializeToString()
+    source = path.with_name("model.onnx")
+    source.write_bytes(data)
+    with _quietly():
         model = openvino.convert_model(str(source))
+    source.unlink()
     model.set_rt_info(info.model_dump_json(), KEY)
-    openvino.save_model(model, str(path), compress_to_fp16=False)
+    try:
+        openvino.save_model(model, str(path), compress_to_fp16=False)
+    except RuntimeError:
+        # Which does not say why it could not write; what cannot be written here says it.
+        path.with_suffix(".room").write_bytes(bytes(2 * len(data)))
+        raise
     return [path, path.with_suffix(".bin")]
 
 
@@ -218,8 +241,9 @@ def _write_litert(program: Program, info: ExportInfo, path: Path, int4: bool) ->
         edge_model = litert.convert(
             program.module(), (example,), **(options if info.weight_bits < 32 else {})
         )
-        edge_model.export(str(path))
-    path.write_bytes(_with_metadata(path.read_bytes(), info))
+        # Nor is it told to write the file: where the disk is full, that ends the process.
+        data = edge_model.model_content()
+    path.write_bytes(_with_metadata(data, info))
     return [path]
 
 
@@ -257,10 +281,13 @@ def _native_quietly() -> Iterator[None]:
 
 
 def _write_torch(program: Program, info: ExportInfo, path: Path, int4: bool) -> list[Path]:
+    # Not to the file itself: where the disk is full, PyTorch ends the process.
+    buffer = io.BytesIO()
     with _quietly():
         torch.export.save(
-            program.exported, path, extra_files={f"{KEY}.json": info.model_dump_json()}
+            program.exported, buffer, extra_files={f"{KEY}.json": info.model_dump_json()}
         )
+    path.write_bytes(buffer.getbuffer())
     return [path]
 
 

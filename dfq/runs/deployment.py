@@ -112,7 +112,11 @@ class DeploymentFolder:
         place = self.folder / _MAKING
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
-        yield place
+        try:
+            yield place
+        except BaseException:
+            shutil.rmtree(place, ignore_errors=True)
+            raise
         # Weights of a format that keeps them apart come before the file that refers to them.
         for file in sorted(place.iterdir(), key=lambda path: (path.suffix != ".bin", path.name)):
             os.replace(file, self.folder / file.name)
