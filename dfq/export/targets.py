@@ -175,6 +175,11 @@ def _check(target: Target, where: str) -> None:
             f"{where}: calibration: no such tool as {brief(target.calibration)}; "
             f"{', '.join(TOOLS)}{suggestion(target.calibration, TOOLS)}"
         )
+    if target.calibration is not None and target.format != "onnx":
+        raise UserError(
+            f"{where}: format: a compiler that quantizes by itself (calibration) is given the "
+            "network as onnx; say onnx, with a runtime that executes it"
+        )
     for command in target.next:
         for name in _BRACES.findall(command):
             if name not in PLACES:

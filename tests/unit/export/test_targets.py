@@ -56,6 +56,10 @@ def test_a_users_own_file(tmp_path: Path) -> None:
         ({"power_of_two_scales": True}, "power_of_two_scales: dfq makes no scales"),
         ({"runtime": "tensorrt"}, "symmetric: tensorrt takes activations without a zero point"),
         ({"calibration": "hailoo"}, "calibration: no such tool as 'hailoo'"),
+        (
+            {"calibration": "rknn", "format": "openvino", "runtime": "openvino"},
+            "format: a compiler that quantizes by itself (calibration) is given",
+        ),
         ({"next": ["run {fil}"]}, "next: no file is called {fil}"),
         ({"next": ["run {file.__class__}"], "name": "a/b"}, "name: 'a/b' cannot be part"),
         ({"notes": "one"}, "notes: input should be a valid list"),
