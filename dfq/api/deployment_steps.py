@@ -18,7 +18,6 @@ from ..runs.deployment import DeploymentFolder, described
 from ..runs.folder import load_run, read_metrics
 from ..runs.inputs import MOST_JOINING
 from ..runtime.files import json_bytes, short_name, user_path, write_atomic, write_json
-from ..runtime.lock import locked
 from ..runtime.progress import Progress
 from ..runtime.surroundings import versions
 from .export import export
@@ -82,9 +81,6 @@ class DeploymentSteps:
             self.settings, model=self.model, data=data, out=self.run, photos=images,
             device=device, trust=trust, progress=self.told,
         )  # fmt: skip
-        # Of a process that was killed when its run was finished and its lock not yet dropped.
-        with locked(self.run, f"{self.run}: another process is working on this run"):
-            pass
         # The float network's copies are made where files are written, which is on the CPU.
         self.detector.to("cpu")
         if images is not None:

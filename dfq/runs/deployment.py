@@ -21,7 +21,7 @@ from typing import Any
 from ..errors import UserError, shown
 from ..models.checkpoint import sha256_of
 from ..runtime.files import plain_name, read_json, write_json
-from ..runtime.lock import locked
+from ..runtime.lock import LOCK, locked
 from ..runtime.plain import brief
 from .identity import differing, in_todays_keys
 
@@ -32,7 +32,7 @@ NAME = "deploy.json"
 _MAKING = ".making"
 """Where files are written before they get their names."""
 
-_LEFT_BEHIND = {".lock", f".{NAME}.tmp", _MAKING}
+_LEFT_BEHIND = {LOCK, f".{NAME}.tmp", _MAKING}
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,8 @@ class DeploymentFolder:
                     f"{file}: altered, as its sha256 is not the one in {NAME}; restore it, or "
                     "delete it and run the same command again"
                 )
+        # Of a process that was killed when all was done and its lock not yet dropped.
+        (self.folder / LOCK).unlink(missing_ok=True)
         return dict(content)
 
 

@@ -38,7 +38,7 @@ from ..quantization.policy import Policy
 from ..quantization.storage import WEIGHTS_PER_BYTE, restore_state, stored_state
 from ..recipe.removed import removed_that_matter
 from ..runtime.files import append_line, read_json, write_atomic, write_json
-from ..runtime.lock import locked
+from ..runtime.lock import LOCK, locked
 from ..runtime.plain import ODD, brief, one_line
 from .identity import differing, in_todays_keys
 
@@ -83,6 +83,8 @@ class Run:
                     (folder / "manifest.json").unlink(missing_ok=True)
         if self.finished:
             self._tidy()
+            # Of a process that was killed when all was done and its lock not yet dropped.
+            (folder / LOCK).unlink(missing_ok=True)
 
     @property
     def _state(self) -> Path:
@@ -181,7 +183,7 @@ def _is_bare(folder: Path) -> bool:
     leaves."""
     if not folder.exists():
         return True
-    return {path.name for path in folder.iterdir()} <= {".lock", ".state.json.tmp"}
+    return {path.name for path in folder.iterdir()} <= {LOCK, ".state.json.tmp"}
 
 
 def identity_of(folder: Path) -> dict[str, Any] | None:

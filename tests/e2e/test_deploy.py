@@ -104,6 +104,8 @@ def test_finished_it_says_so_and_changes_nothing(
     monkeypatch.setattr(Inversion, "batch", forbidden)
     monkeypatch.setattr(deployment_steps, "quantize", forbidden)
     before = stamps(whole)
+    # As of a process that was killed before it dropped its lock.
+    (whole / ".lock").touch()
     done = command(*words_for(model, "--out", str(whole)))
     assert done.exit_code == (1 if figures(whole)["faults"] else 0)
     assert "finished already" in done.stdout

@@ -64,3 +64,15 @@ def test_a_run_whose_removed_keys_changed_something_is_refused_by_their_names(
     ) as refused:
         Run(tmp_path / "run", identity(recipe))
     assert "\n" not in str(refused.value)
+
+
+def test_a_finished_run_has_no_lock_of_a_killed_process(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    recorded = identity(load_recipe(None))
+    Run(folder, recorded)
+    (folder / "state.json").unlink()
+    (folder / "model.safetensors").touch()
+    write_json(folder / "manifest.json", {"kind": "dfq quantized detector", "identity": recorded})
+    (folder / ".lock").touch()
+    assert Run(folder, recorded).finished
+    assert sorted(file.name for file in folder.iterdir()) == ["manifest.json", "model.safetensors"]
