@@ -21,7 +21,7 @@ from typing import Any
 from ..errors import UserError, shown
 from ..models.checkpoint import sha256_of
 from ..runtime.files import plain_name, read_json, write_json
-from ..runtime.lock import LOCK, locked
+from ..runtime.lock import LOCK, locked, sweep_lock
 from ..runtime.plain import brief
 from .identity import differing, in_todays_keys
 
@@ -145,8 +145,7 @@ class DeploymentFolder:
                     f"{file}: altered, as its sha256 is not the one in {NAME}; restore it, or "
                     "delete it and run the same command again"
                 )
-        # Of a process that was killed when all was done and its lock not yet dropped.
-        (self.folder / LOCK).unlink(missing_ok=True)
+        sweep_lock(self.folder)
         return dict(content)
 
 

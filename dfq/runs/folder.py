@@ -38,7 +38,7 @@ from ..quantization.policy import Policy
 from ..quantization.storage import WEIGHTS_PER_BYTE, restore_state, stored_state
 from ..recipe.removed import removed_that_matter
 from ..runtime.files import append_line, read_json, write_atomic, write_json
-from ..runtime.lock import LOCK, locked
+from ..runtime.lock import LOCK, locked, sweep_lock
 from ..runtime.plain import ODD, brief, one_line
 from .identity import differing, in_todays_keys
 
@@ -83,8 +83,7 @@ class Run:
                     (folder / "manifest.json").unlink(missing_ok=True)
         if self.finished:
             self._tidy()
-            # Of a process that was killed when all was done and its lock not yet dropped.
-            (folder / LOCK).unlink(missing_ok=True)
+            sweep_lock(folder)
 
     @property
     def _state(self) -> Path:

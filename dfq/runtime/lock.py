@@ -44,3 +44,12 @@ def locked(folder: Path, refusal: str) -> Iterator[None]:
         # While it is held: who finds no file makes one, and who has this one open takes another.
         path.unlink(missing_ok=True)
         lock.release()
+
+
+def sweep_lock(folder: Path) -> None:
+    """Do away with the `.lock` of a process that was killed when all was done; one that is held
+    stays, and so does one in a folder that cannot be written to."""
+    if (folder / LOCK).exists():
+        # Who lets go of it removes it.
+        with contextlib.suppress(UserError, OSError), locked(folder, ""):
+            pass

@@ -13,6 +13,7 @@ from dfq.runs.deployment import KIND, NAME, folder_for
 from dfq.runs.folder import Run, next_folder
 from dfq.runs.identity import identity_of_recipe
 from dfq.runtime.files import write_json
+from dfq.runtime.lock import LOCK, locked, sweep_lock
 
 GONE = {"drift": 0.5, "dampen": 0.0, "freeze": 0.0, "masks": "ellipse"}
 
@@ -76,3 +77,10 @@ def test_a_finished_run_has_no_lock_of_a_killed_process(tmp_path: Path) -> None:
     (folder / ".lock").touch()
     assert Run(folder, recorded).finished
     assert sorted(file.name for file in folder.iterdir()) == ["manifest.json", "model.safetensors"]
+
+
+def test_a_lock_that_is_held_stays(tmp_path: Path) -> None:
+    with locked(tmp_path, "held"):
+        sweep_lock(tmp_path)
+        assert (tmp_path / LOCK).exists()
+    assert not (tmp_path / LOCK).exists()
