@@ -32,6 +32,7 @@ from .gptq import gptq_quantize, is_too_wide
 from .last_layer_ranges import search_last_inputs
 from .objectives import METHODS
 from .prediction_search import METRICS, search_grids
+from .variety import with_variety
 
 COMPARED = 64
 """Images of the set that tell whether reconstruction came closer than the start it had."""
@@ -103,7 +104,8 @@ def calibrate_and_round(
                     f"rounding: {name} has too many inputs for gptq: to the nearest level"
                 )
         with progress.task("rounding", 1, "layers") as task:
-            gptq_quantize(student, teacher, pixels[: section.rounding_images], progress=task.update)
+            images = with_variety(pixels[: section.rounding_images])
+            gptq_quantize(student, teacher, images, progress=task.update)
     if section.corrects_biases:
         correct_biases(student, teacher, pixels[: section.calibration_images])
 

@@ -117,7 +117,8 @@ class Quantization(Section):
     reconstruction_iterations: int = Field(60, ge=1, le=MOST_STEPS)
     """Steps that each block is learned for, where blocks are."""
     rounding_images: int = Field(512, ge=1, le=MOST_IMAGES)
-    """Images of the set that gptq and block reconstruction look at."""
+    """Images of the set that gptq and block reconstruction look at; gptq also at copies of
+    a quarter of them, in other colours, contrast and light."""
     scope: Literal["all", "backbone"] = "all"
     """Layers that are quantized at all; with backbone, neck and heads stay in float."""
     placement: Literal["inputs", "everywhere", "qdq"] = "inputs"
