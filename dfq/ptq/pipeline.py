@@ -32,7 +32,7 @@ from .gptq import gptq_quantize, is_too_wide
 from .last_layer_ranges import search_last_inputs
 from .objectives import METHODS
 from .prediction_search import METRICS, search_grids
-from .variety import with_variety
+from .variety import sees_other_worlds, with_variety
 
 COMPARED = 64
 """Images of the set that tell whether reconstruction came closer than the start it had."""
@@ -104,7 +104,9 @@ def calibrate_and_round(
                     f"rounding: {name} has too many inputs for gptq: to the nearest level"
                 )
         with progress.task("rounding", 1, "layers") as task:
-            images = with_variety(pixels[: section.rounding_images])
+            images = pixels[: section.rounding_images]
+            if sees_other_worlds(student, section):
+                images = with_variety(images)
             gptq_quantize(student, teacher, images, progress=task.update)
     if section.corrects_biases:
         correct_biases(student, teacher, pixels[: section.calibration_images])

@@ -2,8 +2,11 @@
 
 GPTQ makes up for each error of rounding where the images have something and lets it go where they
 have nothing. Synthetic images have the light and the colours that the network was trained on, and
-photographs have others: to a network of grey images, coloured ones; to all of them, stronger
-contrast. A few copies that are off by far let no error go unseen.
+images of another world have others: to a network of grey images, coloured ones; to one of faces,
+what has none, in stronger contrast. A few copies that are off by far let no error go unseen. It
+costs some of what is kept in the world that the network was made for, as errors go there instead
+(docs/results/networks.md); of classifiers, whose images are cut to the object and normalised, it
+costs more than it gives.
 """
 
 from __future__ import annotations
@@ -12,6 +15,9 @@ import math
 
 import torch
 from torch import Generator, Tensor
+
+from ..models.base import Model
+from ..quantization.settings import Quantization
 
 SHARE = 4
 """Of so many images one has a copy."""
@@ -64,3 +70,8 @@ def with_variety(images: Tensor) -> Tensor:
 def copies(images: int) -> int:
     """How many copies `with_variety` adds to so many images."""
     return math.ceil(images / SHARE)
+
+
+def sees_other_worlds(model: Model, section: Quantization) -> bool:
+    """Whether a model's rounding looks at copies as well."""
+    return section.other_worlds and model.task == "detection"

@@ -117,8 +117,11 @@ class Quantization(Section):
     reconstruction_iterations: int = Field(60, ge=1, le=MOST_STEPS)
     """Steps that each block is learned for, where blocks are."""
     rounding_images: int = Field(512, ge=1, le=MOST_IMAGES)
-    """Images of the set that gptq and block reconstruction look at; gptq also at copies of
-    a quarter of them, in other colours, contrast and light."""
+    """Images of the set that gptq and block reconstruction look at."""
+    other_worlds: bool = True
+    """Whether gptq, of detectors, also looks at copies of a quarter of these in other colours,
+    contrast and light: closer to the float network on images of other worlds than it was trained
+    on, further off on those of its own."""
     scope: Literal["all", "backbone"] = "all"
     """Layers that are quantized at all; with backbone, neck and heads stay in float."""
     placement: Literal["inputs", "everywhere", "qdq"] = "inputs"

@@ -17,7 +17,7 @@ from ..ptq.expected import (
 )
 from ..ptq.pipeline import reconstructs_blocks, starts_from_gptq
 from ..ptq.rates import Rates, Stopwatch, measure_rates
-from ..ptq.variety import copies
+from ..ptq.variety import copies, sees_other_worlds
 from ..qat.trainer import Trainer
 from ..quantization.insertion import insert_quantizers
 from ..quantization.settings import Quantization
@@ -124,7 +124,7 @@ def _ptq_phases(
         phases.append(("ranges", ranges))
     if section.reconstruction == "gptq" or starts_from_gptq(section):
         images = min(section.rounding_images, calibrated)
-        images += copies(images)
+        images += copies(images) if sees_other_worlds(student, section) else 0
         phases.append(("rounding", rounding_seconds(rates, student.blocks(), images)))
     return phases
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.tiny_detector import blobs, tiny_detector
 from support.toys import Toy
 from torch import Tensor, nn
 
+from dfq.graph.fold_batchnorm import fold
+from dfq.ptq import pipeline
 from dfq.ptq.gptq import gptq_quantize
-from dfq.ptq.variety import SHARE, copies, with_variety
+from dfq.ptq.variety import SHARE, copies, sees_other_worlds, with_variety
 from dfq.quantization.calibration import calibrate
 from dfq.quantization.insertion import insert_quantizers
 from dfq.quantization.policy import Policy
 from dfq.quantization.traversal import activation_quantizers
+from dfq.recipe import load_recipe
+from dfq.runtime.progress import Silent
 
 
 def grey(count: int, seed: int = 0) -> Tensor:
@@ -64,3 +69,29 @@ def test_rounding_lets_no_error_go_where_a_set_has_nothing() -> None:
 
     images = grey(16)
     assert error(with_variety(images)) < 0.95 * error(images)
+
+
+@pytest.mark.parametrize(("setting", "times"), [(True, 1.25), (False, 1)])
+def test_rounding_looks_at_copies_where_it_is_to(
+    setting: bool, times: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[int] = []
+
+    def note(_student: object, _teacher: object, images: Tensor, **_: object) -> None:
+        counted.append(len(images))
+
+    monkeypatch.setattr(pipeline, "gptq_quantize", note)
+    section = load_recipe("w4a8", [f"quantization.other_worlds={setting}"]).quantization
+    teacher = fold(tiny_detector())
+    student = insert_quantizers(teacher.clone(), section.policy())
+    pixels = (blobs(8) * 255).to(torch.uint8)
+    pipeline.calibrate_and_round(student, teacher, pixels, section, Silent())
+    assert counted == [8 * times]
+
+
+def test_classifiers_are_rounded_on_their_images_alone() -> None:
+    section = load_recipe("w4a8").quantization
+    detector = tiny_detector()
+    assert sees_other_worlds(detector, section)
+    detector.task = "classification"
+    assert not sees_other_worlds(detector, section)
