@@ -22,7 +22,6 @@ from dfq.graph.fold_batchnorm import fold
 from dfq.models import load_detector
 from dfq.ptq.gptq import gptq_quantize
 from dfq.ptq.pipeline import quantized
-from dfq.ptq.variety import with_variety
 from dfq.recipe import load_recipe
 from dfq.runtime.progress import Silent
 
@@ -61,7 +60,7 @@ def main(
     print(header("damping:", "ridge:", "AP:", "divergence:"))
     for damping, ridge in itertools.product(dampings, ridges):
         student = start.clone()
-        gptq_quantize(student, teacher, with_variety(pixels), damping=damping, ridge=ridge)
+        gptq_quantize(student, teacher, pixels, damping=damping, ridge=ridge)
         found = evaluate(student, real, image_size=size).AP
         far = mean_divergence(student, teacher, letterboxed)
         print(line(damping, ridge, f"{found:.4f}", f"{far:.2f}"), flush=True)

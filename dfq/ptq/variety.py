@@ -2,11 +2,9 @@
 
 GPTQ makes up for each error of rounding where the images have something and lets it go where they
 have nothing. Synthetic images have the light and the colours that the network was trained on, and
-images of another world have others: to a network of grey images, coloured ones; to one of faces,
-what has none, in stronger contrast. A few copies that are off by far let no error go unseen. It
-costs some of what is kept in the world that the network was made for, as errors go there instead
-(docs/results/networks.md); of classifiers, whose images are cut to the object and normalised, it
-costs more than it gives.
+images of another world have others: to a network of grey images, coloured ones. A few copies that
+are off by far let no error go unseen. That costs some of what is kept in the world that the network
+was made for (docs/results/networks.md), so it has to be asked for.
 """
 
 from __future__ import annotations

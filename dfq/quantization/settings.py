@@ -118,10 +118,10 @@ class Quantization(Section):
     """Steps that each block is learned for, where blocks are."""
     rounding_images: int = Field(512, ge=1, le=MOST_IMAGES)
     """Images of the set that gptq and block reconstruction look at."""
-    other_worlds: bool = True
+    other_worlds: bool = False
     """Whether gptq, of detectors, also looks at copies of a quarter of these in other colours,
-    contrast and light: closer to the float network on images of other worlds than it was trained
-    on, further off on those of its own."""
+    contrast and light: for images of another world than the network was trained on, where no photos
+    of it are at hand; on images of its own less is kept."""
     scope: Literal["all", "backbone"] = "all"
     """Layers that are quantized at all; with backbone, neck and heads stay in float."""
     placement: Literal["inputs", "everywhere", "qdq"] = "inputs"

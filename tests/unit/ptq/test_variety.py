@@ -90,7 +90,7 @@ def test_rounding_looks_at_copies_where_it_is_to(
 
 
 def test_classifiers_are_rounded_on_their_images_alone() -> None:
-    section = load_recipe("w4a8").quantization
+    section = load_recipe("w4a8", ["quantization.other_worlds=true"]).quantization
     detector = tiny_detector()
     assert sees_other_worlds(detector, section)
     detector.task = "classification"
