@@ -22,10 +22,10 @@ from dfq.evaluation.coco import Detecting, predict, score
 from dfq.export.exported import ExportInfo
 from dfq.export.integer import KERNELS
 from dfq.export.opened import OpenedDetector, open_exported
-from dfq.export.parity import EXACT, distance
-from dfq.export.program import build
-from dfq.export.reference import reference_outputs
+from dfq.export.parity import parity
+from dfq.export.reference import program_of, reference_outputs
 from dfq.models import require_detector
+from dfq.models.base import Model
 from dfq.runs.folder import load_run
 
 
@@ -36,16 +36,9 @@ class Reference(OpenedDetector):
         equal, images: on how many of how many images the file gave the same.
     """
 
-    def __init__(self, opened: OpenedDetector, run: str) -> None:
+    def __init__(self, opened: OpenedDetector, source: Model) -> None:
         super().__init__(opened.file, opened.info, opened.parts)
-        info = opened.info
-        self.program = build(
-            load_run(run),
-            info.runtime,
-            image_size=info.image_size,
-            dynamic=info.dynamic,
-            batch=info.batch or 1,
-        )
+        self.program = program_of(opened.info, source)
         self.equal = self.images = 0
 
     def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
@@ -54,7 +47,7 @@ class Reference(OpenedDetector):
             row = reference_outputs(self.program, torch.from_numpy(image), self.info.runtime)
             given = super().run(image)
             self.images += 1
-            self.equal += all(distance(row[n], given[n]).max_steps < EXACT for n in row)
+            self.equal += parity(row, given, None).is_exact
             rows.append(row)
         return self._joined(rows, 1, len(images))
 
@@ -79,11 +72,12 @@ def main(file: str, run: str, data: str, threads: int) -> None:
     if not isinstance(opened, OpenedDetector):
         raise UserError(f"{file}: not a detector")
     require_known(opened.info)
-    images, reference = open_set(data), Reference(opened, run)
+    images, source = open_set(data), require_detector(load_run(run))
+    reference = Reference(opened, source)
     models: dict[str, Detecting] = {
         "file": opened,
         "its integers by PyTorch": reference,
-        "PyTorch's float32": require_detector(load_run(run)),
+        "PyTorch's float32": source,
     }
     figures = []
     for model in models.values():

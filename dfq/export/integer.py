@@ -280,7 +280,7 @@ class _FloatBetween(_Interpreter):
 
     def _add_on_grids(self, n: fx.Node, args: Any, grid: Grid) -> Tensor:
         plan = self.sums[n]
-        return self.kernels.add_on_grids(
+        return self.kernels.add(
             args[plan.moved],
             args[1 - plan.moved],
             grid,

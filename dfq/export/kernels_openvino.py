@@ -69,23 +69,7 @@ class OpenVinoKernels:
         """The same values on another grid."""
         return self.quantize(x.values(), grid)
 
-    def add(self, x: OnGrid, other: Tensor, grid: Grid, *, relu: bool = False) -> Tensor:
-        """A sum of what is on a grid and float32 values, put on another: computed in steps of the
-        former, with its zero point as a quotient that nothing has rounded to an integer.
-
-        Args:
-            x, other: of the same shape.
-            grid: to put the sum on.
-            relu: whether a ReLU stands between.
-        """
-        assert x.grid is not None
-        origin, zero_point = _origin(x)
-        others = (other - zero_point * x.scale) * (1 / x.scale)
-        low, high = (end / x.scale for end in _ends(grid))
-        total = (x.integers - origin).float() + others
-        return _by_itself(total.relu() if relu else total, low, high, grid, _is_signed(grid))
-
-    def add_on_grids(
+    def add(
         self,
         x: OnGrid,
         other: OnGrid | Tensor,
@@ -117,7 +101,6 @@ class OpenVinoKernels:
         origin, zero_point = _origin(x)
         factor, least = single(1), single(x.low - origin)
         if isinstance(other, OnGrid):
-            assert other.grid is not None
             other_origin, other_zero_point = _origin(other)
             step, others = other.scale, (other.integers - other_origin).float()
             zero = zero_point + other_zero_point * step / x.scale
@@ -172,11 +155,9 @@ def _line(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 def _in_layer(x: Tensor, low: Tensor, high: Tensor, grid: Grid, signed: bool) -> Tensor:
     """Integers, where the layer that gives `x` puts it on the grid."""
     factor, shift = _line(low, high, grid)
-    if signed:
-        return _nearest(x * (1 / (1 / factor)), grid, grid[1])
-    if float(shift.abs().max()) < float(grid[3] - grid[2]) * _NO_SHIFT:
+    if signed or float(shift.abs().max()) < float(grid[3] - grid[2]) * _NO_SHIFT:
         # As a scale of the result, which it divides by.
-        return _nearest(x * (1 / (1 / factor)), grid, grid[2])
+        return _nearest(x * (1 / (1 / factor)), grid, grid[1] if signed else grid[2])
     return _nearest(fused(x, factor, shift), grid, grid[2])
 
 

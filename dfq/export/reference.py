@@ -11,7 +11,7 @@ import torch.ao.quantization.fx._decomposed
 from torch import Tensor, fx
 
 from ..models.base import Model
-from .exported import ExportedModel
+from .exported import ExportedModel, ExportInfo
 from .integer import KERNELS, run_in_integers
 from .parity import TIMES_FLOOR, TIMES_FLOOR_APPROXIMATE, WITHIN_ONE, Parity, distance, parity
 from .passes import DEQUANTIZE, QUANTIZE
@@ -53,6 +53,18 @@ def reference_outputs(
     return dict(zip(program.outputs, arrays, strict=True))
 
 
+def program_of(info: ExportInfo, source: Model) -> Program:
+    """The reference program of a file, from what that says of itself and the network that it was
+    lowered from."""
+    return build(
+        source,
+        info.runtime,
+        image_size=info.image_size,
+        dynamic=info.dynamic,
+        batch=info.batch or 1,
+    )
+
+
 def parity_of(file: ExportedModel, source: Model, images: np.ndarray) -> Parity:
     """How far a file's outputs are from those of the network that it was lowered from.
 
@@ -61,14 +73,7 @@ def parity_of(file: ExportedModel, source: Model, images: np.ndarray) -> Parity:
         source: with quantizers where the file's runtime has them.
         images: float32 `(n, 3, h, w)` in [0, 1].
     """
-    info = file.info
-    program = build(
-        source,
-        info.runtime,
-        image_size=info.image_size,
-        dynamic=info.dynamic,
-        batch=info.batch or 1,
-    )
+    info, program = file.info, program_of(file.info, source)
     pixels = torch.from_numpy(images)
     expected, actual = reference_outputs(program, pixels, info.runtime), file.run(images)
     same = all(

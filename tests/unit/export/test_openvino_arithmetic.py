@@ -267,7 +267,7 @@ class Summed:
             beside_it = kernels.layer(products, factor, torch.from_numpy(added))
 
         def summed(unrounded: Unquantized | None) -> Tensor:
-            integers = kernels.add_on_grids(
+            integers = kernels.add(
                 *(x, beside_it, of_sum),
                 relu=relu,
                 in_layer=True,
