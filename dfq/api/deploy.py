@@ -22,9 +22,10 @@ from ..runs.inputs import photographs, training_data
 from ..runs.loading import load_float
 from ..runs.pipeline import data_identity
 from ..runtime.distributed import is_main_process
-from ..runtime.files import require_output_folder, short_name, user_path
+from ..runtime.files import require_output_folder, user_path
 from ..runtime.suggest import suggestion
 from ..runtime.surroundings import Report, pick_device, reporter
+from ..runtime.unfinished import short_name
 from .deployment_steps import DeploymentSteps
 from .expected import foretold_deployment
 

@@ -17,9 +17,10 @@ from ..recipe import Recipe, changed_recipe
 from ..runs.deployment import DeploymentFolder, described
 from ..runs.folder import load_run, read_metrics
 from ..runs.inputs import MOST_JOINING
-from ..runtime.files import json_bytes, short_name, user_path, write_atomic, write_json
+from ..runtime.files import json_bytes, user_path, write_atomic, write_json
 from ..runtime.progress import Progress
 from ..runtime.surroundings import versions
+from ..runtime.unfinished import short_name
 from .export import export
 from .quantize import quantize
 from .sensitivity import sensitivity

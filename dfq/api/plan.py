@@ -21,7 +21,8 @@ from ..runs.loading import require_float
 from ..runs.pipeline import data_identity
 from ..runs.set_cache import origin_for
 from ..runs.shared import SharedRun
-from ..runtime.files import short_name, write_atomic
+from ..runtime.files import write_atomic
+from ..runtime.unfinished import short_name
 from .job import Job
 
 

@@ -18,8 +18,8 @@ from ..runtime.files import (
     read_json,
     require_not_read,
     require_output_file,
-    short_name,
 )
+from ..runtime.unfinished import short_name
 from .prediction import KIND, Prediction
 
 LIST = "detections.json"

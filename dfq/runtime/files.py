@@ -186,11 +186,6 @@ def plain_name(name: object) -> bool:
     )
 
 
-def short_name(text: str, limit: int = 80) -> str:
-    """A text as part of a file's name, cut to `limit` bytes."""
-    return os.fsencode(text)[:limit].decode("utf-8", "ignore")
-
-
 def require_output_file(path: Path, name: str, inputs: Iterable[str | Path | None] = ()) -> None:
     """Refuse a place where a whole file may not be put, before the work and not after it.
 

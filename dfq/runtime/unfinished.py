@@ -20,7 +20,10 @@ from typing import BinaryIO
 NAME_BYTES = 255
 """The longest name of a file that file systems take."""
 
-_STEM_BYTES = 80
+
+def short_name(text: str, limit: int = 80) -> str:
+    """A text as part of a file's name, cut to `limit` bytes."""
+    return os.fsencode(text)[:limit].decode("utf-8", "ignore")
 
 
 @contextlib.contextmanager
@@ -67,8 +70,7 @@ def unfinished_folder(parent: Path, name: str) -> Iterator[Path]:
     """A new folder in `parent`, for what is to be there under `name`: to move it, or what is in it,
     is the caller's. What is left of it is gone when the block ends; so is what processes left that
     were killed in such a block."""
-    stem = os.fsencode(name)[:_STEM_BYTES].decode("utf-8", "ignore")
-    prefix = f".{stem}.dfq-"
+    prefix = f".{short_name(name)}.dfq-"
     for left in [path for path in parent.iterdir() if path.name.startswith(prefix)]:
         descriptor = _held(left)
         if descriptor is not None:

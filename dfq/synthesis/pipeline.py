@@ -22,8 +22,9 @@ from ..kernels.loader import why_none
 from ..models.base import Model
 from ..models.loading import RANDOM
 from ..runtime.distributed import World, one_thread
-from ..runtime.files import short_name, user_path
+from ..runtime.files import user_path
 from ..runtime.precision import resolve_precision
+from ..runtime.unfinished import short_name
 from .inversion import Inversion
 from .labels import CLASS, applied, label_source_identity
 from .pace import Pace
