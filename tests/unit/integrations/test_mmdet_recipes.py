@@ -61,7 +61,7 @@ SHARED = {
         "weight_bits", "activation_bits", "first_last_bits", "weights", "weight_grid",
         "activations", "ranges", "calibration_images", "refine_images",
         "reconstruction_iterations", "rounding_images", "start", "activation_ranges", "softmax",
-        "scope", "placement", "runtime",
+        "scope", "placement", "runtime", "other_worlds",
         "overrides",
     )),
     *(f"distillation.{name}" for name in (
