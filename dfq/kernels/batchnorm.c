@@ -84,6 +84,8 @@ static inline void repeat(float *to, const float *from, ptrdiff_t channels, ptrd
       for (ptrdiff_t i = start; i < stop; i++) {                                                   \
         const T *restrict from = x + i * width;                                                    \
         T *restrict to = silu ? out + i * width : NULL;                                            \
+        fetch(from, width * sizeof(T));                                                            \
+        if (silu) fetch_to_write(to, width * sizeof(T));                                           \
         for (ptrdiff_t j = 0; j < width; j++) {                                                    \
           float value = load_##T(from[j]), away = value - base[j];                                 \
           sum[j] += away;                                                                          \
@@ -137,6 +139,8 @@ static inline void repeat(float *to, const float *from, ptrdiff_t channels, ptrd
           memcpy(line + k * channels, from + k * apart, channels * sizeof(T));                     \
         from = line;                                                                               \
       }                                                                                            \
+      fetch(x + start, width * sizeof(T));                                                         \
+      fetch_to_write(out + start, width * sizeof(T));                                              \
       for (ptrdiff_t j = 0; j < width; j++) {                                                      \
         float value = load_##T(x[start + j]), through = load_##T(from[j]);                         \
         if (silu) {                                                                                \

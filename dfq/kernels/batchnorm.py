@@ -15,8 +15,9 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .loader import usable
+from .loader import function, usable
 from .operations import OPERATIONS, row_step
 
 _WIDEST = 8192
@@ -41,6 +42,38 @@ def _in_rows(grad: Tensor) -> Tensor:
 
 def _call(name: str, x: Tensor, *others: Tensor) -> None:
     OPERATIONS[name](x, *others)
+
+
+def silu_with_moments(x: Tensor, expected: int, mean: int, var: int) -> Tensor | None:
+    """`moments` with a SiLU, without the steps in between: to call an operation and to look at its
+    tensors takes as long as a small layer itself.
+
+    Args:
+        x: as there.
+        expected, mean, var: addresses of what they are there.
+
+    Returns:
+        silu(x); None where the compiled function does not take `x`, or somebody counts operations.
+    """
+    if not _fits(x) or _get_current_dispatch_mode() is not None:
+        return None
+    out, channels = torch.empty_like(x), x.shape[1]
+    run = function("silu_and_moments", x.dtype)
+    run(x.data_ptr(), out.data_ptr(), expected, mean, var, x.numel() // channels, channels)
+    return out
+
+
+def silu_with_moments_backward(x: Tensor, grad: Tensor, slope: int, offset: int) -> Tensor | None:
+    """`moments_backward` of a SiLU, as `silu_with_moments` is `moments`."""
+    if not _fits(x) or grad.dtype != x.dtype or _get_current_dispatch_mode() is not None:
+        return None
+    channels, apart = x.shape[1], row_step(grad)
+    if apart is None:
+        return None
+    out = torch.empty_like(x)
+    run, rows = function("silu_backward", x.dtype), x.numel() // channels
+    run(x.data_ptr(), grad.data_ptr(), out.data_ptr(), slope, offset, rows, channels, apart)
+    return out
 
 
 def adds_up(device: torch.device) -> bool:

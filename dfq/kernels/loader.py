@@ -127,11 +127,12 @@ def call(name: str, dtype: torch.dtype, tensors: Sequence[Tensor], *sizes: int) 
         tensors: where its pointers point, each dense and laid out as the function says.
         sizes: its further arguments.
     """
-    _function(name, dtype)(*[x.data_ptr() for x in tensors], *sizes)
+    function(name, dtype)(*[x.data_ptr() for x in tensors], *sizes)
 
 
 @functools.cache
-def _function(name: str, dtype: torch.dtype) -> ctypes._NamedFuncPointer:
+def function(name: str, dtype: torch.dtype) -> ctypes._NamedFuncPointer:
+    """The function that `call` calls, which takes addresses."""
     library = _library()
     assert library is not None
     function = library[f"{name}_of_{TYPES[dtype]}"]

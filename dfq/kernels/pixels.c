@@ -53,6 +53,9 @@ static inline int crosses(const int32_t *edges, ptrdiff_t y) {
       const T *restrict from = grad + row * width * 3;                                             \
       float *restrict r = out + n * 3 * plane + y * width;                                         \
       float *restrict g = r + plane, *restrict b = g + plane;                                      \
+      fetch_to_write(r, width * sizeof(float));                                                    \
+      fetch_to_write(g, width * sizeof(float));                                                    \
+      fetch_to_write(b, width * sizeof(float));                                                    \
       if (flipped[n])                                                                              \
         for (ptrdiff_t x = 0; x < width; x++) {                                                    \
           r[width - 1 - x] = load_##T(from[3 * x]);                                                \
@@ -136,6 +139,7 @@ void add_doubled_of_float32(const float *restrict grid, float *restrict out, flo
     const float *restrict near = grid + (plane * height + y) * width;
     const float *restrict far = grid + (plane * height + next) * width;
     float *restrict to = out + row * 2 * width;
+    fetch_to_write(to, 2 * width * sizeof(float));
     for (ptrdiff_t x = 0; x < width; x++) line[x + 1] = 0.75f * near[x] + 0.25f * far[x];
     line[0] = line[1];
     line[width + 1] = line[width];

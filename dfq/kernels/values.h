@@ -28,6 +28,20 @@ static inline bfloat16 store_bfloat16(float value) {
   return (bfloat16)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
+/* Ask for what lies AHEAD bytes further on than so many bytes: tensors that were made long before,
+ * or freed, come from far away, and processors look ahead within a page alone. */
+#define AHEAD 2048
+#define LINE 64
+
+static inline void fetch(const void *from, ptrdiff_t bytes) {
+  for (ptrdiff_t i = AHEAD; i < AHEAD + bytes; i += LINE)
+    __builtin_prefetch((const char *)from + i, 0);
+}
+
+static inline void fetch_to_write(const void *to, ptrdiff_t bytes) {
+  for (ptrdiff_t i = AHEAD; i < AHEAD + bytes; i += LINE) __builtin_prefetch((const char *)to + i, 1);
+}
+
 static inline float load_float32(float value) { return value; }
 static inline float store_float32(float value) { return value; }
 

@@ -29,6 +29,7 @@ class Pass:
         self.mean, self.var = known.zeros(), known.zeros()
         # Of all runs at once: a slice for each takes several times as long.
         self._views: dict[tuple[str, bool], tuple[Tensor, ...]] = {}
+        self._starts: dict[str, int] = {}
         self.counts = [0] * known.count
         self.summed = adds_up(known.mean.device)
 
@@ -40,7 +41,7 @@ class Pass:
             self.var = (self.var / count - away.square()).clamp_min(0)
             self.mean = self.known.mean + away
             self.summed = False
-            self._views.clear()
+            self._moved()
 
     def extend(self, known: Expected) -> None:
         """Make room for runs that were not known of when the pass began."""
@@ -51,7 +52,7 @@ class Pass:
         self.mean, self.var = torch.cat([self.mean, more], -1), torch.cat([self.var, more], -1)
         self.counts += [0] * missing
         self.known = known
-        self._views.clear()
+        self._moved()
 
     def channels(self, run: int, group: int) -> tuple[Tensor, Tensor]:
         """Views of the mean and the variance of a run in a group, contiguous, `(channels of the
@@ -64,6 +65,26 @@ class Pass:
         run)` each."""
         return self._parts("mean", by_group=True)[run], self._parts("var", by_group=True)[run]
 
+    @property
+    def alone(self) -> bool:
+        """Whether there are moments of one group, which `addresses` gives."""
+        return not self.summed and self.known.groups == 1
+
+    def addresses(self, run: int, *names: str) -> list[int]:
+        """Where in memory the channels of a run begin, in attributes of those names or, for
+        "expected", in `known.mean`."""
+        behind, starts = self.known.bytes_before[run], self._starts
+        for name in names:
+            if name not in starts:
+                values = self.known.mean if name == "expected" else getattr(self, name)
+                starts[name] = values.data_ptr()
+        return [starts[name] + behind for name in names]
+
+    def _moved(self) -> None:
+        """Attributes are other tensors than before."""
+        self._views.clear()
+        self._starts.clear()
+
     def linear(self, run: int) -> tuple[Tensor, Tensor]:
         """Views of slope and offset of a run, `(channels of the run,)`, by group where there are
         several."""
@@ -72,7 +93,7 @@ class Pass:
     def set_linear(self, slope: Tensor, offset: Tensor) -> None:
         """The gradient of the moments is known."""
         self.slope, self.offset = slope, offset
-        self._views.clear()
+        self._moved()
 
     def _parts(self, name: str, *, by_group: bool = False) -> tuple[Tensor, ...]:
         """An attribute by run; `by_group`: with a dimension of groups even where there is one."""
@@ -93,7 +114,7 @@ class Pass:
         away = other.mean - self.mean
         self.var = torch.lerp(self.var, other.var, share) + share * (1 - share) * away.square()
         self.mean = self.mean + share * away
-        self._views.clear()
+        self._moved()
         self.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
 
     def differentiate(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,8 @@ from ...kernels.batchnorm import (
     grouped_moments,
     grouped_moments_backward,
     grouped_sums,
+    silu_with_moments,
+    silu_with_moments_backward,
 )
 from ..moment_sums import Pass
 from .divergence import Divergence, DivergenceConstants
@@ -43,6 +45,10 @@ class _Watch(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.passed, ctx.run, ctx.silu = passed, run, silu
         known = passed.known
+        if silu and passed.alone:
+            out = silu_with_moments(x, *passed.addresses(run, "expected", "mean", "var"))
+            if out is not None:
+                return out, x.new_empty(0)
         if passed.summed:
             out = grouped_sums(x, known.means[run], *passed.sums(run), silu)
         else:
@@ -56,8 +62,13 @@ class _Watch(torch.autograd.Function):
         if token is None:
             through = torch.ops.aten.silu_backward(grad, x) if ctx.silu else grad
             return through, None, None, None
-        output_grad = torch.zeros_like(x) if grad is None else grad
-        slope, offset = ctx.passed.linear(ctx.run)
+        passed, output_grad = ctx.passed, torch.zeros_like(x) if grad is None else grad
+        if ctx.silu and passed.alone:
+            places = passed.addresses(ctx.run, "slope", "offset")
+            out = silu_with_moments_backward(x, output_grad, *places)
+            if out is not None:
+                return out, None, None, None
+        slope, offset = passed.linear(ctx.run)
         return grouped_moments_backward(x, output_grad, slope, offset, ctx.silu), None, None, None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -66,6 +67,7 @@ class Expected:
         count: the number of runs.
         sizes: by run, the number of its channels.
         means: by run, the expected mean, `(channels of the run,)`.
+        bytes_before: by run, how far into `mean` its channels begin.
     """
 
     def __init__(
@@ -86,6 +88,8 @@ class Expected:
         self._owner = (self.run + first[:, None]).flatten()
         self.sizes = [len(mean) for mean in means]
         self.means = self.mean.split(self.sizes)
+        size = self.mean.element_size()
+        self.bytes_before = [size * before for before in accumulate(self.sizes, initial=0)]
         self._counted: dict[tuple[int, ...], Tensor] = {}
         self._orders: dict[tuple[int, ...], Tensor] = {}
 

@@ -5,14 +5,22 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfq.kernels import loader as compiled
-from dfq.kernels.batchnorm import grouped_moments_backward, moments, moments_backward
+from dfq.kernels.batchnorm import (
+    grouped_moments_backward,
+    moments,
+    moments_backward,
+    silu_with_moments,
+    silu_with_moments_backward,
+)
 
 
 @pytest.fixture(params=["compiled", "torch"])
@@ -158,3 +166,48 @@ def test_a_gradient_is_taken_as_it_lies(
         dense = part.contiguous(memory_format=torch.channels_last)
         wanted = grouped_moments_backward(x, dense, slope, offset, silu)
         assert torch.equal(grouped_moments_backward(x, part, slope, offset, silu), wanted)
+
+
+class Watching(TorchDispatchMode):
+    """Sees operations, and leaves them as they are."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def addresses(*tensors: Tensor) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+@pytest.mark.skipif(compiled.why_none() is not None, reason="there is no C compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_by_address_the_result_is_the_operations(dtype: torch.dtype) -> None:
+    x, both = values((3, 16, 9, 5), dtype, 0), values((3, 21, 9, 5), dtype, 1)
+    expected, slope, offset = torch.randn(3, 16, generator=Generator().manual_seed(2))
+    *ours, mean, var = torch.full((4, 16), 9.0)
+    out = silu_with_moments(x, *addresses(expected, *ours))
+    assert out is not None
+    assert torch.equal(out, moments(x, expected, mean, var, True))
+    assert torch.equal(torch.stack(ours), torch.stack([mean, var]))
+    for grad in (both[:, 5:], both[:, :16].contiguous(memory_format=torch.channels_last)):
+        back = silu_with_moments_backward(x, grad, *addresses(slope, offset))
+        assert back is not None
+        assert torch.equal(back, moments_backward(x, grad, slope, offset, True))
+
+
+def test_by_address_nothing_is_done_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, grad = values((3, 16, 9, 5), torch.bfloat16, 0), values((3, 16, 9, 5), torch.bfloat16, 1)
+    # In planes; of three dimensions; of another type than the gradient; gradients that lie so.
+    for other in (x.contiguous(), x[..., 0], x.double()):
+        assert silu_with_moments(other, 0, 0, 0) is None
+        assert silu_with_moments_backward(other, grad, 0, 0) is None
+    for other in (grad.contiguous(), grad.float()):
+        assert silu_with_moments_backward(x, other, 0, 0) is None
+    with Watching():
+        assert silu_with_moments(x, 0, 0, 0) is None
+        assert silu_with_moments_backward(x, grad, 0, 0) is None
+    monkeypatch.setattr(compiled, "_library", lambda: None)
+    assert silu_with_moments(x, 0, 0, 0) is None
+    assert silu_with_moments_backward(x, grad, 0, 0) is None
