@@ -10,6 +10,8 @@ product's own: all losses, flips, erasing, clamping, Adam, logging. A third one 
 the network as it was loaded, in float32. Freed memory is kept for all of them.
 With --micro-batch the real loop takes the batch in parts. Memory is what its first two iterations
 add at their peak to what the process holds (on CUDA, to what is allocated).
+Images a minute are those of the real loop if all of `synthesis.iterations` were at that size; a
+synthesis makes half of them at half of it, and has a label stage.
 Rounds alternate in one process, so that a noisy machine slows all; ratios are those of the medians.
 """
 
@@ -107,7 +109,7 @@ def main(
 ) -> None:
     torch.set_num_threads(threads)
     detector = load_detector(model, device=device)
-    columns = ("bare ms:", "real ms:", "ratio:", "loaded ms:", "ratio:", "real MB:")
+    columns = ("bare ms:", "real ms:", "ratio:", "loaded ms:", "ratio:", "images/min:", "real MB:")
     print(header("model", "px:", "batch:", "precision", *columns))
     for size in sizes:
         chosen = [f"synthesis.image_size={size}", f"synthesis.micro_batch={micro_batch or 'null'}"]
@@ -139,6 +141,7 @@ def main(
                 f"{ms['real'] / ms['bare']:.2f}",
                 f"{ms['loaded']:.0f}",
                 f"{ms['real'] / ms['loaded']:.2f}",
+                f"{batch_size * 60e3 / (ms['real'] * settings.iterations):.1f}",
                 f"{memory:.0f}",
             ),
             flush=True,

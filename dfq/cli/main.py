@@ -13,6 +13,7 @@ from .demo import demo
 from .deploy import deploy
 from .evaluate import evaluate
 from .export import export
+from .first_line import announce_loading
 from .inspect import inspect
 from .mmdet_config import mmdet_config
 from .options import require_streams
@@ -64,6 +65,7 @@ def main() -> None:
     """Entry point of `dfq`."""
     require_streams()
     end_with_launcher()
+    announce_loading()
     cli()
 
 
