@@ -50,7 +50,7 @@ METHODS = {
     **{
         name: (f"quantization.reconstruction={name}",)
         for name in (
-            *("gptq", "adaround", "adaquant", "brecq", "qdrop"),
+            *("gptq", "adaround", "adaquant", "brecq", "apq", "qdrop"),
             *("pd", "spq", "mgrq", "pfcr", "task", "best"),
         )
     },

@@ -101,7 +101,7 @@ def quantize(**options: Any) -> None:
 def ptq(overrides: tuple[str, ...], **options: Any) -> None:
     """dfq quantize that trains nothing: whatever the recipe says, its method is ptq. Which
     reconstruction, --set quantization.reconstruction=METHOD says: none, gptq, adaround,
-    adaquant, brecq, qdrop, pd, spq, mgrq, pfcr, task or best.
+    adaquant, brecq, apq, qdrop, pd, spq, mgrq, pfcr, task or best.
     """
     # As a setting, so that those which go with it alone are not refused.
     _quantize(overrides=(*overrides, "method=ptq"), select_on=None, **options)

@@ -25,7 +25,7 @@ def require_gradients(
     for module in student.modules():
         if isinstance(module, Quantizer):
             module.log_scale.requires_grad_(module.searched)
-            module.zero_point.requires_grad_(module.asymmetric and zero_points)
+            module.zero_point.requires_grad_(module.searched and module.asymmetric and zero_points)
     for _, layer in quantized_layers(student):
         layer.weight_quantizer.zero_point.requires_grad_(False)
     for layer in frozen:

@@ -13,6 +13,7 @@ from ..graph.execution import hooks
 from ..models.base import Model
 from .factors import bound_factors
 from .layers import QuantConv2d, QuantLinear
+from .peak import PeakQuantizer
 from .piecewise import PiecewiseQuantizer
 from .quantizers import Quantizer, grid
 from .range_search import (
@@ -169,7 +170,7 @@ def calibrate(
     static = {
         name: quantizer
         for name, quantizer in activation_quantizers(detector.module)
-        if quantizer.searched
+        if quantizer.searched or isinstance(quantizer, PeakQuantizer)
     }
     values = {}
     if static:
@@ -177,5 +178,8 @@ def calibrate(
     for _, layer in quantized_layers(detector.module):
         set_weight_range(layer, search)
     for name, quantizer in static.items():
-        set_range(quantizer, values[name], search)
+        if isinstance(quantizer, PeakQuantizer):
+            quantizer.fit(values[name])
+        else:
+            set_range(quantizer, values[name], search)
     bound_factors(detector.module)

@@ -9,6 +9,7 @@ from typing import Any
 from .bit_widths import parse_widths
 from .dynamic import DynamicQuantizer
 from .logarithmic import LogarithmicQuantizer
+from .peak import PeakQuantizer
 from .piecewise import PiecewiseQuantizer
 from .placement import EVERYWHERE, INPUTS, PLACEMENTS, Placement
 from .quantizers import Quantizer
@@ -37,7 +38,7 @@ class Policy:
         runtime: a key of `placement.PLACEMENTS`; counts with "qdq" alone.
         activation_ranges: "static": found once, on a set; "dynamic": in each call anew.
         softmax: of what a softmax gives to a product: "uniform", as other activations; "log2":
-            powers of two.
+            powers of two; "peak": up to the greatest value.
     """
 
     weight_bits: int = 4
@@ -88,7 +89,9 @@ class Policy:
 
     def softmax_quantizer(self, bits: int) -> Quantizer:
         """One of what a softmax gives to a product."""
-        return LogarithmicQuantizer(bits) if self.softmax == "log2" else self.quantizer(bits)
+        if self.softmax == "log2":
+            return LogarithmicQuantizer(bits)
+        return PeakQuantizer(bits) if self.softmax == "peak" else self.quantizer(bits)
 
     def bits_for(
         self, name: str, boundary: bool, backbone: str | None = None

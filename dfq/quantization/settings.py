@@ -21,6 +21,7 @@ Reconstruction = Literal[
     "adaround",
     "adaquant",
     "brecq",
+    "apq",
     "qdrop",
     "pd",
     "spq",
@@ -85,10 +86,11 @@ class Quantization(Section):
     activation_ranges: Literal["static", "dynamic"] = "static"
     """static: scales of activations are found on the set, once; dynamic: each call takes least and
     greatest value of the tensor at hand: a baseline, with method: ptq, that is not exported."""
-    softmax: Literal["uniform", "log2"] = "uniform"
+    softmax: Literal["uniform", "log2", "peak"] = "uniform"
     """How outputs of softmax are quantized where a product of attention takes them. uniform: as
     other activations; log2: to powers of two, 2^-round(-log2 p) (FQ-ViT; beyond the last code to
-    the least of them): a baseline that is not exported."""
+    the least of them); peak: evenly from zero to the greatest value that was seen (APQ-ViT's
+    Matthew-effect Preserving Quantization). The last two are baselines that are not exported."""
     ranges: Literal[
         "mse", "minmax", "percentile", "lsq", "cosine", "mse-output", "cosine-output", "pd"
     ] = "mse"
@@ -110,10 +112,10 @@ class Quantization(Section):
     reconstruction: Reconstruction = "gptq"
     """How weights get onto their grids, before any training. none: each to the nearest level; gptq:
     each makes up for the errors of those before it, layer by layer; adaquant: weights, biases and
-    scales of one layer after another are learned; adaround, brecq, qdrop, pd (PD-Quant), spq, mgrq,
-    task: rounding and activation scales of one block after another are learned, by that method's
-    objective; pfcr: the same of parts of blocks first, then of blocks, then of pairs of blocks;
-    best: ours, from gptq's integers."""
+    scales of one layer after another are learned; adaround, brecq, apq (APQ-ViT), qdrop, pd
+    (PD-Quant), spq, mgrq, task: rounding and activation scales of one block after another are
+    learned, by that method's objective; pfcr: the same of parts of blocks first, then of blocks,
+    then of pairs of blocks; best: ours, from gptq's integers."""
     reconstruction_iterations: int = Field(60, ge=1, le=MOST_STEPS)
     """Steps that each block is learned for, where blocks are."""
     rounding_images: int = Field(512, ge=1, le=MOST_IMAGES)

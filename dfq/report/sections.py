@@ -278,7 +278,7 @@ def _untouched(material: Material, rows: Sequence[LayerRow], policy: Policy) -> 
         "adds_and_concats": adds_and_concats,
         "placement": policy.placement,
         "dynamic": policy.activation_ranges == "dynamic",
-        "log2": policy.softmax == "log2",
+        "softmax": policy.softmax,
         "piecewise": policy.weight_grid == "piecewise",
     }
 

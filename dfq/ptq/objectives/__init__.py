@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .block_error import block_error
+from .bottom_elimination import bottom_elimination
 from .fisher import fisher_error
 from .mixed_granularity import mixed_granularity
 from .prediction_difference import prediction_difference
@@ -60,6 +61,7 @@ METHODS: dict[str, Method] = {
     "adaround": Method(block_error, layers=True, scales=False),
     "adaquant": Method(block_error, layers=True, biases=True, continuous=True),
     "brecq": Method(fisher_error, fisher=True),
+    "apq": Method(bottom_elimination, fisher=True),
     "qdrop": Method(block_error, drop=0.5),
     "pd": Method(prediction_difference, drop=0.5, correct=True, predictions=True),
     "spq": Method(similarity_preserving, predictions=True),

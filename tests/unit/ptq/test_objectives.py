@@ -14,6 +14,7 @@ from torch import Tensor
 from dfq.models.base import DistillationPair, Targets
 from dfq.ptq.objectives import METHODS, Step
 from dfq.ptq.objectives.block_error import block_error
+from dfq.ptq.objectives.bottom_elimination import BOTTOM, bottom_elimination
 from dfq.ptq.objectives.fisher import fisher_error
 from dfq.ptq.objectives.mixed_granularity import mixed_granularity
 from dfq.ptq.objectives.prediction_difference import prediction_difference, predictions_apart
@@ -196,3 +197,26 @@ def test_every_method_has_an_objective_that_falls_to_nothing_where_all_agrees() 
         # The task's loss is that of the float network, and not nothing.
         expected = 1.0 if method.labels else 0.0
         assert float(method.objective(given)) == pytest.approx(expected, abs=1e-6), name
+
+
+def test_apq_leaves_the_small_errors_of_each_image_out() -> None:
+    ours, theirs = drawn(2, 3, 2, 2, seed=0), drawn(2, 3, 2, 2, seed=1)
+    # The second image's errors are all smaller than the first one's: half of them count as well.
+    theirs[1] = ours[1] + 1e-3 * theirs[1]
+    weight = drawn(1, 3, 1, 1, seed=2).abs()
+    total = 0.0
+    for a, b in zip(ours, theirs, strict=True):
+        away = [
+            (abs(float(a[k, y, x] - b[k, y, x])), float(weight[0, k, 0, 0]))
+            for k in range(3)
+            for y in range(2)
+            for x in range(2)
+        ]
+        away.sort()
+        total += sum(w * size**2 for size, w in away[int(BOTTOM * len(away)) :])
+    # Summed over channels, averaged over images and places.
+    wanted = total / (2 * 2 * 2)
+    made = step(2, 3, 2, 2, outputs=[ours], float_outputs=[theirs], fisher=lambda: [weight])
+    assert float(bottom_elimination(made)) == pytest.approx(wanted, rel=1e-12)
+    same = step(2, 3, 2, 2, outputs=[ours], float_outputs=[ours.clone()], fisher=lambda: [weight])
+    assert float(bottom_elimination(same)) == 0
