@@ -214,7 +214,11 @@ def test_what_cannot_be_extended(tmp_path: Path, texts: dict[str, str], message:
     ("overrides", "values", "begins"),
     [
         (["distillation.epochs=1e3"], {}, "--set distillation.epochs: input should be a valid int"),
-        (["quantization={weight_bits: 9}"], {}, "--set quantization.weight_bits: input should be l"),
+        (
+            ["quantization={weight_bits: 9}"],
+            {},
+            "--set quantization.weight_bits: input should be l",
+        ),
         (["quantisation.weight_bits=4"], {}, "--set quantisation: unknown key; did you mean quant"),
         (["synthesis.labels=real:"], {}, "--set synthesis.labels: input should be a valid string,"),
         (["synthesis=4"], {}, "--set synthesis: should be a section of keys, got 4"),
