@@ -30,10 +30,18 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-PATH = click.Path(path_type=Path, readable=False)
+
+class _PathOrEmpty(click.Path):
+    """A path; an empty text stays one, which pathlib would call the present folder."""
+
+    def convert(self, value: Any, *about: Any) -> Any:
+        return value if value == "" else super().convert(value, *about)
+
+
+PATH = _PathOrEmpty(path_type=Path, readable=False)
 """A path as it is given; what is wrong with it, the command says in a line."""
 
-FILE = click.Path(readable=False)
+FILE = _PathOrEmpty(readable=False)
 """The same of a file to be written, as text: how it ends says whether a folder was meant."""
 
 # With these, more of the same will do once there is room: nothing that was done is lost.
@@ -68,6 +76,7 @@ def report_user_errors(command: F) -> F:
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
+            _refuse_empty(click.get_current_context(silent=True))
             with heeding_sigterm(stopped, 143, grace=_GRACE_SECONDS):
                 result = command(*args, **kwargs)
                 sys.stdout.flush()
@@ -98,6 +107,18 @@ def report_user_errors(command: F) -> F:
         return result
 
     return wrapped  # type: ignore[return-value]
+
+
+def _refuse_empty(context: click.Context | None) -> None:
+    """Refuse an empty value, which a shell makes of a variable that is not set: as a path it would
+    be the present folder."""
+    for parameter in context.command.params if context else ():
+        value = context.params.get(parameter.name or "") if context else None
+        empty = "" in value if isinstance(value, tuple) else value == ""
+        # What is wrong with an override is said of the whole text; a bare flag may be empty.
+        if empty and parameter.name != "overrides" and getattr(parameter, "flag_value", None) != "":
+            name = parameter.opts[0] if isinstance(parameter, click.Option) else parameter.metavar
+            raise UserError(f"{name}: is empty; give a value, or leave it out")
 
 
 def _drop_output() -> bool:

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from ..errors import shown
+from ..errors import UserError, shown
+from ..runtime.plain import brief
 from .options import (
     PATH,
     F,
@@ -103,6 +104,14 @@ def ptq(overrides: tuple[str, ...], **options: Any) -> None:
     reconstruction, --set quantization.reconstruction=METHOD says: none, gptq, adaround,
     adaquant, brecq, apq, qdrop, pd, spq, mgrq, pfcr, task or best.
     """
+    from ..recipe.overrides import parse_override
+
+    for key, method in map(parse_override, overrides):
+        if key == "method" and method != "ptq":
+            raise UserError(
+                f"--set method={brief(method)}: dfq ptq trains nothing; leave it out, or run dfq "
+                "quantize"
+            )
     # As a setting, so that those which go with it alone are not refused.
     _quantize(overrides=(*overrides, "method=ptq"), select_on=None, **options)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import yaml
@@ -129,8 +130,8 @@ def changed_recipe(
     if not overrides and all(value is None for value in values.values()):
         return recipe
     data = recipe.model_dump()
-    override(data, overrides, values, Recipe)
-    return _validated(data, "recipe")
+    stated = override(data, overrides, values, Recipe)
+    return _validated(data, "recipe", stated=stated)
 
 
 def load_recipe(
@@ -156,14 +157,17 @@ def load_recipe(
         data: dict[str, Any] = {}
         if quick:
             lower(data, Recipe)
-        override(data, overrides, values, Recipe)
-        return _validated(data, "recipe")
+        stated = override(data, overrides, values, Recipe)
+        return _validated(data, "recipe", stated=stated)
     chain = _with_extended(find_recipe(name))
     data = merged([sections for _, sections in chain], Recipe)
+    if "method" in data:
+        # The file's own: `dfq ptq` puts another in its place.
+        _validated({"method": data["method"]}, chain[0][0], chain)
     if quick:
         lower(data, Recipe)
-    override(data, overrides, values, Recipe)
-    return _validated(data, chain[0][0], chain)
+    stated = override(data, overrides, values, Recipe)
+    return _validated(data, chain[0][0], chain, stated)
 
 
 def recorded_recipe(path: Path) -> Recipe:
@@ -203,9 +207,9 @@ def _with_extended(path: Path) -> list[tuple[str, dict[str, Any]]]:
         visited.append(path.resolve())
         data = _read(path)
         # Here, where the file's own value is not yet one among those that it extends.
-        under_present_names(data, path.name)
+        under_present_names(data, _called(path))
         base = data.pop("extends", None)
-        chain.append((path.name, data))
+        chain.append((_called(path), data))
         if base is None:
             return chain
         following = _extended(base, path)
@@ -213,6 +217,11 @@ def _with_extended(path: Path) -> list[tuple[str, dict[str, Any]]]:
             way = " extends ".join(file.name for file in (*visited, following))
             raise UserError(f"{path}: extends goes in a circle: {way}")
         path = following
+
+
+def _called(path: Path) -> str:
+    """A recipe's file in messages: a shipped one by its name, another as it is found."""
+    return path.name if path in shipped_recipes().values() else shown(path)
 
 
 def _extended(name: Any, path: Path) -> Path:
@@ -257,17 +266,34 @@ def as_noise(
 
 
 def _validated(
-    data: dict[str, Any], origin: str, chain: Sequence[tuple[str, dict[str, Any]]] = ()
+    data: dict[str, Any],
+    origin: str,
+    chain: Sequence[tuple[str, dict[str, Any]]] = (),
+    stated: Mapping[str, str] = MappingProxyType({}),
 ) -> Recipe:
-    """A recipe of `data`, which `origin` says, or of several files one of those in `chain`."""
+    """A recipe of `data`, which `origin` says, or of several files one of those in `chain`, but for
+    the keys of `stated`, which options gave."""
     warn_of_removed(data, origin)
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
         lines = [
-            f"{_origin(problem, chain, origin)}: {_explain(problem)}" for problem in error.errors()
+            f"{_option(problem, stated) or _origin(problem, chain, origin) + ':'} "
+            f"{_explain(problem)}"
+            for problem in error.errors()
         ]
         raise UserError(*dict.fromkeys(lines)) from None
+
+
+def _option(problem: Any, stated: Mapping[str, str]) -> str | None:
+    """Which option says what is wrong; None: none does."""
+    place = ".".join(str(part) for part in problem["loc"])
+    unknown = problem["type"] == "extra_forbidden"
+    for key, option in stated.items():
+        # Of an unknown section, what is wrong is the section.
+        if f"{place}.".startswith(f"{key}.") or (unknown and key.startswith(f"{place}.")):
+            return option
+    return None
 
 
 def _origin(problem: Any, chain: Sequence[tuple[str, dict[str, Any]]], otherwise: str) -> str:
@@ -280,7 +306,7 @@ def _origin(problem: Any, chain: Sequence[tuple[str, dict[str, Any]]], otherwise
             value = value.get(part, _NOT_THERE) if isinstance(value, dict) else _NOT_THERE
         if place and value is not _NOT_THERE:
             candidates.append((value != problem["input"], name))
-    # What none of them says has been changed since.
+    # What none of them says, several say together.
     return min(candidates, key=lambda pair: pair[0])[1] if candidates else otherwise
 
 
@@ -293,9 +319,13 @@ def _explain(problem: Any) -> str:
         return "extends: stands in a recipe's file; name the recipe with --recipe"
     if problem["type"] == "extra_forbidden":
         return f"{where}: unknown key{_meant(where)}"
-    message = problem["msg"].removeprefix("Value error, ")
     got = problem.get("input")
-    clause = f", got {brief(got)}" if not isinstance(got, dict | list | BaseModel) else ""
+    if problem["type"] == "model_type":
+        return f"{where}: should be a section of keys, got {brief(got)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    # What several keys together have wrong, the message says.
+    together = problem["type"] == "value_error" and isinstance(got, dict | list)
+    clause = "" if together or isinstance(got, BaseModel) else f", got {brief(got)}"
     return f"{where + ': ' if where else ''}{message[:1].lower()}{message[1:]}{clause}"
 
 

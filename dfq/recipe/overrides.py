@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..errors import UserError, shown
+from ..errors import UserError, argument, shown
 from ..runtime.plain import brief, parse_yaml
 from ..runtime.settings import Section
 from .removed import present_name
@@ -18,7 +18,7 @@ mapping of these keys, or of sections, to values."""
 
 def override(
     data: dict[str, Any], overrides: Overrides, values: dict[str, Any], kind: type[Section]
-) -> None:
+) -> dict[str, str]:
     """Put other values in the place of a recipe's.
 
     Args:
@@ -26,21 +26,26 @@ def override(
         overrides, values: as for `load_recipe`.
         kind: the recipe's model.
 
+    Returns:
+        The keys, with dots, that have other values now, and how a message about one begins.
+
     Raises:
         UserError: an override is none, or goes into what is no section.
     """
+    stated: dict[str, str] = {}
     if isinstance(overrides, Mapping):
-        for key, value in flat(overrides, kind):
-            _assign(data, key, value)
-        overrides = ()
-    if isinstance(overrides, str):
+        pairs = list(flat(overrides, kind))
+    else:
         # One text is a sequence of texts too, of a letter each.
-        overrides = (overrides,)
-    for text in overrides:
-        _assign(data, *parse_override(text))
-    for key, value in values.items():
+        texts = (overrides,) if isinstance(overrides, str) else overrides
+        pairs = [parse_override(text) for text in texts]
+    for key, value in pairs:
+        stated[_assign(data, key, value)] = "--set"
+    for name, value in values.items():
         if value is not None:
-            _assign(data, key.replace("__", "."), value)
+            key = _assign(data, name.replace("__", "."), value)
+            stated[key] = f"{argument(key.rpartition('.')[2])}:"
+    return stated
 
 
 def merged(layers: Sequence[dict[str, Any]], kind: type[Section]) -> dict[str, Any]:
@@ -98,7 +103,8 @@ def parse_override(text: str) -> tuple[str, Any]:
         UserError: it is something else.
     """
     key, equals, value = text.partition("=")
-    if not equals or not key:
+    key = key.strip()
+    if not equals or not all(key.split(".")):
         raise UserError(f"--set {shown(text)}: write section.key=value")
     try:
         return key, parse_yaml(value, "")
@@ -111,7 +117,8 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise UserError(f"--set {shown(key)}={cut}: {reason}") from None
 
 
-def _assign(data: dict[str, Any], key: str, value: Any) -> None:
+def _assign(data: dict[str, Any], key: str, value: Any) -> str:
+    """Set the value of a key with dots; returns what the key is called now."""
     key, value = present_name(key, value, "override")
     parts = key.split(".")
     for depth, part in enumerate(parts[:-1]):
@@ -121,3 +128,4 @@ def _assign(data: dict[str, Any], key: str, value: Any) -> None:
             raise UserError(f"--set {key}: {'.'.join(parts[: depth + 1])} is no section")
         data = data[part]
     data[parts[-1]] = value
+    return key

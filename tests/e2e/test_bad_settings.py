@@ -223,6 +223,12 @@ def test_settings_that_were_meant(
     assert f"; did you mean {meant}?" in has_one_error(result)
 
 
+@pytest.mark.parametrize("method", ["qat", "auto", "nonsense", ""])
+def test_ptq_has_no_other_method(place: Path, model: Path, method: str) -> None:
+    words = ("ptq", "--model", model, "--recipe", "w4a8", "--set", f"method={method}")
+    assert "dfq ptq trains nothing; leave it out" in has_one_error(command(*words))
+
+
 def test_a_key_of_a_recipe_that_was_meant(place: Path, model: Path) -> None:
     (place / "odd.yaml").write_text("quantization:\n  weigth_bits: 4\n")
     line = has_one_error(command("qat", "--model", model, "--recipe", "odd.yaml"))

@@ -200,3 +200,11 @@ def test_bad_labels(place: Path, model: Path, words: list[str], message: str) ->
     )
     assert message in has_one_error(result)
     assert not (place / "set").exists()
+
+
+def test_a_zip_file_is_no_set_for_other_tools(place: Path) -> None:
+    (place / "photos.zip").write_bytes(b"PK\5\6" + bytes(18))
+    words = ("data", "export", "photos.zip", "--for", "onnxruntime", "--image-size", "64")
+    line = has_one_error(command(*words, "--out", "out"))
+    assert "photos.zip: a ZIP file is read as a classifier's set alone; unpack it" in line
+    assert not (place / "out").exists()

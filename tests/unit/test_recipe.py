@@ -196,10 +196,10 @@ def test_extending_takes_what_is_not_said(tmp_path: Path) -> None:
         ({"a": 'extends: "w\\0"\n'}, r"a\.yaml: extends: 'w\\x00': no such file"),
         ({"a": "extends: b.yaml\n", "b": "- 1\n"}, r"b\.yaml: a recipe is a mapping"),
         # Where a value is wrong, the file that has it is named.
-        ({"a": "extends: b.yaml\nseed: 1\n", "b": "synthesis: {images: 0}\n"}, r"^b\.yaml: syn"),
+        ({"a": "extends: b.yaml\nseed: 1\n", "b": "synthesis: {images: 0}\n"}, r"b\.yaml: syn"),
         (
             {"a": "extends: b.yaml\nsynthesis: {images: 3}\n", "b": "synthesis: 5\n"},
-            r"^b\.yaml: synthesis: ",
+            r"b\.yaml: synthesis: ",
         ),
     ],
 )
@@ -210,8 +210,57 @@ def test_what_cannot_be_extended(tmp_path: Path, texts: dict[str, str], message:
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "values", "begins"),
+    [
+        (["distillation.epochs=1e3"], {}, "--set distillation.epochs: input should be a valid int"),
+        (
+            ["quantization={weight_bits: 9}"],
+            {},
+            "--set quantization.weight_bits: input should be l",
+        ),
+        (["quantisation.weight_bits=4"], {}, "--set quantisation: unknown key; did you mean quant"),
+        (["synthesis.labels=real:"], {}, "--set synthesis.labels: input should be a valid string,"),
+        (["synthesis=4"], {}, "--set synthesis: should be a section of keys, got 4"),
+        ([], {"synthesis__images": 0}, "--images: synthesis.images: input should be greater than"),
+        (["seed=1"], {}, "w4a8.yaml: quantization.weight_bits: input should be less than"),
+    ],
+)
+def test_what_an_option_says_wrong_is_no_fault_of_the_file(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: list[str],
+    values: dict[str, Any],
+    begins: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    wrong = 9 if overrides == ["seed=1"] else 4
+    write(tmp_path, w4a8=f"quantization: {{weight_bits: {wrong}}}\n")
+    with pytest.raises(UserError) as refused:
+        load_recipe("w4a8.yaml", overrides, **values)
+    assert str(refused.value).startswith(begins)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("text", [".seed=1", "seed.=1", "synthesis..images=1", ".=1", " =1", "=1"])
+def test_keys_that_have_an_empty_part(text: str) -> None:
+    with pytest.raises(UserError, match=r"^--set .+: write section\.key=value$"):
+        load_recipe(None, [text])
+
+
+def test_blanks_around_a_key_are_not_of_it() -> None:
+    assert load_recipe(None, [" synthesis.images = 7"]).synthesis.images == 7
+
+
+def test_a_method_in_a_file_is_checked_though_another_replaces_it(tmp_path: Path) -> None:
+    write(tmp_path, odd="method: nonsense\n", base="extends: odd.yaml\n")
+    for name in ("odd", "base"):
+        with pytest.raises(UserError, match=r"odd\.yaml: method: input should be 'qat', 'ptq'"):
+            load_recipe(tmp_path / f"{name}.yaml", ["method=ptq"])
+
+
 def test_extends_is_for_files() -> None:
-    with pytest.raises(UserError, match=r"^w4a8\.yaml: extends: stands in a recipe's file"):
+    with pytest.raises(UserError, match=r"^--set extends: stands in a recipe's file"):
         load_recipe("w4a8", ["extends=w4a4"])
 
 
@@ -232,7 +281,7 @@ def test_removed_keys_are_told_of_in_one_line_and_ignored(
     assert (found.seed, found.distillation.epochs) == (3, 2)
     assert found == load_recipe(None, ["seed=3", "distillation.epochs=2"])
     (line,) = capsys.readouterr().err.splitlines()[:1]
-    assert re.match(r"warning: old\.yaml: .*distillation\.drift \(.+evaluation\.batch_size", line)
+    assert re.match(r"warning: .+old\.yaml: .*distillation\.drift \(.+evaluation\.batch_size", line)
     assert set(REMOVED) >= set(OLD)
     load_recipe("w4a8")
     assert capsys.readouterr().err == ""
@@ -382,7 +431,7 @@ def test_each_mistake_has_its_line(tmp_path: Path) -> None:
         load_recipe(path)
     lines = str(refused.value).splitlines()
     assert len(lines) == 3
-    assert all(line.startswith("bad.yaml: ") for line in lines)
+    assert all(line.startswith(f"{path}: ") for line in lines)
     for key in ("seed", "synthesis.images", "synthesis.nonsense"):
         assert sum(f": {key}: " in line for line in lines) == 1
 
@@ -471,7 +520,7 @@ def test_keys_that_were_removed_are_told_of_in_one_line(
     assert recipe.synthesis.label_stage.updates == 3
     assert recipe.synthesis.techniques.swing
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: old.yaml: ")
+    assert line.startswith(f"warning: {file}: ")
     assert "ignored, as removed: synthesis.label_stage.reuse (" in line
     assert "synthesis.techniques.zoom (" in line
     load_recipe("w4a8")

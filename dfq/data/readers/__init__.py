@@ -67,6 +67,8 @@ def _open_file(path: Path, split: str | None) -> ImageSet:
         return _without_split(path, split)
     if suffix in {".yaml", ".yml"}:
         return read_yolo(path, split)
+    if suffix == ".zip":
+        raise UserError(f"{path}: a ZIP file is read as a classifier's set alone; unpack it")
     raise UserError(
         f"{path}: not an image set; give a COCO .json, a YOLO data.yaml or a folder of images"
     )
