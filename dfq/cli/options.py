@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from ..errors import UserError, shown
 from ..runtime.files import (
@@ -112,13 +113,20 @@ def report_user_errors(command: F) -> F:
 def _refuse_empty(context: click.Context | None) -> None:
     """Refuse an empty value, which a shell makes of a variable that is not set: as a path it would
     be the present folder."""
-    for parameter in context.command.params if context else ():
-        value = context.params.get(parameter.name or "") if context else None
+    if context is None:
+        return
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        value = context.params.get(name)
         empty = "" in value if isinstance(value, tuple) else value == ""
+        stated = context.get_parameter_source(name) is not ParameterSource.DEFAULT
         # What is wrong with an override is said of the whole text; a bare flag may be empty.
-        if empty and parameter.name != "overrides" and getattr(parameter, "flag_value", None) != "":
-            name = parameter.opts[0] if isinstance(parameter, click.Option) else parameter.metavar
-            raise UserError(f"{name}: is empty; give a value, or leave it out")
+        may_be = name == "overrides" or getattr(parameter, "flag_value", None) == ""
+        if empty and stated and not may_be:
+            shown_name = (
+                parameter.opts[0] if isinstance(parameter, click.Option) else parameter.metavar
+            )
+            raise UserError(f"{shown_name}: is empty; give a value, or leave it out")
 
 
 def _drop_output() -> bool:
