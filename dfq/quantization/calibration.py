@@ -124,6 +124,10 @@ def set_weight_range(layer: QuantConv2d | QuantLinear, search: str) -> None:
 
 def set_range(quantizer: Quantizer, values: Tensor, search: str) -> None:
     """Set the initial scale of a quantizer of activations from values `(n,)` that reach it."""
+    if isinstance(quantizer, PeakQuantizer):
+        # By a rule of its own.
+        quantizer.fit(values)
+        return
     column = values[None].to(quantizer.log_scale.device)
     # With more than 8 bits there are levels for all values, and clipping any costs the most.
     find, consumer = SEARCHES[search if quantizer.bits <= 8 else "minmax"], quantizer.consumer
@@ -178,8 +182,5 @@ def calibrate(
     for _, layer in quantized_layers(detector.module):
         set_weight_range(layer, search)
     for name, quantizer in static.items():
-        if isinstance(quantizer, PeakQuantizer):
-            quantizer.fit(values[name])
-        else:
-            set_range(quantizer, values[name], search)
+        set_range(quantizer, values[name], search)
     bound_factors(detector.module)
